@@ -1,0 +1,37 @@
+"""What can go wrong, told apart by who has to act. Every message says what, expected against found, and what to do."""
+
+from __future__ import annotations
+
+
+class SvdllmError(Exception):
+    """Base of every error that this library raises on purpose; ``exit_code`` is the command line's."""
+
+    exit_code = 1
+
+
+class InputError(SvdllmError, ValueError):
+    """An argument, a file or a setting is wrong: the caller can mend it."""
+
+    exit_code = 2
+
+
+class UnsupportedModelError(SvdllmError):
+    """The model is fine, but it is of a kind that cannot be compressed or loaded here."""
+
+    exit_code = 3
+
+
+class ResourceError(SvdllmError):
+    """Memory or disk does not suffice."""
+
+    exit_code = 4
+
+
+class NumericalError(SvdllmError):
+    """A NaN or an infinity, in weights, activations or logits; the message names where."""
+
+    exit_code = 5
+
+
+class CheckpointError(InputError):
+    """A checkpoint is truncated, altered or incomplete; the message names the file."""

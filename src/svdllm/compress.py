@@ -1,0 +1,386 @@
+"""SVD-LLM from top to bottom: the paper's Algorithm 1 up to its update, in the order of the paper."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from svdllm.analysis import Analysis, collect_statistics, decompose, read_settings, refuse_other_settings
+from svdllm.checkpoint import REPORT_FILE, write_checkpoint
+from svdllm.config import Recipe
+from svdllm.data import TokenWindows, calibration_windows, check_source
+from svdllm.errors import InputError, ResourceError, SvdllmError
+from svdllm.memory import available_bytes, device_peak_bytes, peak_bytes
+from svdllm.methods import METHODS
+from svdllm.plan import Plan, calibration_warnings, look_at, plans_of, resolve_device, resolve_dtype
+from svdllm.progress import Reporter
+from svdllm.records import CompressionResult, LinearRecord, Provenance, linear_record
+from svdllm.source import Source, build_skeleton, open_config, open_source, survey
+from svdllm.stream import Walk
+from svdllm.structure import Structure, discover
+from svdllm.version import __version__
+
+# Left free on the disk beyond what the plan says.
+DISK_RESERVE = 64 * 2**20
+
+
+def compress(model: str | Path | PreTrainedModel, recipe: Recipe, output_dir: str | Path, **options: Any) -> CompressionResult:
+    """Compresses a model to one size; see ``compress_many`` for the options and errors."""
+    if isinstance(recipe.ratio, tuple) and len(recipe.ratio) > 1:
+        raise InputError("The recipe has several ratios: use compress_many, which makes a checkpoint of each.")
+    (ratio,) = recipe.ratio if isinstance(recipe.ratio, tuple) else (recipe.ratio,)
+    return compress_many(model, recipe.model_copy(update={"ratio": ratio}), output_dir, **options)[0]
+
+
+def compress_many(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe,
+    output_dir: str | Path,
+    *,
+    calibration: str | Sequence[str] | Tensor | Any = None,
+    tokenizer: Any = None,
+    offline: bool = False,
+    revision: str | None = None,
+    resume: bool = True,
+    hidden_states_limit: int | None = None,
+    reporter: Reporter | None = None,
+) -> list[CompressionResult]:
+    """Compresses a model to every ratio of the recipe, with one calibration and one decomposition.
+
+    Args:
+        model: hub id, folder, GGUF file, or a model in memory, which is left as it was.
+        recipe: the settings. With several ratios, ``output_dir`` gets one folder for each.
+        output_dir: made by this call; must not exist, or be empty. Work in progress lies beside it, in
+            ``<output_dir>.partial``, and a killed run goes on from there.
+        calibration: a list of strings, a ``datasets.Dataset`` or token ids (``windows x seqlen``), in place of the
+            recipe's ``calibration``.
+        tokenizer: for a model in memory; other models bring theirs.
+        offline: never ask the hub.
+        revision: of a hub id.
+        resume: go on with an unfinished run in ``<output_dir>.partial``; otherwise start over.
+        hidden_states_limit: bytes of hidden states kept in RAM before they go to disk; by default half of what is free.
+        reporter: is told about stages and progress.
+
+    Raises:
+        InputError: a setting, path or text is wrong; nothing is left behind.
+        UnsupportedModelError: the model's structure is not understood; names the modules.
+        ResourceError: the disk or the memory does not suffice.
+        NumericalError: a NaN or infinity; names the tensor, or block and batch.
+    """
+    run = _Run(
+        model=model,
+        recipe=recipe,
+        output_dir=Path(output_dir),
+        calibration=recipe.calibration if calibration is None else calibration,
+        tokenizer=tokenizer,
+        offline=offline,
+        revision=revision,
+        hidden_states_limit=hidden_states_limit,
+        reporter=reporter or Reporter(),
+    )
+    run.check_cheaply(resume)
+    with run.cleaning_up():
+        return run.execute()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One run, in the order in which it happens."""
+
+    model: str | Path | PreTrainedModel
+    recipe: Recipe
+    output_dir: Path
+    calibration: Any
+    tokenizer: Any
+    offline: bool
+    revision: str | None
+    hidden_states_limit: int | None
+    reporter: Reporter
+
+    @property
+    def work(self) -> Path:
+        return self.output_dir.with_name(f"{self.output_dir.name}.partial")
+
+    @property
+    def needs_tokens(self) -> bool:
+        return METHODS[self.recipe.method].statistic is not None
+
+    def check_cheaply(self, resume: bool) -> None:
+        """What can be wrong without looking at the model."""
+        self.recipe.require_budget()
+        resolve_device(self.recipe.device)
+        if self.needs_tokens:
+            check_source(self.calibration)
+        ours = _is_work_folder(self.work)
+        if self.work.exists() and not ours:
+            raise InputError(
+                f"{self.work} is in the way: it is not the work folder of a run. Move it away, or choose another output."
+            )
+        if ours and not resume:
+            shutil.rmtree(self.work)
+            ours = False
+        if ours and (found := read_settings(self.work / "analysis")):
+            wanted = _recipe_settings(self.recipe)
+            refuse_other_settings({key: found.get(key) for key in wanted}, wanted, self.work)
+        _require_empty(self.output_dir)
+
+    @contextmanager
+    def cleaning_up(self):
+        """A run that fails leaves nothing behind, unless there is work worth going on with."""
+        new = not self.work.exists()
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+                raise
+            raise ResourceError(
+                f"Out of memory ({str(error).splitlines()[0][:200]}). Lower --batch-tokens (now "
+                f"{self.recipe.batch_tokens}) or --samples, or use --dtype bfloat16 on a GPU; finished blocks are kept, "
+                "`svdllm plan` tells what a run needs."
+            ) from error
+        except SvdllmError:
+            if new:
+                shutil.rmtree(self.work, ignore_errors=True)
+            raise
+
+    def execute(self) -> list[CompressionResult]:
+        with self.reporter.stage("plan", 1):
+            config_only = open_config(self.model, offline=self.offline, revision=self.revision)
+            plans = plans_of(self.model, config_only, self.recipe, self.hidden_states_limit)
+            self._require_room(plans[-1])
+        with self.reporter.stage("open", 1):
+            source = open_source(
+                self.model, offline=self.offline, revision=self.revision, gguf_folder=self.work / "source"
+            )
+            skeleton, structure = look_at(source, self.recipe)
+            plans = plans_of(self.model, source, self.recipe, self.hidden_states_limit)
+        windows = self._calibration_windows(source, structure)
+        fingerprint = self._survey(source)
+        analysis = Analysis(self.work / "analysis", self._settings(fingerprint, windows))
+        analysis.open()
+        self._analyze(source, structure, plans, windows, analysis)
+        provenance = Provenance.of(source.name, source.revision, fingerprint, windows)
+        return self._write(source, skeleton, structure, plans, analysis, provenance)
+
+    def _calibration_windows(self, source: Source, structure: Structure) -> TokenWindows | None:
+        """Algorithm 1, line 4: some text, as windows of tokens. None for a method that needs no data."""
+        if not self.needs_tokens:
+            return None
+        with self.reporter.stage("tokenise", 1):
+            tokenizer = self.tokenizer
+            if tokenizer is None and not isinstance(self.calibration, Tensor):
+                if source.folder is None:
+                    raise InputError("A model in memory needs its tokenizer (tokenizer=...), or token ids (calibration=...).")
+                tokenizer = source.load_tokenizer(self.offline)
+            windows = calibration_windows(
+                self.calibration,
+                tokenizer,
+                samples=self.recipe.samples,
+                seqlen=self.recipe.seqlen,
+                seed=self.recipe.seed,
+                offline=self.offline,
+            )
+        _check_windows(windows, source)
+        for warning in calibration_warnings(structure, self.recipe, windows.num_tokens):
+            self.reporter.warn(warning)
+        return windows
+
+    def _survey(self, source: Source) -> str:
+        assert source.weights is not None
+        with self.reporter.stage("check weights", len(source.weights.names())):
+            return survey(source.weights, self.reporter.advance)
+
+    def _settings(self, fingerprint: str, windows: TokenWindows | None) -> dict[str, Any]:
+        """All that decides the bytes of the result."""
+        return {
+            **_recipe_settings(self.recipe),
+            "weights of the model": fingerprint,
+            "calibration tokens": None if windows is None else windows.fingerprint,
+            "svdllm version": __version__,
+            "torch version": torch.__version__,
+        }
+
+    def _analyze(
+        self, source: Source, structure: Structure, plans: list[Plan], windows: TokenWindows | None, analysis: Analysis
+    ) -> None:
+        """Algorithm 1, lines 5 to 9, and Algorithm 2: the Grams of the inputs, then the spectrum of every weight."""
+        assert source.weights is not None
+        method, depths = METHODS[self.recipe.method], _depths(structure, plans)
+        pending = [index for index in range(len(structure.blocks)) if not analysis.is_done(index)]
+        if not pending:
+            return
+        if pending[0] > 0:
+            self.reporter.note(f"Going on with block {pending[0] + 1}: {pending[0]} of {len(structure.blocks)} are done.")
+        device = resolve_device(self.recipe.device)
+        dtype = resolve_dtype(self.recipe.dtype, device, source.dtype)
+        walk = Walk(
+            weights=source.weights,
+            skeleton=build_skeleton(source.config, dtype),
+            structure=structure,
+            ids=torch.zeros(1, 2, dtype=torch.long) if windows is None else windows.ids,
+            device=device,
+            dtype=dtype,
+            batch_tokens=self.recipe.batch_tokens,
+            spill_file=self.work / "hidden-states" if plans[0].hidden_states_on_disk else None,
+        )
+        steps = len(structure.blocks) * len(walk.batches)
+        walk.on_batch = lambda block, done, of: self.reporter.advance(block * of + done, steps)
+        with self.reporter.stage("analyze", steps):
+            for block in walk.blocks():
+                targets = structure.block_targets(block.index)
+                started = time.perf_counter()
+                if analysis.is_done(block.index) or not (targets and self.needs_tokens):
+                    statistics = {}
+                    if self.needs_tokens:
+                        block.run()
+                else:
+                    statistics = collect_statistics(block, targets, method)
+                forward = time.perf_counter() - started
+                if not analysis.is_done(block.index):
+                    spectra, seconds = decompose(block, targets, statistics, method, self.recipe.asvd_alpha, depths)
+                    analysis.write(block.index, spectra, {"": forward, **seconds})
+                    self.reporter.block_done(block.index, len(structure.blocks), forward, sum(seconds.values()))
+        walk.close()
+
+    def _write(
+        self,
+        source: Source,
+        skeleton: PreTrainedModel,
+        structure: Structure,
+        plans: list[Plan],
+        analysis: Analysis,
+        provenance: Provenance,
+    ) -> list[CompressionResult]:
+        """Algorithm 1, lines 10 to 13: the factors of every weight, once per ratio."""
+        singles = self.recipe.single()
+        several = len(singles) > 1
+        finished = self.work / "finished"
+        results = []
+        for recipe, plan in zip(singles, plans, strict=True):
+            folder = finished / f"ratio-{recipe.ratio}" if several else finished
+            linears = _linear_records(structure, plan, analysis)
+            with self.reporter.stage("write", len(structure.blocks)):
+                if not (folder / REPORT_FILE).is_file():
+                    write_checkpoint(
+                        folder,
+                        source=source,
+                        skeleton=skeleton,
+                        structure=structure,
+                        plan=plan,
+                        recipe=recipe,
+                        analysis=analysis,
+                        provenance=provenance,
+                        linears=linears,
+                        tokenizer=self.tokenizer,
+                        reporter=self.reporter,
+                    )
+            results.append(self._result(recipe, plan, linears, self.output_dir / folder.relative_to(finished)))
+        self.output_dir.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(finished, self.output_dir)
+        shutil.rmtree(self.work)
+        return results
+
+    def _result(self, recipe: Recipe, plan: Plan, linears: list[LinearRecord], folder: Path) -> CompressionResult:
+        return CompressionResult(
+            output_dir=folder,
+            recipe=recipe,
+            plan=plan,
+            linears=linears,
+            seconds=dict(self.reporter.seconds),
+            peak_ram_bytes=peak_bytes(),
+            peak_device_bytes=device_peak_bytes(resolve_device(recipe.device)),
+            warnings=list(self.reporter.warnings),
+        )
+
+    def _require_room(self, plan: Plan) -> None:
+        """Disk, and memory, as the plan predicts them."""
+        existing = self.output_dir.absolute().parent
+        while not existing.exists():
+            existing = existing.parent
+        free = shutil.disk_usage(existing).free + _size_of(self.work)
+        if plan.disk_bytes + DISK_RESERVE > free:
+            raise ResourceError(
+                f"The disk of {self.output_dir} has {free / 1e9:.2f} GB free, the run needs {plan.disk_bytes / 1e9:.2f} GB "
+                "(analysis and checkpoint). Free some, or choose an output elsewhere."
+            )
+        memory = available_bytes()
+        more = plan.peak_ram_bytes - plan.ram_by_stage["now"]
+        if memory is not None and more > memory:
+            stage = max(plan.ram_by_stage, key=lambda name: plan.ram_by_stage[name])
+            raise ResourceError(
+                f"The run needs {more / 1e9:.2f} GB more memory at its peak (stage {stage!r}), {memory / 1e9:.2f} GB are free. "
+                "Lower --batch-tokens, or free some memory."
+            )
+
+
+def _recipe_settings(recipe: Recipe) -> dict[str, Any]:
+    return {f"recipe: {key}": value for key, value in recipe.to_dict().items()}
+
+
+def _depths(structure: Structure, plans: list[Plan]) -> dict[str, int]:
+    """Directions of each basis to keep: up to break-even, so that any ratio is a slice, or more if a rank asks for it."""
+    depths = {target.name: target.break_even_rank for target in structure.targets}
+    for plan in plans:
+        for name, rank in plan.ranks.items():
+            depths[name] = max(depths[name], rank)
+    return depths
+
+
+def _linear_records(structure: Structure, plan: Plan, analysis: Analysis) -> list[LinearRecord]:
+    return [
+        linear_record(
+            target,
+            plan.ranks.get(target.name),
+            analysis.energies(target),
+            analysis.seconds(target.block).get(target.name, 0.0),
+        )
+        for target in structure.targets
+    ]
+
+
+def _check_windows(windows: TokenWindows, source: Source) -> None:
+    config = source.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and windows.ids.shape[1] > longest:
+        raise InputError(
+            f"--seqlen {windows.ids.shape[1]} is more than {source.name} can take; use --seqlen {longest} or less."
+        )
+    if int(windows.ids.max()) >= config.vocab_size or int(windows.ids.min()) < 0:
+        raise InputError(
+            f"The calibration tokens go from {int(windows.ids.min())} to {int(windows.ids.max())}, the vocabulary of "
+            f"{source.name} has {config.vocab_size} entries: the tokenizer does not belong to the model."
+        )
+
+
+def _require_empty(output_dir: Path) -> None:
+    if output_dir.is_file():
+        raise InputError(f"{output_dir} is a file; the output is a folder. Choose another path.")
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        what = "a finished checkpoint" if (output_dir / REPORT_FILE).is_file() else "a folder with other things in it"
+        raise InputError(
+            f"{output_dir} exists and is {what}; nothing is overwritten. Choose another path, or remove it first."
+        )
+
+
+def _is_work_folder(work: Path) -> bool:
+    """A work folder holds nothing but what a run puts there."""
+    known = {"source", "analysis", "hidden-states", "finished"}
+    return work.is_dir() and {path.name for path in work.iterdir()} <= known
+
+
+def _size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

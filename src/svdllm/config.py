@@ -1,0 +1,168 @@
+"""The recipe: the complete, serialisable description of a run. It is stored in what the run makes."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from svdllm.errors import InputError
+from svdllm.methods import METHODS
+
+PRESETS = ("paper",)
+
+Ratio = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Recipe(BaseModel):
+    """Settings that decide the numbers of a run; keyword-only, frozen, unknown keys are errors.
+
+    Exactly one budget is needed to compress: ``ratio``, ``target_params``, ``target_size`` or explicit ``ranks``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    method: str = Field("svd-llm", description="Row of the table of methods: svd-llm, svd or asvd.")
+    asvd_alpha: float = Field(0.5, ge=0, le=1, description="Exponent of ASVD's channel scales.")
+
+    ratio: Ratio | tuple[Ratio, ...] | None = Field(
+        None, description="Share of the parameters of the compressed linears that is removed (the paper's ratio)."
+    )
+    target_params: int | None = Field(None, gt=0, description="Parameters of the whole compressed model.")
+    target_size: int | None = Field(None, gt=0, description="Bytes of the weight files of the whole compressed model.")
+    ranks: dict[str, int | Literal["full"]] | None = Field(
+        None, description="Explicit ranks by regular expression; other linears stay dense. 'full' keeps full rank."
+    )
+    allocation: Literal["uniform"] = Field("uniform", description="How the budget is spread over the linears.")
+    ignore: tuple[str, ...] = Field((), description="Regular expressions of linears that stay dense.")
+    overrides: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default_factory=dict, description="Ratio by regular expression; the first match wins; 0 leaves it dense."
+    )
+    round_to: int = Field(1, ge=1, description="Ranks are multiples of this.")
+
+    calibration: str = Field("wikitext2", description="Calibration text: a name, a file, a hub data set or a mixture.")
+    samples: int = Field(256, ge=1, description="Calibration windows.")
+    seqlen: int = Field(2048, ge=2, description="Tokens of a calibration window.")
+    seed: int = Field(3, ge=0, description="Seed of the random windows.")
+
+    device: str = Field("auto", description="Where the blocks run: auto, cpu, cuda, cuda:1, ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
+        "auto", description="What the blocks compute in; the checkpoint keeps the source's dtype."
+    )
+    batch_tokens: int = Field(4096, ge=1, description="Tokens that run through a block at once.")
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        if value not in METHODS:
+            raise ValueError(f"unknown method {value!r}; known are {', '.join(METHODS)}")
+        return value
+
+    @field_validator("ignore", "overrides", "ranks")
+    @classmethod
+    def _regular_expressions(cls, value: Any) -> Any:
+        for pattern in value or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Recipe:
+        budgets = {
+            name: getattr(self, name)
+            for name in ("ratio", "target_params", "target_size", "ranks")
+            if getattr(self, name) is not None
+        }
+        if len(budgets) > 1:
+            raise ValueError(f"{' and '.join(budgets)} are given together; give exactly one budget")
+        if isinstance(self.ratio, tuple) and not self.ratio:
+            raise ValueError("ratio is an empty list; give at least one")
+        if isinstance(self.ratio, tuple) and len(set(self.ratio)) < len(self.ratio):
+            raise ValueError(f"ratio names a value twice: {self.ratio}")
+        return self
+
+    def require_budget(self) -> None:
+        """Raises InputError unless a budget is given."""
+        if self.ratio is None and self.target_params is None and self.target_size is None and self.ranks is None:
+            raise InputError(
+                "No budget: give exactly one of --ratio (say 0.2: 20 % of the linears' parameters removed), "
+                "--target-params (say 100M) or --target-size (say 300MB)."
+            )
+
+    def single(self) -> list[Recipe]:
+        """One recipe per ratio."""
+        if not isinstance(self.ratio, tuple):
+            return [self]
+        return [self.model_copy(update={"ratio": ratio}) for ratio in self.ratio]
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def make_recipe(settings: dict[str, Any], origin: str = "the settings") -> Recipe:
+    """Validates a mapping into a recipe; every problem is reported at once as an InputError."""
+    try:
+        return Recipe(**settings)
+    except ValidationError as error:
+        raise InputError(f"{origin}: {_problems(error)}") from error
+
+
+def load_settings(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML (or JSON) recipe file.
+
+    Raises:
+        InputError: no such file, or not a mapping.
+    """
+    path = Path(path)
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"Recipe {path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"Recipe {path}: expected a mapping of settings, found {type(settings).__name__}.")
+    return settings
+
+
+def preset_settings(name: str) -> dict[str, Any]:
+    """The settings of a preset, from the YAML file in the package."""
+    if name not in PRESETS:
+        raise InputError(f"Unknown preset {name!r}; known are {', '.join(PRESETS)}.")
+    text = resources.files("svdllm").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
+
+
+def parse_amount(text: str, *, what: str, bytes_allowed: bool) -> int:
+    """``100M`` or ``1.5B`` parameters, ``300MB`` or ``2GiB`` bytes, as an integer."""
+    units = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+    if bytes_allowed:
+        units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+        units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in units or float(match[1]) <= 0:
+        examples = "300MB, 1.5GB or 2GiB" if bytes_allowed else "100M or 1.5B"
+        raise InputError(f"{what} {text!r} is not an amount above zero; write it like {examples}.")
+    return int(float(match[1]) * units[match[2].upper()])
+
+
+def _problems(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(
+            str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "tuple", "float"))
+        )
+        message = problem["msg"].removeprefix("Value error, ")
+        found = problem.get("input")
+        shown = f" (found {found!r})" if isinstance(found, str | int | float) else ""
+        line = f"{where or 'recipe'}: {message}{shown}"
+        if line not in lines:
+            lines.append(line)
+    return "; ".join(lines)

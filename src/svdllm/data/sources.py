@@ -1,0 +1,260 @@
+"""Documents of any source: files, hub datasets, the built-in text, and what the caller holds in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svdllm.data.corpus import python_docs
+from svdllm.data.specs import (
+    ROW_JOINER,
+    TEXT_SUFFIXES,
+    DocsSpec,
+    FileSpec,
+    HubSpec,
+    MixtureSpec,
+    NamedSet,
+    Spec,
+    check_texts,
+    require_extra,
+)
+from svdllm.errors import InputError
+
+DEFAULT_FIELDS = ("text", "messages")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """Rows that become one text: each is a str, or a chat (a list of role/content dicts)."""
+
+    rows: Sequence[Any]
+    source: str
+    joiner: str = ROW_JOINER
+    per_document: bool = False
+
+
+def documents_of(source: Any) -> Documents:
+    """The documents of an object in memory; strings go through ``documents_of_spec``."""
+    if isinstance(source, (list, tuple)):
+        check_texts(source)
+        return Documents(rows=source, source=f"list of {len(source)} texts")
+    return _from_dataset(source, f"datasets.Dataset of {_num_rows(source)} rows", field=None)
+
+
+def documents_of_spec(spec: Spec, *, evaluation: bool, offline: bool) -> Documents:
+    """Read what ``spec`` names.
+
+    Raises:
+        InputError: the file or the dataset cannot be read, or it holds no such column.
+    """
+    if isinstance(spec, NamedSet):
+        part = spec.evaluation if evaluation else spec.calibration
+        if isinstance(part, DocsSpec):
+            label = "evaluation" if evaluation else "calibration"
+            return Documents(rows=python_docs(evaluation=evaluation), source=f"{spec.name} ({label} topics)")
+        return _from_hub(part, evaluation=evaluation, offline=offline)
+    if isinstance(spec, HubSpec):
+        return _from_hub(spec, evaluation=evaluation, offline=offline)
+    if isinstance(spec, FileSpec):
+        return _from_file(spec)
+    raise TypeError(f"a {MixtureSpec.__name__} has no documents of its own")
+
+
+# ---- files
+
+
+def _from_file(spec: FileSpec) -> Documents:
+    path, suffix = spec.path, spec.path.suffix.lower()
+    if suffix in TEXT_SUFFIXES:
+        return Documents(rows=[_read_text(path)], source=str(path))
+    if suffix == ".parquet":
+        return _from_parquet(path, spec.field)
+    rows = _json_rows(path, whole_file_may_be_a_list=suffix == ".json")
+    columns = sorted({name for row in rows for name in row})
+    field = _choose_field(columns, spec.field, str(path))
+    for number, row in enumerate(rows):
+        if field not in row:
+            raise InputError(f"{path}: row {number} has no column '{field}', it has: {', '.join(sorted(row))}")
+    return Documents(rows=[row[field] for row in rows], source=f"{path}:{field}")
+
+
+def _read_text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as err:
+        raise InputError(
+            f"{path} is not UTF-8: byte {data[err.start]:#04x} at position {err.start}; "
+            "convert it, for example with iconv -t UTF-8"
+        ) from err
+    if not text.strip():
+        raise InputError(f"{path} is empty: give a file with text")
+    return text
+
+
+def _json_rows(path: Path, *, whole_file_may_be_a_list: bool) -> list[dict[str, Any]]:
+    text = _read_text(path)
+    if whole_file_may_be_a_list and text.lstrip().startswith("["):
+        return _json_list(path, text)
+    rows = []
+    # only "\n" ends a line of JSON: str.splitlines would also cut at U+2028 inside a string
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as err:
+            raise InputError(f"{path}, line {number}: not valid JSON ({err}), expected one object per line") from err
+        rows.append(_as_object(row, f"{path}, line {number}"))
+    return rows
+
+
+def _json_list(path: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as err:
+        raise InputError(f"{path}, line {err.lineno}: not valid JSON ({err}), expected a list of objects") from err
+    if not rows:
+        raise InputError(f"{path} is an empty list: give a file with rows")
+    return [_as_object(row, f"{path}, row {number}") for number, row in enumerate(rows)]
+
+
+def _as_object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise InputError(f'{where}: expected an object such as {{"text": "..."}}, found {type(row).__name__}')
+    return row
+
+
+def _from_parquet(path: Path, field: str | None) -> Documents:
+    require_extra("pyarrow", f"reading {path}")
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            field = _choose_field(file.schema_arrow.names, field, str(path))
+            rows = file.read(columns=[field]).column(field).to_pylist()
+    except pyarrow.ArrowInvalid as err:
+        raise InputError(f"{path} is not a readable parquet file: {err}") from err
+    return Documents(rows=rows, source=f"{path}:{field}")
+
+
+def _choose_field(columns: Sequence[str], asked: str | None, where: str) -> str:
+    wanted = DEFAULT_FIELDS if asked is None else (asked,)
+    for field in wanted:
+        if field in columns:
+            return field
+    names = " or ".join(f"'{field}'" for field in wanted)
+    raise InputError(f"{where} has no column {names}, it has: {', '.join(columns)}; name one after a ':'")
+
+
+# ---- datasets
+
+
+def _from_hub(spec: HubSpec, *, evaluation: bool, offline: bool) -> Documents:
+    require_extra("datasets", f"the data set '{spec.repo}'")
+    split = spec.split or ("test" if evaluation else "train")
+    dataset = _load_dataset(spec, split, offline=offline)
+    if spec.max_documents is not None:
+        dataset = dataset.select(range(min(spec.max_documents, len(dataset))))
+    label = ":".join(part for part in (spec.repo, spec.config or spec.data_file, split) if part)
+    documents = _from_dataset(dataset, label, spec.field)
+    return Documents(rows=documents.rows, source=documents.source, joiner=spec.joiner, per_document=spec.per_document)
+
+
+def _load_dataset(spec: HubSpec, split: str, *, offline: bool) -> Any:
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with _hub_offline(offline):
+        try:
+            if spec.data_file is None:
+                return datasets.load_dataset(spec.repo, spec.config, split=split)
+            kind = "parquet" if spec.data_file.endswith(".parquet") else "json"
+            return datasets.load_dataset(kind, data_files={split: _hub_file(spec, spec.data_file)}, split=split)
+        except DatasetNotFoundError as err:
+            raise InputError(
+                f"the data set {spec.repo} does not exist on the hub or may not be read ({_first_line(err)}): "
+                "check the name, or log in with hf auth login"
+            ) from err
+        except (ConnectionError, LocalEntryNotFoundError) as err:
+            raise InputError(_not_reached(spec, offline, err)) from err
+        # the hub client and the file readers share no base class of their errors
+        except Exception as err:
+            if "Couldn't find cache" in str(err):
+                raise InputError(_not_reached(spec, offline, err)) from err
+            name = f"{spec.repo}, config {spec.config or 'default'}, split {split}"
+            raise InputError(f"the data set {name} cannot be loaded: {_first_line(err)}") from err
+
+
+def _hub_file(spec: HubSpec, name: str) -> str:
+    """The path of one file of a repository, from the hub's cache where it can be.
+
+    ``load_dataset(repo, data_files=...)`` would do, but what it caches it does not find again offline.
+    """
+    from huggingface_hub import hf_hub_download
+
+    local = Path(spec.repo, name)
+    if local.is_file():
+        return str(local)
+    return hf_hub_download(spec.repo, name, repo_type="dataset", revision=spec.revision)
+
+
+def _not_reached(spec: HubSpec, offline: bool, err: Exception) -> str:
+    from datasets import config
+
+    if offline or config.HF_HUB_OFFLINE:
+        reason = "is not in the local cache, and offline mode is on"
+    else:
+        reason = f"cannot be reached on the hub and is not in the local cache ({_first_line(err)})"
+    return (
+        f"the data set {spec.repo} {reason}: run once with a network, or give a local file (.txt .jsonl .parquet) "
+        "or the built-in python-docs"
+    )
+
+
+def _first_line(err: Exception) -> str:
+    return next(iter(str(err).strip().splitlines()), type(err).__name__)
+
+
+@contextmanager
+def _hub_offline(offline: bool) -> Iterator[None]:
+    """Within it no request leaves for the hub and ``load_dataset`` takes what is cached.
+
+    ``DownloadConfig(local_files_only=True)`` is ignored by datasets 5, and the environment variables are read once at
+    import; what both libraries look at during a call are these two flags, so they are set here and put back.
+    """
+    if not offline:
+        yield
+        return
+    from datasets import config
+    from huggingface_hub import constants
+
+    holders: tuple[Any, ...] = (config, constants)
+    before = [holder.HF_HUB_OFFLINE for holder in holders]
+    try:
+        for holder in holders:
+            holder.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for holder, value in zip(holders, before, strict=True):
+            holder.HF_HUB_OFFLINE = value
+
+
+def _from_dataset(dataset: Any, label: str, field: str | None) -> Documents:
+    columns = getattr(dataset, "column_names", None)
+    if isinstance(columns, dict):
+        raise InputError(f"a dataset with splits {', '.join(columns)} was given: choose one, as in dataset['train']")
+    if not isinstance(columns, list) or not hasattr(dataset, "__len__"):
+        raise InputError(f"{label}: expected a datasets.Dataset with rows, found {type(dataset).__name__}")
+    field = _choose_field(columns, field, label)
+    return Documents(rows=dataset[field], source=f"{label}:{field}")
+
+
+def _num_rows(dataset: Any) -> str:
+    return str(len(dataset)) if hasattr(dataset, "__len__") else "?"

@@ -1,0 +1,114 @@
+"""Spectra and truncation: tensors in, tensors out.
+
+Shape suffixes: ``O`` out_features, ``I`` in_features, ``K = min(O, I)``, ``D`` depth of a stored basis, ``R`` rank.
+
+The right metric of a target is the Gram ``C = S S^T`` of its inputs and comes in three forms: ``None`` (identity),
+``(I,)`` (diagonal) or ``(I, I)``. SVD-LLM (arXiv 2403.07378, section 3.1) whitens with the Cholesky factor of ``C``
+and takes an SVD; the same optimum is the projection of ``W`` on the leading eigenvectors of ``W C W^T``, which needs
+no inverse and is defined for a singular ``C`` as well.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Directions below this share of the leading energy get the scale of that share: their data never excites them,
+# and an unbounded 1/scale would only cost range in half precision. The product of the factors does not change.
+ENERGY_FLOOR = 1e-12
+
+
+class Spectrum(NamedTuple):
+    """Eigenvalues of ``W C W^T`` and the directions that belong to the first of them."""
+
+    energies_K: Tensor  # float64, descending, not negative; their sum is ||W S||_F^2
+    basis_OD: Tensor  # float64, orthonormal columns
+
+
+def gram_root(gram_II: Tensor) -> Tensor:
+    """Some ``S`` with ``S S^T = gram``: Cholesky where the Gram is definite, its eigenvectors where it is not."""
+    root_II, info = torch.linalg.cholesky_ex(gram_II.double())
+    if info.item() == 0:
+        return root_II
+    energies_I, basis_II = torch.linalg.eigh(gram_II.double())
+    return basis_II * energies_I.clamp_min(0).sqrt()
+
+
+def output_spectrum(
+    weight_OI: Tensor, gram: Tensor | None, depth: int | None = None, root_II: Tensor | None = None
+) -> Spectrum:
+    """Spectrum of a weight in the metric of its inputs, by one ``eigh`` of the smaller side.
+
+    Args:
+        weight_OI: the weight, any float dtype; computed in float64.
+        gram: the right metric, ``None``, ``(I,)`` or ``(I, I)``.
+        depth: how many directions to return; all ``min(O, I)`` by default.
+        root_II: ``gram_root(gram)`` where targets share it; used for tall weights only.
+
+    Raises:
+        torch.linalg.LinAlgError: the eigenvalue iteration does not converge (non-finite input).
+    """
+    weight_OI = weight_OI.double()
+    out_features, in_features = weight_OI.shape
+    depth = min(out_features, in_features) if depth is None else depth
+    if out_features <= in_features:
+        energies_O, basis_OO = torch.linalg.eigh(_congruence(weight_OI, gram))
+        return Spectrum(energies_O.flip(0).clamp_min(0), basis_OO.flip(1)[:, :depth])
+    whitened_OI = _whiten(weight_OI, gram, root_II)
+    energies_I, right_II = torch.linalg.eigh(whitened_OI.mT @ whitened_OI)
+    # Columns of W S V are orthogonal, with norm sigma; QR normalises them and keeps orthogonality even where sigma
+    # is below the square root of the machine precision, which a division by sigma would not.
+    basis_OD, _ = torch.linalg.qr(whitened_OI @ right_II.flip(1)[:, :depth])
+    return Spectrum(energies_I.flip(0).clamp_min(0), basis_OD)
+
+
+def factorise(weight_OI: Tensor, energies_K: Tensor, basis_OD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """``svd_u`` (``O x R``) and ``svd_v`` (``R x I``) of a rank, in float64.
+
+    ``U_r (U_r^T W)`` with the square root of the singular values on either side, as in the paper's Algorithm 1. The
+    scales are relative to the leading one and carry the size of ``W``: they do not depend on the scale of the data
+    nor on ``rank``, so the factors of a smaller rank are the first columns and rows of these.
+    """
+    weight_OI = weight_OI.double()
+    basis_OR = basis_OD[:, :rank].double()
+    scale_R = _balancing_scales(weight_OI, energies_K.double())[:rank]
+    return basis_OR * scale_R, (basis_OR.mT @ weight_OI) / scale_R[:, None]
+
+
+def tail_energies(energies_K: Tensor) -> Tensor:
+    """Squared loss at every rank at once: entry ``r`` is ``sum_{i >= r} energies[i]``; ``K + 1`` entries."""
+    tails_K = energies_K.double().flip(0).cumsum(0).flip(0)
+    return torch.cat([tails_K, tails_K.new_zeros(1)])
+
+
+def _congruence(weight_OI: Tensor, gram: Tensor | None) -> Tensor:
+    """``W C W^T``, exactly symmetric."""
+    if gram is None:
+        product_OO = weight_OI @ weight_OI.mT
+    elif gram.ndim == 1:
+        product_OO = (weight_OI * gram.double()) @ weight_OI.mT
+    else:
+        product_OO = weight_OI @ gram.double() @ weight_OI.mT
+    return (product_OO + product_OO.mT) / 2
+
+
+def _whiten(weight_OI: Tensor, gram: Tensor | None, root_II: Tensor | None) -> Tensor:
+    """``W S``."""
+    if gram is None:
+        return weight_OI
+    if gram.ndim == 1:
+        return weight_OI * gram.double().sqrt()
+    return weight_OI @ (gram_root(gram) if root_II is None else root_II)
+
+
+def _balancing_scales(weight_OI: Tensor, energies_K: Tensor) -> Tensor:
+    """Square roots of the singular values, relative to the leading one and scaled by the size of the weight."""
+    leading = energies_K[0]
+    if leading <= 0:
+        return torch.ones_like(energies_K)
+    mean_square = weight_OI.square().sum() / energies_K.numel()
+    if mean_square <= 0:
+        mean_square = torch.ones_like(mean_square)
+    return (energies_K / leading).clamp_min(ENERGY_FLOOR).pow(0.25) * mean_square.pow(0.25)

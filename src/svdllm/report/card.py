@@ -1,0 +1,73 @@
+"""The model card of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+def model_card(report: dict[str, Any], config: PreTrainedConfig) -> str:
+    """Markdown for the hub: what the model is, how it was made and how to load it. Holds no times, so that two runs
+    of one recipe write the same card."""
+    source, recipe = report["source"], report["recipe"]
+    factorised = [row for row in report["linears"] if row["rank"] is not None]
+    removed = 1 - report["params"] / report["dense_params"]
+    calibration = "none (the method needs no data)"
+    if source["calibration"]:
+        calibration = (
+            f"{source['calibration']}, {source['calibration_tokens']:,} tokens in windows of {recipe['seqlen']}, "
+            f"seed {recipe['seed']}, fingerprint `{source['calibration_fingerprint'][:16]}`"
+        )
+    worst = sorted(factorised, key=lambda row: row["kept_energy"])[:5]
+    worst_rows = "\n".join(
+        f"| `{row['name']}` | {row['out_features']} x {row['in_features']} | {row['rank']} | {row['kept_energy']:.4f} |"
+        for row in worst
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [svdllm, low-rank, compression]
+---
+
+# {source["model"]}, compressed by {report["ratio"]:.0%}
+
+{source["model"]} with {len(factorised)} of its linear layers replaced by low-rank pairs
+(`svd_u @ svd_v`, method `{report["method"]}`, [SVD-LLM](https://arxiv.org/abs/2403.07378)).
+
+| | dense | this model |
+|---|---|---|
+| parameters | {report["dense_params"]:,} | {report["params"]:,} ({removed:.1%} fewer) |
+| weight files | {report["dense_file_bytes"] / 1e6:,.1f} MB | {report["file_bytes"] / 1e6:,.1f} MB |
+| parameters of the linears removed | | {report["ratio"]:.2%} |
+
+It was not trained after compression. Measure its quality on your own text before you use it:
+`svdllm eval FOLDER --base ORIGINAL --ppl your-text.txt`.
+
+## Load
+
+```python
+import svdllm  # registers the model type {config.model_type}
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+Without svdllm installed, pass `trust_remote_code=True`: the code files in this folder are self-contained. A plain
+model of the original architecture and size: `svdllm export FOLDER -o DENSE`.
+
+## How it was made
+
+- Source: {source["model"]}{f", revision {source['revision']}" if source["revision"] else ""}, weights `{source["weights_fingerprint"][:16]}`
+- Calibration: {calibration}
+- Versions: svdllm {report["versions"]["svdllm"]}, torch {report["versions"]["torch"]}, transformers {report["versions"]["transformers"]}
+- `svdllm/recipe.yaml` repeats the run (`svdllm compress MODEL -o OUT --recipe svdllm/recipe.yaml`);
+  `svdllm/report.json` has every layer's rank, kept energy and loss.
+
+The layers that lost most (share of the output's energy kept over the calibration tokens):
+
+| linear | shape | rank | kept energy |
+|---|---|---|---|
+{worst_rows}
+"""

@@ -1,0 +1,305 @@
+"""Blocks, targets and groups of any causal language model, found by looking at it: no table of names, no model code.
+
+Everything here works on a *skeleton*: the model on the meta device, whose parameters have shapes and no values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from svdllm.errors import InputError, UnsupportedModelError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One linear that may be compressed. ``group`` is the name of the first target that reads the same tensor."""
+
+    name: str
+    block: int
+    in_features: int
+    out_features: int
+    has_bias: bool
+    is_conv1d: bool  # GPT-2's Conv1D keeps its weight as (in, out)
+    group: str
+
+    @property
+    def num_weights(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.in_features, self.out_features)
+
+    @property
+    def break_even_rank(self) -> int:
+        """The largest rank whose factors are smaller than the dense matrix."""
+        return (self.num_weights - 1) // (self.in_features + self.out_features)
+
+    def factor_params(self, rank: int) -> int:
+        return rank * (self.in_features + self.out_features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """What a model is made of, as far as compression needs to know."""
+
+    blocks: tuple[str, ...]  # module names, in the order of the model
+    targets: tuple[Target, ...]  # not ignored, in the order of the model
+    ignored: tuple[str, ...]  # linears inside the blocks that --ignore leaves alone
+    returns_tuple: tuple[bool, ...]  # per block: whether the hidden states come first in a tuple
+
+    def block_targets(self, block: int) -> list[Target]:
+        return [target for target in self.targets if target.block == block]
+
+    @property
+    def num_target_params(self) -> int:
+        """Weights of the targets, biases apart: what ``ratio`` is a share of."""
+        return sum(target.num_weights for target in self.targets)
+
+
+def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure:
+    """Looks at a skeleton once.
+
+    Raises:
+        UnsupportedModelError: there is no stack of blocks, or a block holds weights that are no linear's (a mixture
+            of experts with stacked expert tensors, say); lists the modules.
+        InputError: a pattern of ``ignore`` matches nothing, or everything.
+    """
+    blocks = find_blocks(skeleton)
+    _refuse_foreign_weights(skeleton, blocks)
+    groups, returns_tuple = _observe(skeleton, blocks)
+    linears = [
+        _as_target(name, index, module, groups)
+        for index, block in enumerate(blocks)
+        for name, module in linears_of(skeleton.get_submodule(block), prefix=block)
+    ]
+    unused = [target.name for target in linears if not target.group]
+    if unused:
+        raise UnsupportedModelError(
+            f"{len(unused)} linears are never called by the forward pass of {type(skeleton).__name__}, so there is "
+            f"nothing to calibrate them on: {_listing(unused)}. Leave them dense with --ignore."
+        )
+    kept, ignored = _split_ignored(linears, ignore)
+    return Structure(
+        blocks=tuple(blocks), targets=tuple(kept), ignored=tuple(ignored), returns_tuple=tuple(returns_tuple)
+    )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """``nn.Linear``, a subclass that keeps its ``weight`` (out x in), or GPT-2's ``Conv1D``."""
+    return isinstance(module, nn.Linear | Conv1D) and module.weight.ndim == 2
+
+
+def linears_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every linear below ``module`` with its full name."""
+    for name, child in module.named_modules(prefix=prefix):
+        if is_linear(child):
+            yield name, child
+
+
+def find_blocks(skeleton: nn.Module) -> list[str]:
+    """Names of the repeated decoder layers: the items of the one outermost ``ModuleList`` that holds the linears."""
+    stacks: dict[str, int] = {}
+    for name, module in skeleton.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer in stacks)
+        if isinstance(module, nn.ModuleList) and not nested:
+            size = sum(p.numel() for p in module.parameters())
+            if size:
+                stacks[name] = size
+    if not stacks:
+        raise UnsupportedModelError(
+            f"{type(skeleton).__name__} has no stack of decoder blocks (a ModuleList with weights). Its modules are: "
+            f"{_listing([name for name, _ in skeleton.named_children()])}."
+        )
+    if len(stacks) > 1:
+        raise UnsupportedModelError(
+            f"{type(skeleton).__name__} has {len(stacks)} stacks of blocks, one was expected: {_listing(list(stacks))}."
+        )
+    (stack,) = stacks
+    return [f"{stack}.{index}" for index in range(len(skeleton.get_submodule(stack)))]  # type: ignore[arg-type]
+
+
+@contextmanager
+def input_groups(linears: Sequence[tuple[str, nn.Module]], on_input: Callable[[str, Tensor], None] | None = None):
+    """Finds which linears read the same tensor, by its identity, while a block runs.
+
+    Yields ``groups``, a dict linear -> first linear that read the same tensor. ``on_input(leader, inputs)`` is called
+    once per distinct input of every call. Tensors are held until ``release`` (an entry of the hooks' owner), so that
+    identities cannot be reused within one run of the block.
+    """
+    groups: dict[str, str] = {}
+    seen: dict[int, tuple[Tensor, str]] = {}
+
+    def hook_for(name: str):
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs = args[0]
+            _, leader = seen.setdefault(id(inputs), (inputs, name))
+            if groups.setdefault(name, leader) != leader:
+                raise UnsupportedModelError(
+                    f"{name} shared its input with {groups[name]} before and with {leader} now; its inputs cannot be "
+                    "grouped. Leave it dense with --ignore."
+                )
+            if on_input is not None and leader == name:
+                on_input(leader, inputs)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in linears]
+    try:
+        yield groups, seen.clear
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replaced(model: nn.Module, replacements: dict[str, nn.Module]):
+    """Other modules stand in the place of the named ones while the context lasts."""
+    originals = {name: model.get_submodule(name) for name in replacements}
+    try:
+        for name, module in replacements.items():
+            model.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in originals.items():
+            model.set_submodule(name, module)
+
+
+def to_device(tree: Any, device: torch.device | str) -> Any:
+    """Moves every tensor in nested lists, tuples and dicts."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+class _MetaProbe(nn.Module):
+    """Runs the real block on the meta device beside the pass and hands the hidden states on unchanged."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+        self.returns_tuple = False
+
+    def __getattr__(self, name: str) -> Any:
+        # Some models read attributes of their blocks (Gemma's attention_type) before calling them.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        buffers = {name: buffer.to("meta") for name, buffer in self.block.named_buffers()}
+        output = functional_call(self.block, buffers, to_device(args, "meta"), to_device(kwargs, "meta"))
+        self.returns_tuple = isinstance(output, tuple)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if self.returns_tuple else hidden
+
+
+def _observe(skeleton: PreTrainedModel, blocks: list[str]) -> tuple[dict[str, str], list[bool]]:
+    """One pass over eight tokens in which only the machinery around the blocks is real, and all of it zeros."""
+    probes = {name: _MetaProbe(skeleton.get_submodule(name)) for name in blocks}
+    linears = [pair for name in blocks for pair in linears_of(skeleton.get_submodule(name), prefix=name)]
+    with replaced(skeleton, dict(probes)), _zeros_outside(skeleton, blocks), input_groups(linears) as (groups, _):
+        token_ids = torch.zeros(1, 8, dtype=torch.long)
+        with torch.no_grad():
+            skeleton.base_model(input_ids=token_ids, use_cache=False)
+    return groups, [probe.returns_tuple for probe in probes.values()]
+
+
+@contextmanager
+def _zeros_outside(skeleton: nn.Module, blocks: list[str]):
+    """Parameters outside the blocks become zeros of no size (stride 0) on the CPU while the context lasts."""
+    inside = tuple(f"{name}." for name in blocks)
+    outside = [name for name, _ in skeleton.named_parameters() if not name.startswith(inside)]
+    held = {}
+    for name in outside:
+        owner, _, leaf = name.rpartition(".")
+        module = skeleton.get_submodule(owner)
+        held[name] = getattr(module, leaf)
+        zeros = torch.zeros(1, dtype=held[name].dtype).expand(held[name].shape)
+        setattr(module, leaf, nn.Parameter(zeros, requires_grad=False))
+    try:
+        yield
+    finally:
+        for name, parameter in held.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(skeleton.get_submodule(owner), leaf, parameter)
+
+
+def _as_target(name: str, block: int, module: nn.Module, groups: dict[str, str]) -> Target:
+    is_conv1d = isinstance(module, Conv1D)
+    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+    return Target(
+        name=name,
+        block=block,
+        in_features=rows if is_conv1d else columns,
+        out_features=columns if is_conv1d else rows,
+        has_bias=module.bias is not None,
+        is_conv1d=is_conv1d,
+        group=groups.get(name, ""),
+    )
+
+
+def _refuse_foreign_weights(skeleton: nn.Module, blocks: list[str]) -> None:
+    """Every weight of two or more dimensions inside a block must belong to a linear of its own."""
+    foreign, owners = [], {}
+    for block in blocks:
+        for name, module in skeleton.get_submodule(block).named_modules(prefix=block):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                full = f"{name}.{leaf}"
+                if parameter.ndim >= 2 and not is_linear(module):
+                    foreign.append(f"{name} ({type(module).__name__}.{leaf} {tuple(parameter.shape)})")
+                elif id(parameter) in owners:
+                    foreign.append(f"{full} (shared with {owners[id(parameter)]})")
+                owners[id(parameter)] = full
+    if foreign:
+        raise UnsupportedModelError(
+            f"{type(skeleton).__name__} keeps weights that are not plain linear layers, {len(foreign)} in all: "
+            f"{_listing(foreign)}. Mixtures of experts with stacked expert tensors, convolutions and weights shared "
+            "between blocks are not supported yet."
+        )
+    if not any(True for block in blocks for _ in linears_of(skeleton.get_submodule(block))):
+        raise UnsupportedModelError(f"The blocks of {type(skeleton).__name__} hold no linear layer.")
+
+
+def _split_ignored(linears: list[Target], ignore: Sequence[str]) -> tuple[list[Target], list[str]]:
+    names = [target.name for target in linears]
+    for pattern in ignore:
+        if not any(matches(pattern, name) for name in names):
+            raise InputError(
+                f"--ignore {pattern!r} matches none of the {len(names)} linears; they are named like {_listing(names)}."
+            )
+    kept = [t for t in linears if not any(matches(pattern, t.name) for pattern in ignore)]
+    if not kept:
+        raise InputError(f"--ignore {' '.join(ignore)!r} matches every linear: nothing is left to compress.")
+    chosen = {target.name for target in kept}
+    # A group is named after its first compressed member, so that an ignored leader does not orphan the others.
+    leaders: dict[str, str] = {}
+    regrouped = [_regroup(target, leaders.setdefault(target.group, target.name)) for target in kept]
+    return regrouped, [name for name in names if name not in chosen]
+
+
+def _regroup(target: Target, group: str) -> Target:
+    return Target(**{**target.__dict__, "group": group})
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Patterns are regular expressions, searched anywhere in the module's name."""
+    try:
+        return re.search(pattern, name) is not None
+    except re.error as error:
+        raise InputError(f"{pattern!r} is not a regular expression: {error}.") from error
+
+
+def _listing(names: Sequence[str], limit: int = 8) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

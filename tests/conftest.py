@@ -1,0 +1,59 @@
+"""No test reaches the network or the user's caches: offline mode before any import, and sockets that refuse."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import ipaddress
+import socket
+
+import pytest
+
+from tokenizers_local import byte_tokenizer
+
+
+def _is_local(address: object) -> bool:
+    if not isinstance(address, tuple):
+        return True  # a Unix socket
+    host = str(address[0])
+    try:
+        return host in ("", "localhost") or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Connections to anything but this machine fail at once; returns the addresses that were tried."""
+    tried: list[object] = []
+
+    def guard(original):
+        def connect(self, address, *args):
+            if not _is_local(address):
+                tried.append(address)
+                raise OSError(f"a test tried to reach {address}")
+            return original(self, address, *args)
+
+        return connect
+
+    def resolve(host, *args, **kwargs):
+        if host is not None and not _is_local((host,)):
+            tried.append(host)
+            raise socket.gaierror(f"a test tried to look up {host}")
+        return look_up(host, *args, **kwargs)
+
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guard(getattr(socket.socket, name)))
+    return tried
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Byte-level BPE of 290 tokens, no special tokens added, no chat template."""
+    return byte_tokenizer()

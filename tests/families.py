@@ -1,0 +1,107 @@
+"""Tiny random models of real classes: one for every way in which families differ that matters to a factorisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+_COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GQA = {**_COMMON, "num_key_value_heads": 2}
+_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {**_GQA, **_ROPE, "tie_word_embeddings": True},
+    "mistral": {**_GQA, **_ROPE},
+    "qwen2": {**_GQA, "tie_word_embeddings": True},
+    "qwen3": {**_GQA, "head_dim": 16},
+    "gemma3_text": {
+        **_GQA,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+            "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+        },
+    },
+    "opt": {
+        **{key: value for key, value in _COMMON.items() if key != "intermediate_size"},
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+    },
+    "gpt2": {
+        "vocab_size": 128,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
+    "gpt_neox": _COMMON,
+    "phi3": _GQA,
+    "falcon": {
+        **{key: value for key, value in _COMMON.items() if key != "intermediate_size"},
+        "ffn_hidden_size": 48,
+        "parallel_attn": True,
+        "alibi": False,
+        "new_decoder_architecture": False,
+        "multi_query": True,
+    },
+    "stablelm": {**_GQA, "use_qkv_bias": True},
+}
+
+
+def tiny_config(family: str, **overrides: Any) -> Any:
+    """A config of ``family`` with two layers of width 32 and 128 tokens."""
+    return CONFIG_MAPPING[family](**{**FAMILIES[family], **overrides})
+
+
+def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:
+    """A float32 model in eval mode with random weights, biases and norms; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides), dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias") or parameter.ndim == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tiny_tokens(batch: int = 2, length: int = 12, seed: int = 1) -> Tensor:
+    """``(batch, length)`` token ids, none of them special."""
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def linear_targets(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear inside the blocks, by its name in ``named_modules``."""
+    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """``(out_features, in_features)``, also of a ``Conv1D``, which stores the transpose."""
+    weight = linear.weight.detach()
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(linear, Conv1D) else weight

@@ -181,8 +181,8 @@ def test_a_logit_that_is_not_finite_is_named(monkeypatch, bad, chunk_elements):
     table = torch.zeros(5, 5)
     table[4, 2] = bad
     ids = torch.zeros(30, dtype=torch.int64)
-    ids[23] = 4  # window 4 of 5 tokens, position 3
-    with pytest.raises(NumericalError, match="a logit of window 4 is not finite, first at position 3"):
+    ids[28] = 4  # window 5, the second of its batch, position 3
+    with pytest.raises(NumericalError, match="a logit of window 5 is not finite, first at position 3"):
         perplexity(TableModel(table), ids, seqlen=5, batch_size=4)
 
 

@@ -3,39 +3,44 @@
 Importing it registers the low-rank model types, so that ``AutoModelForCausalLM.from_pretrained`` loads checkpoints.
 """
 
+from svdllm.checkpoint import load_model
+from svdllm.compress import compress, compress_many
+from svdllm.config import Recipe
+from svdllm.errors import (
+    CheckpointError,
+    InputError,
+    NumericalError,
+    ResourceError,
+    SvdllmError,
+    UnsupportedModelError,
+)
+from svdllm.evaluate import Perplexity, perplexity
+from svdllm.export import export_dense
 from svdllm.modeling import register_all
+from svdllm.plan import Plan, plan
+from svdllm.records import CompressionResult
+from svdllm.verify import verify
 from svdllm.version import __version__
 
 register_all()
 
-_PUBLIC = {
-    "Recipe": "config",
-    "CompressionResult": "records",
-    "Plan": "plan",
-    "plan": "plan",
-    "compress": "compress",
-    "compress_many": "compress",
-    "perplexity": "evaluate",
-    "load_model": "checkpoint",
-    "verify": "checkpoint",
-    "export_dense": "checkpoint",
-    "SvdllmError": "errors",
-    "InputError": "errors",
-    "UnsupportedModelError": "errors",
-    "ResourceError": "errors",
-    "NumericalError": "errors",
-    "CheckpointError": "errors",
-}
-
-
-def __getattr__(name: str):
-    """The public names, imported when first used: the command line's help should not wait for them."""
-    from importlib import import_module
-
-    if name in _PUBLIC:
-        return getattr(import_module(f"svdllm.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module 'svdllm' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*_PUBLIC, "__version__"])
+__all__ = [
+    "CheckpointError",
+    "CompressionResult",
+    "InputError",
+    "NumericalError",
+    "Perplexity",
+    "Plan",
+    "Recipe",
+    "ResourceError",
+    "SvdllmError",
+    "UnsupportedModelError",
+    "__version__",
+    "compress",
+    "compress_many",
+    "export_dense",
+    "load_model",
+    "perplexity",
+    "plan",
+    "verify",
+]

@@ -6,7 +6,6 @@ It is what resume and several ratios live on: any rank is a slice of a basis, an
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,7 +112,12 @@ def collect_statistics(block: Block, targets: list[Target], method: Method) -> d
 
 
 def decompose(
-    block: Block, targets: list[Target], statistics: Mapping[str, Statistic], method: Method, alpha: float, depths: Mapping[str, int]
+    block: Block,
+    targets: list[Target],
+    statistics: Mapping[str, Statistic],
+    method: Method,
+    alpha: float,
+    depths: Mapping[str, int],
 ) -> tuple[dict[str, TargetSpectrum], dict[str, float]]:
     """Spectra and bases of a block's targets in the method's metric, and the seconds each took."""
     spectra, seconds = {}, {}
@@ -170,7 +174,7 @@ def refuse_other_settings(found: Mapping[str, Any], wanted: Mapping[str, Any], f
 def write_atomically(path: Path, content: bytes) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(content)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def _short(value: Any) -> str:

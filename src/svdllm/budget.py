@@ -133,7 +133,9 @@ def _fill(
 
 def _saved_by(fixed: Mapping[str, int], structure: Structure, unit: _Unit) -> int:
     by_name = {target.name: target for target in structure.targets}
-    dense = {n: by_name[n].num_weights * unit.costs[n] // (by_name[n].in_features + by_name[n].out_features) for n in fixed}
+    dense = {
+        n: by_name[n].num_weights * unit.costs[n] // (by_name[n].in_features + by_name[n].out_features) for n in fixed
+    }
     return sum(dense[name] - unit.costs[name] * rank for name, rank in fixed.items())
 
 
@@ -184,7 +186,9 @@ def _require_ranks_above_zero(ranks: Ranks, targets: Sequence[Target], recipe: R
     if empty:
         worst = min(empty, key=lambda t: t.break_even_rank)
         highest = 1 - recipe.round_to * (worst.in_features + worst.out_features) / worst.num_weights
-        advice = f"use a ratio of at most {highest:.4f}" if highest > 0 else f"leave it dense with --ignore {worst.name}"
+        advice = (
+            f"use a ratio of at most {highest:.4f}" if highest > 0 else f"leave it dense with --ignore {worst.name}"
+        )
         rounding = f" (ranks are multiples of {recipe.round_to})" if recipe.round_to > 1 else ""
         raise InputError(
             f"The ratio leaves rank 0{rounding} for {len(empty)} linears, for instance {worst.name} "

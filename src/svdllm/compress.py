@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -20,21 +19,22 @@ from svdllm.checkpoint import REPORT_FILE, write_checkpoint
 from svdllm.config import Recipe
 from svdllm.data import TokenWindows, calibration_windows, check_source
 from svdllm.errors import InputError, ResourceError, SvdllmError
-from svdllm.memory import available_bytes, device_peak_bytes, peak_bytes
+from svdllm.memory import device_peak_bytes, peak_bytes
 from svdllm.methods import METHODS
 from svdllm.plan import Plan, calibration_warnings, look_at, plans_of, resolve_device, resolve_dtype
 from svdllm.progress import Reporter
 from svdllm.records import CompressionResult, LinearRecord, Provenance, linear_record
-from svdllm.source import Source, build_skeleton, open_config, open_source, survey
+from svdllm.source import Source, build_skeleton, open_config, open_source
 from svdllm.stream import Walk
-from svdllm.structure import Structure, discover
+from svdllm.structure import Structure
 from svdllm.version import __version__
+from svdllm.weights import survey
+from svdllm.workspace import is_work_folder, require_empty, require_room
 
-# Left free on the disk beyond what the plan says.
-DISK_RESERVE = 64 * 2**20
 
-
-def compress(model: str | Path | PreTrainedModel, recipe: Recipe, output_dir: str | Path, **options: Any) -> CompressionResult:
+def compress(
+    model: str | Path | PreTrainedModel, recipe: Recipe, output_dir: str | Path, **options: Any
+) -> CompressionResult:
     """Compresses a model to one size; see ``compress_many`` for the options and errors."""
     if isinstance(recipe.ratio, tuple) and len(recipe.ratio) > 1:
         raise InputError("The recipe has several ratios: use compress_many, which makes a checkpoint of each.")
@@ -121,7 +121,7 @@ class _Run:
         resolve_device(self.recipe.device)
         if self.needs_tokens:
             check_source(self.calibration)
-        ours = _is_work_folder(self.work)
+        ours = is_work_folder(self.work)
         if self.work.exists() and not ours:
             raise InputError(
                 f"{self.work} is in the way: it is not the work folder of a run. Move it away, or choose another output."
@@ -132,7 +132,7 @@ class _Run:
         if ours and (found := read_settings(self.work / "analysis")):
             wanted = _recipe_settings(self.recipe)
             refuse_other_settings({key: found.get(key) for key in wanted}, wanted, self.work)
-        _require_empty(self.output_dir)
+        require_empty(self.output_dir)
 
     @contextmanager
     def cleaning_up(self):
@@ -156,14 +156,14 @@ class _Run:
     def execute(self) -> list[CompressionResult]:
         with self.reporter.stage("plan", 1):
             config_only = open_config(self.model, offline=self.offline, revision=self.revision)
-            plans = plans_of(self.model, config_only, self.recipe, self.hidden_states_limit)
-            self._require_room(plans[-1])
+            plans = plans_of(config_only, self.recipe, self.hidden_states_limit)
+            require_room(self.output_dir, self.work, plans[-1])
         with self.reporter.stage("open", 1):
             source = open_source(
                 self.model, offline=self.offline, revision=self.revision, gguf_folder=self.work / "source"
             )
             skeleton, structure = look_at(source, self.recipe)
-            plans = plans_of(self.model, source, self.recipe, self.hidden_states_limit)
+            plans = plans_of(source, self.recipe, self.hidden_states_limit)
         windows = self._calibration_windows(source, structure)
         fingerprint = self._survey(source)
         analysis = Analysis(self.work / "analysis", self._settings(fingerprint, windows))
@@ -180,7 +180,9 @@ class _Run:
             tokenizer = self.tokenizer
             if tokenizer is None and not isinstance(self.calibration, Tensor):
                 if source.folder is None:
-                    raise InputError("A model in memory needs its tokenizer (tokenizer=...), or token ids (calibration=...).")
+                    raise InputError(
+                        "A model in memory needs its tokenizer (tokenizer=...), or token ids (calibration=...)."
+                    )
                 tokenizer = source.load_tokenizer(self.offline)
             windows = calibration_windows(
                 self.calibration,
@@ -220,7 +222,9 @@ class _Run:
         if not pending:
             return
         if pending[0] > 0:
-            self.reporter.note(f"Going on with block {pending[0] + 1}: {pending[0]} of {len(structure.blocks)} are done.")
+            self.reporter.note(
+                f"Going on with block {pending[0] + 1}: {pending[0]} of {len(structure.blocks)} are done."
+            )
         device = resolve_device(self.recipe.device)
         dtype = resolve_dtype(self.recipe.dtype, device, source.dtype)
         walk = Walk(
@@ -286,7 +290,7 @@ class _Run:
                     )
             results.append(self._result(recipe, plan, linears, self.output_dir / folder.relative_to(finished)))
         self.output_dir.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(finished, self.output_dir)
+        finished.replace(self.output_dir)
         shutil.rmtree(self.work)
         return results
 
@@ -301,26 +305,6 @@ class _Run:
             peak_device_bytes=device_peak_bytes(resolve_device(recipe.device)),
             warnings=list(self.reporter.warnings),
         )
-
-    def _require_room(self, plan: Plan) -> None:
-        """Disk, and memory, as the plan predicts them."""
-        existing = self.output_dir.absolute().parent
-        while not existing.exists():
-            existing = existing.parent
-        free = shutil.disk_usage(existing).free + _size_of(self.work)
-        if plan.disk_bytes + DISK_RESERVE > free:
-            raise ResourceError(
-                f"The disk of {self.output_dir} has {free / 1e9:.2f} GB free, the run needs {plan.disk_bytes / 1e9:.2f} GB "
-                "(analysis and checkpoint). Free some, or choose an output elsewhere."
-            )
-        memory = available_bytes()
-        more = plan.peak_ram_bytes - plan.ram_by_stage["now"]
-        if memory is not None and more > memory:
-            stage = max(plan.ram_by_stage, key=lambda name: plan.ram_by_stage[name])
-            raise ResourceError(
-                f"The run needs {more / 1e9:.2f} GB more memory at its peak (stage {stage!r}), {memory / 1e9:.2f} GB are free. "
-                "Lower --batch-tokens, or free some memory."
-            )
 
 
 def _recipe_settings(recipe: Recipe) -> dict[str, Any]:
@@ -360,26 +344,6 @@ def _check_windows(windows: TokenWindows, source: Source) -> None:
             f"The calibration tokens go from {int(windows.ids.min())} to {int(windows.ids.max())}, the vocabulary of "
             f"{source.name} has {config.vocab_size} entries: the tokenizer does not belong to the model."
         )
-
-
-def _require_empty(output_dir: Path) -> None:
-    if output_dir.is_file():
-        raise InputError(f"{output_dir} is a file; the output is a folder. Choose another path.")
-    if output_dir.is_dir() and any(output_dir.iterdir()):
-        what = "a finished checkpoint" if (output_dir / REPORT_FILE).is_file() else "a folder with other things in it"
-        raise InputError(
-            f"{output_dir} exists and is {what}; nothing is overwritten. Choose another path, or remove it first."
-        )
-
-
-def _is_work_folder(work: Path) -> bool:
-    """A work folder holds nothing but what a run puts there."""
-    known = {"source", "analysis", "hidden-states", "finished"}
-    return work.is_dir() and {path.name for path in work.iterdir()} <= known
-
-
-def _size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

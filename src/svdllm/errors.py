@@ -35,3 +35,8 @@ class NumericalError(SvdllmError):
 
 class CheckpointError(InputError):
     """A checkpoint is truncated, altered or incomplete; the message names the file."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, to be quoted in a message of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svdllm.checkpoint import load_model
+from svdllm.data import check_source, evaluation_tokens
 from svdllm.errors import InputError, NumericalError
+from svdllm.plan import resolve_device, resolve_dtype
+from svdllm.progress import Reporter
+from svdllm.source import open_config
 
 TOKENS_PER_BATCH = 2048
 CHUNK_ELEMENTS = 2**25  # float32 logits that are turned into losses at a time: 128 MiB
@@ -215,3 +221,74 @@ def _record(nll_N: Tensor, seqlen: int, source: str, protocol: str, seconds: flo
         protocol=protocol,
         seconds=seconds,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPerplexity:
+    """The perplexity of one model on one text, with the size of the model."""
+
+    model: str
+    text: str
+    params: int
+    weight_bytes: int
+    perplexity: Perplexity
+
+    def to_dict(self) -> dict[str, Any]:
+        sizes = {"model": self.model, "text": self.text, "params": self.params, "weight_bytes": self.weight_bytes}
+        return sizes | self.perplexity.to_dict()
+
+
+def evaluate_models(
+    models: Sequence[str],
+    texts: Sequence[str],
+    *,
+    seqlen: int,
+    max_windows: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    offline: bool = False,
+    reporter: Reporter | None = None,
+) -> list[ModelPerplexity]:
+    """Perplexity of every model on every text, by text and then by model; one model is in memory at a time.
+
+    ``models`` are hub ids, folders (compressed or not) or GGUF files; each is measured with its own tokenizer. All of
+    them, and the texts, are looked at before the first one is loaded.
+
+    Raises:
+        InputError, UnsupportedModelError, CheckpointError: a model or text cannot be used; names it.
+        NumericalError: a logit is not finite.
+    """
+    reporter = reporter or Reporter()
+    for text in texts:
+        check_source(text)
+    place = resolve_device(device)
+    opened = [open_config(model, offline=offline) for model in models]
+    rows: dict[tuple[int, int], ModelPerplexity] = {}
+    for number, (name, source) in enumerate(zip(models, opened, strict=True)):
+        tokenizer = source.load_tokenizer(offline)
+        ids = [evaluation_tokens(text, tokenizer, offline=offline) for text in texts]
+        with reporter.stage(f"load {Path(name).name}", 1):
+            model = load_model(name, dtype=resolve_dtype(dtype, place, source.dtype), local_files_only=offline).to(
+                place
+            )  # type: ignore[arg-type]
+        for position, text in enumerate(texts):
+            with reporter.stage(f"eval {Path(name).name}", 1):
+                measured = perplexity(
+                    model,
+                    ids[position],
+                    seqlen=seqlen,
+                    max_windows=max_windows,
+                    batch_size=batch_size,
+                    progress=reporter.advance,
+                    source=text,
+                )
+            rows[position, number] = ModelPerplexity(
+                model=name,
+                text=text,
+                params=model.num_parameters(),
+                weight_bytes=source.weight_bytes,
+                perplexity=measured,
+            )
+        del model
+    return [rows[key] for key in sorted(rows)]

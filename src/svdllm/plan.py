@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,29 +9,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from svdllm.budget import (
-    SHARD_BYTES,
-    Tensors,
-    choose_ranks,
-    compressed_tensors,
-    file_bytes,
-    num_params,
-    shard_names,
-    stored_tensors,
-    tensor_bytes,
-)
+from svdllm.budget import choose_ranks, compressed_tensors, file_bytes, num_params, stored_tensors
 from svdllm.config import Recipe
 from svdllm.errors import InputError
-from svdllm.memory import available_bytes, resident_bytes
+from svdllm.estimate import Needs
 from svdllm.methods import METHODS
 from svdllm.source import Source, build_skeleton, open_config
 from svdllm.statistics import Gram
 from svdllm.structure import Structure, Target, discover
-
-# Share of the free memory that hidden states may take before they go to disk.
-HIDDEN_STATES_SHARE = 0.5
-# Tokenizer, data set reader, thread stacks and the allocator's slack, beyond what the modules import.
-WORKING_BYTES = 120 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +90,13 @@ def plan(
     """
     recipe.require_budget()
     source = open_config(model, offline=offline, revision=revision)
-    return plans_of(model, source, recipe, hidden_states_limit)
+    return plans_of(source, recipe, hidden_states_limit)
 
 
-def plans_of(
-    model: str | Path | PreTrainedModel, source: Source, recipe: Recipe, hidden_states_limit: int | None
-) -> list[Plan]:
+def plans_of(source: Source, recipe: Recipe, hidden_states_limit: int | None) -> list[Plan]:
     """One plan per ratio, for a model that is open."""
     skeleton, structure = look_at(source, recipe)
-    path = None if isinstance(model, PreTrainedModel) else Path(model)
+    gguf_bytes = 0 if source.gguf is None else source.gguf.stat().st_size
     return [
         make_plan(
             source,
@@ -122,7 +104,7 @@ def plans_of(
             structure,
             single,
             num_outputs=len(recipe.single()),
-            gguf_bytes=path.stat().st_size if path is not None and path.is_file() else 0,
+            gguf_bytes=gguf_bytes,
             hidden_states_limit=hidden_states_limit,
         )
         for single in recipe.single()
@@ -137,7 +119,9 @@ def look_at(source: Source, recipe: Recipe) -> tuple[PreTrainedModel, Structure]
         UnsupportedModelError: its structure is not understood.
     """
     if getattr(source.config, "svdllm", None):
-        raise InputError(f"{source.name} is compressed already; compress its dense source ({source.config.svdllm['source']['id']}).")
+        raise InputError(
+            f"{source.name} is compressed already; compress its dense source ({source.config.svdllm['source']['id']})."
+        )
     skeleton = build_skeleton(source.config)
     return skeleton, discover(skeleton, recipe.ignore)
 
@@ -158,7 +142,7 @@ def make_plan(
     stored = stored_tensors(source, skeleton)
     ranks = choose_ranks(recipe, structure, stored)
     written = compressed_tensors(stored, structure.targets, ranks)
-    needs = _Needs(structure, skeleton, recipe, stored, written, device, dtype, gguf_bytes, hidden_states_limit)
+    needs = Needs(structure, skeleton, recipe, stored, written, device, dtype, gguf_bytes, hidden_states_limit)
     dense_linear = structure.num_target_params
     kept = sum(_params(target, ranks) for target in structure.targets)
     return Plan(
@@ -234,137 +218,6 @@ def resolve_dtype(name: str, device: torch.device, source_dtype: torch.dtype) ->
     return torch.float32 if device.type == "cpu" else source_dtype
 
 
-def spill_hidden_states(num_bytes: int, limit: int | None) -> bool:
-    """Whether hidden states go to disk: above ``limit``, by default half of the memory that is free."""
-    if limit is None:
-        free = available_bytes()
-        limit = None if free is None else int(free * HIDDEN_STATES_SHARE)
-    return limit is not None and num_bytes > limit
-
-
-class _Needs:
-    """Memory, disk and time of a run, from its shapes."""
-
-    def __init__(
-        self,
-        structure: Structure,
-        skeleton: PreTrainedModel,
-        recipe: Recipe,
-        stored: Tensors,
-        written: Tensors,
-        device: torch.device,
-        dtype: torch.dtype,
-        gguf_bytes: int,
-        hidden_states_limit: int | None,
-    ):
-        self.structure, self.recipe, self.device, self.dtype = structure, recipe, device, dtype
-        self.method = METHODS[recipe.method]
-        self.stored, self.written, self.gguf_bytes = stored, written, gguf_bytes
-        inside = tuple(f"{block}." for block in structure.blocks)
-        numel = {name: torch.Size(shape).numel() for name, (shape, _) in stored.items()}
-        self.outside = sum(size for name, size in numel.items() if not name.startswith(inside)) * dtype.itemsize
-        self.block = max(
-            sum(size for name, size in numel.items() if name.startswith(prefix)) * dtype.itemsize for prefix in inside
-        )
-        self.largest_tensor = max(tensor_bytes(stored, [name]) for name in stored)
-        self.tokens = recipe.samples * recipe.seqlen
-        self.hidden_size = skeleton.get_input_embeddings().weight.shape[-1]  # type: ignore[union-attr, index]
-        self.runs_tokens = self.method.statistic is not None
-        self.hidden_states = self.tokens * self.hidden_size * dtype.itemsize if self.runs_tokens else 0
-        self.hidden_states_on_disk = spill_hidden_states(self.hidden_states, hidden_states_limit)
-
-    def ram_by_stage(self) -> dict[str, int]:
-        base = resident_bytes() + WORKING_BYTES
-        on_cpu = self.device.type == "cpu"
-        hidden = 0 if self.hidden_states_on_disk else self.hidden_states
-        stages = {"now": resident_bytes(), "read": base + 2 * self.largest_tensor}
-        if self.gguf_bytes:
-            floats = sum(torch.Size(shape).numel() for shape, _ in self.stored.values()) * 4
-            stages["dequantise"] = base + floats + self.gguf_bytes + self.largest_tensor
-        if on_cpu:
-            stages["analyze"] = base + hidden + max(self.outside + self._batch(), self._block_needs())
-        else:
-            stages["analyze"] = base + hidden + 2 * self.largest_tensor
-        shard = max(tensor_bytes(self.written, names) for names in shard_names(self.written, SHARD_BYTES))
-        stages["write"] = base + shard + self._decomposition()
-        stages["check"] = base + (self.outside + self.block if on_cpu else self.largest_tensor)
-        return stages
-
-    def device_bytes(self) -> int:
-        if self.device.type == "cpu":
-            return 0
-        return max(self.outside + self._batch(), self._block_needs())
-
-    def disk_bytes(self, num_outputs: int) -> int:
-        bases = sum(8 * t.full_rank + 4 * t.out_features * t.break_even_rank for t in self.structure.targets)
-        dequantised = tensor_bytes(self.stored) if self.gguf_bytes else 0
-        spilled = self.hidden_states if self.hidden_states_on_disk else 0
-        return bases + dequantised + spilled + num_outputs * file_bytes(self.written)
-
-    def seconds_by_stage(self, num_outputs: int) -> dict[str, float]:
-        rate, rate64 = _multiply_rate(self.device, self.dtype), _multiply_rate(self.device, torch.float64)
-        weights = self.structure.num_target_params
-        groups = {target.group: target.in_features for target in self.structure.targets}
-        forward = 2 * weights * self.tokens / rate if self.runs_tokens else 0.0
-        grams = 0.0
-        if self.method.statistic is Gram:
-            grams = sum(size**2 for size in groups.values()) * 2 * 0.65 * self.tokens / _multiply_rate(self.device, torch.float32)
-        # eigh takes about 9 n^3 multiplications, at a fraction of the rate of a product.
-        eigh = sum(9 * t.full_rank**3 / 0.25 + 4 * t.full_rank * t.num_weights for t in self.structure.targets)
-        return {
-            "forward": 1.25 * forward,  # attention and element-wise work beside the products
-            "grams": grams,
-            "decompose": eigh / rate64,
-            "write": num_outputs * (2 * weights * max(t.break_even_rank for t in self.structure.targets) / rate64
-                                    + file_bytes(self.written) / 4e8),
-        }
-
-    def _batch(self) -> int:
-        """Activations of one batch at its widest moment."""
-        if not self.runs_tokens:
-            return 0
-        tokens = min(self.tokens, max(self.recipe.batch_tokens, self.recipe.seqlen))
-        widths = sum({t.group: t.in_features for t in self.structure.block_targets(0)}.values())
-        return tokens * self.dtype.itemsize * (widths + 4 * self.hidden_size)
-
-    def _statistics(self) -> int:
-        groups = {t.group: t.in_features for t in self.structure.block_targets(0)}
-        if self.method.statistic is Gram:
-            return sum(12 * size**2 for size in groups.values())
-        return sum(8 * size for size in groups.values())
-
-    def _decomposition(self) -> int:
-        def workspace(target: Target) -> int:
-            metric = 2 * target.in_features**2 if self.method.statistic is Gram else 0
-            return 8 * (2 * target.num_weights + 4 * target.full_rank**2 + metric)
-
-        return max(workspace(target) for target in self.structure.targets)
-
-    def _bases(self) -> int:
-        return sum(4 * t.out_features * t.break_even_rank for t in self.structure.block_targets(0))
-
-    def _block_needs(self) -> int:
-        return self.block + self._statistics() + max(self._batch(), self._decomposition() + self._bases())
-
-
 def _params(target: Target, ranks: dict[str, int]) -> int:
     rank = ranks.get(target.name)
     return target.num_weights if rank is None else target.factor_params(rank)
-
-
-_rates: dict[tuple[str, torch.dtype], float] = {}
-
-
-def _multiply_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a product of middling size, measured once."""
-    key = (str(device), dtype)
-    if key not in _rates:
-        left = torch.ones(512, 512, device=device, dtype=dtype)
-        times = []
-        for _ in range(4):
-            started = time.perf_counter()
-            product = left @ left
-            product[0, 0].item()
-            times.append(time.perf_counter() - started)
-        _rates[key] = 2 * 512**3 / min(times)
-    return _rates[key]

@@ -41,3 +41,30 @@ class Reporter:
     def warn(self, text: str) -> None:
         """Something the user should know, though the run goes on."""
         self.warnings.append(text)
+
+
+class SubReporter(Reporter):
+    """Passes on what a part of a larger run tells, and keeps that part's times for itself."""
+
+    def __init__(self, outer: Reporter, prefix: str):
+        super().__init__()
+        self._outer, self._prefix = outer, prefix
+
+    def start_stage(self, name: str, steps: int) -> None:
+        self._outer.start_stage(f"{self._prefix}{name}", steps)
+
+    def end_stage(self, name: str) -> None:
+        self._outer.end_stage(f"{self._prefix}{name}")
+
+    def advance(self, done: int, steps: int) -> None:
+        self._outer.advance(done, steps)
+
+    def note(self, text: str) -> None:
+        self._outer.note(text)
+
+    def block_done(self, index: int, num_blocks: int, forward_seconds: float, decompose_seconds: float) -> None:
+        self._outer.block_done(index, num_blocks, forward_seconds, decompose_seconds)
+
+    def warn(self, text: str) -> None:
+        super().warn(text)
+        self._outer.warn(text)

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_flatten
 from transformers import PreTrainedModel
 
 from svdllm.errors import NumericalError
-from svdllm.source import Weights
 from svdllm.structure import Structure, replaced, to_device
+from svdllm.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ class Walk:
         outputs = []
         with self._outside_resident(everything=True):
             for batch in self.batches:
-                last = _Replay(self.skeleton.get_submodule(blocks[-1]), self.hidden.tensor[batch], self.structure.returns_tuple[-1])
+                last = _Replay(
+                    self.skeleton.get_submodule(blocks[-1]), self.hidden.tensor[batch], self.structure.returns_tuple[-1]
+                )
                 others = {
                     name: _Recorder(self.skeleton.get_submodule(name), returns_tuple)
                     for name, returns_tuple in zip(blocks[:-1], self.structure.returns_tuple[:-1], strict=True)
@@ -179,7 +181,12 @@ class Block:
 
 @contextmanager
 def resident(
-    module: nn.Module, prefix: str, weights: Weights, device: torch.device, dtype: torch.dtype, skip: tuple[str, ...] = ()
+    module: nn.Module,
+    prefix: str,
+    weights: Weights,
+    device: torch.device,
+    dtype: torch.dtype,
+    skip: tuple[str, ...] = (),
 ):
     """A module on the meta device has its weights while the context lasts (floating ones cast to ``dtype``)."""
     stored = set(weights.names())
@@ -258,7 +265,9 @@ def _put(module: nn.Module, leaf: str, value: Tensor) -> None:
 
 def _same(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
-        return ours is theirs or (ours.shape == theirs.shape and ours.dtype == theirs.dtype and torch.equal(ours, theirs))
+        return ours is theirs or (
+            ours.shape == theirs.shape and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+        )
     if isinstance(ours, Tensor) or isinstance(theirs, Tensor):
         return False
     return ours is theirs or ours == theirs

@@ -222,50 +222,6 @@ class LowRankMixin(_Model):
         return model
 
 
-_HUB_KEYS if key in kwargs} if push_to_hub else {}
-        if not hasattr(self, "_weight_conversions"):  # never loaded, so there is no other layout to go back to
-            kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if is_main_process and _is_first_process() and not getattr(self, "_hf_peft_config_loaded", False):
-            folder = Path(save_directory)
-            for name, text in self.code_files().items():
-                (folder / name).write_text(text, encoding="utf-8", newline="\n")
-            write_hashes(folder)
-        if push_to_hub:
-            repo_id = hub_kwargs.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repo_id, **hub_kwargs)
-
-    @classmethod
-    def code_files(cls) -> dict[str, str]:
-        """Names and texts of the code files of a checkpoint; here, of the files that this class was loaded from."""
-        config_class: Any = cls.config_class
-        files = (str(sys.modules[c.__module__].__file__) for c in (config_class, cls))
-        texts = (Path(file).read_text(encoding="utf-8") for file in files)
-        return {f"{name}.py": text for name, text in zip(config_class.code_modules(), texts, strict=True)}
-
-    def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
-        """A rule for a linear that is factored goes to its factors; a low-rank linear itself gets none."""
-        factored = [name for name, module in self.named_modules() if isinstance(module, LowRankLinear)]
-        plan = dict(plan)
-        for rule in {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in factored}:
-            if style := plan.get(rule):  # one that the config did not know of, such as the caller's
-                for factor, factor_style in self.config.factor_styles(style).items():
-                    plan.setdefault(f"{rule}.{factor}", factor_style)
-        expanded = super()._expand_parallel_plan(plan)
-        for name in factored:
-            expanded.pop(name, None)
-        return expanded
-
-    @classmethod
-    def maybe_distribute_model(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """Distribute as transformers does; its versions up to 5.19 also hook a low-rank linear."""
-        model = super().maybe_distribute_model(model, *args, **kwargs)
-        for module in model.modules():
-            if isinstance(module, LowRankLinear):
-                vars(module).pop("forward", None)
-        return model
-
-
 _HUB_KEYS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "token", "tags")
 
 

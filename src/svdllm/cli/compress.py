@@ -1,0 +1,96 @@
+"""``svdllm compress``: a smaller model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svdllm.cli import options as o
+from svdllm.cli.console import ConsoleReporter, console, print_json
+from svdllm.cli.tables import result_table
+from svdllm.compress import compress_many
+
+
+def register(app: typer.Typer) -> None:
+    app.command("compress")(compress)
+
+
+def compress(
+    model: o.Model,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", help="Folder to make; with several ratios it gets one folder each.", show_default=False
+        ),
+    ],
+    ratio: o.Ratio = None,
+    target_params: o.TargetParams = None,
+    target_size: o.TargetSize = None,
+    preset: o.Preset = "paper",
+    recipe: o.RecipeFile = None,
+    method: o.Method = None,
+    asvd_alpha: o.AsvdAlpha = None,
+    ignore: o.Ignore = None,
+    override: o.Override = None,
+    round_to: o.RoundTo = None,
+    calib: o.Calib = None,
+    samples: o.Samples = None,
+    seqlen: o.Seqlen = None,
+    seed: o.Seed = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    batch_tokens: o.BatchTokens = None,
+    hidden_states_limit: o.HiddenStatesLimit = None,
+    revision: o.Revision = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with a killed run of the same settings, or start over.")
+    ] = True,
+    offline: o.Offline = False,
+    json: o.Json = False,
+) -> None:
+    """Compresses a model and writes a checkpoint that [bold]from_pretrained[/bold] loads.
+
+    Without a network: [bold]svdllm compress MODEL -o OUT --ratio 0.2 --calib python-docs --samples 64 --seqlen 512[/bold]
+
+    A killed run is taken up by the same command: finished blocks lie in OUT.partial until the end.
+    """
+    resolved = o.build_recipe(
+        preset=preset,
+        recipe_file=recipe,
+        ratio=ratio,
+        target_params=target_params,
+        target_size=target_size,
+        ignore=ignore,
+        override=override,
+        method=method,
+        asvd_alpha=asvd_alpha,
+        round_to=round_to,
+        calibration=calib,
+        samples=samples,
+        seqlen=seqlen,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+    )
+    results = compress_many(
+        model,
+        resolved,
+        output,
+        offline=offline,
+        revision=revision,
+        resume=resume,
+        hidden_states_limit=o.hidden_states_limit(hidden_states_limit),
+        reporter=ConsoleReporter(),
+    )
+    if json:
+        print_json([result.to_dict() for result in results] if len(results) > 1 else results[0].to_dict())
+        return
+    for result in results:
+        console.print(result_table(result))
+    folder = results[0].output_dir
+    console.print("Next:", style="bold")
+    console.print(f"  svdllm eval {folder} --base {model} --ppl python-docs --seqlen 512", soft_wrap=True)
+    console.print(f"  svdllm inspect {folder}", soft_wrap=True)

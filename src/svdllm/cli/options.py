@@ -1,0 +1,198 @@
+"""The options that plan and compress share, and the recipe they add up to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from svdllm.config import Recipe, load_settings, make_recipe, parse_amount, preset_settings
+from svdllm.errors import InputError
+
+BUDGETS = ("ratio", "target_params", "target_size", "ranks")
+
+Model = Annotated[str, typer.Argument(help="Hub id, local folder, or GGUF file.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub: local files and its cache only.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
+
+Ratio = Annotated[
+    str | None,
+    typer.Option(
+        help="Share of the parameters of the compressed linears that is REMOVED: 0.2 keeps 80 %. "
+        "Several, as in 0.2,0.4,0.6, share one calibration.",
+        show_default=False,
+        rich_help_panel="Budget (exactly one)",
+    ),
+]
+TargetParams = Annotated[
+    str | None,
+    typer.Option(
+        help="Parameters of the whole compressed model, like 100M.",
+        show_default=False,
+        rich_help_panel="Budget (exactly one)",
+    ),
+]
+TargetSize = Annotated[
+    str | None,
+    typer.Option(
+        help="Bytes of the compressed model's weight files, like 300MB.",
+        show_default=False,
+        rich_help_panel="Budget (exactly one)",
+    ),
+]
+Preset = Annotated[
+    str, typer.Option(help="Settings to start from: paper (SVD-LLM as published).", rich_help_panel="Recipe")
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        help="YAML file of settings, such as the svdllm/recipe.yaml of a checkpoint; flags override it.",
+        show_default=False,
+        rich_help_panel="Recipe",
+    ),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="svd-llm (truncation-aware), svd (plain) or asvd (channel scales).",
+        show_default="svd-llm",
+        rich_help_panel="Method",
+    ),
+]
+AsvdAlpha = Annotated[
+    float | None, typer.Option(help="Exponent of ASVD's scales.", show_default="0.5", rich_help_panel="Method")
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REGEX",
+        help="Linears that stay dense; may be repeated. Searched in names like model.layers.0.mlp.up_proj.",
+        show_default=False,
+        rich_help_panel="Method",
+    ),
+]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REGEX=RATIO",
+        help="Another ratio for some linears; may be repeated, the first match wins, 0 leaves dense.",
+        show_default=False,
+        rich_help_panel="Method",
+    ),
+]
+RoundTo = Annotated[
+    int | None,
+    typer.Option(
+        help="Make ranks multiples of this, as kernels and group-wise quantisers like them.",
+        show_default="1",
+        rich_help_panel="Method",
+    ),
+]
+Calib = Annotated[
+    str | None,
+    typer.Option(
+        help="Calibration text: python-docs (built in), wikitext2, c4, ptb; owner/name[:config][:split][:field] on the "
+        "hub; a .txt, .jsonl, .json or .parquet file[:field]; or a mixture a:0.7,b:0.3.",
+        show_default="wikitext2",
+        rich_help_panel="Calibration",
+    ),
+]
+Samples = Annotated[
+    int | None, typer.Option(help="Calibration windows.", show_default="256", rich_help_panel="Calibration")
+]
+Seqlen = Annotated[
+    int | None, typer.Option(help="Tokens of a window.", show_default="2048", rich_help_panel="Calibration")
+]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of the random windows.", show_default="3", rich_help_panel="Calibration")
+]
+Device = Annotated[
+    str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...", show_default="auto", rich_help_panel="Machine")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="What is computed in: auto is float32 on a CPU, the model's own on a GPU. Files keep the model's.",
+        show_default="auto",
+        rich_help_panel="Machine",
+    ),
+]
+BatchTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens in a block at once; lower it when memory is short.", show_default="4096", rich_help_panel="Machine"
+    ),
+]
+HiddenStatesLimit = Annotated[
+    str | None,
+    typer.Option(
+        help="Hidden states beyond this, like 8GB, go to disk.",
+        show_default="half of the free memory",
+        rich_help_panel="Machine",
+    ),
+]
+
+
+def build_recipe(
+    *,
+    preset: str,
+    recipe_file: Path | None,
+    ratio: str | None,
+    target_params: str | None,
+    target_size: str | None,
+    ignore: list[str] | None,
+    override: list[str] | None,
+    **flags: Any,
+) -> Recipe:
+    """Preset, then recipe file, then flags; a budget on the command line takes the place of the file's."""
+    settings = preset_settings(preset)
+    if recipe_file is not None:
+        settings |= load_settings(recipe_file)
+    given = {name: value for name, value in flags.items() if value is not None}
+    if ratio is not None:
+        given["ratio"] = _ratios(ratio)
+    if target_params is not None:
+        given["target_params"] = parse_amount(target_params, what="--target-params", bytes_allowed=False)
+    if target_size is not None:
+        given["target_size"] = parse_amount(target_size, what="--target-size", bytes_allowed=True)
+    if ignore:
+        given["ignore"] = ignore
+    if override:
+        given["overrides"] = dict(map(_override, override))
+    if any(name in given for name in BUDGETS):
+        settings = {name: value for name, value in settings.items() if name not in BUDGETS}
+    recipe = make_recipe(settings | given, origin=f"Recipe {recipe_file}" if recipe_file else "The options")
+    recipe.require_budget()
+    return recipe
+
+
+def hidden_states_limit(text: str | None) -> int | None:
+    return None if text is None else parse_amount(text, what="--hidden-states-limit", bytes_allowed=True)
+
+
+def _ratios(text: str) -> float | tuple[float, ...]:
+    ratios = tuple(_ratio(part, "--ratio") for part in text.split(","))
+    return ratios[0] if len(ratios) == 1 else ratios
+
+
+def _ratio(text: str, option: str, least: str = "above 0") -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not (0 < value < 1 or (value == 0 and least == "from 0")):
+        raise InputError(
+            f"{option} {text.strip()!r} is not a ratio: expected a number {least} and below 1, the share of the linears' "
+            "parameters to remove (0.2 removes 20 %)."
+        )
+    return value
+
+
+def _override(text: str) -> tuple[str, float]:
+    pattern, equals, ratio = text.rpartition("=")
+    if not equals or not pattern:
+        raise InputError(f"--override {text!r} is not of the form REGEX=RATIO, as in 'mlp.down_proj=0.1'.")
+    return pattern, _ratio(ratio, f"--override {pattern}", least="from 0")

@@ -1,0 +1,73 @@
+"""``svdllm plan``: what a run would do, from configs and shapes."""
+
+from __future__ import annotations
+
+import typer
+
+from svdllm.cli import options as o
+from svdllm.cli.console import console, error_console, print_json
+from svdllm.cli.tables import plan_table
+from svdllm.plan import plan as make_plans
+
+
+def register(app: typer.Typer) -> None:
+    app.command("plan")(plan)
+
+
+def plan(
+    model: o.Model,
+    ratio: o.Ratio = None,
+    target_params: o.TargetParams = None,
+    target_size: o.TargetSize = None,
+    preset: o.Preset = "paper",
+    recipe: o.RecipeFile = None,
+    method: o.Method = None,
+    asvd_alpha: o.AsvdAlpha = None,
+    ignore: o.Ignore = None,
+    override: o.Override = None,
+    round_to: o.RoundTo = None,
+    samples: o.Samples = None,
+    seqlen: o.Seqlen = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    batch_tokens: o.BatchTokens = None,
+    hidden_states_limit: o.HiddenStatesLimit = None,
+    revision: o.Revision = None,
+    offline: o.Offline = False,
+    json: o.Json = False,
+) -> None:
+    """Shows what [bold]compress[/bold] would do: linears, ranks, parameters, file size, memory, disk and time.
+
+    Reads configs and file headers only, no weights; takes seconds for a model of any size.
+    """
+    resolved = o.build_recipe(
+        preset=preset,
+        recipe_file=recipe,
+        ratio=ratio,
+        target_params=target_params,
+        target_size=target_size,
+        ignore=ignore,
+        override=override,
+        method=method,
+        asvd_alpha=asvd_alpha,
+        round_to=round_to,
+        samples=samples,
+        seqlen=seqlen,
+        device=device,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+    )
+    plans = make_plans(
+        model,
+        resolved,
+        offline=offline,
+        revision=revision,
+        hidden_states_limit=o.hidden_states_limit(hidden_states_limit),
+    )
+    if json:
+        print_json([single.to_dict() for single in plans] if len(plans) > 1 else plans[0].to_dict())
+        return
+    for single in plans:
+        console.print(plan_table(single))
+    for warning in plans[0].warnings:
+        error_console.print(f"[bold yellow]Warning:[/bold yellow] {warning}", soft_wrap=True)

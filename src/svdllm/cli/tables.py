@@ -1,0 +1,165 @@
+"""Records as tables."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from svdllm.cli.console import count, duration, size
+from svdllm.demo import DemoResult
+from svdllm.evaluate import ModelPerplexity
+from svdllm.plan import Plan
+from svdllm.records import CompressionResult
+
+
+def plan_table(plan: Plan) -> Group:
+    """What a run will do."""
+    summary = _summary(f"{plan.model} ({plan.model_type}, {plan.dtype}), method {plan.method}")
+    dense_left = sum(target.rank is None for target in plan.targets)
+    summary.add_row(
+        "linears",
+        f"{len(plan.ranks)} in {plan.num_blocks} blocks, {plan.num_groups} distinct inputs"
+        + (f"; {dense_left} stay dense" if dense_left else "")
+        + (f"; {len(plan.ignored)} ignored" if plan.ignored else ""),
+    )
+    summary.add_row("removed of the linears", f"{plan.achieved_ratio:.2%}")
+    summary.add_row("parameters", f"{count(plan.dense_params)} -> {count(plan.params)}")
+    summary.add_row("weight files", f"{size(plan.dense_file_bytes)} -> {size(plan.file_bytes)}")
+    stage = max(plan.ram_by_stage, key=lambda name: plan.ram_by_stage[name])
+    summary.add_row("peak memory", f"{size(plan.peak_ram_bytes)} (stage: {stage})")
+    if plan.device_bytes:
+        summary.add_row(f"peak on {plan.device}", size(plan.device_bytes))
+    where = "on disk" if plan.hidden_states_on_disk else "in memory"
+    summary.add_row("hidden states", f"{size(plan.hidden_states_bytes)}, {where}")
+    summary.add_row("disk while it runs", size(plan.disk_bytes))
+    summary.add_row("time, roughly", f"{duration(plan.seconds)} on {plan.device} in {plan.compute_dtype}")
+    kinds = Table(box=None, padding=(0, 2), header_style="bold")
+    for column in ("linear", "count", "shape", "rank"):
+        kinds.add_column(column, justify="left" if column == "linear" else "right")
+    rows: dict[tuple[str, int, int], list[int | None]] = {}
+    for target in plan.targets:
+        rows.setdefault((kind_of(target.name), target.out_features, target.in_features), []).append(target.rank)
+    for (kind, out_features, in_features), ranks in rows.items():
+        kinds.add_row(kind, str(len(ranks)), f"{out_features} x {in_features}", _range(ranks))
+    return Group(summary, kinds)
+
+
+def result_table(result: CompressionResult) -> Table:
+    """What a run made."""
+    plan = result.plan
+    table = _summary(f"{result.output_dir}")
+    table.add_row("method", f"{plan.method}, {plan.achieved_ratio:.2%} of the linears' parameters removed")
+    table.add_row("parameters", f"{count(plan.dense_params)} -> {count(plan.params)}")
+    table.add_row("weight files", f"{size(plan.dense_file_bytes)} -> {size(plan.file_bytes)}")
+    factorised = [linear for linear in result.linears if linear.rank is not None]
+    if factorised:
+        worst = min(factorised, key=lambda linear: linear.kept_energy)
+        mean = sum(linear.kept_energy for linear in factorised) / len(factorised)
+        table.add_row("kept energy", f"{mean:.4f} on average, least {worst.kept_energy:.4f} ({worst.name})")
+    stages = ", ".join(f"{name} {duration(seconds)}" for name, seconds in result.seconds.items() if seconds >= 0.5)
+    table.add_row("time", f"{duration(sum(result.seconds.values()))} ({stages})")
+    table.add_row("peak memory", f"{size(result.peak_ram_bytes)} (planned {size(plan.peak_ram_bytes)})")
+    if result.peak_device_bytes:
+        table.add_row(f"peak on {plan.device}", f"{size(result.peak_device_bytes)} (planned {size(plan.device_bytes)})")
+    return table
+
+
+def perplexity_table(rows: list[ModelPerplexity]) -> Table:
+    """One row per model and text."""
+    table = Table(header_style="bold")
+    for column in ("model", "parameters", "weight files", "text", "perplexity", "std. error", "tokens"):
+        table.add_column(column, justify="left" if column in ("model", "text") else "right", overflow="fold")
+    for row in rows:
+        table.add_row(row.model, count(row.params), size(row.weight_bytes), row.text, *_measured(row))
+    if rows:
+        table.caption = f"{rows[0].perplexity.num_windows} windows of {rows[0].perplexity.seqlen} tokens, no overlap"
+    return table
+
+
+def demo_table(result: DemoResult) -> Table:
+    """Dense, plain SVD and SVD-LLM side by side."""
+    table = Table(title="SmolLM2-135M-Instruct on held-out Python documentation", header_style="bold")
+    for column in ("model", "parameters", "weight files", "perplexity", "std. error", "compression time"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, row, seconds in zip(
+        ("dense", "plain SVD", "SVD-LLM"), result.rows, result.compression_seconds, strict=True
+    ):
+        ppl, stderr, _ = _measured(row)
+        time = "" if seconds is None else duration(seconds)
+        table.add_row(name, count(row.params), size(row.weight_bytes), ppl, stderr, time)
+    return table
+
+
+def report_table(report: dict[str, Any]) -> Table:
+    """The head of a checkpoint's report."""
+    source, recipe = report["source"], report["recipe"]
+    table = _summary(f"{source['model']}, compressed")
+    table.add_row("method", f"{report['method']}, {report['ratio']:.2%} of the linears' parameters removed")
+    table.add_row("parameters", f"{count(report['dense_params'])} -> {count(report['params'])}")
+    table.add_row("weight files", f"{size(report['dense_file_bytes'])} -> {size(report['file_bytes'])}")
+    table.add_row("source weights", f"{source['weights_fingerprint'][:16]}, revision {source['revision'] or 'none'}")
+    if source["calibration"]:
+        table.add_row(
+            "calibration",
+            f"{source['calibration']}, {source['calibration_tokens']:,} tokens, windows of {recipe['seqlen']}, "
+            f"seed {recipe['seed']}",
+        )
+    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
+    for warning in report["warnings"]:
+        table.add_row("warning", warning)
+    return table
+
+
+def linears_table(linears: list[dict[str, Any]], *, every: bool) -> Table:
+    """Rank and kept energy, of every linear or by kind over the blocks."""
+    table = Table(header_style="bold", box=None, padding=(0, 2))
+    headers = ("linear", "shape", "rank", "kept energy", "relative loss")
+    for column in headers:
+        table.add_column(column, justify="left" if column == "linear" else "right")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in linears:
+        groups.setdefault(row["name"] if every else kind_of(row["name"]), []).append(row)
+    for name, rows in groups.items():
+        kept, loss = [row["kept_energy"] for row in rows], [row["relative_loss"] for row in rows]
+        table.add_row(
+            name,
+            f"{rows[0]['out_features']} x {rows[0]['in_features']}",
+            _range([row["rank"] for row in rows]),
+            _floats(kept),
+            _floats(loss),
+        )
+    return table
+
+
+def kind_of(name: str) -> str:
+    """``model.layers.*.mlp.up_proj`` for every block's up projection."""
+    return re.sub(r"\.\d+\.", ".*.", name, count=1)
+
+
+def _summary(title: str) -> Table:
+    table = Table(title=Text(title, style="bold"), title_justify="left", show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _measured(row: ModelPerplexity) -> tuple[str, str, str]:
+    measured = row.perplexity
+    stderr = "" if measured.stderr is None else f"{measured.stderr:,.2f}"
+    return f"{measured.perplexity:,.2f}", stderr, f"{measured.num_tokens:,}"
+
+
+def _range(ranks: list[int | None]) -> str:
+    found = sorted({rank for rank in ranks if rank is not None})
+    text = "" if not found else str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+    dense = sum(rank is None for rank in ranks)
+    return f"{text}{', ' if text else ''}{dense} dense" if dense else text
+
+
+def _floats(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.4f}" if high - low < 5e-5 else f"{low:.4f} to {high:.4f}"

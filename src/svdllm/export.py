@@ -1,0 +1,86 @@
+"""Other forms of a checkpoint: the factors multiplied out to a plain model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from svdllm.budget import Tensors
+from svdllm.checkpoint import HASHES_FILE, read_report, write_shards
+from svdllm.errors import CheckpointError, InputError
+from svdllm.modeling import compare_hashes
+from svdllm.modeling.factory import base_classes
+from svdllm.source import build_skeleton, companion_files, load_config
+from svdllm.weights import SafetensorsWeights
+
+
+def export_dense(folder: str | Path, output_dir: str | Path) -> None:
+    """Multiplies the factors out: a plain model of the base family, loadable everywhere, as large as the original.
+
+    Raises:
+        InputError: ``folder`` is no checkpoint, or ``output_dir`` is not empty.
+        CheckpointError: a file is truncated or altered.
+    """
+    folder, output_dir = Path(folder), Path(output_dir)
+    read_report(folder)
+    if output_dir.exists() and (output_dir.is_file() or any(output_dir.iterdir())):
+        raise InputError(f"{output_dir} exists and is not empty; nothing is overwritten. Choose another path.")
+    problems = compare_hashes(folder, weights_only=True) if (folder / HASHES_FILE).is_file() else []
+    if problems:
+        raise CheckpointError(f"{folder} is not as it was written: {' '.join(problems)}")
+    config = load_config(folder, str(folder))
+    base = dense_config(config)
+    weights = SafetensorsWeights(folder, build_skeleton(config))
+    dense = _Products(weights, build_skeleton(base), config.svdllm["ranks"])
+    partial = output_dir.with_name(f"{output_dir.name}.writing")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_shards(partial, dense, dense.tensors)
+    base.save_pretrained(partial)
+    for path in companion_files(folder):
+        (partial / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / path, partial / path)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial.replace(output_dir)
+
+
+def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The base family's config of a low-rank config."""
+    base = base_classes(config.svdllm["base_model_type"])  # type: ignore[attr-defined]
+    fields = config.to_dict()
+    for key in ("svdllm", "auto_map", "model_type", "architectures", "transformers_version"):
+        fields.pop(key, None)
+    return base.config(**fields, architectures=[base.causal_lm.__name__])
+
+
+class _Products:
+    """The tensors of the dense model that a low-rank one multiplies out to."""
+
+    def __init__(self, weights: SafetensorsWeights, skeleton: PreTrainedModel, ranks: dict[str, int]):
+        self._weights, self._skeleton, self._ranks = weights, skeleton, ranks
+        self.tensors: Tensors = {}
+        for name in weights.names():
+            shape, dtype = weights.shape_and_dtype(name)
+            owner = name.rpartition(".")[0].removesuffix(".svd_u").removesuffix(".svd_v")
+            if owner not in ranks:
+                self.tensors[name] = (shape, dtype)
+            elif name.endswith(".svd_u.weight"):
+                shape = tuple(skeleton.get_parameter(f"{owner}.weight").shape)
+                self.tensors[f"{owner}.weight"] = (shape, dtype)
+            elif name.endswith(".svd_u.bias"):
+                self.tensors[f"{owner}.bias"] = (shape, dtype)
+
+    def get(self, name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        if owner not in self._ranks:
+            return self._weights.get(name)
+        if leaf == "bias":
+            return self._weights.get(f"{owner}.svd_u.bias")
+        u_OR, v_RI = self._weights.get(f"{owner}.svd_u.weight"), self._weights.get(f"{owner}.svd_v.weight")
+        product_OI = u_OR.double() @ v_RI.double()
+        is_conv1d = isinstance(self._skeleton.get_submodule(owner), Conv1D)  # which keeps its weight as (in, out)
+        return (product_OI.mT if is_conv1d else product_OI).to(u_OR.dtype)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from svdllm.errors import InputError, NumericalError
@@ -23,6 +22,7 @@ from svdllm.methods import Method
 from svdllm.statistics import Statistic
 from svdllm.stream import Block
 from svdllm.structure import Target, input_groups
+from svdllm.weights import save_tensors
 
 FINGERPRINT_FILE = "analysis.json"
 
@@ -68,7 +68,7 @@ class Analysis:
             tensors[f"{name}.basis"] = spectrum.basis_OD.cpu().contiguous()
         write_atomically(self._file(block).with_suffix(".json"), json.dumps(dict(seconds)).encode())
         partial = self._file(block).with_suffix(".partial")
-        save_file(tensors, partial)
+        save_tensors(tensors, partial)
         partial.replace(self._file(block))
 
     def spectrum(self, target: Target) -> TargetSpectrum:

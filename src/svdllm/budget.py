@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import floor
 
 import torch
 from transformers import PreTrainedModel
@@ -19,6 +20,22 @@ Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and dt
 
 # A shard is held in memory while it is written.
 SHARD_BYTES = 2 * 10**9
+
+# The dtypes of safetensors, in the order in which its writer lays tensors out.
+_CODES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def stored_tensors(source: Source, skeleton: PreTrainedModel) -> Tensors:
@@ -97,6 +114,11 @@ def choose_ranks(recipe: Recipe, structure: Structure, stored: Tensors) -> Ranks
     else:
         ranks = fixed | _fill(recipe, structure, stored, free, fixed)
     _require_ranks_above_zero(ranks, targets, recipe)
+    if not ranks:
+        raise InputError(
+            f"The overrides leave all {len(targets)} linears dense: nothing is left to compress. Drop one of "
+            f"{', '.join(map(repr, recipe.overrides))}."
+        )
     return {target.name: ranks[target.name] for target in targets if target.name in ranks}
 
 
@@ -123,7 +145,7 @@ def _fill(
     spent = unit.dense - sum(weights_of.values()) - _saved_by(fixed, structure, unit)
     ranks = fill_budget(free, unit.costs, unit.budget - spent, recipe.round_to)
     if ranks is None:
-        least = spent + sum(unit.costs[t.name] * recipe.round_to for t in free)
+        least = spent + sum(unit.costs[t.name] * recipe.round_to for t in free if recipe.round_to <= t.break_even_rank)
         raise InputError(
             f"{unit.what} {unit.budget:,} cannot be met: {spent:,} lie outside the compressed linears, and with every "
             f"rank at its least ({recipe.round_to}) the model still has {least:,}. Raise the budget to more than that."
@@ -184,8 +206,9 @@ def _overrides(recipe: Recipe, targets: Sequence[Target]) -> dict[str, float]:
 def _require_ranks_above_zero(ranks: Ranks, targets: Sequence[Target], recipe: Recipe) -> None:
     empty = [target for target in targets if ranks.get(target.name) == 0]
     if empty:
-        worst = min(empty, key=lambda t: t.break_even_rank)
+        worst = min(empty, key=lambda t: t.num_weights / (t.in_features + t.out_features))
         highest = 1 - recipe.round_to * (worst.in_features + worst.out_features) / worst.num_weights
+        highest = floor(highest * 1e4) / 1e4  # rounded up it would leave rank 0 again
         advice = (
             f"use a ratio of at most {highest:.4f}" if highest > 0 else f"leave it dense with --ignore {worst.name}"
         )
@@ -209,17 +232,13 @@ def _units(tensors: Tensors) -> list[list[str]]:
 
 def _header_bytes(tensors: Tensors, names: Sequence[str]) -> int:
     """Length of a safetensors header: the format pads the JSON to a multiple of eight."""
-    names_by_layout = sorted(names, key=lambda name: (-tensors[name][1].itemsize, name))
+    order = list(_CODES)
+    names_by_layout = sorted(names, key=lambda name: (order.index(tensors[name][1]), name))
     entries, offset = {}, 0
     for name in names_by_layout:
         shape, dtype = tensors[name]
         end = offset + torch.Size(shape).numel() * dtype.itemsize
-        entries[name] = {"dtype": _code(dtype), "shape": list(shape), "data_offsets": [offset, end]}
+        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"))
     return 8 + -(-len(text.encode()) // 8) * 8
-
-
-def _code(dtype: torch.dtype) -> str:
-    kind = "BF" if dtype is torch.bfloat16 else "F" if dtype.is_floating_point else "I"
-    return f"{kind}{dtype.itemsize * 8}"

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -33,7 +32,7 @@ from svdllm.source import Source, build_skeleton, companion_files
 from svdllm.stream import Walk
 from svdllm.structure import Structure, Target, discover
 from svdllm.version import __version__
-from svdllm.weights import SafetensorsWeights, Weights
+from svdllm.weights import SafetensorsWeights, Weights, save_tensors
 
 REPORT_FILE = "svdllm/report.json"
 HASHES_FILE = "svdllm/hashes.json"
@@ -192,9 +191,7 @@ def write_shards(folder: Path, tensors: Any, layout: Tensors) -> None:
     index: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(
-            {name: tensors.get(name).cpu().contiguous() for name in names}, folder / file, metadata={"format": "pt"}
-        )
+        save_tensors({name: tensors.get(name).cpu().contiguous() for name in names}, folder / file)
         index.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         content = {"metadata": {"total_size": tensor_bytes(layout)}, "weight_map": dict(sorted(index.items()))}
@@ -235,7 +232,7 @@ def _write_reference(folder: Path, config: PreTrainedConfig, device: torch.devic
     logits = walk.logits()[:, -REFERENCE_POSITIONS:].contiguous()
     if not bool(torch.isfinite(logits).all()):
         raise NumericalError("The compressed model's logits are not finite.")
-    save_file({"token_ids": ids, "logits": logits}, folder / REFERENCE_FILE)
+    save_tensors({"token_ids": ids, "logits": logits}, folder / REFERENCE_FILE)
 
 
 def _as(tensor: Tensor, like: Tensor) -> Tensor:

@@ -77,9 +77,11 @@ def compress_many(
         ResourceError: the disk or the memory does not suffice.
         NumericalError: a NaN or infinity; names the tensor, or block and batch.
     """
+    if calibration is not None and not isinstance(calibration, str):
+        recipe = recipe.model_copy(update={"calibration": f"given from Python ({type(calibration).__name__})"})
     run = _Run(
         model=model,
-        recipe=recipe,
+        recipe=recipe if not isinstance(calibration, str) else recipe.model_copy(update={"calibration": calibration}),
         output_dir=Path(output_dir),
         calibration=recipe.calibration if calibration is None else calibration,
         tokenizer=tokenizer,
@@ -132,6 +134,8 @@ class _Run:
         if ours and (found := read_settings(self.work / "analysis")):
             wanted = _recipe_settings(self.recipe)
             refuse_other_settings({key: found.get(key) for key in wanted}, wanted, self.work)
+            if self.output_dir.exists() and not (self.work / "finished").exists():
+                shutil.rmtree(self.work)  # killed after the result got its name, before the work folder was removed
         require_empty(self.output_dir)
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -81,6 +82,8 @@ class Recipe(BaseModel):
         }
         if len(budgets) > 1:
             raise ValueError(f"{' and '.join(budgets)} are given together; give exactly one budget")
+        if self.ranks is not None and (self.overrides or self.round_to > 1):
+            raise ValueError("overrides and round_to do nothing to explicit ranks; write the ranks you want")
         if isinstance(self.ratio, tuple) and not self.ratio:
             raise ValueError("ratio is an empty list; give at least one")
         if isinstance(self.ratio, tuple) and len(set(self.ratio)) < len(self.ratio):
@@ -147,10 +150,11 @@ def parse_amount(text: str, *, what: str, bytes_allowed: bool) -> int:
         units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
         units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in units or float(match[1]) <= 0:
+    amount = 0 if match is None else int(Decimal(match[1]) * units.get(match[2].upper(), 0))
+    if amount <= 0:
         examples = "300MB, 1.5GB or 2GiB" if bytes_allowed else "100M or 1.5B"
         raise InputError(f"{what} {text!r} is not an amount above zero; write it like {examples}.")
-    return int(float(match[1]) * units[match[2].upper()])
+    return amount
 
 
 def _problems(error: ValidationError) -> str:

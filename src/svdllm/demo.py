@@ -86,11 +86,9 @@ def run_demo(output: Path, *, ratio: float, samples: int, reporter: Reporter) ->
 
 
 def _make_anew(output: Path) -> None:
-    if output.exists() and not (output / MARKER).is_file():
-        if output.is_file() or any(output.iterdir()):
-            raise InputError(
-                f"{output} exists and is not a demo's; nothing is overwritten. Choose another with --output."
-            )
+    ours = (output / MARKER).is_file()
+    if output.exists() and not ours and (output.is_file() or any(output.iterdir())):
+        raise InputError(f"{output} exists and is not a demo's; nothing is overwritten. Choose another with --output.")
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     (output / MARKER).touch()

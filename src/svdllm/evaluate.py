@@ -269,9 +269,8 @@ def evaluate_models(
         tokenizer = source.load_tokenizer(offline)
         ids = [evaluation_tokens(text, tokenizer, offline=offline) for text in texts]
         with reporter.stage(f"load {Path(name).name}", 1):
-            model = load_model(name, dtype=resolve_dtype(dtype, place, source.dtype), local_files_only=offline).to(
-                place
-            )  # type: ignore[arg-type]
+            model = load_model(name, dtype=resolve_dtype(dtype, place, source.dtype), local_files_only=offline)
+            model.to(place)  # type: ignore[arg-type]
         for position, text in enumerate(texts):
             with reporter.stage(f"eval {Path(name).name}", 1):
                 measured = perplexity(

@@ -9,11 +9,11 @@ from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from svdllm.errors import InputError, UnsupportedModelError
+from svdllm.weights import save_tensors
 
 MARKER = "gguf-source.json"
 
@@ -51,7 +51,7 @@ def convert_gguf(path: Path, config: PreTrainedConfig, folder: Path) -> None:
         tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=build_skeleton(config))["tensors"]
         for name in list(tensors):
             tensors[name] = tensors[name].contiguous()
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, folder / "model.safetensors")
         del tensors
         config.save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

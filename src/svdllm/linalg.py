@@ -45,7 +45,7 @@ def output_spectrum(
         weight_OI: the weight, any float dtype; computed in float64.
         gram: the right metric, ``None``, ``(I,)`` or ``(I, I)``.
         depth: how many directions to return; all ``min(O, I)`` by default.
-        root_II: ``gram_root(gram)`` where targets share it; used for tall weights only.
+        root_II: not needed any more.
 
     Raises:
         torch.linalg.LinAlgError: the eigenvalue iteration does not converge (non-finite input).
@@ -56,12 +56,11 @@ def output_spectrum(
     if out_features <= in_features:
         energies_O, basis_OO = torch.linalg.eigh(_congruence(weight_OI, gram))
         return Spectrum(energies_O.flip(0).clamp_min(0), basis_OO.flip(1)[:, :depth])
-    whitened_OI = _whiten(weight_OI, gram, root_II)
-    energies_I, right_II = torch.linalg.eigh(whitened_OI.mT @ whitened_OI)
-    # Columns of W S V are orthogonal, with norm sigma; QR normalises them and keeps orthogonality even where sigma
-    # is below the square root of the machine precision, which a division by sigma would not.
-    basis_OD, _ = torch.linalg.qr(whitened_OI @ right_II.flip(1)[:, :depth])
-    return Spectrum(energies_I.flip(0).clamp_min(0), basis_OD)
+    # A tall weight is first turned into its own column space, W = Q R with R (in x in). The directions stay
+    # orthonormal and inside that space even where the data has no energy, so that full rank gives W back.
+    columns_OI, square_II = torch.linalg.qr(weight_OI)
+    energies_I, basis_II = torch.linalg.eigh(_congruence(square_II, gram))
+    return Spectrum(energies_I.flip(0).clamp_min(0), columns_OI @ basis_II.flip(1)[:, :depth])
 
 
 def factorise(weight_OI: Tensor, energies_K: Tensor, basis_OD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -69,12 +68,12 @@ def factorise(weight_OI: Tensor, energies_K: Tensor, basis_OD: Tensor, rank: int
 
     ``U_r (U_r^T W)`` with the square root of the singular values on either side, as in the paper's Algorithm 1. The
     scales are relative to the leading one and carry the size of ``W``: they do not depend on the scale of the data
-    nor on ``rank``, so the factors of a smaller rank are the first columns and rows of these.
+    nor on ``rank``, so the factors of a smaller rank are the first columns and rows of these, to the last bit: the
+    product is taken with the whole basis, because products of other sizes round differently.
     """
-    weight_OI = weight_OI.double()
-    basis_OR = basis_OD[:, :rank].double()
+    weight_OI, basis_OD = weight_OI.double(), basis_OD.double()
     scale_R = _balancing_scales(weight_OI, energies_K.double())[:rank]
-    return basis_OR * scale_R, (basis_OR.mT @ weight_OI) / scale_R[:, None]
+    return basis_OD[:, :rank] * scale_R, (basis_OD.mT @ weight_OI)[:rank] / scale_R[:, None]
 
 
 def tail_energies(energies_K: Tensor) -> Tensor:
@@ -92,15 +91,6 @@ def _congruence(weight_OI: Tensor, gram: Tensor | None) -> Tensor:
     else:
         product_OO = weight_OI @ gram.double() @ weight_OI.mT
     return (product_OO + product_OO.mT) / 2
-
-
-def _whiten(weight_OI: Tensor, gram: Tensor | None, root_II: Tensor | None) -> Tensor:
-    """``W S``."""
-    if gram is None:
-        return weight_OI
-    if gram.ndim == 1:
-        return weight_OI * gram.double().sqrt()
-    return weight_OI @ (gram_root(gram) if root_II is None else root_II)
 
 
 def _balancing_scales(weight_OI: Tensor, energies_K: Tensor) -> Tensor:

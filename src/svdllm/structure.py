@@ -78,21 +78,25 @@ def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure
     """
     blocks = find_blocks(skeleton)
     _refuse_foreign_weights(skeleton, blocks)
-    groups, returns_tuple = _observe(skeleton, blocks)
     linears = [
-        _as_target(name, index, module, groups)
+        (name, index, module)
         for index, block in enumerate(blocks)
         for name, module in linears_of(skeleton.get_submodule(block), prefix=block)
     ]
-    unused = [target.name for target in linears if not target.group]
+    ignored = _ignored([name for name, _, _ in linears], ignore)
+    kept = [linear for linear in linears if linear[0] not in ignored]
+    groups, returns_tuple = _observe(skeleton, blocks, [(name, module) for name, _, module in kept])
+    unused = [name for name, _, _ in kept if name not in groups]
     if unused:
         raise UnsupportedModelError(
             f"{len(unused)} linears are never called by the forward pass of {type(skeleton).__name__}, so there is "
             f"nothing to calibrate them on: {_listing(unused)}. Leave them dense with --ignore."
         )
-    kept, ignored = _split_ignored(linears, ignore)
     return Structure(
-        blocks=tuple(blocks), targets=tuple(kept), ignored=tuple(ignored), returns_tuple=tuple(returns_tuple)
+        blocks=tuple(blocks),
+        targets=tuple(_as_target(name, index, module, groups[name]) for name, index, module in kept),
+        ignored=tuple(ignored),
+        returns_tuple=tuple(returns_tuple),
     )
 
 
@@ -204,10 +208,11 @@ class _MetaProbe(nn.Module):
         return (hidden, *output[1:]) if self.returns_tuple else hidden
 
 
-def _observe(skeleton: PreTrainedModel, blocks: list[str]) -> tuple[dict[str, str], list[bool]]:
+def _observe(
+    skeleton: PreTrainedModel, blocks: list[str], linears: list[tuple[str, nn.Module]]
+) -> tuple[dict[str, str], list[bool]]:
     """One pass over eight tokens in which only the machinery around the blocks is real, and all of it zeros."""
     probes = {name: _MetaProbe(skeleton.get_submodule(name)) for name in blocks}
-    linears = [pair for name in blocks for pair in linears_of(skeleton.get_submodule(name), prefix=name)]
     with replaced(skeleton, dict(probes)), _zeros_outside(skeleton, blocks), input_groups(linears) as (groups, _):
         token_ids = torch.zeros(1, 8, dtype=torch.long)
         with torch.no_grad():
@@ -235,7 +240,7 @@ def _zeros_outside(skeleton: nn.Module, blocks: list[str]):
             setattr(skeleton.get_submodule(owner), leaf, parameter)
 
 
-def _as_target(name: str, block: int, module: nn.Module, groups: dict[str, str]) -> Target:
+def _as_target(name: str, block: int, module: nn.Module, group: str) -> Target:
     is_conv1d = isinstance(module, Conv1D)
     rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
     return Target(
@@ -245,7 +250,7 @@ def _as_target(name: str, block: int, module: nn.Module, groups: dict[str, str])
         out_features=columns if is_conv1d else rows,
         has_bias=module.bias is not None,
         is_conv1d=is_conv1d,
-        group=groups.get(name, ""),
+        group=group,
     )
 
 
@@ -271,25 +276,16 @@ def _refuse_foreign_weights(skeleton: nn.Module, blocks: list[str]) -> None:
         raise UnsupportedModelError(f"The blocks of {type(skeleton).__name__} hold no linear layer.")
 
 
-def _split_ignored(linears: list[Target], ignore: Sequence[str]) -> tuple[list[Target], list[str]]:
-    names = [target.name for target in linears]
+def _ignored(names: list[str], ignore: Sequence[str]) -> list[str]:
     for pattern in ignore:
         if not any(matches(pattern, name) for name in names):
             raise InputError(
                 f"--ignore {pattern!r} matches none of the {len(names)} linears; they are named like {_listing(names)}."
             )
-    kept = [t for t in linears if not any(matches(pattern, t.name) for pattern in ignore)]
-    if not kept:
+    ignored = [name for name in names if any(matches(pattern, name) for pattern in ignore)]
+    if len(ignored) == len(names):
         raise InputError(f"--ignore {' '.join(ignore)!r} matches every linear: nothing is left to compress.")
-    chosen = {target.name for target in kept}
-    # A group is named after its first compressed member, so that an ignored leader does not orphan the others.
-    leaders: dict[str, str] = {}
-    regrouped = [_regroup(target, leaders.setdefault(target.group, target.name)) for target in kept]
-    return regrouped, [name for name in names if name not in chosen]
-
-
-def _regroup(target: Target, group: str) -> Target:
-    return Target(**{**target.__dict__, "group": group})
+    return ignored
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -40,6 +41,14 @@ class Weights(Protocol):
     def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]: ...
 
     def get(self, name: str) -> Tensor: ...
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file with the permissions of an ordinary new file (the library makes it readable by its owner only)."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def survey(weights: Weights, progress: Callable[[int, int], None] | None = None) -> str:

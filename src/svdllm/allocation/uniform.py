@@ -33,12 +33,16 @@ def fill_budget(
         minimum: the least rank of a target, before rounding up to ``round_to``.
 
     Returns:
-        The ranks, or None where not even the least ranks fit.
+        The ranks, or None where not even the least ranks fit. A target whose least rank is not below break-even gets
+        rank 0.
     """
     floor_rank = -(-minimum // round_to) * round_to
 
     def ranks_at(ratio: float) -> Ranks:
-        return {t.name: max(uniform_rank(t, ratio, round_to), floor_rank) for t in targets}
+        return {
+            t.name: max(uniform_rank(t, ratio, round_to), floor_rank) if floor_rank <= t.break_even_rank else 0
+            for t in targets
+        }
 
     def cost(ranks: Ranks) -> int:
         return sum(costs[name] * rank for name, rank in ranks.items())

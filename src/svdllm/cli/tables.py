@@ -117,20 +117,19 @@ def report_table(report: dict[str, Any]) -> Table:
 def linears_table(linears: list[dict[str, Any]], *, every: bool) -> Table:
     """Rank and kept energy, of every linear or by kind over the blocks."""
     table = Table(header_style="bold", box=None, padding=(0, 2))
-    headers = ("linear", "shape", "rank", "kept energy", "relative loss")
-    for column in headers:
-        table.add_column(column, justify="left" if column == "linear" else "right")
+    for column in ("linear", "shape", "rank", "kept energy", "least"):
+        table.add_column(column, justify="left" if column == "linear" else "right", no_wrap=True)
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in linears:
         groups.setdefault(row["name"] if every else kind_of(row["name"]), []).append(row)
     for name, rows in groups.items():
-        kept, loss = [row["kept_energy"] for row in rows], [row["relative_loss"] for row in rows]
+        kept = [row["kept_energy"] for row in rows]
         table.add_row(
             name,
             f"{rows[0]['out_features']} x {rows[0]['in_features']}",
             _range([row["rank"] for row in rows]),
-            _floats(kept),
-            _floats(loss),
+            f"{sum(kept) / len(kept):.4f}",
+            f"{min(kept):.4f}",
         )
     return table
 
@@ -158,8 +157,3 @@ def _range(ranks: list[int | None]) -> str:
     text = "" if not found else str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
     dense = sum(rank is None for rank in ranks)
     return f"{text}{', ' if text else ''}{dense} dense" if dense else text
-
-
-def _floats(values: list[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:.4f}" if high - low < 5e-5 else f"{low:.4f} to {high:.4f}"

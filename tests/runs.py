@@ -1,0 +1,47 @@
+"""What the end-to-end tests share: a tiny model on disk, a small text, and a hash of a folder."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import tiny_model
+from torch import Tensor
+
+from svdllm import CompressionResult, Recipe, compress
+
+TEXT = " ".join(f"the quick brown fox {n} jumps over the lazy dog and {n * 7 % 13} more." for n in range(400))
+
+
+def save_dense(folder: Path, family: str = "llama", seed: int = 0, tokenizer: Any = None, **overrides: Any) -> Path:
+    """A tiny model as users have it: config, safetensors, tokenizer."""
+    model = tiny_model(family, seed, vocab_size=300, **overrides)
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def token_windows(samples: int = 8, seqlen: int = 16, vocab: int = 128, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocab, (samples, seqlen), generator=generator)
+
+
+def small_recipe(**settings: Any) -> Recipe:
+    budget = {} if {"target_params", "target_size", "ranks"} & set(settings) else {"ratio": 0.3}
+    return Recipe(**({"samples": 8, "seqlen": 16, "seed": 1, **budget} | settings))
+
+
+def run(model: Any, output: Path, *, ids: Tensor | None = None, recipe: Recipe | None = None, **options: Any) -> CompressionResult:
+    """A small run on given tokens."""
+    calibration = token_windows() if ids is None else ids
+    return compress(model, recipe or small_recipe(), output, calibration=calibration, **options)
+
+
+def digests(folder: Path, skip: tuple[str, ...] = ("svdllm/report.json",)) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint; the report, which holds times, apart."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    named = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in named.items() if name not in skip}

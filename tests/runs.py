@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import tiny_model
 from torch import Tensor
 
+from families import tiny_model
 from svdllm import CompressionResult, Recipe, compress
 
 TEXT = " ".join(f"the quick brown fox {n} jumps over the lazy dog and {n * 7 % 13} more." for n in range(400))
@@ -34,7 +34,9 @@ def small_recipe(**settings: Any) -> Recipe:
     return Recipe(**({"samples": 8, "seqlen": 16, "seed": 1, **budget} | settings))
 
 
-def run(model: Any, output: Path, *, ids: Tensor | None = None, recipe: Recipe | None = None, **options: Any) -> CompressionResult:
+def run(
+    model: Any, output: Path, *, ids: Tensor | None = None, recipe: Recipe | None = None, **options: Any
+) -> CompressionResult:
     """A small run on given tokens."""
     calibration = token_windows() if ids is None else ids
     return compress(model, recipe or small_recipe(), output, calibration=calibration, **options)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, dense_weight, linear_targets, tiny_model
-from runs import TEXT, digests, run, save_dense, small_recipe, token_windows
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import svdllm
+from families import FAMILIES, dense_weight, linear_targets, tiny_model
+from runs import TEXT, digests, run, save_dense, small_recipe, token_windows
 from svdllm.analysis import collect_statistics
 from svdllm.methods import METHODS
 from svdllm.source import build_skeleton, open_source
@@ -63,7 +63,9 @@ def test_streamed_grams_are_those_of_whole_model_hooks(family: str) -> None:
 
         return add
 
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in model.named_modules() if is_linear(module)]
+    handles = [
+        module.register_forward_pre_hook(hook(name)) for name, module in model.named_modules() if is_linear(module)
+    ]
     with torch.no_grad():
         model(input_ids=ids)
     for handle in handles:
@@ -177,7 +179,9 @@ def test_shards_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
     ids = token_windows(2)
     with torch.no_grad():
-        one, many = (AutoModelForCausalLM.from_pretrained(tmp_path / name)(input_ids=ids).logits for name in ("one", "many"))
+        one, many = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / name)(input_ids=ids).logits for name in ("one", "many")
+        )
     assert torch.equal(one, many)
     svdllm.verify(tmp_path / "many", "cpu")
 
@@ -212,7 +216,13 @@ def test_every_method_runs_and_says_so(method: str, tmp_path: Path) -> None:
 
 def test_too_few_tokens_warn_and_stay_finite(tmp_path: Path) -> None:
     reporter = svdllm.progress.Reporter()
-    result = run(tiny_model("llama", 0), tmp_path / "out", recipe=small_recipe(samples=2, seqlen=8), ids=token_windows(2, 8), reporter=reporter)
+    result = run(
+        tiny_model("llama", 0),
+        tmp_path / "out",
+        recipe=small_recipe(samples=2, seqlen=8),
+        ids=token_windows(2, 8),
+        reporter=reporter,
+    )
     assert any("Only 16 calibration tokens" in warning and "48" in warning for warning in result.warnings)
     assert torch.isfinite(result.load()(input_ids=token_windows(1)).logits).all()
 
@@ -256,7 +266,11 @@ def test_card_and_recipe_repeat_the_run(tmp_path: Path, tokenizer) -> None:
 def test_whole_model_budgets_are_met(budget: dict[str, int], tmp_path: Path) -> None:
     result = run(tiny_model("llama", 0), tmp_path / "out", recipe=small_recipe(**budget))
     (unit, limit), steps = next(iter(budget.items())), [t.in_features + t.out_features for t in result.plan.targets]
-    spent = result.load().num_parameters() if unit == "target_params" else (tmp_path / "out" / "model.safetensors").stat().st_size
+    spent = (
+        result.load().num_parameters()
+        if unit == "target_params"
+        else (tmp_path / "out" / "model.safetensors").stat().st_size
+    )
     assert spent <= limit
     slack = min(steps) if unit == "target_params" else 4 * min(steps) + 64
     assert limit - spent < slack
@@ -272,4 +286,6 @@ def test_export_multiplies_out(tmp_path: Path) -> None:
         assert dense.num_parameters() == model.num_parameters()
         ids = token_windows(2)
         with torch.no_grad():
-            torch.testing.assert_close(dense(input_ids=ids).logits, result.load()(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                dense(input_ids=ids).logits, result.load()(input_ids=ids).logits, rtol=1e-4, atol=1e-5
+            )

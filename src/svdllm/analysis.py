@@ -140,7 +140,7 @@ def decompose(
             root_II = shared_root[1]
         try:
             spectrum = output_spectrum(weight_OI, metric, depths[target.name], root_II)
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
         basis_dtype = torch.float64 if block.walk.dtype == torch.float64 else torch.float32
         spectra[target.name] = TargetSpectrum(spectrum.energies_K, spectrum.basis_OD.to(basis_dtype))

@@ -38,8 +38,7 @@ def compress(
     """Compresses a model to one size; see ``compress_many`` for the options and errors."""
     if isinstance(recipe.ratio, tuple) and len(recipe.ratio) > 1:
         raise InputError("The recipe has several ratios: use compress_many, which makes a checkpoint of each.")
-    (ratio,) = recipe.ratio if isinstance(recipe.ratio, tuple) else (recipe.ratio,)
-    return compress_many(model, recipe.model_copy(update={"ratio": ratio}), output_dir, **options)[0]
+    return compress_many(model, recipe.single()[0], output_dir, **options)[0]
 
 
 def compress_many(

@@ -139,7 +139,7 @@ def preset_settings(name: str) -> dict[str, Any]:
     """The settings of a preset, from the YAML file in the package."""
     if name not in PRESETS:
         raise InputError(f"Unknown preset {name!r}; known are {', '.join(PRESETS)}.")
-    text = resources.files("svdllm").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+    text = (resources.files("svdllm") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)
 
 

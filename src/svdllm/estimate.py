@@ -46,7 +46,7 @@ class Needs:
         )
         self.largest_tensor = max(tensor_bytes(stored, [name]) for name in stored)
         self.tokens = recipe.samples * recipe.seqlen
-        self.hidden_size = skeleton.get_input_embeddings().weight.shape[-1]  # type: ignore[union-attr, index]
+        self.hidden_size = int(skeleton.get_input_embeddings().weight.shape[-1])  # type: ignore[union-attr, index]
         self.runs_tokens = self.method.statistic is not None
         self.hidden_states = self.tokens * self.hidden_size * dtype.itemsize if self.runs_tokens else 0
         self.hidden_states_on_disk = spill_hidden_states(self.hidden_states, hidden_states_limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -174,7 +175,8 @@ def require_causal_lm(config: PreTrainedConfig, name: str) -> None:
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model on the meta device, buffers real (rotary tables are computed in the constructor)."""
     with init_empty_weights(include_buffers=False):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        # A copy, since building a model writes the dtype into its config.
+        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     return skeleton.eval().requires_grad_(False)
 
 

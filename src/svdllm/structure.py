@@ -246,8 +246,8 @@ def _as_target(name: str, block: int, module: nn.Module, group: str) -> Target:
     return Target(
         name=name,
         block=block,
-        in_features=rows if is_conv1d else columns,
-        out_features=columns if is_conv1d else rows,
+        in_features=int(rows if is_conv1d else columns),
+        out_features=int(columns if is_conv1d else rows),
         has_bias=module.bias is not None,
         is_conv1d=is_conv1d,
         group=group,

@@ -67,7 +67,7 @@ def survey(weights: Weights, progress: Callable[[int, int], None] | None = None)
                 f"The weights are damaged: {name} has {bad} values of {tensor.numel()} that are NaN or infinite."
             )
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         if progress is not None:
             progress(done + 1, len(names))
     return digest.hexdigest()

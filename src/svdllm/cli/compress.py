@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from svdllm.cli import options as o
-from svdllm.cli.console import ConsoleReporter, console, print_json
+from svdllm.cli.console import ConsoleReporter, console, print_json, show
 from svdllm.cli.tables import result_table
 from svdllm.compress import compress_many
 
@@ -89,7 +89,7 @@ def compress(
         print_json([result.to_dict() for result in results] if len(results) > 1 else results[0].to_dict())
         return
     for result in results:
-        console.print(result_table(result))
+        show(result_table(result))
     folder = results[0].output_dir
     console.print("Next:", style="bold")
     console.print(f"  svdllm eval {folder} --base {model} --ppl python-docs --seqlen 512", soft_wrap=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from svdllm.progress import Reporter
 
@@ -75,6 +76,13 @@ class ConsoleReporter(Reporter):
     def warn(self, text: str) -> None:
         super().warn(text)
         error_console.print(f"[bold yellow]Warning:[/bold yellow] {text}", soft_wrap=True)
+
+
+def show(titled: tuple[str, list[Table]]) -> None:
+    title, tables = titled
+    console.print(title, style="bold", soft_wrap=True)
+    for table in tables:
+        console.print(table)
 
 
 def print_json(document: Any) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from svdllm.checkpoint import read_report
 from svdllm.cli import options as o
-from svdllm.cli.console import console, print_json
+from svdllm.cli.console import console, print_json, show
 from svdllm.cli.tables import linears_table, report_table
 
 
@@ -27,5 +27,5 @@ def inspect(
     if json:
         print_json(report)
         return
-    console.print(report_table(report))
+    show(report_table(report))
     console.print(linears_table(report["linears"], every=linears))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from svdllm.cli import options as o
-from svdllm.cli.console import console, error_console, print_json
+from svdllm.cli.console import error_console, print_json, show
 from svdllm.cli.tables import plan_table
 from svdllm.plan import plan as make_plans
 
@@ -68,6 +68,6 @@ def plan(
         print_json([single.to_dict() for single in plans] if len(plans) > 1 else plans[0].to_dict())
         return
     for single in plans:
-        console.print(plan_table(single))
+        show(plan_table(single))
     for warning in plans[0].warnings:
         error_console.print(f"[bold yellow]Warning:[/bold yellow] {warning}", soft_wrap=True)

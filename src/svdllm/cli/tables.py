@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from svdllm.cli.console import count, duration, size
 from svdllm.demo import DemoResult
@@ -15,10 +13,13 @@ from svdllm.evaluate import ModelPerplexity
 from svdllm.plan import Plan
 from svdllm.records import CompressionResult
 
+Titled = tuple[str, list[Table]]  # a line of its own, never cut or wrapped, and what stands below it
 
-def plan_table(plan: Plan) -> Group:
+
+def plan_table(plan: Plan) -> Titled:
     """What a run will do."""
-    summary = _summary(f"{plan.model} ({plan.model_type}, {plan.dtype}), method {plan.method}")
+    title = f"{plan.model} ({plan.model_type}, {plan.dtype}), method {plan.method}"
+    summary = _summary()
     dense_left = sum(target.rank is None for target in plan.targets)
     summary.add_row(
         "linears",
@@ -37,7 +38,7 @@ def plan_table(plan: Plan) -> Group:
     summary.add_row("hidden states", f"{size(plan.hidden_states_bytes)}, {where}")
     summary.add_row("disk while it runs", size(plan.disk_bytes))
     summary.add_row("time, roughly", f"{duration(plan.seconds)} on {plan.device} in {plan.compute_dtype}")
-    kinds = Table(box=None, padding=(0, 2), header_style="bold")
+    kinds = Table(box=None, padding=(0, 1), header_style="bold")
     for column in ("linear", "count", "shape", "rank"):
         kinds.add_column(column, justify="left" if column == "linear" else "right")
     rows: dict[tuple[str, int, int], list[int | None]] = {}
@@ -45,13 +46,13 @@ def plan_table(plan: Plan) -> Group:
         rows.setdefault((kind_of(target.name), target.out_features, target.in_features), []).append(target.rank)
     for (kind, out_features, in_features), ranks in rows.items():
         kinds.add_row(kind, str(len(ranks)), f"{out_features} x {in_features}", _range(ranks))
-    return Group(summary, kinds)
+    return title, [summary, kinds]
 
 
-def result_table(result: CompressionResult) -> Table:
+def result_table(result: CompressionResult) -> Titled:
     """What a run made."""
     plan = result.plan
-    table = _summary(f"{result.output_dir}")
+    table = _summary()
     table.add_row("method", f"{plan.method}, {plan.achieved_ratio:.2%} of the linears' parameters removed")
     table.add_row("parameters", f"{count(plan.dense_params)} -> {count(plan.params)}")
     table.add_row("weight files", f"{size(plan.dense_file_bytes)} -> {size(plan.file_bytes)}")
@@ -65,7 +66,7 @@ def result_table(result: CompressionResult) -> Table:
     table.add_row("peak memory", f"{size(result.peak_ram_bytes)} (planned {size(plan.peak_ram_bytes)})")
     if result.peak_device_bytes:
         table.add_row(f"peak on {plan.device}", f"{size(result.peak_device_bytes)} (planned {size(plan.device_bytes)})")
-    return table
+    return str(result.output_dir), [table]
 
 
 def perplexity_table(rows: list[ModelPerplexity]) -> Table:
@@ -94,10 +95,10 @@ def demo_table(result: DemoResult) -> Table:
     return table
 
 
-def report_table(report: dict[str, Any]) -> Table:
+def report_table(report: dict[str, Any]) -> Titled:
     """The head of a checkpoint's report."""
     source, recipe = report["source"], report["recipe"]
-    table = _summary(f"{source['model']}, compressed")
+    table = _summary()
     table.add_row("method", f"{report['method']}, {report['ratio']:.2%} of the linears' parameters removed")
     table.add_row("parameters", f"{count(report['dense_params'])} -> {count(report['params'])}")
     table.add_row("weight files", f"{size(report['dense_file_bytes'])} -> {size(report['file_bytes'])}")
@@ -111,12 +112,12 @@ def report_table(report: dict[str, Any]) -> Table:
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     for warning in report["warnings"]:
         table.add_row("warning", warning)
-    return table
+    return f"{source['model']}, compressed", [table]
 
 
 def linears_table(linears: list[dict[str, Any]], *, every: bool) -> Table:
     """Rank and kept energy, of every linear or by kind over the blocks."""
-    table = Table(header_style="bold", box=None, padding=(0, 2))
+    table = Table(header_style="bold", box=None, padding=(0, 1))
     for column in ("linear", "shape", "rank", "kept energy", "least"):
         table.add_column(column, justify="left" if column == "linear" else "right", no_wrap=True)
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -139,8 +140,8 @@ def kind_of(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name, count=1)
 
 
-def _summary(title: str) -> Table:
-    table = Table(title=Text(title, style="bold"), title_justify="left", show_header=False, box=None, padding=(0, 2))
+def _summary() -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 1))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     return table

@@ -1,0 +1,389 @@
+"""The command line as a user meets it: what it prints, how it exits, what a mistake costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from runs import TEXT, save_dense
+from svdllm.cli import main
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    return save_dense(tmp_path_factory.mktemp("model") / "tiny", tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+@pytest.fixture(scope="session")
+def compressed(tmp_path_factory: pytest.TempPathFactory, dense: Path, text: Path) -> Path:
+    folder = tmp_path_factory.mktemp("out") / "small"
+    with pytest.raises(SystemExit) as done:
+        main(["compress", str(dense), "-o", str(folder), "--ratio", "0.3", "--calib", str(text), *SMALL])
+    assert done.value.code == 0
+    return folder
+
+
+SMALL = ["--samples", "8", "--seqlen", "16"]
+
+
+def cli(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as done:
+        main([str(argument) for argument in arguments])
+    return int(done.value.code or 0)
+
+
+def test_plan_agrees_with_what_compress_makes(
+    dense: Path, compressed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("plan", dense, "--ratio", "0.3", *SMALL, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["file_bytes"] == (compressed / "model.safetensors").stat().st_size
+    assert plan["params"] == AutoModelForCausalLM.from_pretrained(compressed).num_parameters()
+    assert plan["achieved_ratio"] >= 0.3
+    assert cli("plan", dense, "--ratio", "0.3", *SMALL) == 0
+    printed = capsys.readouterr().out
+    for word in ("mlp.down_proj", "peak memory", "disk", "time", "weight files"):
+        assert word in printed
+
+
+def test_plan_reads_only_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A 70B model is planned from its config alone, in the time of a small one."""
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    snapshot = fake_hub_repository(tmp_path, "owner/giant")
+    config.save_pretrained(snapshot)
+    assert cli("plan", "owner/giant", "--ratio", "0.2", "--json", "--offline") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["dense_params"] == 70_553_706_496
+    assert plan["dtype"] == "bfloat16"
+    assert plan["ram_by_stage"]["analyze"] < 60e9
+
+
+@pytest.fixture(autouse=True)
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def fake_hub_repository(tmp_path: Path, name: str) -> Path:
+    """The cache as a download leaves it."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    return snapshot
+
+
+def test_hub_id_from_the_cache(dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    snapshot = fake_hub_repository(tmp_path, "owner/tiny")
+    shutil.copytree(dense, snapshot, dirs_exist_ok=True)
+    out = tmp_path / "out"
+    assert cli("compress", "owner/tiny", "-o", out, "--ratio", "0.3", "--calib", text, *SMALL, "--offline") == 0
+    source = json.loads((out / "config.json").read_text())["svdllm"]["source"]
+    assert (source["id"], source["revision"]) == ("owner/tiny", snapshot.name)
+    capsys.readouterr()
+    assert cli("eval", "owner/tiny", "--ppl", text, "--seqlen", "32", "--offline", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["results"][0]["perplexity"] > 1
+
+
+def test_compress_prints_a_summary_and_json(
+    dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("compress", dense, "--ratio", "0.2,0.4", "--calib", text, *SMALL)
+    assert cli(*arguments, "-o", tmp_path / "a") == 0
+    printed = capsys.readouterr()
+    assert "ratio-0.4" in printed.out.replace("\n", "")
+    assert "svdllm eval" in printed.out
+    assert "block 2/2" in printed.err
+    assert cli(*arguments, "-o", tmp_path / "b", "--json") == 0
+    both = json.loads(capsys.readouterr().out)
+    assert [entry["recipe"]["ratio"] for entry in both] == [0.2, 0.4]
+    assert all(entry["peak_ram_bytes"] > 0 for entry in both)
+
+
+def test_eval_shows_the_base_beside_it(
+    dense: Path, compressed: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("eval", compressed, "--base", dense, "--ppl", text, "--seqlen", "32", "--max-windows", "4")
+    assert cli(*arguments, "--json") == 0
+    ours, base = json.loads(capsys.readouterr().out)["results"]
+    assert ours["params"] < base["params"]
+    assert ours["num_tokens"] == base["num_tokens"] == 4 * 31
+    assert ours["weight_bytes"] < base["weight_bytes"]
+    assert cli(*arguments) == 0
+    assert "4 windows of 32 tokens" in capsys.readouterr().out
+
+
+def test_inspect_verify_export(compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("inspect", compressed) == 0
+    assert "model.layers.*.mlp.up_proj" in capsys.readouterr().out
+    assert cli("inspect", compressed, "--linears", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["linears"]) == 14
+    assert cli("verify", compressed) == 0
+    assert "logits" in capsys.readouterr().out
+    assert cli("export", compressed, "-o", tmp_path / "plain", "--format", "dense") == 0
+    assert AutoConfig.from_pretrained(tmp_path / "plain").model_type == "llama"
+    assert (tmp_path / "plain" / "tokenizer.json").is_file()
+    assert cli("export", compressed, "-o", tmp_path / "plain") == 2
+
+
+def test_a_recipe_file_is_overridden_by_flags(
+    dense: Path, compressed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = compressed / "svdllm" / "recipe.yaml"
+    assert cli("plan", dense, "--recipe", recipe, "--target-params", "20K", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["params"] <= 20_000 < plan["dense_params"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--ratio", "0"], "--ratio '0' is not a ratio: expected a number above 0 and below 1"),
+        (["--ratio", "1"], "--ratio '1' is not a ratio"),
+        (["--ratio", "-0.2"], "--ratio '-0.2' is not a ratio"),
+        (["--ratio", "much"], "--ratio 'much' is not a ratio"),
+        (["--ratio", "nan"], "--ratio 'nan' is not a ratio"),
+        (["--ratio", "0.2,0.2"], "names a value twice"),
+        ([], "exactly one of --ratio"),
+        (["--ratio", "0.2", "--target-params", "20K"], "exactly one budget"),
+        (["--target-size", "lots"], "--target-size 'lots' is not an amount"),
+        (["--target-size", "1TB"], "nothing to compress"),
+        (["--target-params", "5K"], "cannot be met"),
+        (["--ratio", "0.99"], "leaves rank 0"),
+        (["--ratio", "0.3", "--round-to", "64"], "ranks are multiples of 64"),
+        (["--ratio", "0.3", "--method", "svdllm"], "unknown method 'svdllm'; known are svd-llm"),
+        (["--ratio", "0.3", "--calib", "wikitxt2"], "wikitext2"),
+        (["--ratio", "0.3", "--calib", "missing.txt"], "missing.txt"),
+        (["--ratio", "0.3", "--ignore", "nothing_like_this"], "matches none"),
+        (["--ratio", "0.3", "--ignore", "("], "not a regular expression"),
+        (["--ratio", "0.3", "--override", "mlp"], "not of the form REGEX=RATIO"),
+        (["--ratio", "0.3", "--override", "mlp=2"], "is not a ratio"),
+        (["--ratio", "0.3", "--device", "cuda:99"], "is not available here; there is cpu"),
+        (["--ratio", "0.3", "--seqlen", "100"], "--seqlen 100 is more than"),
+        (["--ratio", "0.3", "--samples", "0"], "samples: Input should be greater than or equal to 1"),
+        (["--ratio", "0.3", "--recipe", "no-such.yaml"], "no-such.yaml cannot be read"),
+        (["--ratio", "0.3", "--preset", "fast"], "Unknown preset 'fast'"),
+        (["--ratio", "0.3", "--dtype", "int8"], "dtype"),
+    ],
+)
+def test_bad_options(
+    arguments: list[str], said: str, dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibration = [] if "--calib" in arguments else ["--calib", str(text)]
+    defaults = [] if "--samples" in arguments or "--seqlen" in arguments else SMALL
+    code = cli("compress", dense, "-o", tmp_path / "out", *calibration, *defaults, *arguments)
+    printed = capsys.readouterr()
+    assert said in " ".join(printed.err.split())
+    assert code == 2
+    assert "Traceback" not in printed.err
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_bad_texts(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    (tmp_path / "short.txt").write_text("too short")
+    for name, said in (("empty.txt", "empty"), ("latin.txt", "UTF-8"), ("short.txt", "tokens")):
+        out = tmp_path / "out"
+        assert cli("compress", dense, "-o", out, "--ratio", "0.3", "--calib", tmp_path / name, *SMALL) == 2
+        message = capsys.readouterr().err
+        assert name in message
+        assert said in message
+        assert not out.exists()
+        assert not (tmp_path / "out.partial").exists()
+
+
+def test_bad_models(dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def failing(model: object, *more: str) -> tuple[int, str]:
+        common = ("--ratio", "0.3", "--calib", text, *SMALL, *more)
+        code = cli("compress", model, "-o", tmp_path / "out", *common)
+        printed = capsys.readouterr().err
+        assert "Traceback" not in printed
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out.partial").exists()
+        return code, " ".join(printed.split())
+
+    assert failing(tmp_path / "nowhere")[0] == 2
+    code, message = failing("nobody/nothing", "--offline")
+    assert code == 2
+    assert "No such model: nobody/nothing" in message
+
+    bert = tmp_path / "bert"
+    AutoConfig.for_model("bert", architectures=["BertForMaskedLM"]).save_pretrained(bert)
+    code, message = failing(bert)
+    assert code == 3
+    assert "is not a causal language model: its architecture is BertForMaskedLM" in message
+    AutoConfig.for_model("t5", architectures=["T5ForConditionalGeneration"]).save_pretrained(bert)
+    assert failing(bert)[0] == 3
+
+    (tmp_path / "empty").mkdir()
+    code, message = failing(tmp_path / "empty")
+    assert code == 2
+    assert "no config.json" in message
+
+    moe = AutoConfig.for_model(
+        "qwen3_moe", num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_experts=4
+    )
+    moe.architectures = ["Qwen3MoeForCausalLM"]
+    moe.save_pretrained(tmp_path / "moe")
+    code, message = failing(tmp_path / "moe")
+    assert code == 3
+    assert "mlp.experts" in message or "stacked" in message
+
+    pickled = shutil.copytree(dense, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    code, message = failing(pickled)
+    assert code == 3
+    assert "pickled files are never read" in message
+
+    poisoned = shutil.copytree(dense, tmp_path / "poisoned")
+    tensors = load_file(poisoned / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, poisoned / "model.safetensors", metadata={"format": "pt"})
+    code, message = failing(poisoned)
+    assert code == 5
+    assert "model.layers.1.mlp.up_proj.weight has 1 values" in message
+
+    cut = shutil.copytree(dense, tmp_path / "cut")
+    os.truncate(cut / "model.safetensors", 1000)
+    code, message = failing(cut)
+    assert code == 2
+    assert "model.safetensors in cut is truncated or damaged" in message
+
+    lacking = shutil.copytree(dense, tmp_path / "lacking")
+    del (tensors := load_file(dense / "model.safetensors"))["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, lacking / "model.safetensors", metadata={"format": "pt"})
+    code, message = failing(lacking)
+    assert code == 2
+    assert "model.layers.0.mlp.up_proj.weight" in message
+
+
+def test_compressing_twice_is_refused(
+    compressed: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("compress", compressed, "-o", tmp_path / "out", "--ratio", "0.3", "--calib", text, *SMALL) == 2
+    assert "is compressed already; compress its dense source (tiny)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_full_disk_is_seen_beforehand(
+    dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10_000))
+    out = tmp_path / "out"
+    assert cli("compress", dense, "-o", out, "--ratio", "0.3", "--calib", text, *SMALL) == 4
+    assert "GB free, the run needs" in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_too_little_memory_is_seen_beforehand(
+    dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("svdllm.workspace.available_bytes", lambda: 1000)
+    assert cli("compress", dense, "-o", tmp_path / "out", "--ratio", "0.3", "--calib", text, *SMALL) == 4
+    assert "more memory at its peak" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "eval", "export"])
+def test_commands_refuse_what_is_no_checkpoint(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"eval": ["--ppl", "python-docs"], "export": ["-o", tmp_path / "x"]}.get(command, [])
+    assert cli(command, tmp_path, *more) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_tampered_checkpoints_are_named(
+    compressed: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flipped = shutil.copytree(compressed, tmp_path / "flipped")
+    content = bytearray((flipped / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (flipped / "model.safetensors").write_bytes(content)
+    cut = shutil.copytree(compressed, tmp_path / "cut")
+    os.truncate(cut / "model.safetensors", len(content) - 4)
+    for folder in (flipped, cut):
+        for arguments in (
+            ("verify", folder),
+            ("eval", folder, "--ppl", text, "--seqlen", "32"),
+            ("export", folder, "-o", tmp_path / "x"),
+        ):
+            assert cli(*arguments) == 2
+            printed = capsys.readouterr().err
+            assert "model.safetensors" in printed
+            assert "Traceback" not in printed
+
+
+def test_a_wrong_model_is_found_by_its_logits(
+    compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hashes made anew over an altered file do not fool verify: the logits are compared, too."""
+    from svdllm.modeling import write_hashes
+
+    changed = shutil.copytree(compressed, tmp_path / "changed")
+    tensors = load_file(changed / "model.safetensors")
+    tensors["model.norm.weight"] *= 1.01
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    write_hashes(changed)
+    assert cli("verify", changed) == 2
+    assert "differ from the stored reference" in " ".join(capsys.readouterr().err.split())
+
+
+def test_eval_needs_something_to_measure(dense: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("eval", dense) == 2
+    assert cli("eval", dense, "--ppl", text, "--seqlen", "1") == 2
+    assert cli("eval", dense, "--ppl", text, "--seqlen", "100000") == 2
+
+
+def test_errors_are_json_where_json_was_asked_for(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("compress", dense, "-o", tmp_path / "out", "--ratio", "7", "--json") == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["type"] == "InputError"
+    assert error["exit_code"] == 2
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("--help") == 0
+    assert "Exit codes" in capsys.readouterr().out
+    for command in ("plan", "compress", "eval", "inspect", "verify", "export", "demo"):
+        assert cli(command, "--help") == 0
+        assert len(capsys.readouterr().out) > 300
+
+
+def test_as_a_program(dense: Path) -> None:
+    """The installed entry point, in a process of its own."""
+    program = Path(sys.executable).with_name("svdllm")
+    done = subprocess.run([program, "plan", dense, "--ratio", "2"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("Error: --ratio '2' is not a ratio")

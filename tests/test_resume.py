@@ -1,0 +1,203 @@
+"""A killed run goes on, another run does not, and nothing that is not ours is touched."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import svdllm
+from families import tiny_model
+from runs import TEXT, digests, run, save_dense, small_recipe, token_windows
+from svdllm.errors import InputError
+
+# Runs a compression in which the n-th call of a reporter's hook is the process's last act.
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from runs import small_recipe, token_windows
+import svdllm
+from svdllm.progress import Reporter
+
+where, nth = {where!r}, {nth}
+
+class Deadly(Reporter):
+    calls = 0
+    def hit(self, name):
+        if name == where:
+            Deadly.calls += 1
+            if Deadly.calls == nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+    def start_stage(self, name, steps): self.hit("start " + name)
+    def end_stage(self, name): self.hit("end " + name)
+    def advance(self, done, steps): self.hit("advance")
+    def block_done(self, *_): self.hit("block")
+
+svdllm.compress_many({model!r}, small_recipe(ratio=(0.2, 0.4)), {output!r}, calibration=token_windows(), reporter=Deadly())
+"""
+
+
+def killed_run(model: Path, output: Path, where: str, nth: int = 1) -> None:
+    tests = str(Path(__file__).parent)
+    script = KILLED.format(tests=tests, where=where, nth=nth, model=str(model), output=str(output))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("where", "nth"),
+    [
+        ("start tokenise", 1),
+        ("end check weights", 1),
+        ("advance", 25),
+        ("block", 1),
+        ("block", 2),
+        ("start write", 2),
+        ("end write", 2),
+    ],
+)
+def test_killed_and_started_again_gives_the_same_bytes(where: str, nth: int, tmp_path: Path) -> None:
+    model = save_dense(tmp_path / "dense")
+    recipe, ids = small_recipe(ratio=(0.2, 0.4)), token_windows()
+    svdllm.compress_many(model, recipe, tmp_path / "straight", calibration=ids)
+    output = tmp_path / "out"
+    killed_run(model, output, where, nth)
+    assert not output.exists()
+    svdllm.compress_many(model, recipe, output, calibration=ids)
+    skip = tuple(f"ratio-{ratio}/svdllm/report.json" for ratio in (0.2, 0.4))
+    assert digests(output, skip) == digests(tmp_path / "straight", skip)
+    assert not output.with_name("out.partial").exists()
+
+
+def test_finished_blocks_are_not_decomposed_again(tmp_path: Path) -> None:
+    model = save_dense(tmp_path / "dense")
+    killed_run(model, tmp_path / "out", "block", 1)
+
+    class Counting(svdllm.progress.Reporter):
+        blocks: tuple[int, ...] = ()
+        notes: tuple[str, ...] = ()
+
+        def block_done(self, index: int, *_: object) -> None:
+            self.blocks += (index,)
+
+        def note(self, text: str) -> None:
+            self.notes += (text,)
+
+    reporter = Counting()
+    recipe = small_recipe(ratio=(0.2, 0.4))
+    svdllm.compress_many(model, recipe, tmp_path / "out", calibration=token_windows(), reporter=reporter)
+    assert reporter.blocks == (1,)
+    assert reporter.notes == ("Going on with block 2: 1 of 2 are done.",)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"ratio": 0.4}, "recipe: ratio was [0.2, 0.4], is now 0.4"),
+        ({"seed": 9}, "recipe: seed was 1, is now 9"),
+        ({"method": "asvd"}, 'recipe: method was "svd-llm", is now "asvd"'),
+        ({"model": 5}, "weights of the model was"),
+        ({"ids": 5}, "calibration tokens was"),
+    ],
+)
+def test_other_settings_refuse_to_go_on(change: dict[str, object], named: str, tmp_path: Path) -> None:
+    model = save_dense(tmp_path / "dense")
+    killed_run(model, tmp_path / "out", "block", 1)
+    before = digests(tmp_path / "out.partial")
+    if "model" in change:
+        model = save_dense(tmp_path / "other", seed=5)
+    ids = token_windows(seed=5 if "ids" in change else 0)
+    settings = {key: value for key, value in change.items() if key not in ("model", "ids")}
+    recipe = small_recipe(**({"ratio": (0.2, 0.4)} | settings))
+    with pytest.raises(InputError, match="had other settings") as caught:
+        svdllm.compress_many(model, recipe, tmp_path / "out", calibration=ids)
+    assert named in str(caught.value)
+    assert "--no-resume" in str(caught.value)
+    assert digests(tmp_path / "out.partial") == before
+    svdllm.compress_many(model, recipe, tmp_path / "out", calibration=ids, resume=False)
+    assert (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_killed_after_the_result_had_its_name(tmp_path: Path) -> None:
+    model = tiny_model("llama", 0)
+    killed_run(save_dense(tmp_path / "dense"), tmp_path / "out", "end write", 2)
+    (tmp_path / "out.partial" / "finished").rename(tmp_path / "out")
+    with pytest.raises(InputError, match="nothing is overwritten"):
+        svdllm.compress_many(model, small_recipe(ratio=(0.2, 0.4)), tmp_path / "out", calibration=token_windows())
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_folders_that_are_not_ours_are_never_touched(tmp_path: Path) -> None:
+    for name in ("out", "other.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="out exists and is a folder with other things in it; nothing is overwritten"):
+        run(tiny_model("llama", 0), tmp_path / "out", resume=False)
+    with pytest.raises(InputError, match=r"other\.partial is in the way: it is not the work folder of a run"):
+        run(tiny_model("llama", 0), tmp_path / "other", resume=False)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / "other.partial" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_finished_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
+    model = tiny_model("llama", 0)
+    run(model, tmp_path / "out")
+    before = digests(tmp_path / "out", skip=())
+    with pytest.raises(InputError, match="is a finished checkpoint; nothing is overwritten"):
+        run(model, tmp_path / "out", resume=False)
+    assert digests(tmp_path / "out", skip=()) == before
+
+
+def test_an_empty_output_folder_is_used(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    run(tiny_model("llama", 0), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_numerical_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    model = tiny_model("llama", 0)
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight.fill_(3e38)
+    with pytest.raises(svdllm.NumericalError, match=r"block 1 \(model\.layers\.1\).* batch 0"):
+        run(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_of_memory_keeps_finished_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = tiny_model("llama", 0), []
+
+    def second_fails(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+        return original(*args, **kwargs)
+
+    from svdllm import compress as _  # noqa: F401  (the package's name is the function)
+
+    module = sys.modules["svdllm.compress"]
+    original = module.decompose
+    monkeypatch.setattr(module, "decompose", second_fails)
+    with pytest.raises(svdllm.ResourceError, match=r"Lower --batch-tokens \(now 4096\)"):
+        run(model, tmp_path / "out")
+    assert (tmp_path / "out.partial" / "analysis" / "block-0000.safetensors").is_file()
+    monkeypatch.undo()
+    run(model, tmp_path / "straight")
+    run(model, tmp_path / "out")
+    assert digests(tmp_path / "out") == digests(tmp_path / "straight")
+
+
+def test_text_of_another_tokenizer_is_another_run(tmp_path: Path, tokenizer) -> None:
+    from tokenizers_local import byte_tokenizer
+
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    fingerprints = [
+        svdllm.data.calibration_windows(str(text), other, samples=4, seqlen=8, seed=0).fingerprint
+        for other in (tokenizer, byte_tokenizer(vocab_size=270))
+    ]
+    assert fingerprints[0] != fingerprints[1]

@@ -484,11 +484,14 @@ def test_hashes_cover_the_folder_and_only_weights_stop_a_load(tmp_path: Path):
     write_hashes(folder)
     files = json.loads((folder / "svdllm/hashes.json").read_text())["files"]
     assert list(files) == sorted(files)
-    assert {"README.md", "config.json", "model.safetensors", "modeling_svdllm_llama.py"} <= set(files)
+    assert {"generation_config.json", "config.json", "model.safetensors", "modeling_svdllm_llama.py"} <= set(files)
     assert not any(name.startswith("svdllm/") for name in files)
     (folder / "README.md").write_text("another card")
+    assert compare_hashes(folder) == []
+    (folder / "generation_config.json").write_text("{}")
     AutoModelForCausalLM.from_pretrained(folder)
-    assert compare_hashes(folder) == ["README.md: expected 6 bytes, found 12."]
+    (difference,) = compare_hashes(folder)
+    assert difference.startswith("generation_config.json: expected ")
 
 
 def rewrite_weights(folder: Path, change: Any) -> None:

@@ -37,13 +37,13 @@ class Deadly(Reporter):
     def advance(self, done, steps): self.hit("advance")
     def block_done(self, *_): self.hit("block")
 
-svdllm.compress_many({model!r}, small_recipe(ratio=(0.2, 0.4)), {output!r}, calibration=token_windows(), reporter=Deadly())
+svdllm.compress_many({model!r}, small_recipe(ratio={ratio!r}), {output!r}, calibration=token_windows(), reporter=Deadly())
 """
 
 
-def killed_run(model: Path, output: Path, where: str, nth: int = 1) -> None:
+def killed_run(model: Path, output: Path, where: str, nth: int = 1, ratio: object = (0.2, 0.4)) -> None:
     tests = str(Path(__file__).parent)
-    script = KILLED.format(tests=tests, where=where, nth=nth, model=str(model), output=str(output))
+    script = KILLED.format(tests=tests, where=where, nth=nth, model=str(model), output=str(output), ratio=ratio)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
@@ -71,6 +71,15 @@ def test_killed_and_started_again_gives_the_same_bytes(where: str, nth: int, tmp
     skip = tuple(f"ratio-{ratio}/svdllm/report.json" for ratio in (0.2, 0.4))
     assert digests(output, skip) == digests(tmp_path / "straight", skip)
     assert not output.with_name("out.partial").exists()
+
+
+def test_killed_while_a_single_checkpoint_is_written(tmp_path: Path) -> None:
+    model = save_dense(tmp_path / "dense")
+    run(model, tmp_path / "straight")
+    killed_run(model, tmp_path / "out", "advance", 25, ratio=0.3)
+    assert (tmp_path / "out.partial" / "finished.writing").is_dir()
+    run(model, tmp_path / "out")
+    assert digests(tmp_path / "out") == digests(tmp_path / "straight")
 
 
 def test_finished_blocks_are_not_decomposed_again(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -32,7 +33,7 @@ def gguf_config(path: Path) -> PreTrainedConfig:
             raise UnsupportedModelError(f"{path.name}: {error}") from error
         raise InputError(f"{path.name} is not a readable GGUF file: {error}") from error
     config.architectures = config.architectures or [_causal_lm_name(config)]
-    config.dtype = "float32"
+    config.dtype = torch.float32
     config.name_or_path = path.stem
     return config
 

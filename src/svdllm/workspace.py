@@ -27,7 +27,7 @@ def require_empty(output_dir: Path) -> None:
 
 def is_work_folder(work: Path) -> bool:
     """A work folder holds nothing but what a run puts there."""
-    known = {"source", "analysis", "hidden-states", "finished"}
+    known = {"source", "analysis", "hidden-states", "finished", "finished.writing"}
     return work.is_dir() and {path.name for path in work.iterdir()} <= known
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 
-import click
 import typer
 
 from svdllm.cli import compress, demo, evaluate, export, inspect, plan, verify
 from svdllm.cli.console import error_console
 from svdllm.errors import SvdllmError
+
+# ClickException, of the click that typer uses: newer versions carry their own.
+UsageProblem: type[Exception] = typer.BadParameter.mro()[2]
 
 app = typer.Typer(
     name="svdllm",
@@ -35,15 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
     _quiet_libraries()
     try:
         code = app(args=arguments, standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help())
-        code = 0
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except click.exceptions.Abort:
-        code = _interrupted()
-    except KeyboardInterrupt:
+    except UsageProblem as error:
+        error.show()  # type: ignore[attr-defined]
+        code = error.exit_code  # type: ignore[attr-defined]
+    except (typer.Abort, KeyboardInterrupt):
         code = _interrupted()
     except SvdllmError as error:
         _show(error, as_json="--json" in arguments)

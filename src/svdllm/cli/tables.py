@@ -72,20 +72,24 @@ def result_table(result: CompressionResult) -> Titled:
 def perplexity_table(rows: list[ModelPerplexity]) -> Table:
     """One row per model and text."""
     table = Table(header_style="bold")
-    for column in ("model", "parameters", "weight files", "text", "perplexity", "std. error", "tokens"):
-        table.add_column(column, justify="left" if column in ("model", "text") else "right", overflow="fold")
+    for column in ("model", "params", "files", "text", "perplexity", "s.e.", "tokens"):
+        named = column in ("model", "text")
+        table.add_column(column, justify="left" if named else "right", overflow="fold", no_wrap=not named)
     for row in rows:
         table.add_row(row.model, count(row.params), size(row.weight_bytes), row.text, *_measured(row))
     if rows:
-        table.caption = f"{rows[0].perplexity.num_windows} windows of {rows[0].perplexity.seqlen} tokens, no overlap"
+        measured = rows[0].perplexity
+        table.caption = (
+            f"{measured.num_windows} windows of {measured.seqlen} tokens, no overlap; s.e.: standard error over windows"
+        )
     return table
 
 
 def demo_table(result: DemoResult) -> Table:
     """Dense, plain SVD and SVD-LLM side by side."""
     table = Table(title="SmolLM2-135M-Instruct on held-out Python documentation", header_style="bold")
-    for column in ("model", "parameters", "weight files", "perplexity", "std. error", "compression time"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    for column in ("model", "parameters", "files", "perplexity", "s.e.", "compressed in"):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for name, row, seconds in zip(
         ("dense", "plain SVD", "SVD-LLM"), result.rows, result.compression_seconds, strict=True
     ):

@@ -29,7 +29,8 @@ else:
     _Model = object
 
 HASHES_FILE = "svdllm/hashes.json"
-UNHASHED_FILES = (HASHES_FILE, "svdllm/report.json")
+# The report holds times, and a model card is there to be edited.
+UNHASHED_FILES = (HASHES_FILE, "svdllm/report.json", "README.md")
 WEIGHT_INDEX_FILE = "model.safetensors.index.json"
 
 
@@ -265,7 +266,7 @@ def _some(names: list[str], most: int = 8) -> str:
 
 
 def write_hashes(folder: str | os.PathLike[str]) -> None:
-    """Write ``svdllm/hashes.json``: size and SHA-256 of every file in ``folder`` but itself and the report."""
+    """Write ``svdllm/hashes.json``: size and SHA-256 of every file in ``folder`` but itself, the report and the card."""
     root = Path(folder)
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     names = [name for name in names if name not in UNHASHED_FILES]

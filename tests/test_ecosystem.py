@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TEXT, digests, save_dense, small_recipe, token_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 import svdllm
+from runs import TEXT, digests, save_dense, small_recipe, token_windows
 
 TASK = """
 task: tiny_text
@@ -50,7 +50,9 @@ def test_companions_are_byte_copies(checkpoint: Path) -> None:
 def test_saving_a_loaded_model_writes_the_same_files(checkpoint: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path / "again")
     ours, again = digests(checkpoint), digests(tmp_path / "again")
-    assert {"config.json", "model.safetensors", "modeling_svdllm_llama.py", "configuration_svdllm_llama.py"} <= set(again)
+    assert {"config.json", "model.safetensors", "modeling_svdllm_llama.py", "configuration_svdllm_llama.py"} <= set(
+        again
+    )
     for name in set(again) - {"svdllm/hashes.json"}:
         assert again[name] == ours[name], name
     assert svdllm.load_model(tmp_path / "again").num_parameters() > 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reference import measured_loss, optimal_outputs, optimal_product, paper_product, scaled_product
-from svdllm.linalg import ENERGY_FLOOR, factorise, gram_root, output_spectrum, tail_energies
+from svdllm.linalg import ENERGY_FLOOR, _congruence, factorise, output_spectrum, tail_energies
 
 SHAPES = {"wide": (9, 14), "tall": (14, 9), "square": (11, 11), "row": (1, 6), "column": (6, 1)}
 DEFINITE = ("well conditioned", "ill conditioned")
@@ -237,6 +237,13 @@ def test_spectrum_by_hand():
     near(spectrum.basis_OD.abs(), torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64))
 
 
+def test_what_goes_into_the_eigenvalues_is_exactly_symmetric():
+    x_IT = make_inputs("ill conditioned", 70)
+    for gram in (None, x_IT.square().sum(1), x_IT @ x_IT.T):
+        product_OO = _congruence(rand(50, 70), gram)
+        assert torch.equal(product_OO, product_OO.T)
+
+
 def test_tall_spectrum_by_hand():
     """One column (3, 4) with C = 4: energy 4 * 25, direction (0.6, 0.8)."""
     spectrum = output_spectrum(torch.tensor([[3.0], [4.0]]), torch.tensor([[4.0]]))
@@ -270,22 +277,3 @@ def test_tail_energies_by_hand():
 def test_tails_keep_small_energies_beside_large_ones():
     """Summed from the small end: 1e-9 would vanish beside 1e9 in a difference of float64 sums."""
     assert tail_energies(torch.tensor([1e9, 1e-9], dtype=torch.float64))[1] == 1e-9
-
-
-def test_gram_root_of_a_definite_gram_is_its_cholesky_factor():
-    """[[4, 2], [2, 5]] = L L^T with L = [[2, 0], [1, 2]]."""
-    root_II = gram_root(torch.tensor([[4.0, 2.0], [2.0, 5.0]]))
-    near(root_II, torch.tensor([[2.0, 0.0], [1.0, 2.0]], dtype=torch.float64))
-
-
-@pytest.mark.parametrize("conditioning", [*DEFINITE, *SINGULAR])
-def test_gram_root_times_its_transpose_is_the_gram(conditioning: str):
-    x_IT = make_inputs(conditioning, 9)
-    root_II = gram_root(x_IT @ x_IT.T)
-    near(root_II @ root_II.T, x_IT @ x_IT.T, scale=x_IT.square().sum())
-
-
-def test_gram_root_of_a_singular_gram_by_hand():
-    """[[1, 1], [1, 1]] has energy 2 along (1, 1) / sqrt 2 and none across: a column (±1, ±1) and one of zeros."""
-    root_II = gram_root(torch.ones(2, 2))
-    near(root_II.abs().sort(dim=1).values, torch.tensor([[0.0, 1.0], [0.0, 1.0]], dtype=torch.float64), tolerance=1e-7)

@@ -79,6 +79,7 @@ def test_svd_llm_is_the_gram_itself_and_svd_the_identity():
     gram = rand(3, 3)
     assert METHODS["svd-llm"].right(gram, 0.5) is gram
     assert METHODS["svd"].right(None, 0.5) is None
+    assert METHODS["svd"].right(gram, 0.5) is None
 
 
 def test_outlier_channels_tell_the_methods_apart():

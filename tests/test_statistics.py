@@ -57,6 +57,21 @@ def test_gram_of_several_products(num_tokens: int):
     torch.testing.assert_close(gram_of(tokens_TI), tokens_TI.T @ tokens_TI, rtol=0, atol=1e-12 * float(expected.max()))
 
 
+def test_a_product_never_sums_more_tokens_than_it_should(monkeypatch: pytest.MonkeyPatch):
+    sizes: list[int] = []
+    monkeypatch.setattr(Gram, "_add_product", lambda self, tokens_TI: sizes.append(len(tokens_TI)))
+    Gram(1).add(torch.ones(2, TOKENS_PER_PRODUCT, 1))
+    Gram(1).add(torch.ones(TOKENS_PER_PRODUCT + 1, 1))
+    assert sizes == [TOKENS_PER_PRODUCT, TOKENS_PER_PRODUCT, TOKENS_PER_PRODUCT, 1]
+
+
+def test_tokens_are_counted_whatever_the_shape_of_a_batch():
+    for statistic in (Gram(3), MeanAbsolute(3)):
+        for shape in ((5, 3), (2, 4, 3), (3,)):
+            statistic.add(torch.ones(shape))
+        assert statistic.num_tokens == 5 + 8 + 1
+
+
 def test_split_batches_give_the_same_gram():
     tokens_TI = rand(60, PANEL + 5)
     whole = gram_of(tokens_TI)

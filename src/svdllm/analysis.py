@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from svdllm.errors import InputError, NumericalError
-from svdllm.linalg import gram_root, output_spectrum
+from svdllm.linalg import output_spectrum
 from svdllm.methods import Method
 from svdllm.statistics import Statistic
 from svdllm.stream import Block
@@ -121,25 +121,20 @@ def decompose(
 ) -> tuple[dict[str, TargetSpectrum], dict[str, float]]:
     """Spectra and bases of a block's targets in the method's metric, and the seconds each took."""
     spectra, seconds = {}, {}
-    shared_root: tuple[Statistic | None, Tensor] | None = None
-    shared_metric: tuple[Statistic | None, Tensor | None] | None = None
+    metrics: dict[int, Tensor | None] = {}  # by statistic, which targets with the same input share
     for target in targets:
         started = time.perf_counter()
         statistic = statistics.get(target.name)
-        if shared_metric is None or shared_metric[0] is not statistic:
-            shared_metric = (statistic, method.right(None if statistic is None else statistic.value(), alpha))
-            shared_root = None
-        metric = shared_metric[1]
+        if id(statistic) not in metrics:
+            metric = method.right(None if statistic is None else statistic.value(), alpha)
+            if metric is not None and not bool(torch.isfinite(metric).all()):
+                raise NumericalError(
+                    f"The inputs of {target.name} have NaN or infinite values over the calibration text."
+                )
+            metrics = {id(statistic): metric}  # the one before is not needed again
         weight_OI = weight_of(block.walk.skeleton.get_submodule(target.name), target)
-        if metric is not None and not bool(torch.isfinite(metric).all()):
-            raise NumericalError(f"The inputs of {target.name} have NaN or infinite values; its Gram is not finite.")
-        root_II = None
-        if target.out_features > target.in_features and metric is not None and metric.ndim == 2:
-            if shared_root is None:
-                shared_root = (statistic, gram_root(metric))
-            root_II = shared_root[1]
         try:
-            spectrum = output_spectrum(weight_OI, metric, depths[target.name], root_II)
+            spectrum = output_spectrum(weight_OI, metrics[id(statistic)], depths[target.name])
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
         basis_dtype = torch.float64 if block.walk.dtype == torch.float64 else torch.float32

@@ -117,7 +117,7 @@ class Needs:
     def _statistics(self) -> int:
         groups = {t.group: t.in_features for t in self.structure.block_targets(0)}
         if self.method.statistic is Gram:
-            return sum(12 * size**2 for size in groups.values())
+            return sum(8 * size**2 for size in groups.values())
         return sum(8 * size for size in groups.values())
 
     def _decomposition(self) -> int:

@@ -17,7 +17,7 @@ class Gram:
     def __init__(self, in_features: int, device: torch.device | str = "cpu"):
         self.num_tokens = 0
         self._upper_II = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
-        self._product_II = torch.empty(in_features, in_features, dtype=torch.float32, device=device)
+        self._product = torch.empty(min(PANEL, in_features) * in_features, dtype=torch.float32, device=device)
 
     def add(self, inputs: Tensor) -> None:
         """Adds the tokens of ``inputs`` (``..., in``), any float dtype."""
@@ -38,7 +38,7 @@ class Gram:
         in_features = tokens_TI.shape[1]
         for start in range(0, in_features, PANEL):
             stop = min(start + PANEL, in_features)
-            panel = self._product_II[start:stop, start:]
+            panel = self._product[: (stop - start) * (in_features - start)].view(stop - start, -1)
             torch.mm(tokens_TI[:, start:stop].mT, tokens_TI[:, start:], out=panel)
             self._upper_II[start:stop, start:] += panel
 

@@ -146,8 +146,8 @@ def input_groups(linears: Sequence[tuple[str, nn.Module]], on_input: Callable[[s
     seen: dict[int, tuple[Tensor, str]] = {}
 
     def hook_for(name: str):
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs = args[0]
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = args[0] if args else next(iter(kwargs.values()))
             _, leader = seen.setdefault(id(inputs), (inputs, name))
             if groups.setdefault(name, leader) != leader:
                 raise UnsupportedModelError(
@@ -159,7 +159,7 @@ def input_groups(linears: Sequence[tuple[str, nn.Module]], on_input: Callable[[s
 
         return hook
 
-    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in linears]
+    handles = [module.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, module in linears]
     try:
         yield groups, seen.clear
     finally:

@@ -22,7 +22,7 @@ def demo(
         "demo-output"
     ),
     ratio: Annotated[float, typer.Option(help="Share of the linears' parameters removed.")] = 0.2,
-    samples: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 64,
+    samples: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 32,
     json: o.Json = False,
 ) -> None:
     """Compresses SmolLM2-135M-Instruct by plain SVD and by SVD-LLM and compares them with the dense model.

@@ -12,6 +12,7 @@ import pytest
 
 from svdllm.demo import smollm2_file
 from svdllm.errors import InputError
+from svdllm.gguf import convert_gguf, gguf_config
 
 pytestmark = pytest.mark.slow
 
@@ -60,9 +61,10 @@ def test_sizes_are_the_planned_ones(planned: Any, result: Any) -> None:
 
 def test_quality(gguf: Path, result: Any, tmp_path: Path) -> None:
     """Whitening keeps a language model where plain SVD of the same size does not."""
-    plain = cli("compress", gguf, "-o", tmp_path / "svd", "--ratio", "0.2", "--method", "svd")
+    convert_gguf(gguf, gguf_config(gguf), tmp_path / "dense")
+    plain = cli("compress", tmp_path / "dense", "-o", tmp_path / "svd", "--ratio", "0.2", "--method", "svd")
     measure = ("--ppl", "python-docs", "--seqlen", "512", "--max-windows", "8")
-    ours, dense = cli("eval", result["output_dir"], "--base", gguf, *measure)["results"]
+    ours, dense = cli("eval", result["output_dir"], "--base", tmp_path / "dense", *measure)["results"]
     (svd,) = cli("eval", plain["output_dir"], *measure)["results"]
     assert 5 < dense["perplexity"] < ours["perplexity"] < 4 * dense["perplexity"]
     assert svd["perplexity"] > 100 * ours["perplexity"]

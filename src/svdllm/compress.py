@@ -160,7 +160,7 @@ class _Run:
         with self.reporter.stage("plan", 1):
             config_only = open_config(self.model, offline=self.offline, revision=self.revision)
             plans = plans_of(config_only, self.recipe, self.hidden_states_limit)
-            require_room(self.output_dir, self.work, plans[-1])
+            require_room(self.output_dir, self.work, max(plans, key=lambda plan: plan.disk_bytes))
         with self.reporter.stage("open", 1):
             source = open_source(
                 self.model, offline=self.offline, revision=self.revision, gguf_folder=self.work / "source"

@@ -88,7 +88,7 @@ def perplexity_table(rows: list[ModelPerplexity]) -> Table:
 def demo_table(result: DemoResult) -> Table:
     """Dense, plain SVD and SVD-LLM side by side."""
     table = Table(title="SmolLM2-135M-Instruct on held-out Python documentation", header_style="bold")
-    for column in ("model", "parameters", "files", "perplexity", "s.e.", "compressed in"):
+    for column in ("model", "params", "files", "perplexity", "s.e.", "compressed in"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for name, row, seconds in zip(
         ("dense", "plain SVD", "SVD-LLM"), result.rows, result.compression_seconds, strict=True
@@ -153,8 +153,12 @@ def _summary() -> Table:
 
 def _measured(row: ModelPerplexity) -> tuple[str, str, str]:
     measured = row.perplexity
-    stderr = "" if measured.stderr is None else f"{measured.stderr:,.2f}"
-    return f"{measured.perplexity:,.2f}", stderr, f"{measured.num_tokens:,}"
+    stderr = "" if measured.stderr is None else _number(measured.stderr)
+    return _number(measured.perplexity), stderr, f"{measured.num_tokens:,}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 1e5 else f"{value:.2e}"
 
 
 def _range(ranks: list[int | None]) -> str:

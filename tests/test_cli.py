@@ -357,10 +357,41 @@ def test_a_wrong_model_is_found_by_its_logits(
     assert "differ from the stored reference" in " ".join(capsys.readouterr().err.split())
 
 
+def test_the_current_folder_is_no_output(
+    dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in (".", "..", "/"):
+        assert cli("compress", dense, "-o", place, "--ratio", "0.3", "--calib", text, *SMALL) == 2
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_an_edited_config_that_transformers_refuses(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(dense, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"hidden_size": "many"}))
+    assert cli("plan", broken, "--ratio", "0.3") == 3
+    assert "The config of" in capsys.readouterr().err
+
+
+def test_damaged_records_are_named(compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = shutil.copytree(compressed, tmp_path / "damaged")
+    for name, command in (("report.json", "inspect"), ("hashes.json", "verify")):
+        kept = (damaged / "svdllm" / name).read_text()
+        (damaged / "svdllm" / name).write_text("{}")
+        assert cli(command, damaged) == 2
+        assert f"svdllm/{name}" in capsys.readouterr().err
+        (damaged / "svdllm" / name).write_text(kept)
+
+
 def test_eval_needs_something_to_measure(dense: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("eval", dense) == 2
     assert cli("eval", dense, "--ppl", text, "--seqlen", "1") == 2
     assert cli("eval", dense, "--ppl", text, "--seqlen", "100000") == 2
+    assert cli("eval", dense, "--ppl", text, "--seqlen", "32", "--dtype", "bf16") == 2
+    assert "--dtype 'bf16' is unknown" in capsys.readouterr().err
 
 
 def test_errors_are_json_where_json_was_asked_for(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -289,3 +289,38 @@ def test_export_multiplies_out(tmp_path: Path) -> None:
             torch.testing.assert_close(
                 dense(input_ids=ids).logits, result.load()(input_ids=ids).logits, rtol=1e-4, atol=1e-5
             )
+
+
+def test_a_tied_tensor_that_is_stored_twice_counts_once(tmp_path: Path) -> None:
+    model = tiny_model("llama", 0)
+    model.save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, metadata={"format": "pt"}
+    )
+    result = run(tmp_path / "dense", tmp_path / "out")
+    assert result.plan.dense_params == model.num_parameters()
+    svdllm.verify(tmp_path / "out", "cpu")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(svdllm.UnsupportedModelError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight"):
+        run(tmp_path / "dense", tmp_path / "again")
+    head_only = {name: tensor for name, tensor in tensors.items() if name != "model.embed_tokens.weight"}
+    save_file(head_only | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, file, metadata={"format": "pt"})
+    run(tmp_path / "dense", tmp_path / "head")
+    assert digests(tmp_path / "head")["model.safetensors"] == digests(tmp_path / "out")["model.safetensors"]
+
+
+def test_models_in_memory_that_are_no_causal_lm_of_their_config(tmp_path: Path) -> None:
+    with pytest.raises(svdllm.CheckpointError, match=r"LlamaModel: \d+ tensors of LlamaForCausalLM are missing"):
+        run(tiny_model("llama", 0).model, tmp_path / "out")
+    with pytest.raises(svdllm.InputError, match="found Linear"):
+        run(nn.Linear(2, 2), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generation_settings_of_a_model_in_memory_are_kept_as_they_are(tmp_path: Path) -> None:
+    model = tiny_model("llama", 0)
+    model.generation_config.temperature = 0.7  # with do_sample=False, which save_pretrained refuses
+    run(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.7

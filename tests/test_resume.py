@@ -142,13 +142,16 @@ def test_killed_after_the_result_had_its_name(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_not_ours_are_never_touched(tmp_path: Path) -> None:
-    for name in ("out", "other.partial"):
-        (tmp_path / name).mkdir()
+    for name in ("out", "other.partial", "third.partial/source"):
+        (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="out exists and is a folder with other things in it; nothing is overwritten"):
         run(tiny_model("llama", 0), tmp_path / "out", resume=False)
     with pytest.raises(InputError, match=r"other\.partial is in the way: it is not the work folder of a run"):
         run(tiny_model("llama", 0), tmp_path / "other", resume=False)
+    with pytest.raises(InputError, match=r"third\.partial is in the way"):
+        run(tiny_model("llama", 0), tmp_path / "third", resume=False)
+    assert (tmp_path / "third.partial" / "source" / "thesis.tex").is_file()
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
     assert (tmp_path / "other.partial" / "thesis.tex").read_text() == "years of work"
 
@@ -191,12 +194,41 @@ def test_out_of_memory_keeps_finished_blocks(tmp_path: Path, monkeypatch: pytest
     module = sys.modules["svdllm.compress"]
     original = module.decompose
     monkeypatch.setattr(module, "decompose", second_fails)
-    with pytest.raises(svdllm.ResourceError, match=r"Lower --batch-tokens \(now 4096\)"):
+    with pytest.raises(svdllm.ResourceError, match=r"lower --batch-tokens \(now 4096\)"):
         run(model, tmp_path / "out")
     assert (tmp_path / "out.partial" / "analysis" / "block-0000.safetensors").is_file()
     monkeypatch.undo()
     run(model, tmp_path / "straight")
     run(model, tmp_path / "out")
+    assert digests(tmp_path / "out") == digests(tmp_path / "straight")
+
+
+def test_an_empty_output_folder_does_not_cost_the_finished_blocks(tmp_path: Path) -> None:
+    model = save_dense(tmp_path / "dense")
+    (tmp_path / "out").mkdir()
+    killed_run(model, tmp_path / "out", "block", 1, ratio=0.3)
+    done = (tmp_path / "out.partial" / "analysis" / "block-0000.safetensors").stat().st_mtime_ns
+    killed_run(model, tmp_path / "out", "block", 1, ratio=0.3)
+    assert (tmp_path / "out.partial" / "analysis" / "block-0000.safetensors").stat().st_mtime_ns == done
+    run(model, tmp_path / "out")
+
+
+def test_starting_over_removes_nothing_before_the_new_run_is_sound(tmp_path: Path) -> None:
+    killed_run(save_dense(tmp_path / "dense"), tmp_path / "out", "block", 1, ratio=0.3)
+    before = digests(tmp_path / "out.partial")
+    with pytest.raises(InputError, match="No such model"):
+        run(str(tmp_path / "mistyped"), tmp_path / "out", resume=False)
+    assert digests(tmp_path / "out.partial") == before
+
+
+def test_blocks_without_settings_are_not_taken_up(tmp_path: Path) -> None:
+    """A kill while the work folder is removed may leave blocks of settings that nobody knows any more."""
+    model = save_dense(tmp_path / "dense")
+    killed_run(model, tmp_path / "out", "block", 2, ratio=0.3)
+    (tmp_path / "out.partial" / "analysis" / "analysis.json").unlink()
+    ids = token_windows(seed=9)
+    run(model, tmp_path / "out", ids=ids)
+    run(model, tmp_path / "straight", ids=ids)
     assert digests(tmp_path / "out") == digests(tmp_path / "straight")
 
 

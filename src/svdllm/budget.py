@@ -129,7 +129,6 @@ class _Unit:
     what: str
     budget: int
     dense: int
-    others: int
     costs: dict[str, int]  # target -> cost of one rank
 
 
@@ -165,13 +164,13 @@ def _whole_model_unit(recipe: Recipe, structure: Structure, stored: Tensors) -> 
     sizes = {target.name: target.in_features + target.out_features for target in structure.targets}
     if recipe.target_params is not None:
         dense = num_params(stored)
-        return _Unit("--target-params", recipe.target_params, dense, 0, sizes)
+        return _Unit("--target-params", recipe.target_params, dense, sizes)
     assert recipe.target_size is not None
     costs = {name: size * stored[f"{name}.weight"][1].itemsize for name, size in sizes.items()}
     # Headers name every tensor with its shape and offsets; ranks are written with at most as many digits as here.
     widest = compressed_tensors(stored, structure.targets, {t.name: t.break_even_rank for t in structure.targets})
     headers = file_bytes(widest) - tensor_bytes(widest)
-    return _Unit("--target-size", recipe.target_size, tensor_bytes(stored) + headers, headers, costs)
+    return _Unit("--target-size", recipe.target_size, tensor_bytes(stored) + headers, costs)
 
 
 def _explicit_ranks(ranks: Mapping[str, int | str], targets: Sequence[Target]) -> Ranks:
@@ -214,7 +213,7 @@ def _require_ranks_above_zero(ranks: Ranks, targets: Sequence[Target], recipe: R
         )
         rounding = f" (ranks are multiples of {recipe.round_to})" if recipe.round_to > 1 else ""
         raise InputError(
-            f"The ratio leaves rank 0{rounding} for {len(empty)} linears, for instance {worst.name} "
+            f"The budget leaves rank 0{rounding} for {len(empty)} linears, for instance {worst.name} "
             f"({worst.out_features} x {worst.in_features}): {advice}."
         )
 

@@ -75,7 +75,7 @@ def write_checkpoint(
     report = report_of(plan, recipe, provenance, linears)
     (partial / "README.md").write_text(model_card(report, config), encoding="utf-8")
     _write_reference(partial, config, resolve_device(recipe.device))
-    report["seconds"] = dict(reporter.seconds)
+    report["seconds"] = {name: taken for name, taken in reporter.seconds.items() if name != "write"}
     (partial / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     write_hashes(partial)
     partial.replace(folder)
@@ -111,9 +111,12 @@ def read_report(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"{folder} is no svdllm checkpoint: it has no {REPORT_FILE}. Make one with `svdllm compress`.")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        report = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{REPORT_FILE} in {folder} is damaged: {error}") from error
+    if not isinstance(report, dict) or not {"linears", "source", "recipe", "params"} <= set(report):
+        raise CheckpointError(f"{REPORT_FILE} in {folder} is damaged: entries are missing.")
+    return report
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -214,7 +217,10 @@ def _copy_companions(folder: Path, source: Source, tokenizer: Any) -> None:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.folder / path, folder / path)
     elif source.model is not None and source.model.generation_config is not None:
-        source.model.generation_config.save_pretrained(folder)
+        # As it is: save_pretrained refuses settings that generate only warns about.
+        (folder / "generation_config.json").write_text(
+            source.model.generation_config.to_json_string(), encoding="utf-8"
+        )
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,7 +31,15 @@ from svdllm.stream import Walk
 from svdllm.structure import Structure
 from svdllm.version import __version__
 from svdllm.weights import survey
-from svdllm.workspace import is_work_folder, require_empty, require_room
+from svdllm.workspace import (
+    claim_work_folder,
+    holds_checkpoints,
+    is_work_folder,
+    named_folder,
+    require_empty,
+    require_room,
+    start_over,
+)
 
 
 def compress(
@@ -78,18 +88,20 @@ def compress_many(
     """
     if calibration is not None and not isinstance(calibration, str):
         recipe = recipe.model_copy(update={"calibration": f"given from Python ({type(calibration).__name__})"})
+    output_dir = named_folder(output_dir)
     run = _Run(
         model=model,
         recipe=recipe if not isinstance(calibration, str) else recipe.model_copy(update={"calibration": calibration}),
-        output_dir=Path(output_dir),
+        output_dir=output_dir,
         calibration=recipe.calibration if calibration is None else calibration,
         tokenizer=tokenizer,
         offline=offline,
         revision=revision,
+        resume=resume,
         hidden_states_limit=hidden_states_limit,
         reporter=reporter or Reporter(),
     )
-    run.check_cheaply(resume)
+    run.check_cheaply()
     with run.cleaning_up():
         return run.execute()
 
@@ -105,6 +117,7 @@ class _Run:
     tokenizer: Any
     offline: bool
     revision: str | None
+    resume: bool
     hidden_states_limit: int | None
     reporter: Reporter
 
@@ -116,7 +129,7 @@ class _Run:
     def needs_tokens(self) -> bool:
         return METHODS[self.recipe.method].statistic is not None
 
-    def check_cheaply(self, resume: bool) -> None:
+    def check_cheaply(self) -> None:
         """What can be wrong without looking at the model."""
         self.recipe.require_budget()
         resolve_device(self.recipe.device)
@@ -127,13 +140,10 @@ class _Run:
             raise InputError(
                 f"{self.work} is in the way: it is not the work folder of a run. Move it away, or choose another output."
             )
-        if ours and not resume:
-            shutil.rmtree(self.work)
-            ours = False
-        if ours and (found := read_settings(self.work / "analysis")):
+        if ours and self.resume and (found := read_settings(self.work / "analysis")):
             wanted = _recipe_settings(self.recipe)
             refuse_other_settings({key: found.get(key) for key in wanted}, wanted, self.work)
-            if self.output_dir.exists() and not (self.work / "finished").exists():
+            if holds_checkpoints(self.output_dir) and not (self.work / "finished").exists():
                 shutil.rmtree(self.work)  # killed after the result got its name, before the work folder was removed
         require_empty(self.output_dir)
 
@@ -147,9 +157,9 @@ class _Run:
             if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
                 raise
             raise ResourceError(
-                f"Out of memory ({str(error).splitlines()[0][:200]}). Lower --batch-tokens (now "
-                f"{self.recipe.batch_tokens}) or --samples, or use --dtype bfloat16 on a GPU; finished blocks are kept, "
-                "`svdllm plan` tells what a run needs."
+                f"Out of memory ({str(error).splitlines()[0][:200]}). Finished blocks are kept: the same command goes "
+                "on with them when there is more memory. To start over with less, use --no-resume and lower "
+                f"--batch-tokens (now {self.recipe.batch_tokens}) or --samples; `svdllm plan` tells what a run needs."
             ) from error
         except SvdllmError:
             if new:
@@ -159,17 +169,22 @@ class _Run:
     def execute(self) -> list[CompressionResult]:
         with self.reporter.stage("plan", 1):
             config_only = open_config(self.model, offline=self.offline, revision=self.revision)
-            plans = plans_of(config_only, self.recipe, self.hidden_states_limit)
+            skeleton, structure = look_at(config_only, self.recipe)
+            plans = plans_of(config_only, skeleton, structure, self.recipe, self.hidden_states_limit)
             require_room(self.output_dir, self.work, max(plans, key=lambda plan: plan.disk_bytes))
+        claim_work_folder(self.work)
         with self.reporter.stage("open", 1):
-            source = open_source(
-                self.model, offline=self.offline, revision=self.revision, gguf_folder=self.work / "source"
-            )
-            skeleton, structure = look_at(source, self.recipe)
-            plans = plans_of(source, self.recipe, self.hidden_states_limit)
+            source = config_only
+            if source.weights is None:
+                source = open_source(
+                    self.model, offline=self.offline, revision=self.revision, gguf_folder=self.work / "source"
+                )
+                plans = plans_of(source, skeleton, structure, self.recipe, self.hidden_states_limit)
         windows = self._calibration_windows(source, structure)
         fingerprint = self._survey(source)
-        analysis = Analysis(self.work / "analysis", self._settings(fingerprint, windows))
+        if not self.resume or not read_settings(self.work / "analysis"):
+            start_over(self.work)
+        analysis = Analysis(self.work / "analysis", self._settings(source, fingerprint, windows))
         analysis.open()
         self._analyze(source, structure, plans, windows, analysis)
         provenance = Provenance.of(source.name, source.revision, fingerprint, windows)
@@ -205,14 +220,20 @@ class _Run:
         with self.reporter.stage("check weights", len(source.weights.names())):
             return survey(source.weights, self.reporter.advance)
 
-    def _settings(self, fingerprint: str, windows: TokenWindows | None) -> dict[str, Any]:
+    def _settings(self, source: Source, fingerprint: str, windows: TokenWindows | None) -> dict[str, Any]:
         """All that decides the bytes of the result."""
+        device = resolve_device(self.recipe.device)
+        config = source.config.to_json_string(use_diff=False)
         return {
             **_recipe_settings(self.recipe),
+            "device": str(device),
+            "computed in": str(resolve_dtype(self.recipe.dtype, device, source.dtype)),
             "weights of the model": fingerprint,
+            "config of the model": hashlib.sha256(config.encode()).hexdigest(),
             "calibration tokens": None if windows is None else windows.fingerprint,
             "svdllm version": __version__,
             "torch version": torch.__version__,
+            "transformers version": transformers.__version__,
         }
 
     def _analyze(
@@ -337,11 +358,6 @@ def _linear_records(structure: Structure, plan: Plan, analysis: Analysis) -> lis
 
 def _check_windows(windows: TokenWindows, source: Source) -> None:
     config = source.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and windows.ids.shape[1] > longest:
-        raise InputError(
-            f"--seqlen {windows.ids.shape[1]} is more than {source.name} can take; use --seqlen {longest} or less."
-        )
     if int(windows.ids.max()) >= config.vocab_size or int(windows.ids.min()) < 0:
         raise InputError(
             f"The calibration tokens go from {int(windows.ids.min())} to {int(windows.ids.max())}, the vocabulary of "

@@ -111,14 +111,18 @@ class Needs:
         if not self.runs_tokens:
             return 0
         tokens = min(self.tokens, max(self.recipe.batch_tokens, self.recipe.seqlen))
-        widths = sum({t.group: t.in_features for t in self.structure.block_targets(0)}.values())
-        return tokens * self.dtype.itemsize * (widths + 4 * self.hidden_size)
+        return tokens * self.dtype.itemsize * (sum(self._widest_inputs()) + 4 * self.hidden_size)
+
+    def _widest_inputs(self) -> list[int]:
+        """Features of the distinct inputs of the block that has most."""
+        blocks: dict[int, dict[str, int]] = {}
+        for target in self.structure.targets:
+            blocks.setdefault(target.block, {})[target.group] = target.in_features
+        return max((list(inputs.values()) for inputs in blocks.values()), key=sum)
 
     def _statistics(self) -> int:
-        groups = {t.group: t.in_features for t in self.structure.block_targets(0)}
-        if self.method.statistic is Gram:
-            return sum(8 * size**2 for size in groups.values())
-        return sum(8 * size for size in groups.values())
+        power = 2 if self.method.statistic is Gram else 1
+        return sum(8 * size**power for size in self._widest_inputs())
 
     def _decomposition(self) -> int:
         def workspace(target: Target) -> int:
@@ -128,7 +132,10 @@ class Needs:
         return max(workspace(target) for target in self.structure.targets)
 
     def _bases(self) -> int:
-        return sum(4 * t.out_features * t.break_even_rank for t in self.structure.block_targets(0))
+        sizes = [0] * len(self.structure.blocks)
+        for target in self.structure.targets:
+            sizes[target.block] += 4 * target.out_features * target.break_even_rank
+        return max(sizes)
 
     def _block_needs(self) -> int:
         return self.block + self._statistics() + max(self._batch(), self._decomposition() + self._bases())
@@ -149,12 +156,13 @@ def _multiply_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a product of middling size, measured once."""
     key = (str(device), dtype)
     if key not in _rates:
-        left = torch.ones(512, 512, device=device, dtype=dtype)
+        size = 512 if device.type == "cpu" else 4096  # a small product only measures how long a kernel takes to start
+        left = torch.ones(size, size, device=device, dtype=dtype)
         times = []
         for _ in range(4):
             started = time.perf_counter()
             product = left @ left
             product[0, 0].item()
             times.append(time.perf_counter() - started)
-        _rates[key] = 2 * 512**3 / min(times)
+        _rates[key] = 2 * size**3 / min(times)
     return _rates[key]

@@ -10,12 +10,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from svdllm.budget import Tensors
-from svdllm.checkpoint import HASHES_FILE, read_report, write_shards
+from svdllm.checkpoint import HASHES_FILE, write_shards
 from svdllm.errors import CheckpointError, InputError
 from svdllm.modeling import compare_hashes
 from svdllm.modeling.factory import base_classes
 from svdllm.source import build_skeleton, companion_files, load_config
 from svdllm.weights import SafetensorsWeights
+from svdllm.workspace import named_folder
 
 
 def export_dense(folder: str | Path, output_dir: str | Path) -> None:
@@ -26,18 +27,23 @@ def export_dense(folder: str | Path, output_dir: str | Path) -> None:
         CheckpointError: a file is truncated or altered.
     """
     folder, output_dir = Path(folder), Path(output_dir)
-    read_report(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no svdllm checkpoint: it has no config.json.")
+    output_dir = named_folder(output_dir)
+    config = load_config(folder, str(folder))
+    if not getattr(config, "svdllm", None):
+        raise InputError(f"{folder} is a dense model already ({config.model_type}); there is nothing to multiply out.")
     if output_dir.exists() and (output_dir.is_file() or any(output_dir.iterdir())):
         raise InputError(f"{output_dir} exists and is not empty; nothing is overwritten. Choose another path.")
     problems = compare_hashes(folder, weights_only=True) if (folder / HASHES_FILE).is_file() else []
     if problems:
         raise CheckpointError(f"{folder} is not as it was written: {' '.join(problems)}")
-    config = load_config(folder, str(folder))
     base = dense_config(config)
     weights = SafetensorsWeights(folder, build_skeleton(config))
     dense = _Products(weights, build_skeleton(base), config.svdllm["ranks"])
     partial = output_dir.with_name(f"{output_dir.name}.writing")
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists():
+        raise InputError(f"{partial} is in the way, perhaps of an export that was killed. Remove it first.")
     partial.mkdir(parents=True)
     write_shards(partial, dense, dense.tensors)
     base.save_pretrained(partial)

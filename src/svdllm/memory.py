@@ -20,6 +20,9 @@ def resident_bytes() -> int:
 
 def peak_bytes() -> int:
     """Highest resident memory of this process so far; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.is_file() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(match[1]) * 1024  # getrusage would count what the parent had when it forked
     try:
         import resource
     except ImportError:
@@ -38,7 +41,9 @@ def available_bytes() -> int | None:
             found.append(int(match[1]) * 1024)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-        found.append(max(0, int(limit.read_text()) - int(used.read_text())))
+        # Cached file pages count as used there, though they are given up when memory is asked for.
+        cached = re.search(r"^inactive_file (\d+)$", (used.parent / "memory.stat").read_text(), re.MULTILINE)
+        found.append(max(0, int(limit.read_text()) - int(used.read_text()) + int(cached[1] if cached else 0)))
     return min(found) if found else None
 
 

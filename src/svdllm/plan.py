@@ -18,6 +18,8 @@ from svdllm.source import Source, build_skeleton, open_config
 from svdllm.statistics import Gram
 from svdllm.structure import Structure, Target, discover
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTarget:
@@ -90,12 +92,13 @@ def plan(
     """
     recipe.require_budget()
     source = open_config(model, offline=offline, revision=revision)
-    return plans_of(source, recipe, hidden_states_limit)
+    return plans_of(source, *look_at(source, recipe), recipe, hidden_states_limit)
 
 
-def plans_of(source: Source, recipe: Recipe, hidden_states_limit: int | None) -> list[Plan]:
-    """One plan per ratio, for a model that is open."""
-    skeleton, structure = look_at(source, recipe)
+def plans_of(
+    source: Source, skeleton: PreTrainedModel, structure: Structure, recipe: Recipe, hidden_states_limit: int | None
+) -> list[Plan]:
+    """One plan per ratio, for a model that is open and looked at."""
     gguf_bytes = 0 if source.gguf is None else source.gguf.stat().st_size
     return [
         make_plan(
@@ -139,6 +142,7 @@ def make_plan(
     """The plan of a single recipe for a model that is looked at already."""
     device = resolve_device(recipe.device)
     dtype = resolve_dtype(recipe.dtype, device, source.dtype)
+    _require_context(source, recipe)
     stored = stored_tensors(source, skeleton)
     ranks = choose_ranks(recipe, structure, stored)
     written = compressed_tensors(stored, structure.targets, ranks)
@@ -194,6 +198,14 @@ def calibration_warnings(structure: Structure, recipe: Recipe, num_tokens: int) 
     ]
 
 
+def _require_context(source: Source, recipe: Recipe) -> None:
+    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if METHODS[recipe.method].statistic is not None and longest is not None and recipe.seqlen > longest:
+        raise InputError(
+            f"--seqlen {recipe.seqlen} is more than {source.name} can take; use --seqlen {longest} or less."
+        )
+
+
 def resolve_device(name: str) -> torch.device:
     """``auto`` is the first accelerator, else the CPU. Raises InputError for a device that is not there."""
     if name == "auto":
@@ -204,14 +216,16 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, ValueError) as error:
         available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise InputError(f"--device {name!r} is not available here; there is {', '.join(available)}.") from error
-    if device.type == "meta":
-        raise InputError("--device 'meta' holds no numbers; use cpu or cuda.")
+    if device.type in ("meta", "mps"):
+        raise InputError(f"--device {name!r} has no float64, which decompositions need; use cpu or cuda.")
     return device
 
 
 def resolve_dtype(name: str, device: torch.device, source_dtype: torch.dtype) -> torch.dtype:
     """``auto`` computes in float32 on a CPU, where half precision is slow, else in the source's dtype."""
     if name != "auto":
+        if name not in DTYPES:
+            raise InputError(f"--dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}.")
         return getattr(torch, name)
     if source_dtype == torch.float64:
         return torch.float64

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -28,7 +29,6 @@ COMPANION_FILES = (
     "*.tiktoken",
     "tekken.json",
     "chat_template*",
-    "additional_chat_templates/*",
     "generation_config.json",
 )
 
@@ -62,7 +62,7 @@ class Source:
         """Size of the weight files; 0 where only the config is known."""
         if self.gguf is not None:
             return self.gguf.stat().st_size
-        has_files = self.folder is not None and self.weights is not None
+        has_files = self.folder is not None and any(self.folder.glob("*.safetensors"))
         return sum(path.stat().st_size for path in weight_files(self.folder)) if has_files else 0  # type: ignore[arg-type]
 
     def load_tokenizer(self, offline: bool = False) -> Any:
@@ -106,10 +106,10 @@ def open_source(
             revision=None,
             config=model.config,
             folder=None,
-            weights=MemoryWeights(model),
+            weights=MemoryWeights(model, build_skeleton(model.config)),
             model=model,
         )
-    text = str(model)
+    text = _as_text(model)
     if Path(text).is_file():
         return _open_gguf(Path(text), gguf_folder)
     folder = Path(text) if Path(text).is_dir() else _from_hub(text, revision, offline, weights=True)
@@ -120,7 +120,7 @@ def open_source(
 
 def open_config(model: str | Path | PreTrainedModel, *, offline: bool = False, revision: str | None = None) -> Source:
     """Like ``open_source``, but reads no weights: of a hub id, only its config is fetched."""
-    text = "" if isinstance(model, PreTrainedModel) else str(model)
+    text = "" if isinstance(model, PreTrainedModel) else _as_text(model)
     if isinstance(model, PreTrainedModel) or Path(text).is_dir():
         return open_source(model, offline=offline)
     if Path(text).is_file():
@@ -140,7 +140,7 @@ def load_config(folder: Path, name: str) -> PreTrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise UnsupportedModelError(
             f"The config of {name} cannot be read by transformers: {first_line(error)}"
         ) from error
@@ -175,8 +175,10 @@ def require_causal_lm(config: PreTrainedConfig, name: str) -> None:
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model on the meta device, buffers real (rotary tables are computed in the constructor)."""
     with init_empty_weights(include_buffers=False):
-        # A copy, since building a model writes the dtype into its config.
-        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        config = copy.deepcopy(config)  # building a model writes the dtype into its config
+        if "flash" in (getattr(config, "_attn_implementation", None) or ""):
+            config._attn_implementation = "sdpa"  # which computes the same in any dtype and on any device
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return skeleton.eval().requires_grad_(False)
 
 
@@ -212,19 +214,30 @@ def _from_hub(name: str, revision: str | None, offline: bool, *, weights: bool) 
     """A local folder with the files of a hub repository."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
+        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".gguf", "/")):
         raise InputError(f"No such model: {name} does not exist here, and it is no hub id (owner/name).")
-    patterns = ["config.json", "*.safetensors.index.json"]
-    if weights:
-        patterns += ["*.safetensors", "*.json", *COMPANION_FILES]
+    patterns = ["config.json", "*.safetensors.index.json", *COMPANION_FILES, *(["*.safetensors"] if weights else [])]
+    skipped = ["*/*", "consolidated*"]  # other variants of the same weights
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=skipped, local_files_only=offline
+            )
+        )
+    except GatedRepoError as error:
+        raise InputError(
+            f"{name} is gated: accept its terms on its page on the hub, then log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"{name} has no revision {revision!r}; --revision takes a branch, tag or commit.") from error
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise InputError(f"No such model: {name} is neither a folder or file here nor a model on the hub.") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -236,6 +249,15 @@ def _from_hub(name: str, revision: str | None, offline: bool, *, weights: bool) 
         raise InputError(
             f"No such model: {name} is neither a folder or file here nor in the local cache, {how}."
         ) from error
+
+
+def _as_text(model: Any) -> str:
+    if not isinstance(model, str | Path):
+        raise InputError(
+            f"A model is a hub id, a path or a transformers PreTrainedModel, found {type(model).__name__}. Of a model "
+            "with an adapter, merge the adapter first (merge_and_unload)."
+        )
+    return str(model)
 
 
 def _revision(folder: Path) -> str | None:

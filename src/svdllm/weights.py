@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -85,15 +85,16 @@ class SafetensorsWeights:
         self._place: dict[str, tuple[Path, str, tuple[int, ...], torch.dtype]] = {}
         renaming = _renaming(skeleton)
         expected = skeleton.state_dict()
-        self.unused: list[str] = []
+        unknown: list[str] = []
         for path in weight_files(folder):
             for key, shape, dtype in _header(path):
                 name = renaming(key)
                 if name in expected:
                     self._place[name] = (path, key, shape, dtype)
                 else:
-                    self.unused.append(key)
-        self._check(folder, skeleton, expected)
+                    unknown.append(key)
+        self._settle_ties(skeleton)
+        _require_all(self, skeleton, folder.name, unknown)
 
     def names(self) -> list[str]:
         return list(self._place)
@@ -107,31 +108,33 @@ class SafetensorsWeights:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(key).clone()
 
-    def _check(self, folder: Path, skeleton: PreTrainedModel, expected: dict[str, Tensor]) -> None:
-        # A tied tensor is written once, under whichever of its names; the others come from tie_weights.
-        stored_storage = {id(expected[name]) for name in self._place}
-        tied = set(getattr(skeleton, "all_tied_weights_keys", None) or ())
-        missing = [
-            n for n in expected if n not in self._place and n not in tied and id(expected[n]) not in stored_storage
-        ]
-        if missing:
-            raise CheckpointError(
-                f"{folder.name}: {len(missing)} tensors of {type(skeleton).__name__} are in none of its safetensors "
-                f"files, for instance {', '.join(missing[:3])}"
-                f"{f'; unknown there: {self.unused[0]}' if self.unused else ''}. If transformers can load the model, "
-                "re-save it with save_pretrained and compress that folder."
-            )
-        for name, (path, key, shape, _) in self._place.items():
-            if tuple(expected[name].shape) != shape:
-                raise CheckpointError(
-                    f"{path.name}: {key} has shape {shape}, the config asks for {tuple(expected[name].shape)}."
+    def _settle_ties(self, skeleton: PreTrainedModel) -> None:
+        """A tied tensor is kept once, under the name that the others are tied to, whatever the files hold.
+
+        Raises:
+            UnsupportedModelError: the files hold both, and they differ.
+        """
+        for name, origin in (getattr(skeleton, "all_tied_weights_keys", None) or {}).items():
+            if name not in self._place:
+                continue
+            if origin not in self._place:
+                self._place[origin] = self._place[name]
+            elif not torch.equal(self.get(name), self.get(origin)):
+                raise UnsupportedModelError(
+                    f"The config ties {name} to {origin}, but the files hold different values for them. Set "
+                    "tie_word_embeddings to false in config.json if both are meant."
                 )
+            del self._place[name]
 
 
 class MemoryWeights:
-    """The tensors of a model in memory; they are read, never changed."""
+    """The tensors of a model in memory; they are read, never changed.
 
-    def __init__(self, model: PreTrainedModel):
+    Raises:
+        InputError: they are not those of a causal language model of its config (an adapter, a bare model).
+    """
+
+    def __init__(self, model: PreTrainedModel, skeleton: PreTrainedModel):
         self._tensors: dict[str, Tensor] = {}
         seen: set[int] = set()
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -140,7 +143,7 @@ class MemoryWeights:
             if id(tensor) not in seen:
                 self._tensors[name] = tensor.detach()
             seen.add(id(tensor))
-        self.unused: list[str] = []
+        _require_all(self, skeleton, type(model).__name__, sorted(set(self._tensors) - set(skeleton.state_dict())))
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -149,7 +152,25 @@ class MemoryWeights:
         return tuple(self._tensors[name].shape), self._tensors[name].dtype
 
     def get(self, name: str) -> Tensor:
-        return self._tensors[name].detach()
+        return self._tensors[name]
+
+
+def _require_all(weights: Weights, skeleton: PreTrainedModel, holder: str, unknown: Sequence[str]) -> None:
+    """Raises CheckpointError unless every tensor of the skeleton is there, in its shape (tied ones once)."""
+    expected = skeleton.state_dict()
+    stored = set(weights.names())
+    tied = set(getattr(skeleton, "all_tied_weights_keys", None) or ())
+    missing = [name for name in expected if name not in stored and name not in tied]
+    if missing:
+        raise CheckpointError(
+            f"{holder}: {len(missing)} tensors of {type(skeleton).__name__} are missing, for instance "
+            f"{', '.join(missing[:3])}{f'; unknown there: {unknown[0]}' if unknown else ''}. If transformers can load "
+            "the model, re-save it with save_pretrained (an adapter merged) and compress that folder."
+        )
+    for name in stored & set(expected):
+        shape, wanted = weights.shape_and_dtype(name)[0], tuple(expected[name].shape)
+        if shape != wanted:
+            raise CheckpointError(f"{holder}: {name} has shape {shape}, the config asks for {wanted}.")
 
 
 def weight_files(folder: Path) -> list[Path]:

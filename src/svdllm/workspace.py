@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from svdllm.plan import Plan
 
 # Left free on the disk beyond what the plan says.
 DISK_RESERVE = 64 * 2**20
+MARKER = ".svdllm-run"
 
 
 def require_empty(output_dir: Path) -> None:
@@ -19,16 +21,44 @@ def require_empty(output_dir: Path) -> None:
     if output_dir.is_file():
         raise InputError(f"{output_dir} is a file; the output is a folder. Choose another path.")
     if output_dir.is_dir() and any(output_dir.iterdir()):
-        what = "a finished checkpoint" if is_checkpoint(output_dir) else "a folder with other things in it"
+        what = "a finished checkpoint" if holds_checkpoints(output_dir) else "a folder with other things in it"
         raise InputError(
             f"{output_dir} exists and is {what}; nothing is overwritten. Choose another path, or remove it first."
         )
 
 
+def named_folder(path: str | Path) -> Path:
+    """The path, if a folder beside it can be given another name.
+
+    Raises:
+        InputError: it is the current folder, one above it, or the root.
+    """
+    place = Path(path).absolute()
+    if place.resolve() in (Path.cwd(), *Path.cwd().parents) or place.name == "..":
+        raise InputError(f"{path} is the folder you are in, or one above it: name a folder to make, such as ./out.")
+    return Path(path)
+
+
 def is_work_folder(work: Path) -> bool:
-    """A work folder holds nothing but what a run puts there."""
-    known = {"source", "analysis", "hidden-states", "finished", "finished.writing"}
-    return work.is_dir() and {path.name for path in work.iterdir()} <= known
+    """Whether a run made this folder: it has our marker (or nothing at all in it)."""
+    return work.is_dir() and ((work / MARKER).is_file() or not any(work.iterdir()))
+
+
+def claim_work_folder(work: Path) -> None:
+    """Makes the work folder, the marker first."""
+    work.mkdir(parents=True, exist_ok=True)
+    (work / MARKER).touch()
+
+
+def start_over(work: Path) -> None:
+    """Removes what an earlier run computed; blocks without settings could be anybody's."""
+    for name in ("finished", "finished.writing", "analysis"):
+        shutil.rmtree(work / name, ignore_errors=True)
+
+
+def holds_checkpoints(folder: Path) -> bool:
+    """A checkpoint, or a folder with one for each ratio."""
+    return is_checkpoint(folder) or (folder.is_dir() and any(map(is_checkpoint, folder.glob("ratio-*"))))
 
 
 def size_of(folder: Path) -> int:
@@ -40,6 +70,8 @@ def require_room(output_dir: Path, work: Path, plan: Plan) -> None:
     existing = output_dir.absolute().parent
     while not existing.exists():
         existing = existing.parent
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"{output_dir} cannot be made: {existing} is not writable. Choose an output elsewhere.")
     free = shutil.disk_usage(existing).free + size_of(work)
     if plan.disk_bytes + DISK_RESERVE > free:
         raise ResourceError(

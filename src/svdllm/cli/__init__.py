@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 
+import torch
 import typer
 
 from svdllm.cli import compress, demo, evaluate, export, inspect, plan, verify
 from svdllm.cli.console import error_console
-from svdllm.errors import SvdllmError
+from svdllm.errors import InputError, ResourceError, SvdllmError, first_line
 
 # ClickException, of the click that typer uses: newer versions carry their own.
 UsageProblem: type[Exception] = typer.BadParameter.mro()[2]
@@ -41,29 +43,26 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()  # type: ignore[attr-defined]
         code = error.exit_code  # type: ignore[attr-defined]
     except (typer.Abort, KeyboardInterrupt):
-        code = _interrupted()
+        error_console.print("Interrupted.")
+        if arguments[:1] == ["compress"]:
+            error_console.print("The same command goes on from the last finished block.")
+        code = 130
     except SvdllmError as error:
-        _show(error, as_json="--json" in arguments)
-        code = error.exit_code
+        code = _show(error, as_json="--json" in arguments)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        code = _show(ResourceError(f"Out of memory: {first_line(error)}"), as_json="--json" in arguments)
+    except OSError as error:
+        kind = ResourceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else InputError
+        code = _show(kind(f"{error.strerror or error}: {error.filename or 'a file'}"), as_json="--json" in arguments)
     sys.exit(code or 0)
 
 
-def _show(error: SvdllmError, *, as_json: bool) -> None:
+def _show(error: SvdllmError, *, as_json: bool) -> int:
     if as_json:
         kind = type(error).__name__
         print(json.dumps({"error": {"type": kind, "message": str(error), "exit_code": error.exit_code}}))
-    error_console.print(f"[bold red]Error:[/bold red] {_plain(str(error))}", highlight=False, soft_wrap=True)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _interrupted() -> int:
-    error_console.print("Interrupted. The same command goes on from the last finished block.")
-    return 130
+    error_console.print("Error:", str(error), style="red", soft_wrap=True)
+    return error.exit_code
 
 
 def _quiet_libraries() -> None:

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from svdllm.progress import Reporter
 
-console = Console(highlight=False)
-error_console = Console(stderr=True, highlight=False)
+# No markup: names and paths may hold brackets.
+console = Console(highlight=False, markup=False)
+error_console = Console(stderr=True, highlight=False, markup=False)
 
 
 class ConsoleReporter(Reporter):
@@ -75,7 +76,11 @@ class ConsoleReporter(Reporter):
 
     def warn(self, text: str) -> None:
         super().warn(text)
-        error_console.print(f"[bold yellow]Warning:[/bold yellow] {text}", soft_wrap=True)
+        print_warning(text)
+
+
+def print_warning(text: str) -> None:
+    error_console.print("Warning:", text, style="yellow", soft_wrap=True)
 
 
 def show(titled: tuple[str, list[Table]]) -> None:

@@ -34,7 +34,7 @@ def demo(
         print_json(result.to_dict())
         return
     console.print(demo_table(result))
-    console.print(f"The SVD-LLM checkpoint is in [bold]{result.checkpoint}[/bold]. Next:", soft_wrap=True)
+    console.print(f"The SVD-LLM checkpoint is in {result.checkpoint}. Next:", soft_wrap=True)
     console.print(f"  svdllm inspect {result.checkpoint}", soft_wrap=True)
     console.print(
         f"  svdllm eval {result.checkpoint} --base {result.dense} --ppl python-docs --seqlen 512", soft_wrap=True

@@ -161,7 +161,7 @@ def build_recipe(
     if ignore:
         given["ignore"] = ignore
     if override:
-        given["overrides"] = dict(map(_override, override))
+        given["overrides"] = _overrides(override)
     if any(name in given for name in BUDGETS):
         settings = {name: value for name, value in settings.items() if name not in BUDGETS}
     recipe = make_recipe(settings | given, origin=f"Recipe {recipe_file}" if recipe_file else "The options")
@@ -189,6 +189,15 @@ def _ratio(text: str, option: str, least: str = "above 0") -> float:
             "parameters to remove (0.2 removes 20 %)."
         )
     return value
+
+
+def _overrides(texts: list[str]) -> dict[str, float]:
+    pairs = list(map(_override, texts))
+    patterns = [pattern for pattern, _ in pairs]
+    twice = sorted({pattern for pattern in patterns if patterns.count(pattern) > 1})
+    if twice:
+        raise InputError(f"--override names {', '.join(twice)} twice; give each pattern one ratio.")
+    return dict(pairs)
 
 
 def _override(text: str) -> tuple[str, float]:

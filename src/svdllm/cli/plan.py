@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from svdllm.cli import options as o
-from svdllm.cli.console import error_console, print_json, show
+from svdllm.cli.console import print_json, print_warning, show
 from svdllm.cli.tables import plan_table
 from svdllm.plan import plan as make_plans
 
@@ -70,4 +70,4 @@ def plan(
     for single in plans:
         show(plan_table(single))
     for warning in plans[0].warnings:
-        error_console.print(f"[bold yellow]Warning:[/bold yellow] {warning}", soft_wrap=True)
+        print_warning(warning)

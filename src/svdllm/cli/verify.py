@@ -27,4 +27,4 @@ def verify(
         print_json({"folder": str(folder), "ok": True, "checks": dict(checks)})
         return
     for name, found in checks:
-        console.print(f"[green]ok[/green]  {name:<8} {found}")
+        console.print(f"ok  {name:<8} {found}")

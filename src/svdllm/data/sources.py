@@ -22,7 +22,7 @@ from svdllm.data.specs import (
     check_texts,
     require_extra,
 )
-from svdllm.errors import InputError
+from svdllm.errors import InputError, first_line
 
 DEFAULT_FIELDS = ("text", "messages")
 
@@ -179,7 +179,7 @@ def _load_dataset(spec: HubSpec, split: str, *, offline: bool) -> Any:
             return datasets.load_dataset(kind, data_files={split: _hub_file(spec, spec.data_file)}, split=split)
         except DatasetNotFoundError as err:
             raise InputError(
-                f"the data set {spec.repo} does not exist on the hub or may not be read ({_first_line(err)}): "
+                f"the data set {spec.repo} does not exist on the hub or may not be read ({first_line(err)}): "
                 "check the name, or log in with hf auth login"
             ) from err
         except (ConnectionError, LocalEntryNotFoundError) as err:
@@ -189,7 +189,7 @@ def _load_dataset(spec: HubSpec, split: str, *, offline: bool) -> Any:
             if "Couldn't find cache" in str(err):
                 raise InputError(_not_reached(spec, offline, err)) from err
             name = f"{spec.repo}, config {spec.config or 'default'}, split {split}"
-            raise InputError(f"the data set {name} cannot be loaded: {_first_line(err)}") from err
+            raise InputError(f"the data set {name} cannot be loaded: {first_line(err)}") from err
 
 
 def _hub_file(spec: HubSpec, name: str) -> str:
@@ -211,15 +211,11 @@ def _not_reached(spec: HubSpec, offline: bool, err: Exception) -> str:
     if offline or config.HF_HUB_OFFLINE:
         reason = "is not in the local cache, and offline mode is on"
     else:
-        reason = f"cannot be reached on the hub and is not in the local cache ({_first_line(err)})"
+        reason = f"cannot be reached on the hub and is not in the local cache ({first_line(err)})"
     return (
         f"the data set {spec.repo} {reason}: run once with a network, or give a local file (.txt .jsonl .parquet) "
         "or the built-in python-docs"
     )
-
-
-def _first_line(err: Exception) -> str:
-    return next(iter(str(err).strip().splitlines()), type(err).__name__)
 
 
 @contextmanager

@@ -266,9 +266,10 @@ def _some(names: list[str], most: int = 8) -> str:
 
 
 def write_hashes(folder: str | os.PathLike[str]) -> None:
-    """Write ``svdllm/hashes.json``: size and SHA-256 of every file in ``folder`` but itself, the report and the card."""
+    """Write ``svdllm/hashes.json``: size and SHA-256 of every file in ``folder`` and ``svdllm`` but itself, the report and the card."""
     root = Path(folder)
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    files = [path for part in (root, root / "svdllm") if part.is_dir() for path in part.iterdir() if path.is_file()]
+    names = sorted(path.relative_to(root).as_posix() for path in files)  # not the folders of others, say a trainer's
     names = [name for name in names if name not in UNHASHED_FILES]
     entries = zip(names, _sha256_all([root / name for name in names]), strict=True)
     files = {name: {"size": (root / name).stat().st_size, "sha256": digest} for name, digest in entries}
@@ -283,7 +284,10 @@ def compare_hashes(folder: str | os.PathLike[str], *, weights_only: bool = False
     Sizes are compared before anything is read. ``weights_only`` looks at the safetensors files and their index only.
     """
     root = Path(folder)
-    entries = json.loads((root / HASHES_FILE).read_text(encoding="utf-8"))["files"]
+    try:
+        entries = json.loads((root / HASHES_FILE).read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError):
+        return [f"{HASHES_FILE} is damaged."]
     if weights_only:
         entries = {name: e for name, e in entries.items() if name.endswith((".safetensors", WEIGHT_INDEX_FILE))}
     problems, right_size = [], []

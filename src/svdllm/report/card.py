@@ -62,8 +62,8 @@ model of the original architecture and size: `svdllm export FOLDER -o DENSE`.
 - Source: {source["model"]}{f", revision {source['revision']}" if source["revision"] else ""}, weights `{source["weights_fingerprint"][:16]}`
 - Calibration: {calibration}
 - Versions: svdllm {report["versions"]["svdllm"]}, torch {report["versions"]["torch"]}, transformers {report["versions"]["transformers"]}
-- `svdllm/recipe.yaml` repeats the run (`svdllm compress MODEL -o OUT --recipe svdllm/recipe.yaml`);
-  `svdllm/report.json` has every layer's rank, kept energy and loss.
+- `svdllm/recipe.yaml` has the settings (`svdllm compress MODEL -o OUT --recipe svdllm/recipe.yaml` repeats a run whose
+  text was named, not handed over in Python); `svdllm/report.json` has every layer's rank, kept energy and loss.
 
 The layers that lost most (share of the output's energy kept over the calibration tokens):
 

@@ -12,6 +12,7 @@ import ipaddress
 import socket
 
 import pytest
+from transformers.utils import logging
 
 from tokenizers_local import byte_tokenizer
 
@@ -57,3 +58,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 def tokenizer():
     """Byte-level BPE of 290 tokens, no special tokens added, no chat template."""
     return byte_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def transformers_says_what_it_says():
+    """The command line quiets transformers for its own process; here that is the process of the other tests, too."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    yield
+    logging.set_verbosity(verbosity)
+    (logging.enable_progress_bar if bars else logging.disable_progress_bar)()

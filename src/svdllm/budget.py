@@ -10,7 +10,7 @@ from math import floor
 import torch
 from transformers import PreTrainedModel
 
-from svdllm.allocation import Ranks, fill_budget, uniform_rank
+from svdllm.allocation import Ranks, fill_budget, uniform_rank, uniform_ranks
 from svdllm.config import Recipe
 from svdllm.errors import InputError
 from svdllm.source import Source
@@ -110,7 +110,7 @@ def choose_ranks(recipe: Recipe, structure: Structure, stored: Tensors) -> Ranks
     free = [target for target in targets if target.name not in overridden]
     if recipe.ratio is not None:
         assert isinstance(recipe.ratio, float)
-        ranks = fixed | {t.name: uniform_rank(t, recipe.ratio, recipe.round_to) for t in free}
+        ranks = fixed | uniform_ranks(free, recipe.ratio, recipe.round_to)
     else:
         ranks = fixed | _fill(recipe, structure, stored, free, fixed)
     _require_ranks_above_zero(ranks, targets, recipe)

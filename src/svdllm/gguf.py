@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from contextlib import redirect_stderr
@@ -14,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from svdllm.errors import InputError, UnsupportedModelError
+from svdllm.modeling.lowrank import sha256_of
 from svdllm.weights import save_tensors
 
 MARKER = "gguf-source.json"
@@ -42,7 +42,7 @@ def convert_gguf(path: Path, config: PreTrainedConfig, folder: Path) -> None:
     """Writes weights, config, tokenizer and generation config; a folder made of the same file before is kept."""
     from svdllm.source import build_skeleton
 
-    digest = _sha256(path)
+    digest = sha256_of(path)
     marker = folder / MARKER
     if marker.is_file() and json.loads(marker.read_text())["sha256"] == digest:
         return
@@ -65,11 +65,3 @@ def _causal_lm_name(config: PreTrainedConfig) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

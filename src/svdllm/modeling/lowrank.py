@@ -354,10 +354,10 @@ def _size_by_header(path: Path) -> int | None:
 
 def _sha256_all(paths: list[Path]) -> list[str]:
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
-        return list(pool.map(_sha256, paths))
+        return list(pool.map(sha256_of, paths))
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):

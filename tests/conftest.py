@@ -60,10 +60,11 @@ def tokenizer():
     return byte_tokenizer()
 
 
+VERBOSITY, BARS = logging.get_verbosity(), logging.is_progress_bar_enabled()
+
+
 @pytest.fixture(autouse=True)
-def transformers_says_what_it_says():
+def transformers_says_what_it_says() -> None:
     """The command line quiets transformers for its own process; here that is the process of the other tests, too."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    yield
-    logging.set_verbosity(verbosity)
-    (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+    logging.set_verbosity(VERBOSITY)
+    (logging.enable_progress_bar if BARS else logging.disable_progress_bar)()

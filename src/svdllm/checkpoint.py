@@ -35,7 +35,6 @@ from svdllm.version import __version__
 from svdllm.weights import SafetensorsWeights, Weights, save_tensors
 
 REPORT_FILE = "svdllm/report.json"
-HASHES_FILE = "svdllm/hashes.json"
 RECIPE_FILE = "svdllm/recipe.yaml"
 REFERENCE_FILE = "svdllm/reference.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

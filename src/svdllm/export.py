@@ -10,9 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from svdllm.budget import Tensors
-from svdllm.checkpoint import HASHES_FILE, write_shards
+from svdllm.checkpoint import write_shards
 from svdllm.errors import CheckpointError, InputError
-from svdllm.modeling import compare_hashes
+from svdllm.modeling import HASHES_FILE, compare_hashes
 from svdllm.modeling.factory import base_classes
 from svdllm.source import build_skeleton, companion_files, load_config
 from svdllm.weights import SafetensorsWeights

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from svdllm.checkpoint import HASHES_FILE, REFERENCE_FILE, REFERENCE_POSITIONS, REPORT_FILE, load_model, read_report
+from svdllm.checkpoint import REFERENCE_FILE, REFERENCE_POSITIONS, REPORT_FILE, load_model, read_report
 from svdllm.errors import CheckpointError, NumericalError
-from svdllm.modeling import LowRankLinear, compare_hashes
+from svdllm.modeling import HASHES_FILE, LowRankLinear, compare_hashes
 from svdllm.plan import resolve_device
 
 # Logits of two processes, computed in float32 with other products, relative to the largest logit.

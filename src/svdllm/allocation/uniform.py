@@ -21,26 +21,23 @@ def uniform_ranks(targets: Sequence[Target], ratio: float, round_to: int = 1) ->
     return {target.name: uniform_rank(target, ratio, round_to) for target in targets}
 
 
-def fill_budget(
-    targets: Sequence[Target], costs: Mapping[str, int], budget: int, round_to: int = 1, minimum: int = 1
-) -> Ranks | None:
+def fill_budget(targets: Sequence[Target], costs: Mapping[str, int], budget: int, round_to: int = 1) -> Ranks | None:
     """Uniform ranks whose total cost is at most ``budget`` and within one rank step of it.
 
     Args:
         targets: what is compressed.
         costs: cost of one rank of each target, in the unit of the budget (parameters or bytes).
         budget: what may be spent on the factors of all targets.
-        minimum: the least rank of a target, before rounding up to ``round_to``.
+        round_to: ranks are multiples of this, and at least this.
 
     Returns:
         The ranks, or None where not even the least ranks fit. A target whose least rank is not below break-even gets
         rank 0.
     """
-    floor_rank = -(-minimum // round_to) * round_to
 
     def ranks_at(ratio: float) -> Ranks:
         return {
-            t.name: max(uniform_rank(t, ratio, round_to), floor_rank) if floor_rank <= t.break_even_rank else 0
+            t.name: max(uniform_rank(t, ratio, round_to), round_to) if round_to <= t.break_even_rank else 0
             for t in targets
         }
 

@@ -133,7 +133,7 @@ def main() -> None:
     def ours(linear: Linear) -> Factors:
         weight_OI = weights[linear.name]
         spectrum = output_spectrum(weight_OI, grams[linear.gram], as_target(linear).break_even_rank)
-        return factorise(weight_OI, *spectrum, ranks[linear.name])
+        return factorise(weight_OI, spectrum, ranks[linear.name])
 
     def theirs(linear: Linear, roots: dict[str, tuple[Tensor, Tensor]]) -> Factors:
         if not args.share or linear.gram not in roots:

@@ -50,7 +50,7 @@ def make_metric(kind: str, x_IT: Tensor) -> tuple[Tensor | None, Tensor]:
 
 
 def product(weight_OI: Tensor, metric: Tensor | None, rank: int) -> Tensor:
-    u_OR, v_RI = factorise(weight_OI, *output_spectrum(weight_OI, metric), rank)
+    u_OR, v_RI = factorise(weight_OI, output_spectrum(weight_OI, metric), rank)
     return u_OR @ v_RI
 
 
@@ -74,7 +74,7 @@ def test_reported_loss_is_the_measured_loss_and_the_optimum_at_every_rank(case):
     total = (weight_OI @ inputs_IT).square().sum()
     near(tails[0], total, scale=total)
     for rank in range(1, min(weight_OI.shape) + 1):
-        u_OR, v_RI = factorise(weight_OI, *spectrum, rank)
+        u_OR, v_RI = factorise(weight_OI, spectrum, rank)
         assert u_OR.shape == (weight_OI.shape[0], rank)
         assert v_RI.shape == (rank, weight_OI.shape[1])
         measured = measured_loss(weight_OI, u_OR @ v_RI, inputs_IT)
@@ -145,9 +145,9 @@ def test_factors_of_a_smaller_rank_are_the_beginning_of_a_larger_ones_to_the_las
     weight_OI = rand(*{"wide": (70, 150), "tall": (150, 70)}[shape])
     x_IT = make_inputs("well conditioned", weight_OI.shape[1])
     spectrum = output_spectrum(weight_OI, x_IT @ x_IT.T)
-    u_full, v_full = factorise(weight_OI, *spectrum, 70)
+    u_full, v_full = factorise(weight_OI, spectrum, 70)
     for rank in range(1, 70):
-        u_OR, v_RI = factorise(weight_OI, *spectrum, rank)
+        u_OR, v_RI = factorise(weight_OI, spectrum, rank)
         assert torch.equal(u_OR, u_full[:, :rank])
         assert torch.equal(v_RI, v_full[:rank])
 
@@ -162,7 +162,7 @@ def test_scaling_the_inputs_scales_the_loss_and_leaves_the_factors(shape: str, f
     torch.testing.assert_close(
         tail_energies(scaled.energies_K), factor**2 * tail_energies(once.energies_K), rtol=1e-10, atol=0
     )
-    (u_OR, v_RI), (scaled_u, scaled_v) = factorise(weight_OI, *once, 4), factorise(weight_OI, *scaled, 4)
+    (u_OR, v_RI), (scaled_u, scaled_v) = factorise(weight_OI, once, 4), factorise(weight_OI, scaled, 4)
     near(scaled_u @ scaled_v, u_OR @ v_RI)
     near(scaled_u.norm(dim=0), u_OR.norm(dim=0))
     near(scaled_v.norm(dim=1), v_RI.norm(dim=1))
@@ -184,7 +184,7 @@ def test_a_zero_weight_has_finite_factors_whose_product_is_zero(shape: str, metr
     weight_OI = torch.zeros(SHAPES[shape], dtype=torch.float64)
     gram, _ = make_metric(metric, make_inputs("well conditioned", weight_OI.shape[1]))
     spectrum = output_spectrum(weight_OI, gram)
-    u_OR, v_RI = factorise(weight_OI, *spectrum, 1)
+    u_OR, v_RI = factorise(weight_OI, spectrum, 1)
     assert bool(torch.isfinite(u_OR).all())
     assert torch.equal(u_OR @ v_RI, weight_OI)
     assert torch.equal(tail_energies(spectrum.energies_K), torch.zeros(min(weight_OI.shape) + 1, dtype=torch.float64))
@@ -211,7 +211,7 @@ def test_inputs_of_any_dtype_are_computed_in_float64(dtype: torch.dtype, metric:
         high = output_spectrum(weight_OI.double(), None if gram is None else gram.double())
         assert low.energies_K.dtype == low.basis_OD.dtype == torch.float64
         assert torch.equal(low.energies_K, high.energies_K)
-        low_factors, high_factors = factorise(weight_OI, *low, 3), factorise(weight_OI.double(), *high, 3)
+        low_factors, high_factors = factorise(weight_OI, low, 3), factorise(weight_OI.double(), high, 3)
         assert all(map(torch.equal, low_factors, high_factors))
         assert low_factors[0].dtype == low_factors[1].dtype == torch.float64
 
@@ -254,7 +254,7 @@ def test_tall_spectrum_by_hand():
 def test_factors_by_hand():
     """W = diag(4, 1): σ/σ_1 = 1, 1/4; the mean square of W over its 2 directions is 17/2."""
     weight = torch.diag(torch.tensor([4.0, 1.0]))
-    u_OR, v_RI = factorise(weight, *output_spectrum(weight, None), 2)
+    u_OR, v_RI = factorise(weight, output_spectrum(weight, None), 2)
     size = (17 / 2) ** 0.25
     near(u_OR.abs(), torch.diag(torch.tensor([size, size / 2], dtype=torch.float64)))
     near(v_RI.abs(), torch.diag(torch.tensor([4 / size, 2 / size], dtype=torch.float64)))
@@ -264,7 +264,7 @@ def test_factors_by_hand():
 def test_the_scale_of_a_direction_without_data_is_bounded():
     """Energies 1 and 1e-18: the second is floored at 1e-12, whose fourth root is 1e-3."""
     weight = torch.diag(torch.tensor([1.0, 1e-9], dtype=torch.float64))
-    u_OR, v_RI = factorise(weight, *output_spectrum(weight, None), 2)
+    u_OR, v_RI = factorise(weight, output_spectrum(weight, None), 2)
     assert ENERGY_FLOOR == 1e-12
     assert float(u_OR[:, 1].norm() / u_OR[:, 0].norm()) == pytest.approx(1e-3, rel=1e-9)
     near(u_OR @ v_RI, weight, tolerance=1e-15)

@@ -24,7 +24,7 @@ def compress(name: str, weight_OI: Tensor, inputs_IT: Tensor, rank: int, alpha: 
         statistic = method.statistic(weight_OI.shape[1])
         statistic.add(inputs_IT.T)
         value = statistic.value()
-    u_OR, v_RI = factorise(weight_OI, *output_spectrum(weight_OI, method.right(value, alpha)), rank)
+    u_OR, v_RI = factorise(weight_OI, output_spectrum(weight_OI, method.right(value, alpha)), rank)
     return u_OR @ v_RI
 
 

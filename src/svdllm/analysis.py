@@ -6,33 +6,22 @@ It is what resume and several ratios live on: any rank is a slice of a basis, an
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from svdllm.errors import InputError, NumericalError
-from svdllm.linalg import output_spectrum
-from svdllm.methods import Method
-from svdllm.statistics import Statistic
-from svdllm.stream import Block
-from svdllm.structure import Target, input_groups
+from svdllm.allocation import Probe
+from svdllm.errors import InputError
+from svdllm.linalg import Spectrum
+from svdllm.structure import Target
 from svdllm.weights import save_tensors
 
 FINGERPRINT_FILE = "analysis.json"
-
-
-@dataclass(frozen=True)
-class TargetSpectrum:
-    """The stored spectrum of a target: ``energies_K`` (float64) and ``basis_OD``."""
-
-    energies_K: Tensor
-    basis_OD: Tensor
+PROBES_FILE = "probes.json"
 
 
 class Analysis:
@@ -60,25 +49,54 @@ class Analysis:
     def is_done(self, block: int) -> bool:
         return self._file(block).is_file()
 
-    def write(self, block: int, spectra: Mapping[str, TargetSpectrum], seconds: Mapping[str, float]) -> None:
+    def write(self, block: int, spectra: Mapping[str, Spectrum], seconds: Mapping[str, float]) -> None:
         """Makes a block final: the file appears under its name only when it is complete."""
         tensors = {}
         for name, spectrum in spectra.items():
-            tensors[f"{name}.energies"] = spectrum.energies_K.cpu().contiguous()
-            tensors[f"{name}.basis"] = spectrum.basis_OD.cpu().contiguous()
+            tensors[f"{name}.energies"] = spectrum.energies_K
+            tensors[f"{name}.basis"] = spectrum.basis_OD
+            if spectrum.dual_DO is not None:
+                tensors[f"{name}.dual"] = spectrum.dual_DO
         write_atomically(self._file(block).with_suffix(".json"), json.dumps(dict(seconds)).encode())
-        partial = self._file(block).with_suffix(".partial")
-        save_tensors(tensors, partial)
-        partial.replace(self._file(block))
+        save_atomically(tensors, self._file(block))
+        self._metrics_file(block).unlink(missing_ok=True)
 
-    def spectrum(self, target: Target) -> TargetSpectrum:
+    def spectrum(self, target: Target) -> Spectrum:
         with safe_open(self._file(target.block), framework="pt") as file:
-            energies_K = file.get_tensor(f"{target.name}.energies").clone()
-            return TargetSpectrum(energies_K, file.get_tensor(f"{target.name}.basis").clone())
+            stored = set(file.keys())
+            parts = [f"{target.name}.{part}" for part in ("energies", "basis", "dual")]
+            return Spectrum(*(file.get_tensor(part).clone() for part in parts if part in stored))
+
+    def has_metrics(self, block: int) -> bool:
+        return self._metrics_file(block).is_file()
+
+    def is_ready(self, block: int) -> bool:
+        """Whether nothing of the forward walk is missing for a block."""
+        return self.is_done(block) or self._metrics_file(block).is_file()
+
+    def write_metrics(self, block: int, metrics: Mapping[str, Tensor], seconds: float) -> None:
+        """Right metrics of a block, by group, that wait for the reverse walk; float32, gone when the block is done."""
+        write_atomically(self._file(block).with_suffix(".json"), json.dumps({"": seconds}).encode())
+        save_atomically({group: metric.float() for group, metric in metrics.items()}, self._metrics_file(block))
+
+    def metric(self, target: Target) -> Tensor:
+        with safe_open(self._metrics_file(target.block), framework="pt") as file:
+            return file.get_tensor(target.group).clone()
 
     def energies(self, target: Target) -> Tensor:
         with safe_open(self._file(target.block), framework="pt") as file:
             return file.get_tensor(f"{target.name}.energies").clone()
+
+    def write_probes(self, probes: Mapping[str, Probe]) -> None:
+        content = {name: asdict(probe) for name, probe in probes.items()}
+        write_atomically(self.folder / PROBES_FILE, json.dumps(content, indent=2).encode())
+
+    def read_probes(self) -> dict[str, Probe] | None:
+        """The probes of an earlier run, or None."""
+        file = self.folder / PROBES_FILE
+        if not file.is_file():
+            return None
+        return {name: Probe(**probe) for name, probe in json.loads(file.read_text(encoding="utf-8")).items()}
 
     def seconds(self, block: int) -> dict[str, float]:
         """Seconds of each target's decomposition, and of the block's forward pass and statistics (``""``)."""
@@ -87,66 +105,8 @@ class Analysis:
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:04d}.safetensors"
 
-
-def collect_statistics(block: Block, targets: list[Target], method: Method) -> dict[str, Statistic]:
-    """Runs a block over all its batches and accumulates one statistic per distinct input.
-
-    Returns a dict target -> statistic; targets that read the same tensor share the object.
-    """
-    linears = [(target.name, block.walk.skeleton.get_submodule(target.name)) for target in targets]
-    in_features = {target.name: target.in_features for target in targets}
-    statistics: dict[str, Statistic] = {}
-    assert method.statistic is not None
-
-    def on_input(leader: str, inputs: Tensor) -> None:
-        if leader not in statistics:
-            statistics[leader] = method.statistic(in_features[leader], inputs.device)  # type: ignore[misc]
-        statistics[leader].add(inputs)
-
-    with input_groups(linears, on_input) as (groups, release):
-        block.run(after_batch=release)
-    uncalled = [name for name, _ in linears if name not in groups]
-    if uncalled:
-        raise InputError(f"{', '.join(uncalled)} saw no token; leave them dense with --ignore.")
-    return {target.name: statistics[groups[target.name]] for target in targets}
-
-
-def decompose(
-    block: Block,
-    targets: list[Target],
-    statistics: Mapping[str, Statistic],
-    method: Method,
-    alpha: float,
-    depths: Mapping[str, int],
-) -> tuple[dict[str, TargetSpectrum], dict[str, float]]:
-    """Spectra and bases of a block's targets in the method's metric, and the seconds each took."""
-    spectra, seconds = {}, {}
-    metrics: dict[int, Tensor | None] = {}  # by statistic, which targets with the same input share
-    for target in targets:
-        started = time.perf_counter()
-        statistic = statistics.get(target.name)
-        if id(statistic) not in metrics:
-            metric = method.right(None if statistic is None else statistic.value(), alpha)
-            if metric is not None and not bool(torch.isfinite(metric).all()):
-                raise NumericalError(
-                    f"The inputs of {target.name} have NaN or infinite values over the calibration text."
-                )
-            metrics = {id(statistic): metric}  # the one before is not needed again
-        weight_OI = weight_of(block.walk.skeleton.get_submodule(target.name), target)
-        try:
-            spectrum = output_spectrum(weight_OI, metrics[id(statistic)], depths[target.name])
-        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-            raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
-        basis_dtype = torch.float64 if block.walk.dtype == torch.float64 else torch.float32
-        spectra[target.name] = TargetSpectrum(spectrum.energies_K, spectrum.basis_OD.to(basis_dtype))
-        seconds[target.name] = time.perf_counter() - started
-    return spectra, seconds
-
-
-def weight_of(module: torch.nn.Module, target: Target) -> Tensor:
-    """The weight as ``out x in``, whatever the module keeps."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.detach().mT if target.is_conv1d else weight.detach()
+    def _metrics_file(self, block: int) -> Path:
+        return self.folder / f"metrics-{block:04d}.safetensors"
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -164,6 +124,13 @@ def refuse_other_settings(found: Mapping[str, Any], wanted: Mapping[str, Any], f
             f"An unfinished run in {folder} had other settings: {differences}. Repeat it with the old settings to go on, "
             "or start over with --no-resume."
         )
+
+
+def save_atomically(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A file of tensors that appears under its name only when it is complete."""
+    partial = path.with_suffix(".partial")
+    save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    partial.replace(path)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 
 import torch
 from transformers import PreTrainedModel
 
-from svdllm.allocation import Ranks, fill_budget, uniform_rank, uniform_ranks
+from svdllm.allocation import (
+    Allocation,
+    Evidence,
+    Ranks,
+    dense_cost,
+    effective_ranks,
+    exact_floor,
+    fill_budget,
+    loss_ranks,
+    uniform_rank,
+    uniform_ranks,
+    v2_ranks,
+)
 from svdllm.config import Recipe
 from svdllm.errors import InputError
 from svdllm.source import Source
@@ -96,96 +108,131 @@ def file_bytes(tensors: Tensors, limit: int = SHARD_BYTES) -> int:
     return sum(_header_bytes(tensors, names) + tensor_bytes(tensors, names) for names in shard_names(tensors, limit))
 
 
-def choose_ranks(recipe: Recipe, structure: Structure, stored: Tensors) -> Ranks:
+def choose_ranks(recipe: Recipe, structure: Structure, stored: Tensors, evidence: Evidence | None = None) -> Allocation:
     """The rank of every factorised target; the others stay dense.
+
+    ``evidence`` is what an allocation other than uniform is chosen by; before it is there, uniform ranks stand in.
 
     Raises:
         InputError: a pattern matches nothing, a rank would be 0, or the budget cannot be met; says what can.
     """
     targets = structure.targets
     if recipe.ranks is not None:
-        return _explicit_ranks(recipe.ranks, targets)
+        return Allocation(_explicit_ranks(recipe.ranks, targets))
     overridden = _overrides(recipe, targets)
     fixed = {t.name: uniform_rank(t, overridden[t.name], recipe.round_to) for t in targets if overridden.get(t.name)}
     free = [target for target in targets if target.name not in overridden]
-    if recipe.ratio is not None:
-        assert isinstance(recipe.ratio, float)
-        ranks = fixed | uniform_ranks(free, recipe.ratio, recipe.round_to)
+    if recipe.allocation == "uniform" or evidence is None:
+        chosen = Allocation(_uniform(recipe, structure, stored, free, fixed))
     else:
-        ranks = fixed | _fill(recipe, structure, stored, free, fixed)
+        chosen = _by_evidence(recipe, structure, stored, free, fixed, evidence)
+    ranks = fixed | chosen.ranks
     _require_ranks_above_zero(ranks, targets, recipe)
     if not ranks:
         raise InputError(
             f"The overrides leave all {len(targets)} linears dense: nothing is left to compress. Drop one of "
             f"{', '.join(map(repr, recipe.overrides))}."
         )
-    return {target.name: ranks[target.name] for target in targets if target.name in ranks}
+    ordered = {target.name: ranks[target.name] for target in targets if target.name in ranks}
+    return replace(chosen, ranks=ordered)
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """What a whole-model budget is counted in."""
+    """What a budget is counted in, and how much of it is outside the targets whose ranks are free."""
 
     what: str
     budget: int
-    dense: int
+    outside: int
     costs: dict[str, int]  # target -> cost of one rank
 
+    def cannot_be_met(self, free: Sequence[Target], round_to: int) -> InputError:
+        least = self.outside + sum(self.costs[t.name] * round_to for t in free if round_to <= t.break_even_rank)
+        return InputError(
+            f"{self.what} {self.budget:,} cannot be met: {self.outside:,} lie outside the compressed linears, and with "
+            f"every rank at its least ({round_to}) the model still has {least:,}. Raise the budget to more than that."
+        )
 
-def _fill(
+
+def _uniform(
     recipe: Recipe, structure: Structure, stored: Tensors, free: Sequence[Target], fixed: Mapping[str, int]
 ) -> Ranks:
-    unit = _whole_model_unit(recipe, structure, stored)
-    if unit.budget >= unit.dense:
-        raise InputError(
-            f"{unit.what} {unit.budget:,} is not below what the dense model has ({unit.dense:,}): nothing to compress."
-        )
-    weights_of = {t.name: t.num_weights * unit.costs[t.name] // (t.in_features + t.out_features) for t in free}
-    spent = unit.dense - sum(weights_of.values()) - _saved_by(fixed, structure, unit)
-    ranks = fill_budget(free, unit.costs, unit.budget - spent, recipe.round_to)
+    if recipe.ratio is not None:
+        assert isinstance(recipe.ratio, float)
+        return uniform_ranks(free, recipe.ratio, recipe.round_to)
+    unit = _unit(recipe, structure, stored, free, fixed)
+    ranks = fill_budget(free, unit.costs, unit.budget - unit.outside, recipe.round_to)
     if ranks is None:
-        least = spent + sum(unit.costs[t.name] * recipe.round_to for t in free if recipe.round_to <= t.break_even_rank)
-        raise InputError(
-            f"{unit.what} {unit.budget:,} cannot be met: {spent:,} lie outside the compressed linears, and with every "
-            f"rank at its least ({recipe.round_to}) the model still has {least:,}. Raise the budget to more than that."
-        )
+        raise unit.cannot_be_met(free, recipe.round_to)
     return ranks
 
 
-def _saved_by(fixed: Mapping[str, int], structure: Structure, unit: _Unit) -> int:
-    by_name = {target.name: target for target in structure.targets}
-    dense = {
-        n: by_name[n].num_weights * unit.costs[n] // (by_name[n].in_features + by_name[n].out_features) for n in fixed
-    }
-    return sum(dense[name] - unit.costs[name] * rank for name, rank in fixed.items())
+def _by_evidence(
+    recipe: Recipe,
+    structure: Structure,
+    stored: Tensors,
+    free: Sequence[Target],
+    fixed: Mapping[str, int],
+    evidence: Evidence,
+) -> Allocation:
+    if recipe.allocation == "v2":
+        assert isinstance(recipe.ratio, float)
+        return Allocation(v2_ranks(free, evidence.energies, recipe.ratio, recipe.round_to))
+    unit = _unit(recipe, structure, stored, free, fixed)
+    budget = unit.budget - unit.outside
+    if budget < sum(unit.costs[target.name] * recipe.round_to for target in free):
+        raise unit.cannot_be_met(free, recipe.round_to)
+    if recipe.allocation == "effective-rank":
+        return Allocation(effective_ranks(free, evidence.energies, budget, recipe.round_to, unit.costs))
+    losses = {target.name: evidence.losses(target) for target in free}
+    solution = loss_ranks(free, losses, unit.costs, budget, recipe.round_to)
+    if solution is None:
+        raise unit.cannot_be_met(free, recipe.round_to)
+    ranks = {name: choice.rank for name, choice in solution.choices.items() if choice.rank is not None}
+    return Allocation(ranks, predicted_loss=solution.loss, gap=solution.gap)
 
 
-def _whole_model_unit(recipe: Recipe, structure: Structure, stored: Tensors) -> _Unit:
+def _unit(
+    recipe: Recipe, structure: Structure, stored: Tensors, free: Sequence[Target], fixed: Mapping[str, int]
+) -> _Unit:
     sizes = {target.name: target.in_features + target.out_features for target in structure.targets}
+    if recipe.ratio is not None:
+        assert isinstance(recipe.ratio, float)
+        weights = sum(target.num_weights for target in free)
+        return _Unit("The ratio's share of parameters,", exact_floor((1 - recipe.ratio) * weights), 0, sizes)
     if recipe.target_params is not None:
-        dense = num_params(stored)
-        return _Unit("--target-params", recipe.target_params, dense, sizes)
-    assert recipe.target_size is not None
-    costs = {name: size * stored[f"{name}.weight"][1].itemsize for name, size in sizes.items()}
-    # Headers name every tensor with its shape and offsets; ranks are written with at most as many digits as here.
-    widest = compressed_tensors(stored, structure.targets, {t.name: t.break_even_rank for t in structure.targets})
-    headers = file_bytes(widest) - tensor_bytes(widest)
-    return _Unit("--target-size", recipe.target_size, tensor_bytes(stored) + headers, costs)
+        what, budget, dense, costs = "--target-params", recipe.target_params, num_params(stored), sizes
+    else:
+        assert recipe.target_size is not None
+        what, budget = "--target-size", recipe.target_size
+        costs = {name: size * stored[f"{name}.weight"][1].itemsize for name, size in sizes.items()}
+        # Headers name every tensor with its shape and offsets; ranks have at most as many digits as here.
+        widest = compressed_tensors(stored, structure.targets, {t.name: t.break_even_rank for t in structure.targets})
+        dense = tensor_bytes(stored) + file_bytes(widest) - tensor_bytes(widest)
+    if budget >= dense:
+        raise InputError(f"{what} {budget:,} is not below what the dense model has ({dense:,}): nothing to compress.")
+    saved = sum(
+        dense_cost(target, costs[target.name]) - costs[target.name] * fixed[target.name]
+        for target in structure.targets
+        if target.name in fixed
+    )
+    outside = dense - sum(dense_cost(target, costs[target.name]) for target in free) - saved
+    return _Unit(what, budget, outside, costs)
 
 
 def _explicit_ranks(ranks: Mapping[str, int | str], targets: Sequence[Target]) -> Ranks:
-    chosen: Ranks = {}
+    chosen: dict[str, int | str] = {}
     for pattern, rank in ranks.items():
         matched = [target for target in targets if matches(pattern, target.name)]
         if not matched:
             raise InputError(f"ranks: {pattern!r} matches none of the {len(targets)} linears ({targets[0].name}, ...).")
         for target in matched:
-            if rank != "full" and not 1 <= int(rank) <= target.full_rank:
+            if isinstance(rank, int) and not 1 <= rank <= target.full_rank:
                 raise InputError(
                     f"ranks: {pattern!r} asks for rank {rank} of {target.name}, which can have 1 to {target.full_rank}."
                 )
-            chosen.setdefault(target.name, target.full_rank if rank == "full" else int(rank))
-    return chosen
+            chosen.setdefault(target.name, target.full_rank if rank == "full" else rank)
+    return {name: rank for name, rank in chosen.items() if isinstance(rank, int)}
 
 
 def _overrides(recipe: Recipe, targets: Sequence[Target]) -> dict[str, float]:

@@ -170,13 +170,8 @@ class _Factors:
         if self._made[0] != target.name:
             stored = self._weights.get(f"{target.name}.weight")
             weight_OI = (stored.mT if target.is_conv1d else stored).to(self._device)
-            spectrum = self._analysis.spectrum(target)
-            u_OR, v_RI = factorise(
-                weight_OI,
-                spectrum.energies_K.to(self._device),
-                spectrum.basis_OD.to(self._device),
-                self._ranks[target.name],
-            )
+            spectrum = self._analysis.spectrum(target).to(self._device)
+            u_OR, v_RI = factorise(weight_OI, spectrum, self._ranks[target.name])
             self._made = (target.name, {"svd_u.weight": _as(u_OR, stored), "svd_v.weight": _as(v_RI, stored)})
             for leaf, factor in self._made[1].items():
                 if not bool(torch.isfinite(factor).all()):

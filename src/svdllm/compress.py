@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from svdllm.analysis import Analysis, collect_statistics, decompose, read_settings, refuse_other_settings
+from svdllm.allocation import Evidence
+from svdllm.analysis import Analysis, read_settings, refuse_other_settings
+from svdllm.calibration import Calibration
 from svdllm.checkpoint import REPORT_FILE, write_checkpoint
 from svdllm.config import Recipe
 from svdllm.data import TokenWindows, calibration_windows, check_source
@@ -24,6 +25,7 @@ from svdllm.errors import InputError, ResourceError, SvdllmError
 from svdllm.memory import device_peak_bytes, peak_bytes
 from svdllm.methods import METHODS
 from svdllm.plan import Plan, calibration_warnings, look_at, plans_of, resolve_device, resolve_dtype
+from svdllm.probing import probe, probe_ids, probe_tokens
 from svdllm.progress import Reporter
 from svdllm.records import CompressionResult, LinearRecord, Provenance, linear_record
 from svdllm.source import Source, build_skeleton, open_config, open_source
@@ -187,6 +189,9 @@ class _Run:
         analysis = Analysis(self.work / "analysis", self._settings(source, fingerprint, windows))
         analysis.open()
         self._analyze(source, structure, plans, windows, analysis)
+        if evidence := self._evidence(source, skeleton, structure, windows, analysis):
+            with self.reporter.stage("allocate", 1):
+                plans = plans_of(source, skeleton, structure, self.recipe, self.hidden_states_limit, evidence)
         provenance = Provenance.of(source.name, source.revision, fingerprint, windows)
         return self._write(source, skeleton, structure, plans, analysis, provenance)
 
@@ -239,46 +244,59 @@ class _Run:
     def _analyze(
         self, source: Source, structure: Structure, plans: list[Plan], windows: TokenWindows | None, analysis: Analysis
     ) -> None:
-        """Algorithm 1, lines 5 to 9, and Algorithm 2: the Grams of the inputs, then the spectrum of every weight."""
+        """Algorithm 1, lines 5 to 9, and Algorithm 2: the statistics of the tokens and the spectrum of every weight."""
+        ids = torch.zeros(1, 2, dtype=torch.long) if windows is None else windows.ids
+        walk = self._walk(source, structure, ids, spill=plans[0].hidden_states_on_disk)
+        if self.recipe.metric == "two-sided":
+            kept = min(self.recipe.gradient_samples, len(walk.ids))
+            walk.kept_batches = sum(batch.start < kept for batch in walk.batches)
+        Calibration(
+            walk=walk,
+            recipe=self.recipe,
+            analysis=analysis,
+            depths=_depths(structure, plans),
+            reporter=self.reporter,
+        ).run()
+
+    def _evidence(
+        self,
+        source: Source,
+        skeleton: PreTrainedModel,
+        structure: Structure,
+        windows: TokenWindows | None,
+        analysis: Analysis,
+    ) -> Evidence | None:
+        """What the allocation is chosen by; None where shapes are enough."""
+        if self.recipe.allocation == "uniform":
+            return None
+        energies = {target.name: analysis.energies(target) for target in structure.targets}
+        if self.recipe.allocation != "loss":
+            return Evidence(energies)
+        assert windows is not None
+        probes = analysis.read_probes()
+        if probes is None:
+            ids = probe_ids(windows.ids, probe_tokens(self.recipe, structure, skeleton))
+            walk = self._walk(source, structure, ids)
+            walk.batch_tokens = ids.numel()
+            probes = probe(walk, analysis, self.reporter)
+            walk.close()
+            analysis.write_probes(probes)
+        return Evidence(energies, probes)
+
+    def _walk(self, source: Source, structure: Structure, ids: Tensor, *, spill: bool = False) -> Walk:
         assert source.weights is not None
-        method, depths = METHODS[self.recipe.method], _depths(structure, plans)
-        pending = [index for index in range(len(structure.blocks)) if not analysis.is_done(index)]
-        if not pending:
-            return
-        if pending[0] > 0:
-            self.reporter.note(
-                f"Going on with block {pending[0] + 1}: {pending[0]} of {len(structure.blocks)} are done."
-            )
         device = resolve_device(self.recipe.device)
         dtype = resolve_dtype(self.recipe.dtype, device, source.dtype)
-        walk = Walk(
+        return Walk(
             weights=source.weights,
             skeleton=build_skeleton(source.config, dtype),
             structure=structure,
-            ids=torch.zeros(1, 2, dtype=torch.long) if windows is None else windows.ids,
+            ids=ids,
             device=device,
             dtype=dtype,
             batch_tokens=self.recipe.batch_tokens,
-            spill_file=self.work / "hidden-states" if plans[0].hidden_states_on_disk else None,
+            spill_file=self.work / "hidden-states" if spill else None,
         )
-        steps = len(structure.blocks) * len(walk.batches)
-        walk.on_batch = lambda block, done, of: self.reporter.advance(block * of + done, steps)
-        with self.reporter.stage("analyze", steps):
-            for block in walk.blocks():
-                targets = structure.block_targets(block.index)
-                started = time.perf_counter()
-                if analysis.is_done(block.index) or not (targets and self.needs_tokens):
-                    statistics = {}
-                    if self.needs_tokens:
-                        block.run()
-                else:
-                    statistics = collect_statistics(block, targets, method)
-                forward = time.perf_counter() - started
-                if not analysis.is_done(block.index):
-                    spectra, seconds = decompose(block, targets, statistics, method, self.recipe.asvd_alpha, depths)
-                    analysis.write(block.index, spectra, {"": forward, **seconds})
-                    self.reporter.block_done(block.index, len(structure.blocks), forward, sum(seconds.values()))
-        walk.close()
 
     def _write(
         self,

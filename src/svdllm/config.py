@@ -14,7 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from svdllm.errors import InputError
 from svdllm.methods import METHODS
 
-PRESETS = ("paper",)
+PRESETS = ("paper", "balanced", "best")
+ALLOCATIONS = ("uniform", "v2", "effective-rank", "loss")
+# What a method without Grams of its own, or explicit ranks, cannot use and are not given by default.
+PLAIN = {"metric": "input", "shrinkage": 0.0, "allocation": "uniform", "round_to": 1}
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 
@@ -22,6 +25,7 @@ Ratio = Annotated[float, Field(gt=0, lt=1)]
 class Recipe(BaseModel):
     """Settings that decide the numbers of a run; keyword-only, frozen, unknown keys are errors.
 
+    The defaults are the preset ``balanced``; with another method than svd-llm, or explicit ranks, they are plain.
     Exactly one budget is needed to compress: ``ratio``, ``target_params``, ``target_size`` or explicit ``ranks``.
     """
 
@@ -29,21 +33,39 @@ class Recipe(BaseModel):
 
     method: str = Field("svd-llm", description="Row of the table of methods: svd-llm, svd or asvd.")
     asvd_alpha: float = Field(0.5, ge=0, le=1, description="Exponent of ASVD's channel scales.")
+    metric: Literal["input", "two-sided"] = Field(
+        "two-sided", description="Error of the outputs as it is, or weighted by what the loss says of each (gradients)."
+    )
+    gradient_samples: int = Field(32, ge=1, description="Calibration windows of the backward pass (two-sided).")
+    input_only: tuple[str, ...] = Field(
+        (), description="Regular expressions of linears whose metric stays that of their inputs (two-sided)."
+    )
+    shrinkage: float = Field(0.1, ge=0, le=1, description="Share of the Gram's diagonal mixed into the Gram.")
+    gradient_shrinkage: float = Field(
+        0.3, gt=0, le=1, description="Share of the mean diagonal mixed into the gradients' Gram (two-sided)."
+    )
 
     ratio: Ratio | tuple[Ratio, ...] | None = Field(
         None, description="Share of the parameters of the compressed linears that is removed (the paper's ratio)."
     )
     target_params: int | None = Field(None, gt=0, description="Parameters of the whole compressed model.")
     target_size: int | None = Field(None, gt=0, description="Bytes of the weight files of the whole compressed model.")
-    ranks: dict[str, int | Literal["full"]] | None = Field(
-        None, description="Explicit ranks by regular expression; other linears stay dense. 'full' keeps full rank."
+    ranks: dict[str, int | Literal["full", "dense"]] | None = Field(
+        None,
+        description="Explicit ranks by regular expression, the first match wins; other linears stay dense. 'full' "
+        "keeps full rank.",
     )
-    allocation: Literal["uniform"] = Field("uniform", description="How the budget is spread over the linears.")
+    allocation: Literal["uniform", "v2", "effective-rank", "loss"] = Field(
+        "loss", description="How the budget is spread over the linears."
+    )
+    probe_share: float = Field(
+        0.5, gt=0, le=0.75, description="Most of the work of calibration and probing together that probing may be."
+    )
     ignore: tuple[str, ...] = Field((), description="Regular expressions of linears that stay dense.")
     overrides: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
         default_factory=dict, description="Ratio by regular expression; the first match wins; 0 leaves it dense."
     )
-    round_to: int = Field(1, ge=1, description="Ranks are multiples of this.")
+    round_to: int = Field(8, ge=1, description="Ranks are multiples of this.")
 
     calibration: str = Field("wikitext2", description="Calibration text: a name, a file, a hub data set or a mixture.")
     samples: int = Field(256, ge=1, description="Calibration windows.")
@@ -56,6 +78,18 @@ class Recipe(BaseModel):
     )
     batch_tokens: int = Field(4096, ge=1, description="Tokens that run through a block at once.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_defaults(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict):
+            return settings
+        plain: dict[str, Any] = {}
+        if settings.get("method", "svd-llm") != "svd-llm":
+            plain = PLAIN
+        elif settings.get("ranks") is not None:
+            plain = {"allocation": "uniform", "round_to": 1}
+        return plain | settings
+
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: str) -> str:
@@ -63,7 +97,7 @@ class Recipe(BaseModel):
             raise ValueError(f"unknown method {value!r}; known are {', '.join(METHODS)}")
         return value
 
-    @field_validator("ignore", "overrides", "ranks")
+    @field_validator("ignore", "input_only", "overrides", "ranks")
     @classmethod
     def _regular_expressions(cls, value: Any) -> Any:
         for pattern in value or ():
@@ -88,6 +122,24 @@ class Recipe(BaseModel):
             raise ValueError("ratio is an empty list; give at least one")
         if isinstance(self.ratio, tuple) and len(set(self.ratio)) < len(self.ratio):
             raise ValueError(f"ratio names a value twice: {self.ratio}")
+        return self
+
+    @model_validator(mode="after")
+    def _sensible_combination(self) -> Recipe:
+        """Combinations that make no sense are refused, not ignored."""
+        if self.metric == "two-sided" and self.method != "svd-llm":
+            raise ValueError(
+                f"metric two-sided weighs the Gram of the inputs by gradients; method {self.method} has no Gram, "
+                "use method svd-llm"
+            )
+        if self.shrinkage and self.method != "svd-llm":
+            raise ValueError(f"shrinkage acts on a Gram; method {self.method} has none, use method svd-llm")
+        if self.allocation != "uniform" and self.ranks is not None:
+            raise ValueError(f"allocation {self.allocation} chooses ranks, and ranks are given; drop one of them")
+        if self.allocation == "v2" and (self.target_params or self.target_size):
+            raise ValueError("allocation v2 spreads a ratio over the linears of a kind; give a ratio")
+        if self.allocation == "loss" and METHODS[self.method].statistic is None:
+            raise ValueError(f"allocation loss probes with calibration text, and method {self.method} uses none")
         return self
 
     def require_budget(self) -> None:
@@ -133,6 +185,34 @@ def load_settings(path: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise InputError(f"Recipe {path}: expected a mapping of settings, found {type(settings).__name__}.")
     return settings
+
+
+def allocation_file(path: str | Path) -> dict[str, int | str]:
+    """Explicit ranks from a JSON or YAML file: linear (a regular expression) -> rank, ``full`` or ``dense``.
+
+    Raises:
+        InputError: no allocation has this name and no file either, or the file is no such map.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(
+            f"--allocation {str(path)!r} is neither one of {', '.join(ALLOCATIONS)} nor a file. A file is a JSON or YAML "
+            "map from linear to rank, like {'mlp.down_proj': 200, 'q_proj': dense}."
+        )
+    ranks = load_settings(path)
+    wrong = [
+        f"{name}: {rank!r}" for name, rank in ranks.items() if rank not in ("full", "dense") and not _is_rank(rank)
+    ]
+    if wrong or not ranks:
+        raise InputError(
+            f"Allocation {path}: expected a map from linear to a rank above zero, 'full' or 'dense', found "
+            f"{'; '.join(wrong[:5]) or 'nothing'}."
+        )
+    return {str(name): rank for name, rank in ranks.items()}
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def preset_settings(name: str) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 Shape suffixes: ``O`` out_features, ``I`` in_features, ``K = min(O, I)``, ``D`` depth of a stored basis, ``R`` rank.
 
-The right metric of a target is the Gram ``C = S S^T`` of its inputs and comes in three forms: ``None`` (identity),
-``(I,)`` (diagonal) or ``(I, I)``. SVD-LLM (arXiv 2403.07378, section 3.1) whitens with the Cholesky factor of ``C``
-and takes an SVD; the same optimum is the projection of ``W`` on the leading eigenvectors of ``W C W^T``, which needs
-no inverse and is defined for a singular ``C`` as well.
+Every method is ``min ||L (W - W') S||_F`` over a rank. The right metric ``C = S S^T`` comes from the inputs of a target
+and has three forms: ``None`` (identity), ``(I,)`` (diagonal) or ``(I, I)``. The left metric ``G = L^T L`` comes from the
+gradients of its outputs and is ``None`` or ``(O, O)``. SVD-LLM (arXiv 2403.07378, section 3.1) whitens with the Cholesky
+factor of ``C`` and takes an SVD; the same optimum is the projection of ``W`` on the leading eigenvectors of ``W C W^T``,
+which needs no inverse and is defined for a singular ``C`` as well. With a left metric, ``L W`` takes the place of ``W``.
 """
 
 from __future__ import annotations
@@ -26,24 +27,42 @@ PANEL = 192
 
 
 class Spectrum(NamedTuple):
-    """Eigenvalues of ``W C W^T`` and the directions that belong to the first of them."""
+    """Eigenvalues of ``L W C W^T L^T`` and the directions ``U`` that belong to the first of them.
 
-    energies_K: Tensor  # float64, descending, not negative; their sum is ||W S||_F^2
-    basis_OD: Tensor  # float64, orthonormal columns
+    The optimum of rank ``r`` is ``basis[:, :r] @ dual[:r] @ W``.
+    """
+
+    energies_K: Tensor  # float64, descending, not negative; their sum is ||L W S||_F^2
+    basis_OD: Tensor  # float64, L^-1 U; orthonormal columns where there is no left metric
+    dual_DO: Tensor | None = None  # float64, U^T L; None stands for the transposed basis
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Spectrum:
+        """On another device; ``dtype`` is that of the directions, the energies stay as they are."""
+        dual_DO = None if self.dual_DO is None else self.dual_DO.to(device, dtype)
+        return Spectrum(self.energies_K.to(device), self.basis_OD.to(device, dtype), dual_DO)
 
 
-def output_spectrum(weight_OI: Tensor, gram: Tensor | None, depth: int | None = None) -> Spectrum:
-    """Spectrum of a weight in the metric of its inputs, by one ``eigh`` of the smaller side.
+def output_spectrum(
+    weight_OI: Tensor, gram: Tensor | None, depth: int | None = None, *, left_gram_OO: Tensor | None = None
+) -> Spectrum:
+    """Spectrum of a weight in the metric of its inputs (and outputs), by one ``eigh`` of the smaller side.
 
     Args:
         weight_OI: the weight, any float dtype; computed in float64.
         gram: the right metric, ``None``, ``(I,)`` or ``(I, I)``.
         depth: how many directions to return; all ``min(O, I)`` by default.
+        left_gram_OO: the left metric ``G = L^T L``, positive definite; identity by default.
 
     Raises:
-        torch.linalg.LinAlgError: the eigenvalue iteration does not converge (non-finite input).
+        torch.linalg.LinAlgError: the eigenvalue iteration does not converge (non-finite input), or the left metric is
+            not positive definite.
     """
     weight_OI = weight_OI.double()
+    if left_gram_OO is not None:
+        left_OO = torch.linalg.cholesky(left_gram_OO.double()).mT
+        energies_K, basis_OD, _ = output_spectrum(left_OO @ weight_OI, gram, depth)
+        unwhitened_OD = torch.linalg.solve_triangular(left_OO, basis_OD, upper=True)
+        return Spectrum(energies_K, unwhitened_OD, basis_OD.mT @ left_OO)
     out_features, in_features = weight_OI.shape
     depth = min(out_features, in_features) if depth is None else depth
     if out_features <= in_features:
@@ -56,17 +75,32 @@ def output_spectrum(weight_OI: Tensor, gram: Tensor | None, depth: int | None = 
     return Spectrum(energies_I.flip(0).clamp_min(0), columns_of(basis_II.flip(1)[:, :depth]))
 
 
-def factorise(weight_OI: Tensor, energies_K: Tensor, basis_OD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def factorise(weight_OI: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
     """``svd_u`` (``O x R``) and ``svd_v`` (``R x I``) of a rank, in float64.
 
-    ``U_r (U_r^T W)`` with the square root of the singular values on either side, as in the paper's Algorithm 1. The
+    ``U_r (U_r^T W)``, or ``L^-1 U_r (U_r^T L W)``, with the square root of the singular values on either side, as in the paper's Algorithm 1. The
     scales are relative to the leading one and carry the size of ``W``: they do not depend on the scale of the data
     nor on ``rank``, so the factors of a smaller rank are the first columns and rows of these, to the last bit: the
     product is taken with the whole basis, because products of other sizes round differently.
     """
-    weight_OI, basis_OD = weight_OI.double(), basis_OD.double()
-    scale_R = _balancing_scales(weight_OI, energies_K.double())[:rank]
-    return basis_OD[:, :rank] * scale_R, (basis_OD.mT @ weight_OI)[:rank] / scale_R[:, None]
+    weight_OI, basis_OD = weight_OI.double(), spectrum.basis_OD.double()
+    dual_DO = basis_OD.mT if spectrum.dual_DO is None else spectrum.dual_DO.double()
+    scale_R = _balancing_scales(weight_OI, spectrum.energies_K.double())[:rank]
+    return basis_OD[:, :rank] * scale_R, (dual_DO @ weight_OI)[:rank] / scale_R[:, None]
+
+
+def shrunk_to_diagonal(gram: Tensor | None, amount: float) -> Tensor | None:
+    """``(1 - a) C + a diag(C)``: less trust in correlations that the calibration text happens to have."""
+    if gram is None or gram.ndim == 1 or amount == 0:
+        return gram
+    return (1 - amount) * gram + amount * torch.diag(gram.diagonal())
+
+
+def shrunk_to_mean(gram_OO: Tensor, amount: float) -> Tensor:
+    """``(1 - a) G + a tr(G)/d I``, scaled to a mean diagonal of 1; the identity where there is no gradient at all."""
+    mean = gram_OO.diagonal().mean()
+    identity_OO = torch.eye(len(gram_OO), dtype=gram_OO.dtype, device=gram_OO.device)
+    return identity_OO if mean <= 0 else (1 - amount) / mean * gram_OO + amount * identity_OO
 
 
 def tail_energies(energies_K: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from svdllm.allocation import Evidence
 from svdllm.budget import choose_ranks, compressed_tensors, file_bytes, num_params, stored_tensors
 from svdllm.config import Recipe
 from svdllm.errors import InputError
@@ -42,6 +43,10 @@ class Plan:
     device: str
     compute_dtype: str
     method: str
+    allocation: str
+    ranks_known: bool  # False where only the analysis can tell them, and uniform ones stand in
+    predicted_loss: float | None  # nats per token, of an allocation by loss
+    allocation_gap: float | None  # how far that may be above the least possible, as a share of it
     num_blocks: int
     num_groups: int
     targets: list[PlannedTarget]
@@ -96,9 +101,17 @@ def plan(
 
 
 def plans_of(
-    source: Source, skeleton: PreTrainedModel, structure: Structure, recipe: Recipe, hidden_states_limit: int | None
+    source: Source,
+    skeleton: PreTrainedModel,
+    structure: Structure,
+    recipe: Recipe,
+    hidden_states_limit: int | None,
+    evidence: Evidence | None = None,
 ) -> list[Plan]:
-    """One plan per ratio, for a model that is open and looked at."""
+    """One plan per ratio, for a model that is open and looked at.
+
+    Without ``evidence``, uniform ranks stand in for those that only an analysis can tell.
+    """
     gguf_bytes = 0 if source.gguf is None else source.gguf.stat().st_size
     return [
         make_plan(
@@ -109,6 +122,7 @@ def plans_of(
             num_outputs=len(recipe.single()),
             gguf_bytes=gguf_bytes,
             hidden_states_limit=hidden_states_limit,
+            evidence=evidence,
         )
         for single in recipe.single()
     ]
@@ -138,13 +152,15 @@ def make_plan(
     num_outputs: int = 1,
     gguf_bytes: int = 0,
     hidden_states_limit: int | None = None,
+    evidence: Evidence | None = None,
 ) -> Plan:
     """The plan of a single recipe for a model that is looked at already."""
     device = resolve_device(recipe.device)
     dtype = resolve_dtype(recipe.dtype, device, source.dtype)
     _require_context(source, recipe)
     stored = stored_tensors(source, skeleton)
-    ranks = choose_ranks(recipe, structure, stored)
+    allocation = choose_ranks(recipe, structure, stored, evidence)
+    ranks = allocation.ranks
     written = compressed_tensors(stored, structure.targets, ranks)
     needs = Needs(structure, skeleton, recipe, stored, written, device, dtype, gguf_bytes, hidden_states_limit)
     dense_linear = structure.num_target_params
@@ -156,6 +172,10 @@ def make_plan(
         device=str(device),
         compute_dtype=str(dtype).removeprefix("torch."),
         method=recipe.method,
+        allocation="ranks" if recipe.ranks else recipe.allocation,
+        ranks_known=recipe.allocation == "uniform" or evidence is not None,
+        predicted_loss=allocation.predicted_loss,
+        allocation_gap=allocation.gap,
         num_blocks=len(structure.blocks),
         num_groups=len({target.group for target in structure.targets}),
         targets=[

@@ -4,6 +4,9 @@ A *skeleton pass* runs the model with its blocks replaced by recorders, so only 
 work: it yields the hidden states that enter the first block and, for every block, the arguments it is called with.
 Then each block is loaded, run over all batches (its outputs take the place of its inputs) and freed. Masks, rotary
 tables and per-layer variants are thus right for any architecture without knowing it.
+
+The *reverse walk* goes from the last block to the first: each is loaded again, run with gradients on the input that the
+forward walk kept, and handed the gradient of its output; that yields the gradient of the block before.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +50,28 @@ class Call:
 
 
 class HiddenStates:
-    """Hidden states of all windows (``windows x seqlen x hidden``), in RAM or in a memory-mapped file."""
+    """Hidden states (``... x windows x seqlen x hidden``), in RAM or in a memory-mapped file."""
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, file: Path | None = None):
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, file: Path | None = None):
+        self.file = file
         if file is None:
             self.tensor = torch.empty(shape, dtype=dtype)
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
-            size = shape[0] * shape[1] * shape[2]
-            self.tensor = torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)
+            self.tensor = torch.from_file(str(file), shared=True, size=prod(shape), dtype=dtype).view(shape)
+
+    def close(self) -> None:
+        del self.tensor
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
 
 
 @dataclass
 class Walk:
     """Carries windows of tokens through a model, block by block.
 
-    ``on_batch(block, batch)`` is called after each batch of each block (progress).
+    ``on_batch(block, batches done, batches)`` is called after each batch of each block (progress).
+    ``kept_batches`` is how many batches leave their inputs of every block for a reverse walk.
     """
 
     weights: Weights
@@ -73,7 +83,9 @@ class Walk:
     batch_tokens: int = 4096
     spill_file: Path | None = None
     on_batch: Callable[[int, int, int], None] | None = None
+    kept_batches: int = 0
     hidden: HiddenStates = field(init=False)
+    kept: HiddenStates | None = field(init=False, default=None)  # blocks x windows x seqlen x hidden
     calls: list[list[Call]] = field(init=False)  # per batch, per block
 
     @property
@@ -89,29 +101,64 @@ class Walk:
             with resident(module, name, self.weights, self.device, self.dtype):
                 yield Block(walk=self, index=index, name=name, module=module)
 
+    def reversed_blocks(self, gradient: Callable[[slice, Tensor], Tensor]) -> Iterator[Block]:
+        """After a forward walk with kept batches: each block again, loaded, from the last to the first.
+
+        ``gradient(windows, logits)`` gives the gradient of the loss in the logits. For every block, ``run_backward``
+        has to be called.
+        """
+        assert self.kept is not None
+        with self.head() as head:
+            for number in range(self.kept.tensor.shape[1]):
+                window = slice(number, number + 1)  # logits are wide: one window at a time
+                hidden = self.hidden.tensor[window].to(self.device).requires_grad_()
+                with torch.enable_grad():
+                    logits = head(window, hidden)
+                logits.backward(gradient(window, logits.detach()))
+                self.hidden.tensor[window] = self._finite_gradient(hidden, f"the last block, window {number}")
+        for index in reversed(range(len(self.structure.blocks))):
+            name = self.structure.blocks[index]
+            module = self.skeleton.get_submodule(name)
+            with resident(module, name, self.weights, self.device, self.dtype):
+                yield Block(walk=self, index=index, name=name, module=module)
+
     def close(self) -> None:
-        """Forgets the hidden states, and their file."""
-        del self.hidden
-        if self.spill_file is not None:
-            self.spill_file.unlink(missing_ok=True)
+        """Forgets the hidden states, and their files."""
+        for states in (self.hidden, self.kept):
+            if states is not None:
+                states.close()
 
     def logits(self) -> Tensor:
-        """Logits of all windows, after the walk: what follows the blocks, fed with the carried hidden states."""
-        blocks = self.structure.blocks
-        outputs = []
-        with self._outside_resident(everything=True):
-            for batch in self.batches:
-                last = _Replay(
-                    self.skeleton.get_submodule(blocks[-1]), self.hidden.tensor[batch], self.structure.returns_tuple[-1]
-                )
-                others = {
-                    name: _Recorder(self.skeleton.get_submodule(name), returns_tuple)
-                    for name, returns_tuple in zip(blocks[:-1], self.structure.returns_tuple[:-1], strict=True)
-                }
-                with replaced(self.skeleton, {**others, blocks[-1]: last}), torch.no_grad():
-                    ids = self.ids[batch].to(self.device)
-                    outputs.append(self.skeleton(input_ids=ids, use_cache=False).logits.float().cpu())
+        """Logits of all windows, after the walk."""
+        with self.head() as head, torch.no_grad():
+            outputs = [head(batch, self.hidden.tensor[batch]).float().cpu() for batch in self.batches]
         return torch.cat(outputs)
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[slice, Tensor], Tensor]]:
+        """What follows the blocks, loaded: a function of windows and their last hidden states that gives logits."""
+        blocks = self.structure.blocks
+        last = _Replay(self.skeleton.get_submodule(blocks[-1]), self.structure.returns_tuple[-1])
+        others = {
+            name: _Recorder(self.skeleton.get_submodule(name), returns_tuple)
+            for name, returns_tuple in zip(blocks[:-1], self.structure.returns_tuple[:-1], strict=True)
+        }
+
+        def logits_of(windows: slice, hidden: Tensor) -> Tensor:
+            last.replay(hidden)
+            return self.skeleton(input_ids=self.ids[windows].to(self.device), use_cache=False).logits
+
+        with self._outside_resident(everything=True), replaced(self.skeleton, {**others, blocks[-1]: last}):
+            yield logits_of
+
+    def _finite_gradient(self, hidden: Tensor, where: str) -> Tensor:
+        assert hidden.grad is not None
+        if not bool(torch.isfinite(hidden.grad).all()):
+            raise NumericalError(
+                f"The gradient at {where}, has NaN or infinite values. If the model computes in float16, try "
+                "--dtype float32."
+            )
+        return hidden.grad.to("cpu", self.dtype)
 
     def _skeleton_pass(self) -> None:
         self.calls = []
@@ -125,10 +172,17 @@ class Walk:
                 recorded = list(recorders.values())
                 first = recorded[0].hidden
                 if not self.calls:
-                    shape = (len(self.ids), self.ids.shape[1], first.shape[-1])
-                    self.hidden = HiddenStates(shape, self.dtype, self.spill_file)
+                    self._make_room(first.shape[-1])
                 self.hidden.tensor[batch] = first.cpu()
                 self.calls.append(self._shared([recorder.call for recorder in recorded]))
+
+    def _make_room(self, hidden_size: int) -> None:
+        shape = (self.ids.shape[1], hidden_size)
+        self.hidden = HiddenStates((len(self.ids), *shape), self.dtype, self.spill_file)
+        if self.kept_batches:
+            windows = self.batches[: self.kept_batches][-1].stop
+            file = None if self.spill_file is None else self.spill_file.with_name(f"{self.spill_file.name}-kept")
+            self.kept = HiddenStates((len(self.structure.blocks), windows, *shape), self.dtype, file)
 
     def _shared(self, calls: list[Call]) -> list[Call]:
         """Calls of a batch, those of an earlier batch where they are equal: the arguments rarely depend on the text."""
@@ -165,7 +219,10 @@ class Block:
         walk = self.walk
         for number, batch in enumerate(walk.batches):
             with torch.no_grad():
-                hidden = walk.hidden.tensor[batch].to(walk.device)
+                stored = walk.hidden.tensor[batch]
+                if walk.kept is not None and number < walk.kept_batches:
+                    walk.kept.tensor[self.index, batch] = stored
+                hidden = stored.to(walk.device)
                 output = walk.calls[number][self.index].run(self.module, hidden)
             if after_batch is not None:
                 after_batch()
@@ -177,6 +234,25 @@ class Block:
             walk.hidden.tensor[batch] = output.to("cpu", walk.dtype)
             if walk.on_batch is not None:
                 walk.on_batch(self.index, number + 1, len(walk.batches))
+
+    def run_backward(self) -> None:
+        """Runs every kept batch with gradients: the gradient of the outputs is replaced by that of the inputs.
+
+        Raises:
+            NumericalError: a gradient is NaN or infinite; names block and batch.
+        """
+        walk = self.walk
+        assert walk.kept is not None
+        for number, batch in enumerate(walk.batches[: walk.kept_batches]):
+            hidden = walk.kept.tensor[self.index, batch].to(walk.device).requires_grad_()
+            with torch.enable_grad():
+                output = walk.calls[number][self.index].run(self.module, hidden)
+            output.backward(walk.hidden.tensor[batch].to(walk.device))
+            walk.hidden.tensor[batch] = walk._finite_gradient(
+                hidden, f"block {self.index} ({self.name}), batch {number}"
+            )
+            if walk.on_batch is not None:
+                walk.on_batch(len(walk.structure.blocks) - 1 - self.index, number + 1, walk.kept_batches)
 
 
 @contextmanager
@@ -247,8 +323,7 @@ class _Recorder(_StandIn):
 class _Replay(_StandIn):
     """Answers with hidden states computed before."""
 
-    def __init__(self, block: nn.Module, hidden: Tensor, returns_tuple: bool):
-        super().__init__(block, returns_tuple)
+    def replay(self, hidden: Tensor) -> None:
         self.__dict__["replayed"] = hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

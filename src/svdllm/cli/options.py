@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from svdllm.config import Recipe, load_settings, make_recipe, parse_amount, preset_settings
+from svdllm.config import (
+    ALLOCATIONS,
+    Recipe,
+    allocation_file,
+    load_settings,
+    make_recipe,
+    parse_amount,
+    preset_settings,
+)
 from svdllm.errors import InputError
 
 BUDGETS = ("ratio", "target_params", "target_size", "ranks")
@@ -43,7 +51,12 @@ TargetSize = Annotated[
     ),
 ]
 Preset = Annotated[
-    str, typer.Option(help="Settings to start from: paper (SVD-LLM as published).", rich_help_panel="Recipe")
+    str | None,
+    typer.Option(
+        help="Settings to start from: paper (SVD-LLM as published), balanced, or best (more time).",
+        show_default="balanced",
+        rich_help_panel="Recipe",
+    ),
 ]
 RecipeFile = Annotated[
     Path | None,
@@ -64,6 +77,46 @@ Method = Annotated[
 ]
 AsvdAlpha = Annotated[
     float | None, typer.Option(help="Exponent of ASVD's scales.", show_default="0.5", rich_help_panel="Method")
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        help="What error is measured in: input (of the outputs, as in the paper) or two-sided (weighted by the loss's "
+        "gradients; one backward pass).",
+        show_default="preset's",
+        rich_help_panel="Method",
+    ),
+]
+GradientSamples = Annotated[
+    int | None,
+    typer.Option(
+        help="Calibration windows of the backward pass (two-sided).", show_default="preset's", rich_help_panel="Method"
+    ),
+]
+Shrinkage = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of its diagonal mixed into the Gram, against over-fitting the text; 0 is the paper.",
+        show_default="preset's",
+        rich_help_panel="Method",
+    ),
+]
+Allocation = Annotated[
+    str | None,
+    typer.Option(
+        help="How the budget is spread: uniform (the paper), v2 (SVD-LLM V2), effective-rank (D-Rank), loss (measured "
+        "on the model, may leave linears dense), or a JSON/YAML file of linear (a regular expression): rank or dense.",
+        show_default="preset's",
+        rich_help_panel="Allocation",
+    ),
+]
+ProbeShare = Annotated[
+    float | None,
+    typer.Option(
+        help="Most of the work of calibration and probing together that probing may be (loss); decides how many tokens.",
+        show_default="0.5",
+        rich_help_panel="Allocation",
+    ),
 ]
 Ignore = Annotated[
     list[str] | None,
@@ -138,7 +191,7 @@ HiddenStatesLimit = Annotated[
 
 def build_recipe(
     *,
-    preset: str,
+    preset: str | None,
     recipe_file: Path | None,
     ratio: str | None,
     target_params: str | None,
@@ -148,7 +201,7 @@ def build_recipe(
     **flags: Any,
 ) -> Recipe:
     """Preset, then recipe file, then flags; a budget on the command line takes the place of the file's."""
-    settings = preset_settings(preset)
+    settings = {} if preset is None else preset_settings(preset)
     if recipe_file is not None:
         settings |= load_settings(recipe_file)
     given = {name: value for name, value in flags.items() if value is not None}
@@ -162,6 +215,9 @@ def build_recipe(
         given["ignore"] = ignore
     if override:
         given["overrides"] = _overrides(override)
+    if (allocation := given.get("allocation")) is not None and allocation not in ALLOCATIONS:
+        given["ranks"] = allocation_file(given.pop("allocation"))
+        settings = {name: value for name, value in settings.items() if name not in ("allocation", "round_to")}
     if any(name in given for name in BUDGETS):
         settings = {name: value for name, value in settings.items() if name not in BUDGETS}
     recipe = make_recipe(settings | given, origin=f"Recipe {recipe_file}" if recipe_file else "The options")

@@ -1,0 +1,225 @@
+"""From tokens to spectra: the walks that accumulate statistics, and the decompositions.
+
+One forward walk collects the Gram of every input. With the two-sided metric a reverse walk follows, which collects the
+Gram of every output's gradient; the input Grams wait on disk until it reaches their block.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdllm.analysis import Analysis
+from svdllm.config import Recipe
+from svdllm.errors import InputError, NumericalError
+from svdllm.linalg import Spectrum, output_spectrum, shrunk_to_diagonal, shrunk_to_mean
+from svdllm.methods import METHODS, Method
+from svdllm.progress import Reporter
+from svdllm.statistics import Gram, Statistic
+from svdllm.stream import Block, Walk
+from svdllm.structure import Target, input_groups, matches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The analysis of a model on its calibration tokens; every finished block is a file."""
+
+    walk: Walk
+    recipe: Recipe
+    analysis: Analysis
+    depths: Mapping[str, int]  # target -> directions to keep
+    reporter: Reporter
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.recipe.method]
+
+    @property
+    def two_sided(self) -> bool:
+        return self.recipe.metric == "two-sided"
+
+    def run(self) -> None:
+        blocks = range(len(self.walk.structure.blocks))
+        if all(map(self.analysis.is_done, blocks)):
+            return
+        if done := sum(map(self.analysis.is_ready if self.two_sided else self.analysis.is_done, blocks)):
+            self.reporter.note(f"Going on with an earlier run: {done} of {len(blocks)} blocks are done.")
+        with self._stage("analyze", len(self.walk.batches)):
+            for block in self.walk.blocks():
+                self._forward(block)
+        if self.two_sided:
+            with self._stage("gradients", self.walk.kept_batches):
+                for block in self.walk.reversed_blocks(self._loss_gradient):
+                    self._backward(block)
+        self.walk.close()
+
+    def _forward(self, block: Block) -> None:
+        """Algorithm 1, lines 5 to 9, and Algorithm 2: the Grams of the inputs, then the spectrum of every weight."""
+        targets = self.walk.structure.block_targets(block.index)
+        if self.analysis.is_ready(block.index) if self.two_sided else self.analysis.is_done(block.index):
+            if self.method.statistic is not None:
+                block.run()
+            return
+        started = time.perf_counter()
+        statistics: dict[str, Statistic] = {}
+        if self.method.statistic is not None:
+            statistics = collect_statistics(block, targets, self.method)
+        forward = time.perf_counter() - started
+
+        def metric_of(target: Target) -> Tensor | None:
+            return right_metric(
+                target,
+                statistics,
+                self.method,
+                alpha=self.recipe.asvd_alpha,
+                shrinkage=self.recipe.shrinkage,
+            )
+
+        if self.two_sided:
+            leaders = {target.group: target for target in targets}
+            metrics = {group: metric_of(target) for group, target in leaders.items()}
+            known = {group: metric for group, metric in metrics.items() if metric is not None}
+            self.analysis.write_metrics(block.index, known, forward)
+        else:
+            self._decompose(block, targets, metric_of, forward)
+
+    def _backward(self, block: Block) -> None:
+        targets = self.walk.structure.block_targets(block.index)
+        if self.analysis.is_done(block.index):
+            block.run_backward()
+            return
+        started = time.perf_counter()
+        gradients = collect_gradients(
+            block, [t for t in targets if not any(matches(pattern, t.name) for pattern in self.recipe.input_only)]
+        )
+        seconds = time.perf_counter() - started + self.analysis.seconds(block.index)[""]
+        self._decompose(block, targets, self.analysis.metric, seconds, gradients)
+
+    def _decompose(
+        self,
+        block: Block,
+        targets: list[Target],
+        metric_of: Callable[[Target], Tensor | None],
+        walked: float,
+        gradients: Mapping[str, Gram] | None = None,
+    ) -> None:
+        spectra, seconds = decompose(block, targets, metric_of, self.depths, gradients, self.recipe.gradient_shrinkage)
+        self.analysis.write(block.index, spectra, {"": walked, **seconds})
+        self.reporter.block_done(block.index, len(self.walk.structure.blocks), walked, sum(seconds.values()))
+
+    def _loss_gradient(self, windows: slice, logits: Tensor) -> Tensor:
+        """Gradient of the summed cross-entropy of the text in the logits: ``softmax - one-hot`` where a token follows."""
+        following = self.walk.ids[windows, 1:, None].to(logits.device)
+        gradient = logits.float().softmax(-1)
+        gradient[:, :-1].scatter_add_(-1, following, torch.full_like(following, -1, dtype=gradient.dtype))
+        gradient[:, -1] = 0
+        return gradient.to(logits.dtype)
+
+    def _stage(self, name: str, batches: int):
+        steps = len(self.walk.structure.blocks) * batches
+        self.walk.on_batch = lambda block, done, of: self.reporter.advance(block * of + done, steps)
+        return self.reporter.stage(name, steps)
+
+
+def collect_statistics(block: Block, targets: list[Target], method: Method) -> dict[str, Statistic]:
+    """Runs a block over all its batches and accumulates one statistic per distinct input.
+
+    Returns a dict target -> statistic; targets that read the same tensor share the object.
+    """
+    linears = [(target.name, block.walk.skeleton.get_submodule(target.name)) for target in targets]
+    in_features = {target.name: target.in_features for target in targets}
+    statistics: dict[str, Statistic] = {}
+    assert method.statistic is not None
+
+    def on_input(leader: str, inputs: Tensor) -> None:
+        if leader not in statistics:
+            statistics[leader] = method.statistic(in_features[leader], inputs.device)  # type: ignore[misc]
+        statistics[leader].add(inputs)
+
+    with input_groups(linears, on_input) as (groups, release):
+        block.run(after_batch=release)
+    uncalled = [name for name, _ in linears if name not in groups]
+    if uncalled:
+        raise InputError(f"{', '.join(uncalled)} saw no token; leave them dense with --ignore.")
+    return {target.name: statistics[groups[target.name]] for target in targets}
+
+
+def right_metric(
+    target: Target, statistics: Mapping[str, Statistic], method: Method, *, alpha: float, shrinkage: float
+) -> Tensor | None:
+    """The metric ``C = S S^T`` of a target, from what was accumulated over its inputs.
+
+    Raises:
+        NumericalError: the inputs are not finite.
+    """
+    statistic = statistics.get(target.name)
+    metric = method.right(None if statistic is None else statistic.value(), alpha)
+    if metric is not None and not bool(torch.isfinite(metric).all()):
+        raise NumericalError(f"The inputs of {target.name} have NaN or infinite values over the calibration text.")
+    return shrunk_to_diagonal(metric, shrinkage)
+
+
+def collect_gradients(block: Block, targets: list[Target]) -> dict[str, Gram]:
+    """Runs a block backward over the kept batches and accumulates ``G``, the Gram of each target's output gradients."""
+    grams: dict[str, Gram] = {}
+
+    def watch(target: Target):
+        def after_forward(module: torch.nn.Module, args: Any, output: Tensor) -> None:
+            if target.name not in grams:
+                grams[target.name] = Gram(target.out_features, output.device)
+            output.register_hook(grams[target.name].add)
+
+        return block.walk.skeleton.get_submodule(target.name).register_forward_hook(after_forward)
+
+    handles = [watch(target) for target in targets]
+    try:
+        block.run_backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return grams
+
+
+def decompose(
+    block: Block,
+    targets: list[Target],
+    metric_of: Callable[[Target], Tensor | None],
+    depths: Mapping[str, int],
+    gradients: Mapping[str, Gram] | None = None,
+    gradient_shrinkage: float = 0.0,
+) -> tuple[dict[str, Spectrum], dict[str, float]]:
+    """Spectra and bases of a block's targets, and the seconds each took.
+
+    ``metric_of`` gives the right metric, asked once per group; ``gradients`` are the statistics of the left ones.
+    """
+    spectra, seconds = {}, {}
+    metrics: dict[str, Tensor | None] = {}
+    for target in targets:
+        started = time.perf_counter()
+        if target.group not in metrics:
+            metrics = {target.group: metric_of(target)}  # the one before is not needed again
+        left_OO = None
+        if gradients is not None and target.name in gradients:
+            left_OO = shrunk_to_mean(gradients[target.name].value(), gradient_shrinkage)
+        weight_OI = weight_of(block.walk.skeleton.get_submodule(target.name), target)
+        metric = metrics[target.group]
+        metric = metric if metric is None else metric.to(weight_OI.device)
+        try:
+            spectrum = output_spectrum(weight_OI, metric, depths[target.name], left_gram_OO=left_OO)
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+            raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
+        stored_dtype = torch.float64 if block.walk.dtype == torch.float64 else torch.float32
+        spectra[target.name] = spectrum.to(dtype=stored_dtype)
+        seconds[target.name] = time.perf_counter() - started
+    return spectra, seconds
+
+
+def weight_of(module: torch.nn.Module, target: Target) -> Tensor:
+    """The weight as ``out x in``, whatever the module keeps."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.detach().mT if target.is_conv1d else weight.detach()

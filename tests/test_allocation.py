@@ -1,0 +1,425 @@
+"""Allocations: the knapsack against brute force, the rules of SVD-LLM V2 and D-Rank against a few lines of numpy."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from svdllm.allocation.effective_rank import SHIFT, effective_rank, effective_ranks
+from svdllm.allocation.knapsack import Choice, Solution, solve
+from svdllm.allocation.uniform import uniform_ranks
+from svdllm.allocation.v2 import spread_ratio, v2_ranks
+from svdllm.errors import InputError
+from svdllm.structure import Target
+
+Choices = dict[str, list[Choice]]
+
+
+def target(out_features: int, in_features: int, name: str, group: str | None = None) -> Target:
+    return Target(
+        name=name,
+        block=0,
+        in_features=in_features,
+        out_features=out_features,
+        has_bias=False,
+        is_conv1d=False,
+        group=group or name,
+    )
+
+
+def size(linear: Target) -> int:
+    return linear.in_features + linear.out_features
+
+
+def params(targets: list[Target], ranks: dict[str, int]) -> int:
+    return sum(t.factor_params(ranks[t.name]) if t.name in ranks else t.num_weights for t in targets)
+
+
+def spectrum(generator: np.random.Generator, length: int) -> Tensor:
+    return torch.tensor(np.exp(-generator.uniform(0, 3) * np.arange(length)) * generator.lognormal(3, 3))
+
+
+# --- knapsack ---
+
+
+def made_up(seed: int, num_targets: int, num_choices: int, kind: str) -> Choices:
+    """Choices in random order: of convex losses, of losses that need not fall with cost, or of many equal numbers."""
+    generator = np.random.default_rng(seed)
+    choices: Choices = {}
+    for index in range(num_targets):
+        count = int(generator.integers(1, num_choices + 1))
+        if kind == "ties":
+            costs, losses = generator.integers(0, 4, count), generator.integers(0, 4, count).astype(float)
+        else:
+            costs, losses = generator.integers(0, 60, count), generator.exponential(size=count)
+        if kind == "convex":
+            costs = np.sort(costs)
+            losses = np.sort(losses)[::-1].cumsum()[::-1]
+        order = generator.permutation(count)
+        choices[f"t{index}"] = [Choice(int(i), int(costs[i]), float(losses[i])) for i in order]
+    return choices
+
+
+def brute_force(choices: Choices, budget: int) -> float | None:
+    """The least loss by trying everything."""
+    fitting = [picks for picks in itertools.product(*choices.values()) if sum(c.cost for c in picks) <= budget]
+    return min((math.fsum(c.loss for c in picks) for picks in fitting), default=None)
+
+
+def by_table(choices: Choices, budget: int) -> float | None:
+    """The least loss by dynamic programming over every cost: for more targets than can be tried out."""
+    least = np.zeros(budget + 1)
+    for options in choices.values():
+        table = np.full(budget + 1, np.inf)
+        for option in options:
+            if option.cost <= budget:
+                table[option.cost :] = np.minimum(table[option.cost :], least[: budget + 1 - option.cost] + option.loss)
+        least = table
+    return None if math.isinf(least[budget]) else float(least[budget])
+
+
+def check(choices: Choices, budget: int, solution: Solution | None, optimum: float | None, exact: bool = True) -> None:
+    assert (solution is None) == (optimum is None)
+    if solution is None or optimum is None:
+        return
+    rounding = 1e-11 * max(1.0, optimum)
+    assert list(solution.choices) == list(choices)
+    assert all(solution.choices[name] in choices[name] for name in choices)
+    assert solution.cost == sum(choice.cost for choice in solution.choices.values()) <= budget
+    assert solution.loss == math.fsum(choice.loss for choice in solution.choices.values())
+    assert solution.lower_bound <= min(solution.loss, optimum + rounding)
+    assert optimum - rounding <= solution.loss
+    if exact:
+        assert solution.loss <= optimum + rounding
+        assert solution.lower_bound >= optimum - rounding
+
+
+@pytest.mark.parametrize("kind", ["convex", "any", "ties"])
+def test_the_knapsack_finds_what_brute_force_finds(kind: str):
+    infeasible = 0
+    for seed in range(150):
+        choices = made_up(seed, 1 + seed % 5, 5, kind)
+        for share in (0.1, 0.4, 0.8):
+            budget = int(share * sum(max(c.cost for c in options) for options in choices.values()))
+            optimum = brute_force(choices, budget)
+            infeasible += optimum is None
+            check(choices, budget, solve(choices, budget), optimum)
+    assert 10 < infeasible < 300
+
+
+@pytest.mark.parametrize("kind", ["convex", "any", "ties"])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_knapsack_finds_the_optimum_of_many_targets(kind: str, seed: int):
+    choices = made_up(seed, 40, 12, kind)
+    for share in (0.25, 0.5, 0.75):
+        budget = int(share * sum(max(c.cost for c in options) for options in choices.values()))
+        check(choices, budget, solve(choices, budget), by_table(choices, budget))
+
+
+@pytest.mark.parametrize("max_states", [1, 5, 30])
+def test_a_search_that_is_cut_short_says_by_how_much_at_most_it_is_off(max_states: int):
+    gaps = []
+    for seed in range(40):
+        choices = made_up(seed, 25, 8, "any")
+        budget = sum(max(c.cost for c in options) for options in choices.values()) // 3
+        solution = solve(choices, budget, max_states=max_states)
+        check(choices, budget, solution, by_table(choices, budget), exact=False)
+        if solution is not None:
+            assert solution.gap == (solution.loss - solution.lower_bound) / solution.loss
+            gaps.append(solution.gap)
+    assert 0 <= min(gaps) <= max(gaps) < 0.3
+    assert (max(gaps) > 1e-6) or max_states > 1
+
+
+def test_more_budget_never_loses_more():
+    choices = made_up(3, 12, 8, "any")
+    cheapest = sum(min(c.cost for c in options) for options in choices.values())
+    assert solve(choices, cheapest - 1) is None
+    losses = [s.loss for budget in range(cheapest, cheapest + 400) if (s := solve(choices, budget)) is not None]
+    assert len(losses) == 400
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == pytest.approx(sum(min(c.loss for c in options) for options in choices.values()))
+
+
+def test_the_knapsack_by_hand():
+    """Rank 2 of a and dense b cost 9 and lose 1; for 8, b falls back to rank 1, and a has nothing to spend 2 on."""
+    choices = {
+        "a": [Choice(1, 1, 3.0), Choice(2, 3, 1.0)],
+        "b": [Choice(1, 2, 1.0), Choice(3, 4, 1.0), Choice(None, 6, 0.0)],
+    }
+    assert solve(choices, 9) == Solution({"a": Choice(2, 3, 1.0), "b": Choice(None, 6, 0.0)}, 9, 1.0, 1.0)
+    assert solve(choices, 8) == Solution({"a": Choice(2, 3, 1.0), "b": Choice(1, 2, 1.0)}, 5, 2.0, 2.0)
+    assert solve(choices, 3) == Solution({"a": Choice(1, 1, 3.0), "b": Choice(1, 2, 1.0)}, 3, 4.0, 4.0)
+    assert solve(choices, 2) is None
+
+
+def test_without_any_loss_the_cheapest_is_taken():
+    options = [Choice(None, 7, 0.0), Choice(1, 3, 0.0), Choice(2, 3, 0.0)]
+    solution = solve({"a": options, "b": options}, 100)
+    assert solution == Solution({"a": options[1], "b": options[1]}, 6, 0.0, 0.0)
+    assert solution.gap == 0
+    assert solve({}, 0) == Solution({}, 0, 0.0, 0.0)
+
+
+def test_costs_of_a_large_model():
+    """Ten times the parameters of a 7B model in bytes: far above 2^32, and a slack of one part of it decides."""
+    unit = 10**10
+    choices = {name: [Choice(1, unit, 2.0), Choice(2, 2 * unit + at, 1.0)] for at, name in enumerate("abc")}
+    for budget, loss in ((4 * unit - 1, 6.0), (4 * unit, 5.0), (5 * unit, 5.0), (5 * unit + 1, 4.0)):
+        solution = solve(choices, budget)
+        assert solution is not None
+        assert solution.loss == loss
+    assert solve(choices, 3 * unit - 1) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_order_of_the_targets_changes_nothing(seed: int):
+    choices = made_up(seed, 12, 6, "ties")
+    budget = sum(max(c.cost for c in options) for options in choices.values()) // 2
+    first = solve(choices, budget)
+    other = solve(dict(sorted(choices.items(), key=lambda item: hash((seed, item[1][0].loss, len(item[0]))))), budget)
+    assert first == other == solve(dict(reversed(choices.items())), budget)
+
+
+def test_losses_that_are_not_numbers_and_targets_without_choices_are_refused():
+    with pytest.raises(ValueError, match="b has no choice: give at least one rank, or dense"):
+        solve({"a": [Choice(1, 1, 1.0)], "b": []}, 5)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"a: losses must be finite, got \[0\.0, (nan|inf)\]"):
+            solve({"a": [Choice(1, 1, 0.0), Choice(2, 2, bad)]}, 5)
+
+
+# --- SVD-LLM V2 ---
+
+
+def test_v2_by_hand():
+    """Losses e and e^3: s = 1 and 1/3, so the ratios are 2 * 0.4 * 3/4 = 0.6 and 2 * 0.4 * 1/4 = 0.2."""
+    assert spread_ratio([math.e, math.e**3], 0.4, 1.0) == pytest.approx([0.6, 0.2])
+    assert spread_ratio([1.0, math.e**2], 0.4, 1.0) == pytest.approx([0.6, 0.2])  # scaled so that the least is e
+    assert spread_ratio([1e-9, 1e-9 * math.e**2], 0.4, 1.0) == pytest.approx([0.6, 0.2])
+    assert spread_ratio([math.e, math.e**3], 0.4, 0.5) == pytest.approx([0.5, 0.3])
+    assert spread_ratio([math.e**2, math.e, math.e**4], 0.4, 0.5) == pytest.approx([1.4 / 3, 0.5, 0.7 / 3])
+    assert spread_ratio([5.0, 7.0], 0.8, 0.5) == [0.5, 0.5]
+    assert spread_ratio([0.0, 0.0], 0.4, 1.0) == [0.4, 0.4]
+    poorest, richest = spread_ratio([0.0, 3.0], 0.4, 1.0)
+    assert poorest / richest == pytest.approx(1 + math.log(1e12))
+
+
+@pytest.mark.parametrize("round_to", [1, 4])
+@pytest.mark.parametrize("ratio", [0.2, 0.35, 0.5])
+def test_v2_is_the_rule_of_the_paper_where_nothing_is_clipped(ratio: float, round_to: int):
+    generator = np.random.default_rng(0)
+    shapes = {"q_proj": (60, 40), "k_proj": (30, 40), "up": (40, 90)}
+    targets = [target(*shape, f"l.{block}.{leaf}") for block in range(5) for leaf, shape in shapes.items()]
+    energies = {
+        t.name: torch.tensor(generator.uniform(50, 5000, t.full_rank)).sort(descending=True)[0] for t in targets
+    }
+    ranks = v2_ranks(targets, energies, ratio, round_to)
+    assert list(ranks) == [t.name for t in targets]
+    for leaf, (rows, columns) in shapes.items():
+        members = [t.name for t in targets if t.name.endswith(leaf)]
+        even = int((1 - ratio) * rows * columns / (rows + columns) / round_to) * round_to
+        log_losses = np.array([math.log(math.sqrt(energies[name].numpy()[even:].sum())) for name in members])
+        assert log_losses.min() > 1
+        ratios = len(members) * ratio / log_losses / (1 / log_losses).sum()
+        exact = (1 - ratios) * rows * columns / (rows + columns)
+        assert [ranks[name] for name in members] == (exact // round_to * round_to).astype(int).tolist()
+        assert [ranks[name] for name in sorted(members, key=lambda m: energies[m][even:].sum())] == sorted(
+            ranks[name] for name in members
+        )
+
+
+def test_v2_keeps_types_of_another_shape_or_name_apart():
+    """Alone in its type every target has the uniform rank, whatever it loses."""
+    targets = [target(40, 40, "0.q"), target(40, 60, "1.q"), target(40, 40, "0.k")]
+    energies = {t.name: torch.full((40,), 10.0**i) for i, t in enumerate(targets)}
+    assert v2_ranks(targets, energies, 0.4) == uniform_ranks(targets, 0.4)
+    same = [*targets, target(40, 40, "2.q")]
+    assert v2_ranks(same, {**energies, "2.q": torch.full((40,), 1e6)}, 0.4)["2.q"] > uniform_ranks(same, 0.4)["2.q"]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_v2_never_keeps_more_than_the_ratio_leaves(seed: int):
+    generator = np.random.default_rng(seed)
+    targets, energies = [], {}
+    for leaf in "abc"[: generator.integers(1, 4)]:
+        shape = tuple(generator.integers(3, 70, 2).tolist())
+        for block in range(generator.integers(1, 6)):
+            targets.append(target(*shape, f"{block}.{leaf}"))
+            energies[f"{block}.{leaf}"] = spectrum(generator, min(shape))
+    if seed % 5 == 0:
+        energies[targets[0].name] *= 0
+    for tenths in range(1, 20):
+        ratio, round_to = tenths / 20, int(generator.choice([1, 1, 2, 8]))
+        ranks = v2_ranks(targets, energies, ratio, round_to)
+        assert params(targets, ranks) <= (1 - Fraction(tenths, 20)) * sum(t.num_weights for t in targets)
+        if 0 in ranks.values():
+            assert ranks == uniform_ranks(targets, ratio, round_to)
+        for t in targets:
+            assert ranks[t.name] <= t.break_even_rank
+            assert ranks[t.name] % round_to == 0
+
+
+def test_v2_pays_for_the_least_ranks_with_those_of_others():
+    """A 4 x 4 linear that has to keep rank 1 (8 of 16 weights) at a ratio of 0.7 takes it from the large ones."""
+    targets = [target(4, 4, "0.a"), target(4, 4, "1.a"), target(10, 10, "0.b"), target(10, 10, "1.b")]
+    energies = {t.name: torch.ones(t.full_rank) for t in targets}
+    assert uniform_ranks(targets, 0.7) == {"0.a": 0, "1.a": 0, "0.b": 1, "1.b": 1}
+    assert v2_ranks(targets, energies, 0.7) == {"0.a": 1, "1.a": 1, "0.b": 1, "1.b": 1}  # 56 of 69.6
+    assert v2_ranks(targets, energies, 0.76) == uniform_ranks(targets, 0.76)  # not even those fit 55.68
+    wide = [target(4, 4, "0.a"), target(40, 40, "0.b"), target(40, 40, "1.b")]
+    energies = {t.name: torch.ones(t.full_rank) for t in wide}
+    assert v2_ranks(wide, energies, 0.6) == {"0.a": 1, "0.b": 8, "1.b": 7}  # 8 + 15 * 80 of 1286.4
+
+
+# --- D-Rank ---
+
+
+def test_effective_rank_by_hand():
+    assert effective_rank(torch.tensor([3.0, 3.0, 3.0, 3.0])) == pytest.approx(4)
+    assert effective_rank(torch.tensor([7.0, 0.0, 0.0])) == pytest.approx(1)
+    assert effective_rank(torch.tensor([0.5, 0.25, 0.25]) * 1e6) == pytest.approx(2**1.5)
+    assert effective_rank(torch.zeros(4)) == 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "ranks"),
+    [
+        (32, {"a": 1, "b": 1}),
+        (40, {"a": 1, "b": 1}),  # 26.7 and 13.3, which is less than b's least: 24 and 16
+        (48, {"a": 2, "b": 1}),
+        (60, {"a": 2, "b": 1}),  # 40 and 20
+        (64, {"a": 3, "b": 1}),  # 42.7 and 21.3: what is left goes to a, which lost 0.67 of a rank
+        (96, {"b": 2}),  # 64 and 32
+        (110, {"b": 2}),  # 64 and, of 73.3, 46
+        (112, {"b": 3}),
+        (128, {}),
+        (10**6, {}),
+    ],
+)
+def test_effective_ranks_by_hand(budget: int, ranks: dict[str, int]):
+    """Two 8 x 8 linears at 16 a rank and 64 dense, of effective ranks 4 and 1: a has twice the share of b."""
+    targets = [target(8, 8, "a"), target(8, 8, "b")]
+    energies = {"a": torch.tensor([5.0, 5, 5, 5, 0, 0, 0, 0]), "b": torch.tensor([1.0] + [0.0] * 7)}
+    assert effective_ranks(targets, energies, budget) == ranks
+    in_bytes = {"a": 32, "b": 32}
+    assert effective_ranks(targets, energies, 2 * budget, costs=in_bytes) == ranks
+    with pytest.raises(
+        InputError, match=r"A budget of 31 does not pay for the least ranks \(1\) of 2 linears.*cost 32"
+    ):
+        effective_ranks(targets, energies, 31)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.4])
+def test_effective_ranks_are_the_rule_of_the_paper_where_nothing_is_clipped(share: float):
+    generator = np.random.default_rng(1)
+    targets = [target(*shape, str(i)) for i, shape in enumerate([(200, 300), (300, 120), (150, 150), (90, 400)])]
+    energies = {t.name: torch.tensor(generator.uniform(1, 9, t.full_rank)) for t in targets}
+    budget = int(share * sum(t.num_weights for t in targets))
+    ranks = effective_ranks(targets, energies, budget)
+    sizes = np.array([size(t) for t in targets])
+    normal = [e.numpy() / e.numpy().sum() for e in energies.values()]
+    unscaled = np.sqrt(np.exp([-(p * np.log(p)).sum() for p in normal]) / sizes)
+    exact = unscaled * budget / (unscaled * sizes).sum()
+    chosen = np.array([ranks[t.name] for t in targets])
+    assert (chosen >= np.floor(exact)).all()
+    assert (chosen <= np.ceil(exact)).all()
+    assert budget - min(sizes) < params(targets, ranks) <= budget
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_effective_ranks_fit_every_budget_and_use_it(seed: int):
+    generator = np.random.default_rng(seed)
+    round_to = int(generator.choice([1, 1, 2, 8]))
+    leaves = ["q_proj", "k_proj", "v_proj", "o_proj", "c_attn"]
+    targets = [
+        target(*generator.integers(3, 90, 2).tolist(), f"{block}.{leaf}", group=f"{block}.{leaf in leaves[:3]}")
+        for block in range(generator.integers(1, 4))
+        for leaf in leaves
+    ]
+    energies = {t.name: spectrum(generator, t.full_rank) for t in targets}
+    itemsize = int(generator.choice([1, 2]))
+    costs = {t.name: itemsize * size(t) for t in targets}
+    dense = itemsize * sum(t.num_weights for t in targets)
+    least = itemsize * sum(min(t.factor_params(round_to), t.num_weights) for t in targets)
+    assert effective_ranks(targets, energies, dense, round_to, costs) == {}
+    with pytest.raises(InputError, match="does not pay for the least ranks"):
+        effective_ranks(targets, energies, least - 1, round_to, costs)
+    for budget in generator.integers(least, dense, 12).tolist() + [least, least + 1, dense - 1]:
+        ranks = effective_ranks(targets, energies, budget, round_to, costs)
+        spent = itemsize * params(targets, ranks)
+        assert spent <= budget
+        for t in targets:
+            if t.name in ranks:
+                rank = ranks[t.name]
+                assert round_to <= rank <= t.break_even_rank
+                assert rank % round_to == 0
+                above = (
+                    min(t.factor_params(rank + round_to), t.num_weights)
+                    if rank + round_to <= t.break_even_rank
+                    else t.num_weights
+                )
+                assert spent + itemsize * (above - t.factor_params(rank)) > budget, "another step would have fitted"
+
+
+def attention(rows: dict[str, int], block: int = 0) -> list[Target]:
+    return [target(out, 200, f"{block}.{leaf}", group=f"{block}.attention") for leaf, out in rows.items()]
+
+
+def equal_energies(targets: list[Target]) -> dict[str, Tensor]:
+    return {t.name: torch.ones(50) for t in targets}
+
+
+def test_q_and_k_give_to_v_by_hand():
+    """Rank 5 each at 40 a rank without the shift; 1.5 of q and of k make rank 8 of v, and 3.5 is rounded."""
+    targets = [target(20, 20, f"{leaf}_proj", group="q_proj") for leaf in "qkv"]
+    energies = {t.name: torch.ones(20) for t in targets}
+    assert effective_ranks(targets, energies, 600) == {"q_proj": 3, "k_proj": 4, "v_proj": 8}
+    assert effective_ranks(targets, energies, 600, shift=0.0) == {"q_proj": 5, "k_proj": 5, "v_proj": 5}
+    # 80 of the 192 on offer make v dense (400); q and k keep the rest.
+    assert effective_ranks(targets, energies, 960) == {"q_proj": 7, "k_proj": 7}
+
+
+@pytest.mark.parametrize("names", [("q_proj", "k_proj", "v_proj"), ("query", "key", "value")])
+def test_the_shift_is_counted_in_parameters(names: tuple[str, str, str]):
+    targets = [*attention(dict(zip(names, (200, 60, 50), strict=True))), target(200, 200, "0.o_proj")]
+    energies, budget = equal_energies(targets), 20_000
+    plain = effective_ranks(targets, energies, budget, shift=0.0)
+    shifted = effective_ranks(targets, energies, budget)
+    q, k, v, o = targets
+    given = SHIFT * (q.factor_params(plain[q.name]) + k.factor_params(plain[k.name]))
+    assert v.factor_params(shifted[v.name] - plain[v.name]) == pytest.approx(given, abs=2 * size(v))
+    for t in (q, k):
+        assert shifted[t.name] == pytest.approx((1 - SHIFT) * plain[t.name], abs=1.5)
+    assert abs(shifted[o.name] - plain[o.name]) <= 1
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        attention({"qkv_proj": 200, "o": 90}),
+        attention({"q_proj": 200, "k_proj": 60}),
+        attention({"v_proj": 200, "o_proj": 60}),
+        attention({"q_proj": 200, "a_v_proj": 60, "b_v_proj": 60}),
+        [*attention({"q_proj": 200}, block=0), *attention({"v_proj": 200}, block=1)],
+    ],
+    ids=["fused", "no v", "no q and k", "two of v", "another block"],
+)
+def test_nothing_is_shifted_where_the_parts_are_not_known(targets: list[Target]):
+    energies: Any = equal_energies(targets)
+    assert effective_ranks(targets, energies, 9_000) == effective_ranks(targets, energies, 9_000, shift=0.0)
+
+
+def test_the_shift_leaves_the_least_rank():
+    targets = attention({"q_proj": 200, "k_proj": 200, "v_proj": 200})
+    for budget in range(3 * 8 * 400, 3 * 24 * 400, 400):
+        ranks = effective_ranks(targets, equal_energies(targets), budget, round_to=8)
+        assert min(ranks.values()) >= 8
+        assert params(targets, ranks) <= budget

@@ -1,0 +1,183 @@
+"""The reverse walk and the probes against the whole model with autograd, in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from families import FAMILIES, tiny_model
+from runs import token_windows
+from svdllm import NumericalError, Recipe
+from svdllm.analysis import Analysis
+from svdllm.calibration import Calibration, weight_of
+from svdllm.linalg import factorise
+from svdllm.probing import probe, probe_ids, probe_rank, probe_tokens
+from svdllm.progress import Reporter
+from svdllm.source import build_skeleton
+from svdllm.stream import Walk
+from svdllm.structure import discover
+from svdllm.weights import MemoryWeights
+
+ROUND_ROBIN = ("llama", "gpt2", "opt", "gemma3_text", "phi3", "gpt_neox")
+
+
+def analysed(model: Any, folder: Path, ids: Tensor, **settings: Any) -> SimpleNamespace:
+    """A model, analysed in float64; batches of two windows."""
+    model = model.double().eval()
+    skeleton = build_skeleton(model.config, torch.float64)
+    structure = discover(skeleton)
+    recipe = Recipe(**({"ratio": 0.3, "shrinkage": 0.0, "round_to": 1} | settings))
+    walk = Walk(
+        weights=MemoryWeights(model, skeleton),
+        skeleton=skeleton,
+        structure=structure,
+        ids=ids,
+        device=torch.device("cpu"),
+        dtype=torch.float64,
+        batch_tokens=2 * ids.shape[1],
+    )
+    walk.kept_batches = -(-recipe.gradient_samples // 2)
+    analysis = Analysis(folder, {})
+    analysis.open()
+    depths = {target.name: target.full_rank for target in structure.targets}
+    Calibration(walk=walk, recipe=recipe, analysis=analysis, depths=depths, reporter=Reporter()).run()
+    return SimpleNamespace(model=model, structure=structure, analysis=analysis, walk=walk, recipe=recipe)
+
+
+def grams_by_autograd(
+    model: Any, names: list[str], ids: Tensor, gradient_ids: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """``(C, G)`` of each linear from one pass over the whole model."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def hook(name: str):
+        def keep(module: Any, args: Any, output: Tensor) -> None:
+            inputs[name], outputs[name] = args[0].detach(), output
+
+        return keep
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    grams = {name: x.flatten(0, -2).T @ x.flatten(0, -2) for name, x in inputs.items()}
+    logits = model(input_ids=gradient_ids, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), gradient_ids[:, 1:].flatten(), reduction="sum"
+    )
+    gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
+    for handle in handles:
+        handle.remove()
+    flat = [gradient.flatten(0, -2) for gradient in gradients]
+    return {name: (grams[name], g.T @ g) for name, g in zip(names, flat, strict=True)}
+
+
+@pytest.mark.parametrize("family", ROUND_ROBIN)
+def test_two_sided_spectra_are_those_of_the_whole_models_gradients(family: str, tmp_path: Path):
+    ids = token_windows(samples=5, seqlen=12)
+    run = analysed(tiny_model(family), tmp_path, ids, metric="two-sided", gradient_samples=4, gradient_shrinkage=0.3)
+    names = [target.name for target in run.structure.targets]
+    oracle = grams_by_autograd(run.model, names, ids, ids[:4])
+    for target in run.structure.targets:
+        c_II, g_OO = oracle[target.name]
+        metric_OO = 0.7 * g_OO / g_OO.diagonal().mean() + 0.3 * torch.eye(len(g_OO), dtype=torch.float64)
+        values, vectors = torch.linalg.eigh(metric_OO)
+        left_OO = vectors * values.sqrt() @ vectors.T
+        values, vectors = torch.linalg.eigh(c_II)
+        right_II = vectors * values.clamp_min(0).sqrt() @ vectors.T
+        weight_OI = weight_of(run.model.get_submodule(target.name), target)
+        sigma = torch.linalg.svdvals(left_OO @ weight_OI @ right_II)
+        spectrum = run.analysis.spectrum(target)
+        scale = float(sigma[0]) ** 2
+        # the input Grams wait in float32 for the reverse walk
+        torch.testing.assert_close(spectrum.energies_K / scale, sigma**2 / scale, rtol=1e-6, atol=1e-6)
+        rank = probe_rank(target)
+        u_OR, v_RI = factorise(weight_OI, spectrum, rank)
+        loss = torch.linalg.matrix_norm(left_OO @ (weight_OI - u_OR @ v_RI) @ right_II) ** 2
+        torch.testing.assert_close(loss / scale, (sigma[rank:] ** 2).sum() / scale, rtol=1e-5, atol=1e-6)
+
+
+def test_input_only_linears_keep_the_metric_of_their_inputs(tmp_path: Path):
+    ids = token_windows(samples=4, seqlen=12)
+    two_sided = analysed(tiny_model("llama"), tmp_path / "a", ids, metric="two-sided", input_only=("q_proj",))
+    plain = analysed(tiny_model("llama"), tmp_path / "b", ids, metric="input")
+    for target in plain.structure.targets:
+        same = torch.allclose(two_sided.analysis.energies(target), plain.analysis.energies(target), rtol=1e-5)
+        assert same == target.name.endswith("q_proj"), target.name
+
+
+def test_shrinkage_mixes_in_the_diagonal(tmp_path: Path):
+    ids = token_windows(samples=4, seqlen=12)
+    run = analysed(tiny_model("llama"), tmp_path, ids, metric="input", shrinkage=0.25)
+    target = run.structure.targets[0]
+    c_II, _ = grams_by_autograd(run.model, [target.name], ids, ids)[target.name]
+    weight_OI = weight_of(run.model.get_submodule(target.name), target)
+    shrunk_II = 0.75 * c_II + 0.25 * torch.diag(c_II.diagonal())
+    expected = torch.linalg.eigvalsh(weight_OI @ shrunk_II @ weight_OI.T).flip(0)
+    torch.testing.assert_close(run.analysis.energies(target), expected)
+
+
+@pytest.mark.parametrize("family", ROUND_ROBIN)
+def test_a_probe_is_the_divergence_of_the_whole_model_with_one_truncated_linear(family: str, tmp_path: Path):
+    ids = token_windows(samples=4, seqlen=12)
+    run = analysed(tiny_model(family), tmp_path, ids, metric="input")
+    walk = run.walk
+    walk.ids, walk.kept_batches, walk.batch_tokens = probe_ids(ids, 20), 0, 20
+    probes = probe(walk, run.analysis, Reporter())
+    with torch.no_grad():
+        dense = run.model(input_ids=walk.ids, use_cache=False).logits.log_softmax(-1)
+        for target in run.structure.targets:
+            weight = run.model.get_submodule(target.name).weight
+            weight_OI = weight_of(run.model.get_submodule(target.name), target)
+            u_OR, v_RI = factorise(weight_OI, run.analysis.spectrum(target), probe_rank(target))
+            kept = weight.clone()
+            weight.copy_((u_OR @ v_RI).T if target.is_conv1d else u_OR @ v_RI)
+            other = run.model(input_ids=walk.ids, use_cache=False).logits.log_softmax(-1)
+            weight.copy_(kept)
+            expected = (dense.exp() * (dense - other)).sum(-1).mean()
+            assert probes[target.name].divergence == pytest.approx(float(expected), rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_walks_backward(family: str, tmp_path: Path):
+    run = analysed(tiny_model(family), tmp_path, token_windows(samples=2, seqlen=10), metric="two-sided")
+    for target in run.structure.targets:
+        assert run.analysis.spectrum(target).dual_DO is not None
+
+
+def test_probe_windows_are_beginnings_spread_over_the_text():
+    ids = torch.arange(10 * 300).view(10, 300)
+    chosen = probe_ids(ids, 5 * 256)
+    assert chosen.shape == (5, 256)
+    assert chosen[:, 0].tolist() == [0, 600, 1200, 1800, 2400]
+    assert probe_ids(ids, 100).shape == (1, 100)
+    assert probe_ids(ids, 10**6).shape == (10, 256)
+
+
+def test_probing_is_the_asked_share_of_the_work():
+    skeleton = build_skeleton(tiny_model("llama").config)
+    structure = discover(skeleton)
+    half, quarter = (
+        probe_tokens(Recipe(ratio=0.5, probe_share=share, samples=256, seqlen=64), structure, skeleton)
+        for share in (0.5, 0.25)
+    )
+    weights = [target.num_weights for target in structure.targets]
+    grams = sum(width**2 for width in (32, 32, 32, 48)) * 2 / 2
+    work = 256 * 64 * (sum(weights) + grams)
+    per_token = 7 * (sum(weights) + sum(weights) / 2) + 14 * 128 * 32
+    assert half == int(work / per_token)
+    assert quarter == int(work / 3 / per_token)
+
+
+def test_a_gradient_that_is_not_finite_names_its_block(tmp_path: Path):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(0)
+        model.model.norm.weight.fill_(float("inf"))
+    with pytest.raises(NumericalError, match="gradient at the last block"):
+        analysed(model, tmp_path, token_windows(samples=2, seqlen=8), metric="two-sided")

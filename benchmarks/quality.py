@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from svdllm import Recipe, compress_many, load_model, perplexity
+from svdllm.config import PLAIN
 from svdllm.data import evaluation_tokens
 from svdllm.plan import resolve_device, resolve_dtype
 from svdllm.source import open_config
@@ -37,7 +38,7 @@ def summary(values: list[float]) -> dict[str, float]:
 def compress_all(model: str, settings: dict[str, Any], output: str) -> tuple[float, list[dict[str, Any]]]:
     """Runs in its own process: seconds of one calibration with all ratios, and the records."""
     started = time.perf_counter()
-    results = compress_many(model, Recipe(**settings), output)
+    results = compress_many(model, Recipe(**(PLAIN | settings)), output)
     return time.perf_counter() - started, [result.to_dict() for result in results]
 
 

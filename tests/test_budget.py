@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from families import tiny_config, tiny_model
-from svdllm.allocation import fill_budget, uniform_rank, uniform_ranks
+from svdllm.allocation import Evidence, Probe, fill_budget, uniform_rank, uniform_ranks
 from svdllm.allocation.uniform import exact_floor
 from svdllm.budget import (
     choose_ranks,
@@ -27,13 +27,21 @@ from svdllm.budget import (
     stored_tensors,
     tensor_bytes,
 )
-from svdllm.config import Recipe
+from svdllm.config import PLAIN, Recipe
 from svdllm.errors import InputError
 from svdllm.modeling import low_rank_config, register_all
 from svdllm.source import build_skeleton, open_source
-from svdllm.structure import Structure, Target, discover
+from svdllm.structure import Structure, Target, bias_corrected, discover
 
 register_all()
+
+
+def plain(**settings: Any) -> Recipe:
+    return Recipe(**(PLAIN | settings))
+
+
+def ranks_of(*args: Any) -> dict[str, int]:
+    return choose_ranks(*args).ranks
 
 
 def target(out_features: int, in_features: int, name: str = "linear") -> Target:
@@ -181,7 +189,7 @@ def check_budget(recipe: Recipe, structure: Structure, stored: Any) -> bool:
     """Whether the budget could be met; asserts that it then is, to within one rank step."""
     by_name = {t.name: t for t in structure.targets}
     try:
-        ranks = choose_ranks(recipe, structure, stored)
+        ranks = ranks_of(recipe, structure, stored)
     except InputError as error:
         if not re.search("cannot be met|nothing to compress|leaves rank 0|nothing is left", str(error)):
             raise
@@ -218,9 +226,9 @@ def test_a_budget_is_met_to_within_one_rank_step_for_random_shapes(kind: str, se
     for _ in range(6):
         overrides = {f"b.{draw(0, len(shapes))}$": [0.0, 0.5][draw(0, 2)] for _ in range(draw(0, 2))}
         settings = {kind: max(1, dense * draw(5, 100) // 100 + draw(0, 20)), "round_to": [1, 1, 2, 8][draw(0, 4)]}
-        met += check_budget(Recipe(**settings, overrides=overrides), structure, stored)
+        met += check_budget(plain(**settings, overrides=overrides), structure, stored)
     # Nine tenths of the parameters can be had unless rounding or overrides are in the way.
-    assert check_budget(Recipe(**{kind: dense * 95 // 100}), structure, stored) or met or len(shapes) < 3
+    assert check_budget(plain(**{kind: dense * 95 // 100}), structure, stored) or met or len(shapes) < 3
 
 
 @pytest.mark.parametrize("kind", ["target_params", "target_size"])
@@ -233,7 +241,7 @@ def test_a_budget_is_met_on_a_tiny_llama(kind: str, ignore: list[str]):
     met = 0
     for percent in range(20, 100, 3):
         for settings in ({}, {"overrides": {"v_proj": 0.0, "o_proj": 0.5}}, {"round_to": 2}):
-            met += check_budget(Recipe(**{kind: dense * percent // 100}, **settings), structure, stored)
+            met += check_budget(plain(**{kind: dense * percent // 100}, **settings), structure, stored)
     assert met > 15
 
 
@@ -241,8 +249,8 @@ def test_every_budget_between_the_least_and_the_dense_model_can_be_met():
     structure, stored = made_up([(12, 20), (20, 12), (16, 16)], others=100)
     least = 100 + 32 * 3
     for budget in range(least, num_params(stored)):
-        assert check_budget(Recipe(target_params=budget), structure, stored)
-    assert not check_budget(Recipe(target_params=least - 1), structure, stored)
+        assert check_budget(plain(target_params=budget), structure, stored)
+    assert not check_budget(plain(target_params=least - 1), structure, stored)
 
 
 # --- the errors of budgets ---
@@ -251,25 +259,25 @@ def test_every_budget_between_the_least_and_the_dense_model_can_be_met():
 def test_a_budget_that_cannot_be_met_tells_the_least(llama):
     structure, stored = llama
     with pytest.raises(InputError, match="--target-params 5,000 cannot be met: 4,256 lie outside") as caught:
-        choose_ranks(Recipe(target_params=5000), structure, stored)
+        ranks_of(plain(target_params=5000), structure, stored)
     least = int(re.search(r"still has ([\d,]+)\. Raise", str(caught.value))[1].replace(",", ""))  # type: ignore[index]
-    assert set(choose_ranks(Recipe(target_params=least), structure, stored).values()) == {1}
+    assert set(ranks_of(plain(target_params=least), structure, stored).values()) == {1}
     with pytest.raises(InputError, match="cannot be met"):
-        choose_ranks(Recipe(target_params=least - 1), structure, stored)
+        ranks_of(plain(target_params=least - 1), structure, stored)
     with pytest.raises(InputError, match=r"--target-size 1,000 cannot be met: .*its least \(2\)"):
-        choose_ranks(Recipe(target_size=1000, round_to=2), structure, stored)
+        ranks_of(plain(target_size=1000, round_to=2), structure, stored)
 
 
 @pytest.mark.parametrize("kind", ["target_params", "target_size"])
 def test_a_budget_above_the_dense_model_is_refused(llama, kind: str):
     flag = kind.replace("_", "-")
     with pytest.raises(InputError, match=rf"--{flag} 9,000,000 is not below what the dense model has \([\d,]+\)"):
-        choose_ranks(Recipe(**{kind: 9_000_000}), *llama)
+        ranks_of(plain(**{kind: 9_000_000}), *llama)
 
 
 def test_a_budget_of_all_the_dense_parameters_is_refused(llama):
     with pytest.raises(InputError, match="nothing to compress"):
-        choose_ranks(Recipe(target_params=num_params(llama[1])), *llama)
+        ranks_of(plain(target_params=num_params(llama[1])), *llama)
 
 
 @pytest.mark.parametrize(
@@ -284,14 +292,14 @@ def test_a_budget_of_all_the_dense_parameters_is_refused(llama):
 def test_following_the_advice_about_rank_zero_works(shapes: list[tuple[int, int]], settings: dict[str, Any]):
     structure, stored = made_up(shapes)
     with pytest.raises(InputError, match="leaves rank 0") as caught:
-        choose_ranks(Recipe(**settings), structure, stored)
+        ranks_of(plain(**settings), structure, stored)
     message = str(caught.value)
     assert ("multiples of" in message) == ("round_to" in settings)
     advice = float(re.search(r"use a ratio of at most ([\d.]+)\.$", message)[1])  # type: ignore[index]
     for key in ("ratio", "overrides"):
         if key in settings and (key == "overrides" or "overrides" not in settings):
             settings[key] = dict.fromkeys(settings[key], advice) if key == "overrides" else advice
-    assert min(choose_ranks(Recipe(**settings), structure, stored).values()) == settings.get("round_to", 1)
+    assert min(ranks_of(plain(**settings), structure, stored).values()) == settings.get("round_to", 1)
 
 
 @pytest.mark.parametrize("settings", [{"ratio": 0.2}, {"target_params": 330_000}, {"target_size": 1_330_000}])
@@ -300,9 +308,9 @@ def test_a_linear_that_no_ratio_can_help_is_to_be_left_dense(settings: dict[str,
     with pytest.raises(
         InputError, match=r"for 1 linears, for instance b\.1 \(8 x 32\): leave it dense with --ignore b\.1\."
     ):
-        choose_ranks(Recipe(**settings, round_to=8), structure, stored)
+        ranks_of(plain(**settings, round_to=8), structure, stored)
     rest = replace(structure, targets=structure.targets[:1])
-    assert choose_ranks(Recipe(**settings, round_to=8), rest, stored)["b.0"] > 0
+    assert ranks_of(plain(**settings, round_to=8), rest, stored)["b.0"] > 0
 
 
 # --- patterns ---
@@ -310,7 +318,7 @@ def test_a_linear_that_no_ratio_can_help_is_to_be_left_dense(settings: dict[str,
 
 def test_explicit_ranks(llama):
     structure, stored = llama
-    ranks = choose_ranks(Recipe(ranks={"0.*q_proj": 5, "q_proj": "full", "down": 7}), structure, stored)
+    ranks = ranks_of(plain(ranks={"0.*q_proj": 5, "q_proj": "full", "down": 7}), structure, stored)
     prefix = "model.layers"
     assert ranks == {
         f"{prefix}.0.self_attn.q_proj": 5,
@@ -319,16 +327,16 @@ def test_explicit_ranks(llama):
         f"{prefix}.1.mlp.down_proj": 7,
     }
     with pytest.raises(InputError, match=r"ranks: 'nothing' matches none of the 14 linears \(model\.layers\.0"):
-        choose_ranks(Recipe(ranks={"nothing": 4}), structure, stored)
+        ranks_of(plain(ranks={"nothing": 4}), structure, stored)
     for rank in (0, 17, -1):
         with pytest.raises(InputError, match=rf"'k_proj' asks for rank {rank} of .*k_proj, which can have 1 to 16"):
-            choose_ranks(Recipe(ranks={"k_proj": rank}), structure, stored)
+            ranks_of(plain(ranks={"k_proj": rank}), structure, stored)
 
 
 def test_the_first_override_wins_and_zero_leaves_dense(llama):
     structure, stored = llama
     overrides = {r"layers\.0\..*q_proj": 0.5, "q_proj": 0.0, "k_proj": 0.25}
-    ranks = choose_ranks(Recipe(ratio=0.4, overrides=overrides), structure, stored)
+    ranks = ranks_of(plain(ratio=0.4, overrides=overrides), structure, stored)
     assert ranks["model.layers.0.self_attn.q_proj"] == 8  # 0.5 * 16
     assert "model.layers.1.self_attn.q_proj" not in ranks
     assert ranks["model.layers.1.self_attn.k_proj"] == 8  # 0.75 * 16 * 32 / 48
@@ -338,12 +346,12 @@ def test_the_first_override_wins_and_zero_leaves_dense(llama):
 
 def test_an_override_that_matches_nothing_is_an_error(llama):
     with pytest.raises(InputError, match="--override 'gone' matches none of the 14 compressed linears"):
-        choose_ranks(Recipe(ratio=0.4, overrides={"gone": 0.5}), *llama)
+        ranks_of(plain(ratio=0.4, overrides={"gone": 0.5}), *llama)
 
 
 def test_overrides_that_leave_everything_dense_are_an_error(llama):
     with pytest.raises(InputError, match=r"leave all 14 linears dense: nothing is left to compress\. Drop one of '\.'"):
-        choose_ranks(Recipe(ratio=0.4, overrides={".": 0.0}), *llama)
+        ranks_of(plain(ratio=0.4, overrides={".": 0.0}), *llama)
 
 
 # --- accounting ---
@@ -396,7 +404,7 @@ def test_file_bytes_of_mixed_dtypes_is_exact(tmp_path: Path):
 
 def test_file_bytes_of_a_compressed_model_in_shards_is_exact(tmp_path: Path):
     structure, stored = tiny("qwen2")
-    ranks = choose_ranks(Recipe(ratio=0.4), structure, stored)
+    ranks = ranks_of(plain(ratio=0.4), structure, stored)
     written = compressed_tensors(stored, structure.targets, ranks)
     for limit in (1, 3_000, 10_000, 10**9):
         sizes = [
@@ -408,7 +416,7 @@ def test_file_bytes_of_a_compressed_model_in_shards_is_exact(tmp_path: Path):
 
 def test_shards_keep_pairs_together_and_their_limit(llama):
     structure, stored = llama
-    written = compressed_tensors(stored, structure.targets, choose_ranks(Recipe(ratio=0.2), structure, stored))
+    written = compressed_tensors(stored, structure.targets, ranks_of(plain(ratio=0.2), structure, stored))
     for limit in (1, 2_000, 7_000, 20_000, 10**9):
         shards = shard_names(written, limit)
         assert [name for shard in shards for name in shard] == list(written)
@@ -432,7 +440,7 @@ def test_num_params_is_what_transformers_counts(family: str):
     structure, stored = tiny(family)
     dense = AutoModelForCausalLM.from_config(tiny_config(family))
     assert num_params(stored) == dense.num_parameters()
-    ranks = choose_ranks(Recipe(ratio=0.3), structure, stored)
+    ranks = ranks_of(plain(ratio=0.3), structure, stored)
     settings = {"format_version": 1, "base_model_type": family, "ranks": ranks}
     model = AutoModelForCausalLM.from_config(low_rank_config(tiny_config(family), settings))
     written = compressed_tensors(stored, structure.targets, ranks)
@@ -448,3 +456,69 @@ def test_stored_tensors_are_the_same_from_a_config_as_from_the_weights():
         source.config.dtype = torch.float32
         assert stored_tensors(replace(source, weights=None), skeleton) == known
         assert ("lm_head.weight" in known) != tied
+
+
+def evidence_for(structure: Structure, seed: int = 0) -> Evidence:
+    generator = torch.Generator().manual_seed(seed)
+    energies = {
+        t.name: torch.rand(t.full_rank, generator=generator, dtype=torch.float64).sort(descending=True).values
+        for t in structure.targets
+    }
+    divergences = torch.rand(len(structure.targets), generator=generator).tolist()
+    probes = {t.name: Probe(1, divergence) for t, divergence in zip(structure.targets, divergences, strict=True)}
+    return Evidence(energies, probes)
+
+
+@pytest.mark.parametrize("allocation", ["v2", "effective-rank", "loss"])
+@pytest.mark.parametrize("seed", range(5))
+def test_chosen_ranks_keep_every_budget(allocation: str, seed: int):
+    structure, stored = made_up([(12, 8), (8, 8), (20, 8), (8, 20), (16, 16), (5, 9)])
+    evidence = evidence_for(structure, seed)
+    budgets = [{"ratio": ratio} for ratio in (0.1, 0.35, 0.6)]
+    if allocation != "v2":
+        dense = num_params(stored)
+        budgets += [{"target_params": dense * 9 // 10}, {"target_size": 4 * dense}, {"target_params": dense - 1}]
+    for budget in budgets:
+        recipe = plain(**budget, allocation=allocation)
+        written = compressed_tensors(stored, structure.targets, ranks_of(recipe, structure, stored, evidence))
+        if "ratio" in budget:
+            limit = num_params(stored) - budget["ratio"] * structure.num_target_params
+            assert num_params(written) <= limit + 1e-6
+        elif "target_params" in budget:
+            assert num_params(written) <= budget["target_params"]
+        else:
+            assert file_bytes(written) <= budget["target_size"]
+
+
+def test_allocation_by_loss_spends_where_it_hurts_and_says_how_sure_it_is():
+    structure, stored = made_up([(16, 16), (16, 16)])
+    flat = torch.ones(16, dtype=torch.float64)
+    evidence = Evidence({"b.0": flat, "b.1": flat}, {"b.0": Probe(1, 9.0), "b.1": Probe(1, 0.1)})
+    found = choose_ranks(plain(ratio=0.4, allocation="loss"), structure, stored, evidence)
+    assert found.ranks == {"b.1": 1}  # 16 * 16 + 32 of 307: the other stays dense
+    assert found.predicted_loss == pytest.approx(0.1)
+    assert found.gap == 0.0
+
+
+def test_added_biases_count_against_the_budget():
+    structure, stored = made_up([(12, 8), (8, 8), (20, 8)])
+    structure = bias_corrected(structure)
+    for allocation in ("uniform", "v2", "effective-rank", "loss"):
+        recipe = plain(ratio=0.3, allocation=allocation)
+        ranks = ranks_of(recipe, structure, stored, evidence_for(structure))
+        written = compressed_tensors(stored, structure.targets, ranks)
+        assert num_params(written) <= num_params(stored) - 0.3 * structure.num_target_params
+        assert all(f"{name}.svd_u.bias" in written for name in ranks)
+
+
+def test_before_the_analysis_uniform_ranks_stand_in():
+    structure, stored = made_up([(12, 8), (8, 8)])
+    loss, uniform = (ranks_of(plain(ratio=0.3, allocation=name), structure, stored) for name in ("loss", "uniform"))
+    assert loss == uniform
+
+
+def test_ranks_may_say_dense(llama):
+    structure, stored = llama
+    ranks = ranks_of(plain(ranks={"q_proj": "dense", "_proj": 3}), structure, stored)
+    assert set(ranks.values()) == {3}
+    assert not any("q_proj" in name for name in ranks)

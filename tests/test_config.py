@@ -80,15 +80,53 @@ def test_the_preset_paper_is_the_papers_settings():
     settings = preset_settings("paper")
     assert settings == {
         "method": "svd-llm",
+        "metric": "input",
+        "shrinkage": 0.0,
         "allocation": "uniform",
+        "round_to": 1,
         "calibration": "wikitext2",
         "samples": 256,
         "seqlen": 2048,
         "seed": 3,
     }
-    assert make_recipe({**settings, "ratio": 0.2}) == Recipe(ratio=0.2)
-    with pytest.raises(InputError, match="Unknown preset 'papers'; known are paper"):
+    recipe = make_recipe({**settings, "ratio": 0.2})
+    assert recipe.calibration_mode == "dense"
+    assert not recipe.bias_correction
+    with pytest.raises(InputError, match="Unknown preset 'papers'; known are paper, balanced, best"):
         preset_settings("papers")
+
+
+def test_the_defaults_are_the_preset_balanced():
+    assert make_recipe(preset_settings("balanced")) == Recipe()
+
+
+@pytest.mark.parametrize("settings", [{"method": "svd"}, {"method": "asvd"}, {"ranks": {"q_proj": 4}}])
+def test_what_has_no_use_for_gradients_or_probes_is_plain_by_default(settings: dict[str, Any]):
+    recipe = Recipe(**settings)
+    assert recipe.allocation == "uniform"
+    assert recipe.round_to == 1
+    if "method" in settings:
+        assert (recipe.metric, recipe.shrinkage) == ("input", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"method": "svd", "metric": "two-sided"}, "method svd has no Gram"),
+        ({"method": "asvd", "shrinkage": 0.1}, "shrinkage acts on a Gram"),
+        ({"method": "svd", "bias_correction": True}, "needs the mean inputs"),
+        ({"method": "asvd", "calibration_mode": "sequential"}, "Grams of the compressed stream"),
+        ({"beta": 0.5}, "beta does nothing to a dense calibration"),
+        ({"ranks": {"q": 4}, "allocation": "loss"}, "ranks are given"),
+        ({"target_params": 100, "allocation": "v2"}, "give a ratio"),
+        ({"method": "svd", "allocation": "loss"}, "probes with calibration text"),
+        ({"gradient_shrinkage": 0.0}, "greater than 0"),
+        ({"ratio": 0.2, "elastic": True, "bias_correction": True}, "belong to one rank"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused_with_a_reason(settings: dict[str, Any], reason: str):
+    with pytest.raises(InputError, match=reason):
+        make_recipe(settings)
 
 
 @pytest.mark.parametrize(

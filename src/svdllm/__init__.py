@@ -19,6 +19,7 @@ from svdllm.export import export_dense
 from svdllm.modeling import register_all
 from svdllm.plan import Plan, plan
 from svdllm.records import CompressionResult
+from svdllm.slicing import slice_checkpoint
 from svdllm.verify import verify
 from svdllm.version import __version__
 
@@ -42,5 +43,6 @@ __all__ = [
     "load_model",
     "perplexity",
     "plan",
+    "slice_checkpoint",
     "verify",
 ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from svdllm.allocation import Probe
@@ -49,9 +50,18 @@ class Analysis:
     def is_done(self, block: int) -> bool:
         return self._file(block).is_file()
 
-    def write(self, block: int, spectra: Mapping[str, Spectrum], seconds: Mapping[str, float]) -> None:
-        """Makes a block final: the file appears under its name only when it is complete."""
-        tensors = {}
+    def write(
+        self,
+        block: int,
+        spectra: Mapping[str, Spectrum],
+        seconds: Mapping[str, float],
+        means: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Makes a block final: the file appears under its name only when it is complete.
+
+        ``means`` are the mean inputs, by group, where a bias is to be corrected.
+        """
+        tensors = {f"{group}.mean": mean for group, mean in (means or {}).items()}
         for name, spectrum in spectra.items():
             tensors[f"{name}.energies"] = spectrum.energies_K
             tensors[f"{name}.basis"] = spectrum.basis_OD
@@ -74,14 +84,35 @@ class Analysis:
         """Whether nothing of the forward walk is missing for a block."""
         return self.is_done(block) or self._metrics_file(block).is_file()
 
-    def write_metrics(self, block: int, metrics: Mapping[str, Tensor], seconds: float) -> None:
+    def mean(self, target: Target, *, waiting: bool = False) -> Tensor:
+        """The mean input of a target, float64; of a block that waits for the reverse walk if asked for."""
+        file_of = self._metrics_file if waiting else self._file
+        with safe_open(file_of(target.block), framework="pt") as file:
+            return file.get_tensor(f"{target.group}.mean").clone()
+
+    def write_metrics(
+        self, block: int, metrics: Mapping[str, Tensor], means: Mapping[str, Tensor], seconds: float
+    ) -> None:
         """Right metrics of a block, by group, that wait for the reverse walk; float32, gone when the block is done."""
         write_atomically(self._file(block).with_suffix(".json"), json.dumps({"": seconds}).encode())
-        save_atomically({group: metric.float() for group, metric in metrics.items()}, self._metrics_file(block))
+        named_means = {f"{group}.mean": mean for group, mean in means.items()}
+        kept = {group: metric.float() for group, metric in metrics.items()}
+        save_atomically(kept | named_means, self._metrics_file(block))
 
     def metric(self, target: Target) -> Tensor:
         with safe_open(self._metrics_file(target.block), framework="pt") as file:
             return file.get_tensor(target.group).clone()
+
+    def write_left_metrics(self, block: int, metrics: Mapping[str, Tensor]) -> None:
+        """Left metrics of a block's targets, for a sequential calibration; float32."""
+        save_atomically({name: metric.float() for name, metric in metrics.items()}, self._left_file(block))
+
+    def left_metric(self, target: Target) -> Tensor | None:
+        """``G`` of a target, or None where error is measured in its outputs as they are."""
+        if not self._left_file(target.block).is_file():
+            return None
+        with safe_open(self._left_file(target.block), framework="pt") as file:
+            return file.get_tensor(target.name).clone() if target.name in file.keys() else None  # noqa: SIM118
 
     def energies(self, target: Target) -> Tensor:
         with safe_open(self._file(target.block), framework="pt") as file:
@@ -105,8 +136,40 @@ class Analysis:
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:04d}.safetensors"
 
+    def _left_file(self, block: int) -> Path:
+        return self.folder / f"left-{block:04d}.safetensors"
+
     def _metrics_file(self, block: int) -> Path:
         return self.folder / f"metrics-{block:04d}.safetensors"
+
+
+class FinalFactors:
+    """Factors of one allocation that are no slices of a basis: one file per finished block."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def is_done(self, block: int) -> bool:
+        return self._file(block).is_file()
+
+    def write(self, block: int, factors: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]) -> None:
+        """``factors`` are target -> the tensors of its low-rank linear, by their names in it."""
+        write_atomically(self._file(block).with_suffix(".json"), json.dumps(record).encode())
+        tensors = {f"{name}.{leaf}": tensor for name, leaves in factors.items() for leaf, tensor in leaves.items()}
+        save_atomically(tensors, self._file(block))
+
+    def read(self, block: int) -> dict[str, dict[str, Tensor]]:
+        factors: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in load_file(self._file(block)).items():
+            target, factor, leaf = name.rsplit(".", 2)
+            factors.setdefault(target, {})[f"{factor}.{leaf}"] = tensor
+        return factors
+
+    def record(self, block: int) -> dict[str, Any]:
+        return json.loads(self._file(block).with_suffix(".json").read_text(encoding="utf-8"))
+
+    def _file(self, block: int) -> Path:
+        return self.folder / f"block-{block:04d}.safetensors"
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

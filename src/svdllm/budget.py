@@ -74,6 +74,8 @@ def compressed_tensors(stored: Tensors, targets: Sequence[Target], ranks: Mappin
             target, rank = by_name[owner], ranks[owner]
             result[f"{owner}.svd_v.weight"] = ((rank, target.in_features), dtype)
             result[f"{owner}.svd_u.weight"] = ((target.out_features, rank), dtype)
+            if target.added_params:
+                result[f"{owner}.svd_u.bias"] = ((target.out_features,), dtype)
         else:
             result[f"{owner}.svd_u.{leaf}"] = (shape, dtype)
     return result
@@ -137,6 +139,42 @@ def choose_ranks(recipe: Recipe, structure: Structure, stored: Tensors, evidence
     return replace(chosen, ranks=ordered)
 
 
+def spare_ranks(recipe: Recipe, structure: Structure, ranks: Mapping[str, int]) -> Ranks:
+    """Of the linears that an allocation leaves dense, the largest rank that it may give each at a higher ratio.
+
+    What an override leaves dense is dense at every ratio, and not among them.
+    """
+    overridden = _overrides(recipe, structure.targets)
+    spare = {t.name: t.break_even_rank // recipe.round_to * recipe.round_to for t in structure.targets}
+    return {name: rank for name, rank in spare.items() if rank and name not in ranks and name not in overridden}
+
+
+def elastic_tensors(structure: Structure, stored: Tensors, spare: Mapping[str, int]) -> Tensors:
+    """What the elastic files hold: the energies of every target, and factors of the ``spare`` ranks."""
+    energies: Tensors = {f"{t.name}.energies": ((t.full_rank,), torch.float64) for t in structure.targets}
+    dense = {f"{name}.weight": stored[f"{name}.weight"] for name in spare}
+    return energies | compressed_tensors(dense, structure.targets, spare)
+
+
+def elastic_bytes(recipe: Recipe, structure: Structure, stored: Tensors, ranks: Mapping[str, int], known: bool) -> int:
+    """Exact size of the elastic files, 0 where there are none.
+
+    Where the ranks are not ``known`` yet, the most it can be: the linears that stay dense take no more than the budget.
+    """
+    if not recipe.elastic:
+        return 0
+    if known:
+        return file_bytes(elastic_tensors(structure, stored, spare_ranks(recipe, structure, ranks)))
+    if recipe.allocation == "v2":  # leaves nothing dense
+        return file_bytes(elastic_tensors(structure, stored, {}))
+    assert isinstance(recipe.ratio, float)
+    most = elastic_tensors(structure, stored, spare_ranks(recipe, structure, {}))
+    itemsize = max(stored[f"{target.name}.weight"][1].itemsize for target in structure.targets)
+    budget = exact_floor((1 - recipe.ratio) * structure.num_target_params) * itemsize
+    factors = tensor_bytes(most) - tensor_bytes(elastic_tensors(structure, stored, {}))
+    return file_bytes(most) - max(0, factors - budget)
+
+
 @dataclass(frozen=True)
 class _Unit:
     """What a budget is counted in, and how much of it is outside the targets whose ranks are free."""
@@ -146,8 +184,17 @@ class _Unit:
     outside: int
     costs: dict[str, int]  # target -> cost of one rank
 
+    def cost(self, target: Target, rank: int) -> int:
+        """Of the factors, with the bias that a correction adds."""
+        size = target.in_features + target.out_features
+        return self.costs[target.name] * target.factor_params(rank) // size
+
+    def left_for_ranks(self, free: Sequence[Target]) -> int:
+        """What all targets together may spend on ranks, if each is factorised."""
+        return self.budget - self.outside - sum(self.cost(target, 0) for target in free)
+
     def cannot_be_met(self, free: Sequence[Target], round_to: int) -> InputError:
-        least = self.outside + sum(self.costs[t.name] * round_to for t in free if round_to <= t.break_even_rank)
+        least = self.outside + sum(self.cost(t, round_to) for t in free if round_to <= t.break_even_rank)
         return InputError(
             f"{self.what} {self.budget:,} cannot be met: {self.outside:,} lie outside the compressed linears, and with "
             f"every rank at its least ({round_to}) the model still has {least:,}. Raise the budget to more than that."
@@ -161,7 +208,7 @@ def _uniform(
         assert isinstance(recipe.ratio, float)
         return uniform_ranks(free, recipe.ratio, recipe.round_to)
     unit = _unit(recipe, structure, stored, free, fixed)
-    ranks = fill_budget(free, unit.costs, unit.budget - unit.outside, recipe.round_to)
+    ranks = fill_budget(free, unit.costs, unit.left_for_ranks(free), recipe.round_to)
     if ranks is None:
         raise unit.cannot_be_met(free, recipe.round_to)
     return ranks
@@ -179,13 +226,13 @@ def _by_evidence(
         assert isinstance(recipe.ratio, float)
         return Allocation(v2_ranks(free, evidence.energies, recipe.ratio, recipe.round_to))
     unit = _unit(recipe, structure, stored, free, fixed)
-    budget = unit.budget - unit.outside
-    if budget < sum(unit.costs[target.name] * recipe.round_to for target in free):
+    if unit.left_for_ranks(free) < sum(unit.costs[target.name] * recipe.round_to for target in free):
         raise unit.cannot_be_met(free, recipe.round_to)
     if recipe.allocation == "effective-rank":
+        budget = unit.budget - unit.outside
         return Allocation(effective_ranks(free, evidence.energies, budget, recipe.round_to, unit.costs))
     losses = {target.name: evidence.losses(target) for target in free}
-    solution = loss_ranks(free, losses, unit.costs, budget, recipe.round_to)
+    solution = loss_ranks(free, losses, unit.costs, unit.budget - unit.outside, recipe.round_to)
     if solution is None:
         raise unit.cannot_be_met(free, recipe.round_to)
     ranks = {name: choice.rank for name, choice in solution.choices.items() if choice.rank is not None}
@@ -212,7 +259,8 @@ def _unit(
     if budget >= dense:
         raise InputError(f"{what} {budget:,} is not below what the dense model has ({dense:,}): nothing to compress.")
     saved = sum(
-        dense_cost(target, costs[target.name]) - costs[target.name] * fixed[target.name]
+        dense_cost(target, costs[target.name])
+        - costs[target.name] * target.factor_params(fixed[target.name]) // (target.in_features + target.out_features)
         for target in structure.targets
         if target.name in fixed
     )

@@ -78,15 +78,20 @@ class Calibration:
                 self.method,
                 alpha=self.recipe.asvd_alpha,
                 shrinkage=self.recipe.shrinkage,
+                centred=self.recipe.bias_correction,
             )
 
+        leaders = {target.group: target for target in targets}
+        means = {}
+        if self.recipe.bias_correction:
+            grams = {group: statistics[target.name] for group, target in leaders.items()}
+            means = {group: gram.mean() for group, gram in grams.items() if isinstance(gram, Gram)}
         if self.two_sided:
-            leaders = {target.group: target for target in targets}
             metrics = {group: metric_of(target) for group, target in leaders.items()}
             known = {group: metric for group, metric in metrics.items() if metric is not None}
-            self.analysis.write_metrics(block.index, known, forward)
+            self.analysis.write_metrics(block.index, known, means, forward)
         else:
-            self._decompose(block, targets, metric_of, forward)
+            self._decompose(block, targets, metric_of, means, forward)
 
     def _backward(self, block: Block) -> None:
         targets = self.walk.structure.block_targets(block.index)
@@ -97,19 +102,29 @@ class Calibration:
         gradients = collect_gradients(
             block, [t for t in targets if not any(matches(pattern, t.name) for pattern in self.recipe.input_only)]
         )
+        lefts = {
+            name: shrunk_to_mean(gradient.value(), self.recipe.gradient_shrinkage)
+            for name, gradient in gradients.items()
+        }
+        if self.recipe.calibration_mode == "sequential":
+            self.analysis.write_left_metrics(block.index, lefts)
         seconds = time.perf_counter() - started + self.analysis.seconds(block.index)[""]
-        self._decompose(block, targets, self.analysis.metric, seconds, gradients)
+        means = {}
+        if self.recipe.bias_correction:
+            means = {target.group: self.analysis.mean(target, waiting=True) for target in targets}
+        self._decompose(block, targets, self.analysis.metric, means, seconds, lefts)
 
     def _decompose(
         self,
         block: Block,
         targets: list[Target],
         metric_of: Callable[[Target], Tensor | None],
+        means: Mapping[str, Tensor],
         walked: float,
-        gradients: Mapping[str, Gram] | None = None,
+        lefts: Mapping[str, Tensor] | None = None,
     ) -> None:
-        spectra, seconds = decompose(block, targets, metric_of, self.depths, gradients, self.recipe.gradient_shrinkage)
-        self.analysis.write(block.index, spectra, {"": walked, **seconds})
+        spectra, seconds = decompose(block, targets, metric_of, self.depths, lefts or {})
+        self.analysis.write(block.index, spectra, {"": walked, **seconds}, means)
         self.reporter.block_done(block.index, len(self.walk.structure.blocks), walked, sum(seconds.values()))
 
     def _loss_gradient(self, windows: slice, logits: Tensor) -> Tensor:
@@ -150,15 +165,24 @@ def collect_statistics(block: Block, targets: list[Target], method: Method) -> d
 
 
 def right_metric(
-    target: Target, statistics: Mapping[str, Statistic], method: Method, *, alpha: float, shrinkage: float
+    target: Target,
+    statistics: Mapping[str, Statistic],
+    method: Method,
+    *,
+    alpha: float,
+    shrinkage: float,
+    centred: bool = False,
 ) -> Tensor | None:
-    """The metric ``C = S S^T`` of a target, from what was accumulated over its inputs.
+    """The metric ``C = S S^T`` of a target, from what was accumulated over its inputs; ``centred`` if a bias is added.
 
     Raises:
         NumericalError: the inputs are not finite.
     """
     statistic = statistics.get(target.name)
-    metric = method.right(None if statistic is None else statistic.value(), alpha)
+    value = None if statistic is None else statistic.value()
+    if centred and isinstance(statistic, Gram):
+        value = statistic.centred()
+    metric = method.right(value, alpha)
     if metric is not None and not bool(torch.isfinite(metric).all()):
         raise NumericalError(f"The inputs of {target.name} have NaN or infinite values over the calibration text.")
     return shrunk_to_diagonal(metric, shrinkage)
@@ -190,12 +214,11 @@ def decompose(
     targets: list[Target],
     metric_of: Callable[[Target], Tensor | None],
     depths: Mapping[str, int],
-    gradients: Mapping[str, Gram] | None = None,
-    gradient_shrinkage: float = 0.0,
+    lefts: Mapping[str, Tensor],
 ) -> tuple[dict[str, Spectrum], dict[str, float]]:
     """Spectra and bases of a block's targets, and the seconds each took.
 
-    ``metric_of`` gives the right metric, asked once per group; ``gradients`` are the statistics of the left ones.
+    ``metric_of`` gives the right metric, asked once per group; ``lefts`` are the left ones, by target.
     """
     spectra, seconds = {}, {}
     metrics: dict[str, Tensor | None] = {}
@@ -203,14 +226,11 @@ def decompose(
         started = time.perf_counter()
         if target.group not in metrics:
             metrics = {target.group: metric_of(target)}  # the one before is not needed again
-        left_OO = None
-        if gradients is not None and target.name in gradients:
-            left_OO = shrunk_to_mean(gradients[target.name].value(), gradient_shrinkage)
         weight_OI = weight_of(block.walk.skeleton.get_submodule(target.name), target)
         metric = metrics[target.group]
         metric = metric if metric is None else metric.to(weight_OI.device)
         try:
-            spectrum = output_spectrum(weight_OI, metric, depths[target.name], left_gram_OO=left_OO)
+            spectrum = output_spectrum(weight_OI, metric, depths[target.name], left_gram_OO=lefts.get(target.name))
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
         stored_dtype = torch.float64 if block.walk.dtype == torch.float64 else torch.float32

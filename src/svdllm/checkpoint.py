@@ -18,26 +18,36 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from svdllm.analysis import Analysis
-from svdllm.budget import SHARD_BYTES, Tensors, compressed_tensors, shard_names, stored_tensors, tensor_bytes
+from svdllm.analysis import Analysis, FinalFactors
+from svdllm.budget import (
+    SHARD_BYTES,
+    Tensors,
+    compressed_tensors,
+    elastic_tensors,
+    shard_names,
+    spare_ranks,
+    stored_tensors,
+    tensor_bytes,
+)
 from svdllm.config import Recipe
+from svdllm.elastic import ELASTIC_STEM, ElasticIndex
 from svdllm.errors import CheckpointError, InputError, NumericalError
-from svdllm.linalg import factorise
+from svdllm.linalg import corrected_bias, factorise
 from svdllm.modeling import FORMAT_VERSION, family_classes, low_rank_config, write_hashes
+from svdllm.modeling.lowrank import sha256_of
 from svdllm.plan import Plan, resolve_device
 from svdllm.progress import Reporter
 from svdllm.records import LinearRecord, Provenance
 from svdllm.report.card import model_card
-from svdllm.source import Source, build_skeleton, companion_files
+from svdllm.source import Source, build_skeleton, companion_files, load_config
 from svdllm.stream import Walk
 from svdllm.structure import Structure, Target, discover
 from svdllm.version import __version__
-from svdllm.weights import SafetensorsWeights, Weights, save_tensors
+from svdllm.weights import SafetensorsWeights, Weights, save_tensors, weight_files
 
 REPORT_FILE = "svdllm/report.json"
 RECIPE_FILE = "svdllm/recipe.yaml"
 REFERENCE_FILE = "svdllm/reference.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 REFERENCE_TOKENS = 16
 REFERENCE_POSITIONS = 4
 
@@ -53,31 +63,47 @@ def write_checkpoint(
     analysis: Analysis,
     provenance: Provenance,
     linears: list[LinearRecord],
+    finals: FinalFactors | None = None,
     tokenizer: Any = None,
     reporter: Reporter | None = None,
 ) -> None:
-    """Writes a complete checkpoint; ``folder`` appears under its name when everything is in it."""
+    """Writes a complete checkpoint; ``folder`` appears under its name when everything is in it.
+
+    Factors are slices of the bases in ``analysis``, unless ``finals`` has them.
+    """
     assert source.weights is not None
     reporter = reporter or Reporter()
     partial = folder.with_name(f"{folder.name}.writing")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "svdllm").mkdir(parents=True)
-    factors = _Factors(source.weights, structure, plan.ranks, analysis, resolve_device(recipe.device), reporter)
-    write_shards(partial, factors, compressed_tensors(stored_tensors(source, skeleton), structure.targets, plan.ranks))
-    config = low_rank_config(source.config, _config_entry(source, plan, provenance))
+    device, stored = resolve_device(recipe.device), stored_tensors(source, skeleton)
+    factors = _Factors(source.weights, structure, plan.ranks, analysis, finals, device, reporter)
+    write_shards(partial, factors, compressed_tensors(stored, structure.targets, plan.ranks))
+    config = low_rank_config(source.config, _config_entry(source, plan, recipe, provenance))
     config.dtype = plan.dtype
     config.save_pretrained(partial)
     for name, text in family_classes(source.config.model_type).causal_lm.code_files().items():
         (partial / name).write_text(text, encoding="utf-8", newline="\n")
     _copy_companions(partial, source, tokenizer)
+    if recipe.elastic:
+        spare = spare_ranks(recipe, structure, plan.ranks)
+        factors = _Factors(source.weights, structure, spare, analysis, None, device, reporter)
+        _write_elastic(partial, factors, stored, elastic_tensors(structure, stored, spare), analysis)
+    finish_checkpoint(partial, recipe, report_of(plan, recipe, provenance, linears), device, reporter)
+    partial.replace(folder)
+
+
+def finish_checkpoint(
+    partial: Path, recipe: Recipe, report: dict[str, Any], device: torch.device, reporter: Reporter
+) -> None:
+    """Everything that follows from what is in the folder already: recipe, card, reference logits, report, hashes."""
+    config = load_config(partial, partial.name)
     (partial / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    report = report_of(plan, recipe, provenance, linears)
     (partial / "README.md").write_text(model_card(report, config), encoding="utf-8")
-    _write_reference(partial, config, resolve_device(recipe.device))
+    _write_reference(partial, config, device)
     report["seconds"] = {name: taken for name, taken in reporter.seconds.items() if name != "write"}
     (partial / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     write_hashes(partial)
-    partial.replace(folder)
 
 
 def report_of(plan: Plan, recipe: Recipe, provenance: Provenance, linears: list[LinearRecord]) -> dict[str, Any]:
@@ -94,6 +120,7 @@ def report_of(plan: Plan, recipe: Recipe, provenance: Provenance, linears: list[
         "dense_params": plan.dense_params,
         "file_bytes": plan.file_bytes,
         "dense_file_bytes": plan.dense_file_bytes,
+        "elastic_bytes": plan.elastic_bytes,
         "versions": {"svdllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "warnings": plan.warnings,
         "linears": [asdict(record) for record in linears],
@@ -122,13 +149,23 @@ def is_checkpoint(folder: str | Path) -> bool:
     return (Path(folder) / REPORT_FILE).is_file()
 
 
-def load_model(model: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load_model(model: str | Path, *, ratio: float | None = None, **kwargs: Any) -> PreTrainedModel:
     """A model by ``from_pretrained``, compressed or not, with this library's errors.
+
+    Args:
+        model: a folder, a hub id, or a GGUF file.
+        ratio: of an elastic checkpoint, the size to load it at: the model that ``slice_checkpoint`` writes, without
+            writing it. At least the ratio of the checkpoint.
+        kwargs: for ``from_pretrained``.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered; names it.
-        InputError: no such model.
+        InputError: no such model, or it has no such size.
     """
+    if ratio is not None:
+        from svdllm.slicing import load_slice
+
+        return load_slice(model, ratio, **kwargs)
     path = Path(model)
     if path.is_file() and path.suffix.lower() == ".gguf":
         kwargs["gguf_file"] = path.name
@@ -151,28 +188,32 @@ class _Factors:
         structure: Structure,
         ranks: dict[str, int],
         analysis: Analysis,
+        finals: FinalFactors | None,
         device: torch.device,
         reporter: Reporter,
     ):
-        self._weights, self._ranks, self._analysis, self._device = weights, ranks, analysis, device
-        self._targets = {target.name: target for target in structure.targets}
+        self._weights, self._ranks, self._device = weights, ranks, device
+        self._analysis, self._finals = analysis, finals
+        self.targets = {target.name: target for target in structure.targets}
         self._made: tuple[str, dict[str, Tensor]] = ("", {})
         self._reporter, self._num_blocks = reporter, len(structure.blocks)
 
     def get(self, name: str) -> Tensor:
-        for leaf in ("svd_v.weight", "svd_u.weight"):
+        for leaf in ("svd_v.weight", "svd_u.weight", "svd_u.bias"):
             if name.endswith(leaf):
-                return self._factors_of(self._targets[name.removesuffix(f".{leaf}")])[leaf]
-        source_name = name.replace(".svd_u.bias", ".bias")
-        return self._weights.get(source_name)
+                target = self.targets[name.removesuffix(f".{leaf}")]
+                if leaf == "svd_u.bias" and not target.bias_corrected:
+                    return self._weights.get(f"{target.name}.bias")
+                return self._factors_of(target)[leaf]
+        return self._weights.get(name)
 
     def _factors_of(self, target: Target) -> dict[str, Tensor]:
         if self._made[0] != target.name:
             stored = self._weights.get(f"{target.name}.weight")
-            weight_OI = (stored.mT if target.is_conv1d else stored).to(self._device)
-            spectrum = self._analysis.spectrum(target).to(self._device)
-            u_OR, v_RI = factorise(weight_OI, spectrum, self._ranks[target.name])
-            self._made = (target.name, {"svd_u.weight": _as(u_OR, stored), "svd_v.weight": _as(v_RI, stored)})
+            made = (
+                self._sliced(target, stored) if self._finals is None else self._finals.read(target.block)[target.name]
+            )
+            self._made = (target.name, {leaf: _as(factor, stored) for leaf, factor in made.items()})
             for leaf, factor in self._made[1].items():
                 if not bool(torch.isfinite(factor).all()):
                     raise NumericalError(
@@ -181,25 +222,57 @@ class _Factors:
             self._reporter.advance(target.block + 1, self._num_blocks)
         return self._made[1]
 
+    def _sliced(self, target: Target, stored: Tensor) -> dict[str, Tensor]:
+        weight_OI = (stored.mT if target.is_conv1d else stored).to(self._device)
+        spectrum = self._analysis.spectrum(target).to(self._device)
+        u_OR, v_RI = factorise(weight_OI, spectrum, self._ranks[target.name])
+        factors = {"svd_u.weight": u_OR, "svd_v.weight": v_RI}
+        if target.bias_corrected:
+            mean_I = self._analysis.mean(target).to(self._device)
+            bias_O = self._weights.get(f"{target.name}.bias").to(self._device) if target.has_bias else None
+            factors["svd_u.bias"] = corrected_bias(weight_OI, u_OR, v_RI, mean_I, mean_I, bias_O)
+        return factors
 
-def write_shards(folder: Path, tensors: Any, layout: Tensors) -> None:
+
+def write_shards(folder: Path, tensors: Any, layout: Tensors, stem: str = "model") -> None:
     """Safetensors files of at most ``SHARD_BYTES`` (but whole pairs of factors), and their index if there are several."""
     shards = shard_names(layout, SHARD_BYTES)
     index: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         save_tensors({name: tensors.get(name).cpu().contiguous() for name in names}, folder / file)
         index.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         content = {"metadata": {"total_size": tensor_bytes(layout)}, "weight_map": dict(sorted(index.items()))}
-        (folder / INDEX_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / f"{stem}.safetensors.index.json").write_text(
+            json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
 
-def _config_entry(source: Source, plan: Plan, provenance: Provenance) -> dict[str, Any]:
+def _write_elastic(folder: Path, factors: _Factors, stored: Tensors, layout: Tensors, analysis: Analysis) -> None:
+    """The files of which smaller sizes are made, beside the weights of the checkpoint that are in the folder already."""
+    write_shards(folder, _WithEnergies(factors, analysis), layout, ELASTIC_STEM)
+    weights = {path.name: sha256_of(path) for path in weight_files(folder)}
+    ElasticIndex(stored=stored, probes=analysis.read_probes() or {}, weights=weights).write(folder)
+
+
+class _WithEnergies:
+    """Factors, and the energies of every target as ``<target>.energies``."""
+
+    def __init__(self, factors: _Factors, analysis: Analysis):
+        self._factors, self._analysis = factors, analysis
+
+    def get(self, name: str) -> Tensor:
+        target = self._factors.targets.get(name.removesuffix(".energies"))
+        return self._factors.get(name) if target is None else self._analysis.energies(target)
+
+
+def _config_entry(source: Source, plan: Plan, recipe: Recipe, provenance: Provenance) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "base_model_type": source.config.model_type,
         "ranks": plan.ranks,
+        **({"bias_correction": True} if recipe.bias_correction else {}),
         "library_version": __version__,
         "source": {"id": source.name, "revision": source.revision, "fingerprint": provenance.weights_fingerprint},
     }

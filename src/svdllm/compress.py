@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from svdllm.allocation import Evidence
-from svdllm.analysis import Analysis, read_settings, refuse_other_settings
+from svdllm.analysis import Analysis, FinalFactors, read_settings, refuse_other_settings
 from svdllm.calibration import Calibration
 from svdllm.checkpoint import REPORT_FILE, write_checkpoint
 from svdllm.config import Recipe
@@ -28,6 +28,7 @@ from svdllm.plan import Plan, calibration_warnings, look_at, plans_of, resolve_d
 from svdllm.probing import probe, probe_ids, probe_tokens
 from svdllm.progress import Reporter
 from svdllm.records import CompressionResult, LinearRecord, Provenance, linear_record
+from svdllm.sequential import Sequential
 from svdllm.source import Source, build_skeleton, open_config, open_source
 from svdllm.stream import Walk
 from svdllm.structure import Structure
@@ -42,6 +43,20 @@ from svdllm.workspace import (
     require_room,
     start_over,
 )
+
+# Settings of a recipe that come after its analysis.
+NOT_OF_THE_ANALYSIS = (
+    "ratio",
+    "target_params",
+    "target_size",
+    "allocation",
+    "overrides",
+    "round_to",
+    "elastic",
+    "beta",
+)
+# A part of the batches is held out to choose beta.
+LEAST_SEQUENTIAL_BATCHES = 8
 
 
 def compress(
@@ -64,6 +79,7 @@ def compress_many(
     revision: str | None = None,
     resume: bool = True,
     hidden_states_limit: int | None = None,
+    analysis_dir: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> list[CompressionResult]:
     """Compresses a model to every ratio of the recipe, with one calibration and one decomposition.
@@ -80,6 +96,8 @@ def compress_many(
         revision: of a hub id.
         resume: go on with an unfinished run in ``<output_dir>.partial``; otherwise start over.
         hidden_states_limit: bytes of hidden states kept in RAM before they go to disk; by default half of what is free.
+        analysis_dir: a folder where the analysis is kept, for other ratios and allocations of the same calibration; a
+            run whose calibration is in it already takes it from there.
         reporter: is told about stages and progress.
 
     Raises:
@@ -101,6 +119,7 @@ def compress_many(
         revision=revision,
         resume=resume,
         hidden_states_limit=hidden_states_limit,
+        analysis_dir=None if analysis_dir is None else Path(analysis_dir),
         reporter=reporter or Reporter(),
     )
     run.check_cheaply()
@@ -121,6 +140,7 @@ class _Run:
     revision: str | None
     resume: bool
     hidden_states_limit: int | None
+    analysis_dir: Path | None
     reporter: Reporter
 
     @property
@@ -186,14 +206,20 @@ class _Run:
         fingerprint = self._survey(source)
         if not self.resume or not read_settings(self.work / "analysis"):
             start_over(self.work)
-        analysis = Analysis(self.work / "analysis", self._settings(source, fingerprint, windows))
+        settings = self._settings(source, fingerprint, windows)
+        Analysis(self.work / "analysis", settings).open()
+        if self.analysis_dir is None:
+            analysis = Analysis(self.work / "analysis", settings)
+        else:
+            analysis = Analysis(self.analysis_dir, analysis_settings(settings))
         analysis.open()
         self._analyze(source, structure, plans, windows, analysis)
         if evidence := self._evidence(source, skeleton, structure, windows, analysis):
             with self.reporter.stage("allocate", 1):
                 plans = plans_of(source, skeleton, structure, self.recipe, self.hidden_states_limit, evidence)
         provenance = Provenance.of(source.name, source.revision, fingerprint, windows)
-        return self._write(source, skeleton, structure, plans, analysis, provenance)
+        finals = [self._sequential(source, structure, plan, windows, analysis) for plan in plans]
+        return self._write(source, skeleton, structure, plans, analysis, finals, provenance)
 
     def _calibration_windows(self, source: Source, structure: Structure) -> TokenWindows | None:
         """Algorithm 1, line 4: some text, as windows of tokens. None for a method that needs no data."""
@@ -298,6 +324,27 @@ class _Run:
             spill_file=self.work / "hidden-states" if spill else None,
         )
 
+    def _sequential(
+        self, source: Source, structure: Structure, plan: Plan, windows: TokenWindows | None, analysis: Analysis
+    ) -> FinalFactors | None:
+        """Factors for the inputs that the compressed model makes itself; None where the bases are the factors."""
+        if self.recipe.calibration_mode == "dense":
+            return None
+        assert windows is not None
+        walk = self._walk(source, structure, windows.ids, spill=plan.hidden_states_on_disk)
+        walk.two_streams = True
+        walk.batch_tokens = min(walk.batch_tokens, max(1, windows.ids.numel() // LEAST_SEQUENTIAL_BATCHES))
+        finals = FinalFactors(self.work / "analysis" / f"sequential-{plan.achieved_ratio:.6f}")
+        Sequential(
+            walk=walk,
+            ranks=plan.ranks,
+            recipe=self.recipe,
+            analysis=analysis,
+            finals=finals,
+            reporter=self.reporter,
+        ).run()
+        return finals
+
     def _write(
         self,
         source: Source,
@@ -305,6 +352,7 @@ class _Run:
         structure: Structure,
         plans: list[Plan],
         analysis: Analysis,
+        finals: list[FinalFactors | None],
         provenance: Provenance,
     ) -> list[CompressionResult]:
         """Algorithm 1, lines 10 to 13: the factors of every weight, once per ratio."""
@@ -312,7 +360,7 @@ class _Run:
         several = len(singles) > 1
         finished = self.work / "finished"
         results = []
-        for recipe, plan in zip(singles, plans, strict=True):
+        for recipe, plan, final in zip(singles, plans, finals, strict=True):
             folder = finished / f"ratio-{recipe.ratio}" if several else finished
             linears = _linear_records(structure, plan, analysis)
             with self.reporter.stage("write", len(structure.blocks)):
@@ -325,6 +373,7 @@ class _Run:
                         plan=plan,
                         recipe=recipe,
                         analysis=analysis,
+                        finals=final,
                         provenance=provenance,
                         linears=linears,
                         tokenizer=self.tokenizer,
@@ -347,6 +396,14 @@ class _Run:
             peak_device_bytes=device_peak_bytes(resolve_device(recipe.device)),
             warnings=list(self.reporter.warnings),
         )
+
+
+def analysis_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of a run's settings that decide its analysis: not the budget, nor how it is spread."""
+    kept = {key: value for key, value in settings.items() if key.removeprefix("recipe: ") not in NOT_OF_THE_ANALYSIS}
+    if settings["recipe: metric"] == "input":  # which has no left metrics to keep for a sequential calibration
+        kept["recipe: calibration_mode"] = "dense"
+    return kept
 
 
 def _recipe_settings(recipe: Recipe) -> dict[str, Any]:

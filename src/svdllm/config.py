@@ -67,9 +67,22 @@ class Recipe(BaseModel):
     )
     round_to: int = Field(8, ge=1, description="Ranks are multiples of this.")
 
+    elastic: bool = Field(
+        False, description="Also write what every smaller size needs, so that `svdllm slice` makes it without data."
+    )
+
     calibration: str = Field("wikitext2", description="Calibration text: a name, a file, a hub data set or a mixture.")
     samples: int = Field(256, ge=1, description="Calibration windows.")
     seqlen: int = Field(2048, ge=2, description="Tokens of a calibration window.")
+    calibration_mode: Literal["dense", "sequential"] = Field(
+        "dense", description="Inputs from the dense model, or from the model as far as it is compressed already."
+    )
+    beta: float | None = Field(
+        None, ge=0, le=1, description="How far outputs are pulled to the dense model's (sequential); null chooses."
+    )
+    bias_correction: bool = Field(
+        False, description="Factor centred inputs and give every low-rank linear the bias that this leaves over."
+    )
     seed: int = Field(3, ge=0, description="Seed of the random windows.")
 
     device: str = Field("auto", description="Where the blocks run: auto, cpu, cuda, cuda:1, ...")
@@ -134,6 +147,14 @@ class Recipe(BaseModel):
             )
         if self.shrinkage and self.method != "svd-llm":
             raise ValueError(f"shrinkage acts on a Gram; method {self.method} has none, use method svd-llm")
+        if self.bias_correction and self.method != "svd-llm":
+            raise ValueError(f"bias_correction needs the mean inputs of a Gram; method {self.method} has none")
+        if self.calibration_mode == "sequential" and self.method != "svd-llm":
+            raise ValueError(
+                f"calibration_mode sequential fits to Grams of the compressed stream; method {self.method} uses none"
+            )
+        if self.beta is not None and self.calibration_mode == "dense":
+            raise ValueError("beta does nothing to a dense calibration; use calibration_mode sequential")
         if self.allocation != "uniform" and self.ranks is not None:
             raise ValueError(f"allocation {self.allocation} chooses ranks, and ranks are given; drop one of them")
         if self.allocation == "v2" and (self.target_params or self.target_size):
@@ -141,6 +162,25 @@ class Recipe(BaseModel):
         if self.allocation == "loss" and METHODS[self.method].statistic is None:
             raise ValueError(f"allocation loss probes with calibration text, and method {self.method} uses none")
         return self
+
+    @model_validator(mode="after")
+    def _elastic_is_nested(self) -> Recipe:
+        if self.elastic and (reason := self._why_not_nested()):
+            raise ValueError(f"elastic writes one checkpoint from which every smaller ratio is sliced, but {reason}")
+        return self
+
+    def _why_not_nested(self) -> str | None:
+        """Why a run at another ratio would not give the first columns and rows of these factors; None where it would."""
+        if isinstance(self.ratio, tuple) and len(self.ratio) > 1:
+            return f"{len(self.ratio)} ratios are given; give the smallest ({min(self.ratio)}) and slice the others"
+        for budget in ("target_params", "target_size", "ranks"):
+            if getattr(self, budget) is not None:
+                return f"the budget is {budget}; give a ratio, which a smaller size can have another of"
+        if self.bias_correction:
+            return "the biases of bias_correction belong to one rank"
+        if self.calibration_mode == "sequential":
+            return "a sequential calibration fits the factors of every size anew; use calibration_mode dense"
+        return None
 
     def require_budget(self) -> None:
         """Raises InputError unless a budget is given."""

@@ -1,4 +1,4 @@
-"""The demo: a real model from a PyPI package, text from the interpreter, and the three models side by side."""
+"""The demo: a real model from a PyPI package, text from the interpreter, and its compressed models side by side."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from svdllm.compress import compress
-from svdllm.config import make_recipe
+from svdllm.config import make_recipe, preset_settings
 from svdllm.errors import InputError
 from svdllm.evaluate import ModelPerplexity, evaluate_models
 from svdllm.gguf import convert_gguf, gguf_config
@@ -23,10 +23,10 @@ EVALUATION_WINDOWS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """The three models: dense, plain SVD and SVD-LLM."""
+    """The models: dense, plain SVD, SVD-LLM as published, and the default preset."""
 
     dense: Path
-    checkpoint: Path
+    checkpoint: Path  # the default preset's
     rows: list[ModelPerplexity]
     compression_seconds: list[float | None]
 
@@ -55,14 +55,14 @@ def smollm2_file() -> Path:
 
 
 def run_demo(output: Path, *, ratio: float, samples: int, reporter: Reporter) -> DemoResult:
-    """Compresses SmolLM2-135M-Instruct twice and measures all three models on text that calibration did not see.
+    """Compresses SmolLM2-135M-Instruct three times and measures all models on text that calibration did not see.
 
     Raises:
         InputError: the package is missing, or ``output`` exists and is not an earlier demo's.
     """
-    recipe = make_recipe(
-        {"ratio": ratio, "calibration": "python-docs", "samples": samples, "seqlen": SEQLEN, "seed": 3}, "The demo"
-    )
+    common = {"ratio": ratio, "calibration": "python-docs", "samples": samples, "seqlen": SEQLEN, "seed": 3}
+    settings = {"svd": {"method": "svd"}, "svd-llm": preset_settings("paper"), "balanced": preset_settings("balanced")}
+    recipes = {name: make_recipe(chosen | common, "The demo") for name, chosen in settings.items()}
     file = smollm2_file()
     _make_anew(output)
     dense = output / "dense"
@@ -70,9 +70,9 @@ def run_demo(output: Path, *, ratio: float, samples: int, reporter: Reporter) ->
         convert_gguf(file, gguf_config(file), dense)
     models: list[Path] = [dense]
     seconds: list[float | None] = [None]
-    for method in ("svd", "svd-llm"):
-        part = SubReporter(reporter, prefix=f"{method}: ")
-        result = compress(dense, recipe.model_copy(update={"method": method}), output / method, reporter=part)
+    for name, recipe in recipes.items():
+        part = SubReporter(reporter, prefix=f"{name}: ")
+        result = compress(dense, recipe, output / name, reporter=part)
         models.append(result.output_dir)
         seconds.append(sum(result.seconds.values()))
     rows = evaluate_models(

@@ -11,6 +11,8 @@ from svdllm.budget import SHARD_BYTES, Tensors, file_bytes, shard_names, tensor_
 from svdllm.config import Recipe
 from svdllm.memory import available_bytes, resident_bytes
 from svdllm.methods import METHODS
+from svdllm.probing import WINDOW as PROBE_WINDOW
+from svdllm.probing import probe_tokens
 from svdllm.statistics import Gram
 from svdllm.structure import Structure, Target
 
@@ -48,7 +50,13 @@ class Needs:
         self.tokens = recipe.samples * recipe.seqlen
         self.hidden_size = int(skeleton.get_input_embeddings().weight.shape[-1])  # type: ignore[union-attr, index]
         self.runs_tokens = self.method.statistic is not None
-        self.hidden_states = self.tokens * self.hidden_size * dtype.itemsize if self.runs_tokens else 0
+        self.vocab_size = int(skeleton.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
+        self.two_sided, self.sequential = recipe.metric == "two-sided", recipe.calibration_mode == "sequential"
+        self.gradient_tokens = min(recipe.gradient_samples, recipe.samples) * recipe.seqlen if self.two_sided else 0
+        kept = self.gradient_tokens * len(structure.blocks)
+        carried = max(self.tokens + kept, 2 * self.tokens * self.sequential) if self.runs_tokens else 0
+        self.hidden_states = carried * self.hidden_size * dtype.itemsize
+        self.probe_tokens = probe_tokens(recipe, structure, skeleton) if recipe.allocation == "loss" else 0
         self.hidden_states_on_disk = spill_hidden_states(self.hidden_states, hidden_states_limit)
 
     def ram_by_stage(self) -> dict[str, int]:
@@ -63,6 +71,14 @@ class Needs:
             stages["analyze"] = base + hidden + max(self.outside + self._batch(), self._block_needs())
         else:
             stages["analyze"] = base + hidden + 2 * self.largest_tensor
+        if self.two_sided:
+            stages["gradients"] = base + (
+                hidden + max(self._head(self.recipe.seqlen), self._reverse_needs()) if on_cpu else hidden
+            )
+        if self.probe_tokens:
+            stages["probe"] = base + self._streams() + (max(self._head(PROBE_WINDOW), self.block) if on_cpu else 0)
+        if self.sequential:
+            stages["sequential"] = base + hidden + (self._sequential_needs() if on_cpu else 0)
         shard = max(tensor_bytes(self.written, names) for names in shard_names(self.written, SHARD_BYTES))
         stages["write"] = base + shard + self._decomposition()
         stages["check"] = base + (self.outside + self.block if on_cpu else self.largest_tensor)
@@ -71,10 +87,24 @@ class Needs:
     def device_bytes(self) -> int:
         if self.device.type == "cpu":
             return 0
-        return max(self.outside + self._batch(), self._block_needs())
+        needs = [self.outside + self._batch(), self._block_needs()]
+        if self.two_sided:
+            needs += [self._head(self.recipe.seqlen), self._reverse_needs()]
+        if self.probe_tokens:
+            needs.append(self._head(PROBE_WINDOW))
+        if self.sequential:
+            needs.append(self._sequential_needs())
+        return max(needs)
 
     def disk_bytes(self, num_outputs: int) -> int:
-        bases = sum(8 * t.full_rank + 4 * t.out_features * t.break_even_rank for t in self.structure.targets)
+        targets = self.structure.targets
+        sides = 2 if self.two_sided else 1
+        bases = sum(8 * t.full_rank + 4 * sides * t.out_features * t.break_even_rank for t in targets)
+        if self.two_sided:  # metrics that wait for the reverse walk, and those kept for a sequential calibration
+            bases += sum(4 * width**2 for width in {t.group: t.in_features for t in targets}.values())
+            bases += self.sequential * sum(4 * t.out_features**2 for t in targets)
+        if self.sequential:
+            bases += num_outputs * sum(4 * t.factor_params(t.break_even_rank) for t in targets)
         dequantised = tensor_bytes(self.stored) if self.gguf_bytes else 0
         spilled = self.hidden_states if self.hidden_states_on_disk else 0
         return bases + dequantised + spilled + num_outputs * file_bytes(self.written)
@@ -93,11 +123,21 @@ class Needs:
                 * self.tokens
                 / _multiply_rate(self.device, torch.float32)
             )
+        head = self.outside // self.dtype.itemsize
+        backward = 0.0
+        if self.two_sided:
+            lefts = sum(t.out_features**2 for t in self.structure.targets)
+            backward = self.gradient_tokens * (4 * weights + 1.3 * lefts + 4 * head) / rate
+        depth = len(self.structure.blocks)
+        per_probe = sum(2 * weights * (depth - t.block) / depth + 2 * head for t in self.structure.targets)
         # eigh takes about as long as 18 n^3 operations of a product (48 ms at n = 576 where products make 70 GFLOP/s).
         eigh = sum(18 * t.full_rank**3 + 4 * t.full_rank * t.num_weights for t in self.structure.targets)
         return {
             "forward": 1.25 * forward,  # attention and element-wise work beside the products
             "grams": grams,
+            "gradients": 1.25 * backward,
+            "probe": 1.5 * self.probe_tokens * per_probe / rate,
+            "sequential": num_outputs * self.sequential * (5 * forward + 4 * grams + eigh / rate64),
             "decompose": eigh / rate64,
             "write": num_outputs
             * (
@@ -112,6 +152,27 @@ class Needs:
             return 0
         tokens = min(self.tokens, max(self.recipe.batch_tokens, self.recipe.seqlen))
         return tokens * self.dtype.itemsize * (sum(self._widest_inputs()) + 4 * self.hidden_size)
+
+    def _head(self, tokens: int) -> int:
+        """One window's logits, their probabilities and gradients, beside everything outside the blocks."""
+        return self.outside + 5 * tokens * self.vocab_size * 4
+
+    def _reverse_needs(self) -> int:
+        """A block with a batch's activations and their gradients, or a decomposition, beside the outputs' Grams."""
+        lefts: dict[int, int] = {}
+        for target in self.structure.targets:
+            lefts[target.block] = lefts.get(target.block, 0) + 12 * target.out_features**2
+        work = max(3 * self._batch(), self._decomposition() + 2 * self._bases())
+        return self.block + max(lefts.values()) + work
+
+    def _streams(self) -> int:
+        """Hidden states of every probe."""
+        return (len(self.structure.targets) + 1) * self.probe_tokens * self.hidden_size * self.dtype.itemsize
+
+    def _sequential_needs(self) -> int:
+        widest = max(target.in_features for target in self.structure.targets)
+        products = 8 * 10 * widest**2  # three sums of two parts, and what is made of them
+        return 2 * self.block + products + max(2 * self._batch(), self._decomposition())
 
     def _widest_inputs(self) -> list[int]:
         """Features of the distinct inputs of the block that has most."""

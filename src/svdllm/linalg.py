@@ -109,6 +109,32 @@ def tail_energies(energies_K: Tensor) -> Tensor:
     return torch.cat([tails_K, tails_K.new_zeros(1)])
 
 
+def corrected_bias(
+    weight_OI: Tensor, u_OR: Tensor, v_RI: Tensor, dense_mean_I: Tensor, mean_I: Tensor, bias_O: Tensor | None
+) -> Tensor:
+    """``b + W m - U V m'`` (``O``, float64): the mean output is the dense one, ``m'`` being the mean input that it sees."""
+    bias = weight_OI.double() @ dense_mean_I.double() - u_OR.double() @ (v_RI.double() @ mean_I.double())
+    return bias if bias_O is None else bias + bias_O.double()
+
+
+def anchored(weight_OI: Tensor, gram_II: Tensor, cross_II: Tensor, beta: float) -> Tensor:
+    """``W* = W (beta K + (1 - beta) S') S'^-1``, float64: the weight to approximate on the compressed stream.
+
+    ``S' = X' X'^T`` is the Gram of the inputs that the compressed prefix makes of the text, ``K = X X'^T`` their
+    product with the dense model's. For ``beta`` 1 the regression ``W* X'`` is as near to the dense outputs ``W X`` as a
+    weight can bring it (AA-SVD); for 0 it is ``W``.
+
+    Raises:
+        torch.linalg.LinAlgError: ``S'`` is not positive definite; shrink it.
+    """
+    weight_OI = weight_OI.double()
+    if beta == 0:
+        return weight_OI
+    root_II = torch.linalg.cholesky(gram_II)
+    difference_OI = weight_OI @ (cross_II - gram_II)
+    return weight_OI + beta * torch.cholesky_solve(difference_OI.mT, root_II).mT
+
+
 def _column_space(weight_OI: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """``R`` of ``W = Q R``, and the function ``E -> Q E``.
 

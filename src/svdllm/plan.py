@@ -10,14 +10,14 @@ import torch
 from transformers import PreTrainedModel
 
 from svdllm.allocation import Evidence
-from svdllm.budget import choose_ranks, compressed_tensors, file_bytes, num_params, stored_tensors
+from svdllm.budget import choose_ranks, compressed_tensors, elastic_bytes, file_bytes, num_params, stored_tensors
 from svdllm.config import Recipe
 from svdllm.errors import InputError
 from svdllm.estimate import Needs
 from svdllm.methods import METHODS
 from svdllm.source import Source, build_skeleton, open_config
 from svdllm.statistics import Gram
-from svdllm.structure import Structure, Target, discover
+from svdllm.structure import Structure, Target, bias_corrected, discover
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -56,6 +56,7 @@ class Plan:
     dense_params: int
     file_bytes: int
     dense_file_bytes: int
+    elastic_bytes: int  # of the elastic files, beside file_bytes; the most it can be where ranks are not known
     ram_by_stage: dict[str, int]
     hidden_states_bytes: int
     hidden_states_on_disk: bool
@@ -140,7 +141,8 @@ def look_at(source: Source, recipe: Recipe) -> tuple[PreTrainedModel, Structure]
             f"{source.name} is compressed already; compress its dense source ({source.config.svdllm['source']['id']})."
         )
     skeleton = build_skeleton(source.config)
-    return skeleton, discover(skeleton, recipe.ignore)
+    structure = discover(skeleton, recipe.ignore)
+    return skeleton, bias_corrected(structure) if recipe.bias_correction else structure
 
 
 def make_plan(
@@ -163,6 +165,8 @@ def make_plan(
     ranks = allocation.ranks
     written = compressed_tensors(stored, structure.targets, ranks)
     needs = Needs(structure, skeleton, recipe, stored, written, device, dtype, gguf_bytes, hidden_states_limit)
+    ranks_known = recipe.allocation == "uniform" or evidence is not None
+    elastic = elastic_bytes(recipe, structure, stored, ranks, ranks_known)
     dense_linear = structure.num_target_params
     kept = sum(_params(target, ranks) for target in structure.targets)
     return Plan(
@@ -173,7 +177,7 @@ def make_plan(
         compute_dtype=str(dtype).removeprefix("torch."),
         method=recipe.method,
         allocation="ranks" if recipe.ranks else recipe.allocation,
-        ranks_known=recipe.allocation == "uniform" or evidence is not None,
+        ranks_known=ranks_known,
         predicted_loss=allocation.predicted_loss,
         allocation_gap=allocation.gap,
         num_blocks=len(structure.blocks),
@@ -194,11 +198,12 @@ def make_plan(
         dense_params=num_params(stored),
         file_bytes=file_bytes(written),
         dense_file_bytes=file_bytes(stored),
+        elastic_bytes=elastic,
         ram_by_stage=needs.ram_by_stage(),
         hidden_states_bytes=needs.hidden_states,
         hidden_states_on_disk=needs.hidden_states_on_disk,
         device_bytes=needs.device_bytes(),
-        disk_bytes=needs.disk_bytes(num_outputs),
+        disk_bytes=needs.disk_bytes(num_outputs) + elastic,
         seconds_by_stage=needs.seconds_by_stage(num_outputs),
         warnings=calibration_warnings(structure, recipe, recipe.samples * recipe.seqlen),
     )

@@ -16,6 +16,7 @@ class Gram:
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu"):
         self.num_tokens = 0
+        self._sum_I = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._upper_II = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
         self._product = torch.empty(min(PANEL, in_features) * in_features, dtype=torch.float32, device=device)
 
@@ -23,6 +24,7 @@ class Gram:
         """Adds the tokens of ``inputs`` (``..., in``), any float dtype."""
         tokens_TI = inputs.reshape(-1, inputs.shape[-1])
         self.num_tokens += tokens_TI.shape[0]
+        self._sum_I += tokens_TI.sum(0, dtype=torch.float64)
         for chunk_TI in tokens_TI.split(TOKENS_PER_PRODUCT):
             if chunk_TI.dtype == torch.float64:
                 self._upper_II += (chunk_TI.mT @ chunk_TI).triu()
@@ -33,6 +35,14 @@ class Gram:
         """The symmetric sum, float64."""
         return self._upper_II.triu() + self._upper_II.triu(1).mT
 
+    def mean(self) -> Tensor:
+        """The mean token (``in``), float64."""
+        return self._sum_I / max(self.num_tokens, 1)
+
+    def centred(self) -> Tensor:
+        """``sum (x - mean)(x - mean)^T``."""
+        return self.value() - self.num_tokens * torch.outer(self.mean(), self.mean())
+
     def _add_product(self, tokens_TI: Tensor) -> None:
         """Upper triangle only, panel by panel: the product is symmetric, so almost half of it need not be computed."""
         in_features = tokens_TI.shape[1]
@@ -41,6 +51,26 @@ class Gram:
             panel = self._product[: (stop - start) * (in_features - start)].view(stop - start, -1)
             torch.mm(tokens_TI[:, start:stop].mT, tokens_TI[:, start:], out=panel)
             self._upper_II[start:stop, start:] += panel
+
+
+class CrossGram:
+    """``K = X X'^T`` (``in x in``) of the tokens of two streams, the dense model's and the compressed one's."""
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu"):
+        self._sum_II = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+
+    def add(self, dense: Tensor, compressed: Tensor) -> None:
+        """Adds the tokens of two inputs (``..., in``) of one text."""
+        dense_TI, compressed_TI = (inputs.reshape(-1, inputs.shape[-1]) for inputs in (dense, compressed))
+        if dense_TI.dtype != torch.float64:
+            dense_TI, compressed_TI = dense_TI.float(), compressed_TI.float()
+        chunks = zip(dense_TI.split(TOKENS_PER_PRODUCT), compressed_TI.split(TOKENS_PER_PRODUCT), strict=True)
+        for dense_chunk_TI, compressed_chunk_TI in chunks:
+            self._sum_II += dense_chunk_TI.mT @ compressed_chunk_TI
+
+    def value(self) -> Tensor:
+        """The sum, float64; not symmetric."""
+        return self._sum_II
 
 
 class MeanAbsolute:

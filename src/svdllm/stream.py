@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from transformers import PreTrainedModel
 
-from svdllm.errors import NumericalError
+from svdllm.errors import NumericalError, UnsupportedModelError
 from svdllm.structure import Structure, replaced, to_device
 from svdllm.weights import Weights
 
@@ -71,7 +71,8 @@ class Walk:
     """Carries windows of tokens through a model, block by block.
 
     ``on_batch(block, batches done, batches)`` is called after each batch of each block (progress).
-    ``kept_batches`` is how many batches leave their inputs of every block for a reverse walk.
+    ``kept_batches`` is how many batches leave their inputs of every block for a reverse walk. With ``two_streams``
+    there is a second set of hidden states, for the compressed model, which starts from the same embeddings.
     """
 
     weights: Weights
@@ -84,8 +85,10 @@ class Walk:
     spill_file: Path | None = None
     on_batch: Callable[[int, int, int], None] | None = None
     kept_batches: int = 0
+    two_streams: bool = False
     hidden: HiddenStates = field(init=False)
     kept: HiddenStates | None = field(init=False, default=None)  # blocks x windows x seqlen x hidden
+    compressed: HiddenStates | None = field(init=False, default=None)
     calls: list[list[Call]] = field(init=False)  # per batch, per block
 
     @property
@@ -124,7 +127,7 @@ class Walk:
 
     def close(self) -> None:
         """Forgets the hidden states, and their files."""
-        for states in (self.hidden, self.kept):
+        for states in (self.hidden, self.kept, self.compressed):
             if states is not None:
                 states.close()
 
@@ -174,6 +177,8 @@ class Walk:
                 if not self.calls:
                     self._make_room(first.shape[-1])
                 self.hidden.tensor[batch] = first.cpu()
+                if self.compressed is not None:
+                    self.compressed.tensor[batch] = first.cpu()
                 self.calls.append(self._shared([recorder.call for recorder in recorded]))
 
     def _make_room(self, hidden_size: int) -> None:
@@ -181,8 +186,12 @@ class Walk:
         self.hidden = HiddenStates((len(self.ids), *shape), self.dtype, self.spill_file)
         if self.kept_batches:
             windows = self.batches[: self.kept_batches][-1].stop
-            file = None if self.spill_file is None else self.spill_file.with_name(f"{self.spill_file.name}-kept")
-            self.kept = HiddenStates((len(self.structure.blocks), windows, *shape), self.dtype, file)
+            self.kept = HiddenStates((len(self.structure.blocks), windows, *shape), self.dtype, self._spill("kept"))
+        if self.two_streams:
+            self.compressed = HiddenStates((len(self.ids), *shape), self.dtype, self._spill("compressed"))
+
+    def _spill(self, what: str) -> Path | None:
+        return None if self.spill_file is None else self.spill_file.with_name(f"{self.spill_file.name}-{what}")
 
     def _shared(self, calls: list[Call]) -> list[Call]:
         """Calls of a batch, those of an earlier batch where they are equal: the arguments rarely depend on the text."""
@@ -235,6 +244,27 @@ class Block:
             if walk.on_batch is not None:
                 walk.on_batch(self.index, number + 1, len(walk.batches))
 
+    def inputs_of(self, module: nn.Module, states: HiddenStates, number: int) -> Tensor:
+        """What a module of the block is handed for a batch of a stream; the block is run no further than that."""
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(args[0] if args else next(iter(kwargs.values())))
+
+        handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.output_of(states, number)
+        except _Reached as reached:
+            return reached.inputs
+        finally:
+            handle.remove()
+        raise UnsupportedModelError(f"{self.name} ran without calling one of its linears, which it called before.")
+
+    def output_of(self, states: HiddenStates, number: int) -> Tensor:
+        """The block's output for a batch of a stream, whose states stay as they are."""
+        walk = self.walk
+        with torch.no_grad():
+            return walk.calls[number][self.index].run(self.module, states.tensor[walk.batches[number]].to(walk.device))
+
     def run_backward(self) -> None:
         """Runs every kept batch with gradients: the gradient of the outputs is replaced by that of the inputs.
 
@@ -253,6 +283,13 @@ class Block:
             )
             if walk.on_batch is not None:
                 walk.on_batch(len(walk.structure.blocks) - 1 - self.index, number + 1, walk.kept_batches)
+
+
+class _Reached(Exception):
+    """Thrown out of a block that need not run to its end."""
+
+    def __init__(self, inputs: Tensor):
+        self.inputs = inputs
 
 
 @contextmanager

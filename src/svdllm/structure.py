@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Target:
     has_bias: bool
     is_conv1d: bool  # GPT-2's Conv1D keeps its weight as (in, out)
     group: str
+    bias_corrected: bool = False  # factorised, it has a bias that makes its mean output the dense one
 
     @property
     def num_weights(self) -> int:
@@ -44,10 +45,15 @@ class Target:
     @property
     def break_even_rank(self) -> int:
         """The largest rank whose factors are smaller than the dense matrix."""
-        return (self.num_weights - 1) // (self.in_features + self.out_features)
+        return (self.num_weights - self.added_params - 1) // (self.in_features + self.out_features)
+
+    @property
+    def added_params(self) -> int:
+        """Of the bias that a correction adds where the dense linear has none."""
+        return self.out_features * (self.bias_corrected and not self.has_bias)
 
     def factor_params(self, rank: int) -> int:
-        return rank * (self.in_features + self.out_features)
+        return rank * (self.in_features + self.out_features) + self.added_params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +104,12 @@ def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure
         ignored=tuple(ignored),
         returns_tuple=tuple(returns_tuple),
     )
+
+
+def bias_corrected(structure: Structure) -> Structure:
+    """The structure, if the bias of every factorised target is corrected."""
+    targets = tuple(replace(target, bias_corrected=True) for target in structure.targets)
+    return replace(structure, targets=targets)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -53,7 +53,7 @@ def effective_ranks(
     """
     costs = costs if costs is not None else {t.name: t.in_features + t.out_features for t in targets}
     dense = {t.name: dense_cost(t, costs[t.name]) for t in targets}
-    least = {t.name: min(costs[t.name] * round_to, dense[t.name]) for t in targets}
+    least = {t.name: min(_price(t, round_to, costs), dense[t.name]) for t in targets}
     if sum(least.values()) > budget:
         raise InputError(
             f"A budget of {budget:,} does not pay for the least ranks ({round_to}) of {len(targets)} linears, which "
@@ -81,9 +81,9 @@ def _proportional(
     def at(scale: float) -> dict[str, float]:
         return {name: min(max(scale * weights[name], least[name]), dense[name]) for name in weights}
 
-    low, high = 0.0, max(dense[name] / weights[name] for name in weights)
     if sum(dense.values()) <= budget:
-        return at(high)
+        return {name: float(price) for name, price in dense.items()}
+    low, high = 0.0, max(dense[name] / weights[name] for name in weights)
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(at(middle).values()) <= budget else (low, middle)
@@ -120,6 +120,10 @@ def _role(name: str) -> str | None:
     return next((role for ending, role in ROLES.items() if name.endswith(ending)), None)
 
 
+def _price(target: Target, rank: int, costs: Mapping[str, int]) -> int:
+    return costs[target.name] * target.factor_params(rank) // (target.in_features + target.out_features)
+
+
 def _rounded(
     targets: Sequence[Target],
     shares: Mapping[str, float],
@@ -130,10 +134,11 @@ def _rounded(
 ) -> Ranks:
     """Multiples of ``round_to`` or dense; what is left over goes to those that rounding took most from, a step each."""
     prices = {
-        t.name: [*(costs[t.name] * rank for rank in range(round_to, t.break_even_rank + 1, round_to)), dense[t.name]]
+        t.name: [*(_price(t, rank, costs) for rank in range(round_to, t.break_even_rank + 1, round_to)), dense[t.name]]
         for t in targets
     }
-    levels = {name: bisect_right(prices[name], shares[name]) - 1 for name in prices}
+    # A share that is a price but for its last bits buys what has that price.
+    levels = {name: bisect_right(prices[name], shares[name] * (1 + 1e-13)) - 1 for name in prices}
     left = budget - sum(prices[name][level] for name, level in levels.items())
     lost = {name: (shares[name] - prices[name][level]) / costs[name] for name, level in levels.items()}
     spent = True

@@ -59,14 +59,14 @@ def solve(choices: Mapping[str, Sequence[Choice]], budget: int, *, max_states: i
     choices that are equal in cost and loss the first is taken.
 
     Args:
-        choices: what can be done with each target; at least one choice each, costs not negative.
+        choices: what can be done with each target; at least one choice each.
         budget: what may be spent, in the unit of the costs.
         max_states: how many partial solutions are looked at for one target. Where there are more, those of the best
             bounds are, and ``lower_bound`` falls to the least bound of the others.
 
     Returns:
         The optimum, or None where not even the cheapest choices fit. Where ``max_states`` was reached it may not be
-        the optimum; its gap then tells by how much at most. Otherwise the gap is below ``ROUNDING``.
+        the optimum; its gap then tells by how much at most. Otherwise the gap is 0.
 
     Raises:
         ValueError: a target has no choice, or a loss is not finite; names the target.
@@ -83,7 +83,7 @@ def solve(choices: Mapping[str, Sequence[Choice]], budget: int, *, max_states: i
         choices={name: picked[name] for name in choices},
         cost=sum(choice.cost for choice in picked.values()),
         loss=loss,
-        lower_bound=min(bound, loss),
+        lower_bound=bound if bound < loss - ROUNDING * abs(loss) else loss,
     )
 
 
@@ -111,20 +111,15 @@ class _Segments:
 
 @dataclass
 class _Incumbent:
-    """The best solution so far, and the least bound of all that was discarded."""
+    """The best solution so far, and the least bound of what was left out without proof."""
 
     positions: list[int]
     loss: float
-    discarded: float = inf
+    left_out: float = inf
 
-    def promising(self, bounds: Floats) -> NDArray[np.bool_]:
-        """Which bounds leave room for a better solution; the others are discarded, and that is recorded."""
-        kept = bounds < self.loss - ROUNDING * abs(self.loss)
-        self.discard(bounds[~kept])
-        return kept
-
-    def discard(self, bounds: Floats) -> None:
-        self.discarded = min(self.discarded, float(bounds.min(initial=inf)))
+    def promising(self, bounds: Floats) -> Integers:
+        """Positions of the bounds that leave room for a better solution."""
+        return np.flatnonzero(bounds < self.loss - ROUNDING * abs(self.loss))
 
 
 def _undominated(name: str, choices: Sequence[Choice]) -> _Item:
@@ -148,6 +143,8 @@ def _in_common_units(items: list[_Item], capacity: int) -> tuple[list[_Item], in
 
 def _optimise(items: list[_Item], capacity: int, max_states: int) -> tuple[list[int], float]:
     """The chosen position within each item, and a lower bound on the loss of any solution."""
+    if not items:
+        return [], inf
     segments = _hull_segments(items)
     spent = np.cumsum(segments.costs)
     num_taken = int(np.searchsorted(spent, capacity, side="right"))
@@ -163,13 +160,13 @@ def _optimise(items: list[_Item], capacity: int, max_states: int) -> tuple[list[
     filled = _fill(items, capacity, start)
     incumbent = _Incumbent(filled, fsum(float(i.losses[at]) for i, at in zip(items, filled, strict=True)))
     regrets = [values - values[at] for values, at in zip(priced, start, strict=True)]
-    kept = [np.flatnonzero(incumbent.promising(relaxed + regret)) for regret in regrets]
+    kept = [incumbent.promising(relaxed + regret) for regret in regrets]
     if all(len(positions) for positions in kept):
         # A second choice that costs little regret is likely to change: such targets come first.
         nearest = [float(np.sort(regret[k])[1]) if len(k) > 1 else inf for regret, k in zip(regrets, kept, strict=True)]
         order = sorted(range(len(items)), key=nearest.__getitem__)
         _search([_Stage(i, items[i].only(kept[i]), start[i]) for i in order], capacity, incumbent, max_states)
-    return incumbent.positions, max(relaxed, min(incumbent.discarded, incumbent.loss))
+    return incumbent.positions, max(relaxed, min(incumbent.left_out, incumbent.loss))
 
 
 def _hull_segments(items: Sequence[_Item]) -> _Segments:
@@ -235,7 +232,7 @@ class _Stage:
 
 
 def _search(stages: Sequence[_Stage], capacity: int, incumbent: _Incumbent, max_states: int) -> None:
-    """Improves the incumbent; what is left out without proof is recorded as discarded."""
+    """Improves the incumbent; what is left out without proof is recorded there."""
     costs, losses, bounds = np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros(1)
     history: list[tuple[Integers, Integers]] = []  # per stage and state: the state before, and the choice
     segments = _hull_segments([stage.item for stage in stages])
@@ -244,7 +241,7 @@ def _search(stages: Sequence[_Stage], capacity: int, incumbent: _Incumbent, max_
         num_choices = len(stage.item.costs)
         limit = max(1, max_states // num_choices)
         by_bound = np.argsort(bounds, kind="stable")
-        incumbent.discard(bounds[by_bound[limit:]])
+        incumbent.left_out = min(incumbent.left_out, float(bounds[by_bound[limit:]].min(initial=inf)))
         before = np.sort(by_bound[:limit])
         costs = (costs[before, None] + stage.item.costs).ravel()
         losses = (losses[before, None] + stage.item.losses).ravel()
@@ -262,7 +259,7 @@ def _search(stages: Sequence[_Stage], capacity: int, incumbent: _Incumbent, max_
             incumbent.positions = _positions(stages, history, best)
 
         bounds = losses + _relaxed_rest(rest, segments, depth, capacity - costs)
-        kept = np.flatnonzero(incumbent.promising(bounds))
+        kept = incumbent.promising(bounds)
         if not len(kept):
             return
         costs, losses, bounds = costs[kept], losses[kept], bounds[kept]

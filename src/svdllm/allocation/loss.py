@@ -24,7 +24,10 @@ def predicted_losses(energies_K: Tensor, rank: int, divergence: float) -> Tensor
 def loss_choices(target: Target, losses: Tensor, cost_of_rank: int, round_to: int) -> list[Choice]:
     """Multiples of ``round_to`` below break-even, and dense."""
     ranks = range(round_to, target.break_even_rank + 1, round_to)
-    factorised = [Choice(rank, cost_of_rank * rank, float(losses[rank])) for rank in ranks]
+    size = target.in_features + target.out_features
+    factorised = [
+        Choice(rank, cost_of_rank * target.factor_params(rank) // size, float(losses[rank])) for rank in ranks
+    ]
     return [*factorised, Choice(None, dense_cost(target, cost_of_rank), 0.0)]
 
 

@@ -73,4 +73,5 @@ def exact_floor(value: float) -> int:
 
 
 def _exact_rank(target: Target, ratio: float) -> float:
-    return (1 - ratio) * target.num_weights / (target.in_features + target.out_features)
+    weights = (1 - ratio) * target.num_weights - target.added_params
+    return max(0.0, weights) / (target.in_features + target.out_features)

@@ -50,7 +50,7 @@ def v2_ranks(targets: Sequence[Target], energies: Mapping[str, Tensor], ratio: f
         losses = [float(tail_energies(energies[t.name])[uniform[t.name]]) ** 0.5 for t in members]
         highest = 1 - members[0].factor_params(round_to) / members[0].num_weights
         ratios = spread_ratio(losses, ratio, highest)
-        ranks |= {t.name: max(uniform_rank(t, own, round_to), round_to) for t, own in zip(members, ratios, strict=True)}
+        ranks |= {t.name: uniform_rank(t, own, round_to) for t, own in zip(members, ratios, strict=True)}
     _lower_to(budget, targets, ranks, round_to)
     return {target.name: ranks[target.name] for target in targets}
 
@@ -79,4 +79,4 @@ def _lower_to(budget: int, targets: Sequence[Target], ranks: Ranks, round_to: in
         able = [target for target in targets if ranks[target.name] > round_to]
         richest = max(able, key=lambda t: (ranks[t.name] / t.break_even_rank, t.name))
         ranks[richest.name] -= round_to
-        cost -= richest.factor_params(round_to)
+        cost -= round_to * (richest.in_features + richest.out_features)

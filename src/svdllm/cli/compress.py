@@ -35,11 +35,15 @@ def compress(
     metric: o.Metric = None,
     gradient_samples: o.GradientSamples = None,
     shrinkage: o.Shrinkage = None,
+    calibration: o.CalibrationMode = None,
+    beta: o.Beta = None,
+    bias_correction: o.BiasCorrection = None,
     allocation: o.Allocation = None,
     probe_share: o.ProbeShare = None,
     ignore: o.Ignore = None,
     override: o.Override = None,
     round_to: o.RoundTo = None,
+    elastic: o.Elastic = None,
     calib: o.Calib = None,
     samples: o.Samples = None,
     seqlen: o.Seqlen = None,
@@ -74,9 +78,13 @@ def compress(
         metric=metric,
         gradient_samples=gradient_samples,
         shrinkage=shrinkage,
+        calibration_mode=calibration,
+        beta=beta,
+        bias_correction=bias_correction,
         allocation=allocation,
         probe_share=probe_share,
         round_to=round_to,
+        elastic=elastic,
         calibration=calib,
         samples=samples,
         seqlen=seqlen,
@@ -104,3 +112,5 @@ def compress(
     console.print("Next:", style="bold")
     console.print(f"  svdllm eval {folder} --base {model} --ppl python-docs --seqlen 512", soft_wrap=True)
     console.print(f"  svdllm inspect {folder}", soft_wrap=True)
+    if resolved.elastic:
+        console.print(f"  svdllm slice {folder} --ratio ... -o ...", soft_wrap=True)

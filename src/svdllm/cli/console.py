@@ -27,10 +27,12 @@ class ConsoleReporter(Reporter):
         self._begun = 0.0
         self._blocks_begun: float | None = None
         self._first_block = 0
+        self._backwards = False  # the reverse walk ends with block 0
 
     def start_stage(self, name: str, steps: int) -> None:
         self._begun = time.perf_counter()
         self._blocks_begun = None
+        self._backwards = name == "gradients"
         if not error_console.is_terminal:
             if steps > 1:
                 error_console.print(f"{name} ...")
@@ -65,7 +67,8 @@ class ConsoleReporter(Reporter):
         if self._blocks_begun is None:
             self._blocks_begun, self._first_block = now - forward_seconds - decompose_seconds, index
         if not error_console.is_terminal:
-            left = (now - self._blocks_begun) / (index + 1 - self._first_block) * (num_blocks - index - 1)
+            done = abs(index - self._first_block) + 1
+            left = (now - self._blocks_begun) / done * (index if self._backwards else num_blocks - index - 1)
             error_console.print(
                 f"block {index + 1}/{num_blocks}: forward and statistics {forward_seconds:.1f} s, "
                 f"spectra {decompose_seconds:.1f} s, about {duration(left)} left"

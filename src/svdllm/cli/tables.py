@@ -27,9 +27,17 @@ def plan_table(plan: Plan) -> Titled:
         + (f"; {dense_left} stay dense" if dense_left else "")
         + (f"; {len(plan.ignored)} ignored" if plan.ignored else ""),
     )
+    if not plan.ranks_known:
+        summary.add_row(
+            "allocation", f"{plan.allocation}: ranks follow from the analysis; uniform ones are shown, of the same size"
+        )
     summary.add_row("removed of the linears", f"{plan.achieved_ratio:.2%}")
     summary.add_row("parameters", f"{count(plan.dense_params)} -> {count(plan.params)}")
     summary.add_row("weight files", f"{size(plan.dense_file_bytes)} -> {size(plan.file_bytes)}")
+    if plan.elastic_bytes:
+        summary.add_row(
+            "elastic files", f"{'' if plan.ranks_known else 'at most '}{size(plan.elastic_bytes)} beside them"
+        )
     stage = max(plan.ram_by_stage, key=lambda name: plan.ram_by_stage[name])
     summary.add_row("peak memory", f"{size(plan.peak_ram_bytes)} (stage: {stage})")
     if plan.device_bytes:
@@ -56,7 +64,10 @@ def result_table(result: CompressionResult) -> Titled:
     table.add_row("method", f"{plan.method}, {plan.achieved_ratio:.2%} of the linears' parameters removed")
     table.add_row("parameters", f"{count(plan.dense_params)} -> {count(plan.params)}")
     table.add_row("weight files", f"{size(plan.dense_file_bytes)} -> {size(plan.file_bytes)}")
+    if plan.elastic_bytes:
+        table.add_row("elastic files", f"{size(plan.elastic_bytes)} beside them, for `svdllm slice`")
     factorised = [linear for linear in result.linears if linear.rank is not None]
+    table.add_row("allocation", allocation_text(plan, len(result.linears) - len(factorised)))
     if factorised:
         worst = min(factorised, key=lambda linear: linear.kept_energy)
         mean = sum(linear.kept_energy for linear in factorised) / len(factorised)
@@ -86,12 +97,12 @@ def perplexity_table(rows: list[ModelPerplexity]) -> Table:
 
 
 def demo_table(result: DemoResult) -> Table:
-    """Dense, plain SVD and SVD-LLM side by side."""
+    """Dense, plain SVD, SVD-LLM as published and the default preset side by side."""
     table = Table(title="SmolLM2-135M-Instruct on held-out Python documentation", header_style="bold")
     for column in ("model", "params", "files", "perplexity", "s.e.", "compressed in"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for name, row, seconds in zip(
-        ("dense", "plain SVD", "SVD-LLM"), result.rows, result.compression_seconds, strict=True
+        ("dense", "plain SVD", "SVD-LLM", "balanced"), result.rows, result.compression_seconds, strict=True
     ):
         ppl, stderr, _ = _measured(row)
         time = "" if seconds is None else duration(seconds)
@@ -106,6 +117,10 @@ def report_table(report: dict[str, Any]) -> Titled:
     table.add_row("method", f"{report['method']}, {report['ratio']:.2%} of the linears' parameters removed")
     table.add_row("parameters", f"{count(report['dense_params'])} -> {count(report['params'])}")
     table.add_row("weight files", f"{size(report['dense_file_bytes'])} -> {size(report['file_bytes'])}")
+    if report.get("elastic_bytes"):
+        table.add_row("elastic files", f"{size(report['elastic_bytes'])} beside them, for `svdllm slice`")
+    if sliced := report.get("sliced_from"):
+        table.add_row("sliced from", f"an elastic checkpoint of ratio {sliced['ratio']}")
     table.add_row("source weights", f"{source['weights_fingerprint'][:16]}, revision {source['revision'] or 'none'}")
     if source["calibration"]:
         table.add_row(
@@ -137,6 +152,15 @@ def linears_table(linears: list[dict[str, Any]], *, every: bool) -> Table:
             f"{min(kept):.4f}",
         )
     return table
+
+
+def allocation_text(plan: Plan, dense: int) -> str:
+    """How ranks were chosen, and how sure that is."""
+    text = f"{plan.allocation}, {len(plan.ranks)} linears factorised, {dense} dense"
+    if plan.predicted_loss is not None and plan.allocation_gap is not None:
+        proof = "proven least" if plan.allocation_gap <= 1e-6 else f"within {plan.allocation_gap:.1e} of the least"
+        text += f"; predicted loss {plan.predicted_loss:.3f} nats per token, {proof}"
+    return text
 
 
 def kind_of(name: str) -> str:

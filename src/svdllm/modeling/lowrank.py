@@ -60,10 +60,10 @@ class LowRankLinear(nn.Module):
         return self.svd_u(self.svd_v(x))
 
 
-def swap_linears(model: nn.Module, ranks: Mapping[str, int]) -> None:
+def swap_linears(model: nn.Module, ranks: Mapping[str, int], add_biases: bool = False) -> None:
     """Replace the named linears (``nn.Linear``, its subclasses, ``Conv1D``) by uninitialised low-rank ones, in place.
 
-    Device, dtype and the presence of a bias are those of the linear replaced. Raises ``ValueError`` naming every
+    Device and dtype are those of the linear replaced; it has a bias if that has one, or with ``add_biases``. Raises ``ValueError`` naming every
     name that is no linear of the model, before anything is replaced.
     """
     modules = dict(model.named_modules())
@@ -80,7 +80,7 @@ def swap_linears(model: nn.Module, ranks: Mapping[str, int]) -> None:
     parents: dict[str, None] = {}
     for name, rank in ranks.items():
         parent_name, _, child_name = name.rpartition(".")
-        setattr(modules[parent_name], child_name, _low_rank_like(modules[name], rank))
+        setattr(modules[parent_name], child_name, _low_rank_like(modules[name], rank, add_biases))
         parents[parent_name] = None
     for parent_name in filter(None, parents):  # the root keeps its class: it is the one that is saved by name
         _mark_factored(modules[parent_name])
@@ -95,12 +95,12 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _low_rank_like(linear: nn.Module, rank: int) -> LowRankLinear:
+def _low_rank_like(linear: nn.Module, rank: int, add_bias: bool) -> LowRankLinear:
     shape, weight = _shape(linear), linear.weight
     assert shape is not None
     assert isinstance(weight, Tensor)
     device, dtype = weight.device, weight.dtype
-    factored = LowRankLinear(*shape, rank, linear.bias is not None, device=device, dtype=dtype)
+    factored = LowRankLinear(*shape, rank, add_bias or linear.bias is not None, device=device, dtype=dtype)
     return factored.train(linear.training).requires_grad_(weight.requires_grad)
 
 
@@ -145,11 +145,12 @@ class LowRankMixin(_Model):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        ranks = (getattr(config, "svdllm", None) or {}).get("ranks", {})
+        settings = getattr(config, "svdllm", None) or {}
+        ranks = settings.get("ranks", {})
         if self.base_model is self:  # ranks are named as in the causal LM, whose base model this is
             prefix = f"{self.base_model_prefix}."
             ranks = {name.removeprefix(prefix): rank for name, rank in ranks.items() if name.startswith(prefix)}
-        swap_linears(self, ranks)
+        swap_linears(self, ranks, settings.get("bias_correction", False))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -281,7 +282,7 @@ def write_hashes(folder: str | os.PathLike[str]) -> None:
 def compare_hashes(folder: str | os.PathLike[str], *, weights_only: bool = False) -> list[str]:
     """What differs between ``folder`` and its ``svdllm/hashes.json``, one sentence per file; empty if all agree.
 
-    Sizes are compared before anything is read. ``weights_only`` looks at the safetensors files and their index only.
+    Sizes are compared before anything is read. ``weights_only`` looks at the model's safetensors files and their index only.
     """
     root = Path(folder)
     try:
@@ -289,7 +290,11 @@ def compare_hashes(folder: str | os.PathLike[str], *, weights_only: bool = False
     except (ValueError, KeyError, TypeError):
         return [f"{HASHES_FILE} is damaged."]
     if weights_only:
-        entries = {name: e for name, e in entries.items() if name.endswith((".safetensors", WEIGHT_INDEX_FILE))}
+        entries = {
+            name: entry
+            for name, entry in entries.items()
+            if name.endswith((".safetensors", WEIGHT_INDEX_FILE)) and "/" not in name  # those in svdllm/ are not loaded
+        }
     problems, right_size = [], []
     for name, entry in entries.items():
         path = root / name

@@ -19,6 +19,15 @@ def model_card(report: dict[str, Any], config: PreTrainedConfig) -> str:
             f"{source['calibration']}, {source['calibration_tokens']:,} tokens in windows of {recipe['seqlen']}, "
             f"seed {recipe['seed']}, fingerprint `{source['calibration_fingerprint'][:16]}`"
         )
+    smaller = ""
+    if recipe.get("elastic"):
+        smaller = f"""
+## Smaller sizes
+
+This checkpoint is elastic: any ratio R from {recipe["ratio"]} can be made of it in seconds, without the original model or
+calibration text, by `svdllm slice FOLDER --ratio R -o SMALLER`, or loaded by `svdllm.load_model("FOLDER", ratio=R)`.
+The files `svdllm/elastic*` are for this only.
+"""
     worst = sorted(factorised, key=lambda row: row["kept_energy"])[:5]
     worst_rows = "\n".join(
         f"| `{row['name']}` | {row['out_features']} x {row['in_features']} | {row['rank']} | {row['kept_energy']:.4f} |"
@@ -56,7 +65,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 Without svdllm installed, pass `trust_remote_code=True`: the code files in this folder are self-contained. A plain
 model of the original architecture and size: `svdllm export FOLDER -o DENSE`.
-
+{smaller}
 ## How it was made
 
 - Source: {source["model"]}{f", revision {source['revision']}" if source["revision"] else ""}, weights `{source["weights_fingerprint"][:16]}`

@@ -1,0 +1,265 @@
+"""Sequential calibration: every linear is compressed for the inputs that the compressed model hands it.
+
+Two streams of hidden states go through the blocks, the dense model's and the compressed model's. Within a block the
+groups are compressed in the order in which the model calls them: q, k, v; o; gate, up; down. Each is fitted to
+``W* = W (beta K + (1 - beta) S') S'^-1`` in the metric of ``S'``: part of the error of what comes before it is
+corrected. It needs the ranks first, so it follows a dense analysis and an allocation.
+
+Source: error-propagation aware (anchored) calibration, as in AA-SVD.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from svdllm.analysis import Analysis, FinalFactors
+from svdllm.calibration import weight_of
+from svdllm.config import Recipe
+from svdllm.errors import NumericalError
+from svdllm.linalg import anchored, corrected_bias, factorise, output_spectrum
+from svdllm.progress import Reporter
+from svdllm.statistics import CrossGram, Gram
+from svdllm.stream import Block, Walk
+from svdllm.structure import Target
+
+# Candidates among which a group's beta is chosen by its error on tokens that it was not fitted to.
+BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+HELD_OUT_SHARE = 0.125
+# Keeps the regression defined where a text excites fewer directions than there are: a share of the mean diagonal.
+RIDGE = 1e-6
+
+
+class Products(NamedTuple):
+    """What a group's inputs ``X`` (dense stream) and ``X'`` (compressed stream) are reduced to; all float64."""
+
+    dense_II: Tensor  # C = X X^T
+    compressed_II: Tensor  # S' = X' X'^T
+    cross_II: Tensor  # K = X X'^T
+    dense_sum_I: Tensor
+    compressed_sum_I: Tensor
+    num_tokens: int
+
+    def plus(self, other: Products) -> Products:
+        sums = {name: ours + theirs for name, ours, theirs in zip(self._fields, self, other, strict=True)}
+        return self._replace(**sums)
+
+    def centred(self) -> Products:
+        """Of the inputs less their means: what is left to a weight where a bias takes care of the means."""
+        dense_I, compressed_I, count = self.dense_sum_I, self.compressed_sum_I, max(self.num_tokens, 1)
+        return self._replace(
+            dense_II=self.dense_II - torch.outer(dense_I, dense_I) / count,
+            compressed_II=self.compressed_II - torch.outer(compressed_I, compressed_I) / count,
+            cross_II=self.cross_II - torch.outer(dense_I, compressed_I) / count,
+        )
+
+    def shrunk(self, amount: float) -> Products:
+        """Shrunk alike, so that ``K = S'`` still gives the weight back, and positive definite."""
+        diagonal_I = self.compressed_II.diagonal()
+        ridge = RIDGE * diagonal_I.mean().clamp_min(torch.finfo(torch.float64).tiny)
+        kept_II = torch.diag(amount * diagonal_I + ridge)
+        return self._replace(
+            compressed_II=(1 - amount) * self.compressed_II + kept_II,
+            cross_II=(1 - amount) * self.cross_II + kept_II,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequential:
+    """The second walk, for one allocation; every finished block is a file of final factors."""
+
+    walk: Walk
+    ranks: Mapping[str, int]
+    recipe: Recipe
+    analysis: Analysis
+    finals: FinalFactors
+    reporter: Reporter
+
+    def run(self) -> None:
+        blocks = self.walk.structure.blocks
+        self.finals.folder.mkdir(parents=True, exist_ok=True)
+        if all(map(self.finals.is_done, range(len(blocks)))):
+            return
+        with self.reporter.stage("sequential", len(blocks)):
+            for block in self.walk.blocks():
+                if not self.finals.is_done(block.index):
+                    self._compress(block)
+                self._advance(block)
+                self.reporter.advance(block.index + 1, len(blocks))
+        self.walk.close()
+
+    def _compress(self, block: Block) -> None:
+        factors: dict[str, dict[str, Tensor]] = {}
+        replaced: dict[str, Replacement] = {}
+        betas: dict[str, float] = {}
+        started = time.perf_counter()
+        for group in self._groups_in_order(block):
+            targets = [target for target in group if target.name in self.ranks]
+            if not targets:
+                continue
+            fitted, held_out = self._products(block, group[0], replaced)
+            beta = self.recipe.beta
+            if beta is None:
+                beta = self._best_beta(targets, fitted, held_out)
+            products = fitted.plus(held_out)
+            for target in targets:
+                module: Any = self.walk.skeleton.get_submodule(target.name)
+                weight_OI = weight_of(module, target)
+                u_OR, v_RI = self._fit(target, weight_OI, products, beta)
+                factors[target.name] = {"svd_u.weight": u_OR, "svd_v.weight": v_RI}
+                if target.bias_corrected:
+                    means = (
+                        products.dense_sum_I / products.num_tokens,
+                        products.compressed_sum_I / products.num_tokens,
+                    )
+                    factors[target.name]["svd_u.bias"] = corrected_bias(weight_OI, u_OR, v_RI, *means, module.bias)
+                betas[target.name] = beta
+                replaced[target.name] = self._effective(factors[target.name])
+        dtype = torch.float64 if self.walk.dtype == torch.float64 else torch.float32
+        stored = {name: {leaf: t.to(dtype) for leaf, t in tensors.items()} for name, tensors in factors.items()}
+        self.finals.write(block.index, stored, {"betas": betas, "seconds": time.perf_counter() - started})
+
+    def _groups_in_order(self, block: Block) -> list[list[Target]]:
+        """The groups of a block in the order in which the model calls them."""
+        targets = {target.name: target for target in self.walk.structure.block_targets(block.index)}
+        called: dict[str, None] = {}
+
+        def note(name: str):
+            return lambda *_: called.setdefault(name)
+
+        handles = [block.walk.skeleton.get_submodule(n).register_forward_pre_hook(note(n)) for n in targets]
+        block.output_of(self.walk.hidden, 0)
+        for handle in handles:
+            handle.remove()
+        groups: dict[str, list[Target]] = {}
+        for name in called:
+            groups.setdefault(targets[name].group, []).append(targets[name])
+        return list(groups.values())
+
+    def _products(self, block: Block, leader: Target, replaced: Mapping[str, Replacement]) -> tuple[Products, Products]:
+        """Of the tokens to fit to and of those held out: every eighth batch or so, none where beta is given."""
+        assert self.walk.compressed is not None
+        module = self.walk.skeleton.get_submodule(leader.name)
+        num_batches = len(self.walk.batches)
+        num_held = 0 if self.recipe.beta is not None else max(1, round(HELD_OUT_SHARE * num_batches))
+        sums = [_Sums(leader.in_features, self.walk.device) for _ in range(2)]
+        for number in range(num_batches):
+            dense = block.inputs_of(module, self.walk.hidden, number)
+            with self._weights(replaced):
+                compressed = block.inputs_of(module, self.walk.compressed, number)
+            sums[number >= num_batches - num_held].add(dense, compressed)
+        fitted, held_out = (part.value() for part in sums)
+        if not all(bool(torch.isfinite(product).all()) for product in fitted.plus(held_out)[:3]):
+            raise NumericalError(f"The inputs of {leader.name} have NaN or infinite values over the calibration text.")
+        return fitted, held_out
+
+    def _fit(self, target: Target, weight_OI: Tensor, products: Products, beta: float) -> tuple[Tensor, Tensor]:
+        """``svd_u`` and ``svd_v``, float64."""
+        if target.bias_corrected:
+            products = products.centred()
+        products = products.shrunk(self.recipe.shrinkage)
+        left_OO = self.analysis.left_metric(target)
+        left_OO = None if left_OO is None else left_OO.to(self.walk.device)
+        rank = self.ranks[target.name]
+        try:
+            star_OI = anchored(weight_OI, products.compressed_II, products.cross_II, beta)
+            spectrum = output_spectrum(star_OI, products.compressed_II, rank, left_gram_OO=left_OO)
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+            raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
+        return factorise(star_OI, spectrum, rank)
+
+    def _best_beta(self, targets: list[Target], fitted: Products, held_out: Products) -> float:
+        """The candidate whose factors come nearest to the dense outputs on the held-out tokens, over the group."""
+        errors = dict.fromkeys(BETAS, 0.0)
+        for target in targets:
+            weight_OI = weight_of(self.walk.skeleton.get_submodule(target.name), target).double()
+            judged = held_out.centred() if target.bias_corrected else held_out
+            for beta in BETAS:
+                u_OR, v_RI = self._fit(target, weight_OI, fitted, beta)
+                errors[beta] += relative_error(weight_OI, u_OR @ v_RI, judged)
+        return min(BETAS, key=errors.__getitem__)
+
+    def _effective(self, tensors: Mapping[str, Tensor]) -> Replacement:
+        """What stands in for a dense linear in the compressed stream: ``U V``, and the bias if it is another one."""
+        product_OI = tensors["svd_u.weight"].double() @ tensors["svd_v.weight"].double()
+        bias = tensors.get("svd_u.bias")
+        return Replacement(
+            product_OI.to(self.walk.device, self.walk.dtype),
+            None if bias is None else bias.to(self.walk.device, self.walk.dtype),
+        )
+
+    def _advance(self, block: Block) -> None:
+        assert self.walk.compressed is not None
+        replaced = {name: self._effective(tensors) for name, tensors in self.finals.read(block.index).items()}
+        for number, batch in enumerate(self.walk.batches):
+            with self._weights(replaced):
+                output = block.output_of(self.walk.compressed, number)
+            if not bool(torch.isfinite(output).all()):
+                raise NumericalError(
+                    f"The output of the compressed block {block.index} ({block.name}) has NaN or infinite values in "
+                    f"batch {number}. If it computes in float16, try --dtype float32."
+                )
+            self.walk.compressed.tensor[batch] = output.to("cpu", self.walk.dtype)
+        block.run()
+
+    @contextmanager
+    def _weights(self, replaced: Mapping[str, Replacement]) -> Iterator[None]:
+        """Targets of the resident block have other weights while the context lasts."""
+        conv1d = {target.name for target in self.walk.structure.targets if target.is_conv1d}
+        modules: dict[str, Any] = {name: self.walk.skeleton.get_submodule(name) for name in replaced}
+        dense = {name: (module.weight.data, module.bias) for name, module in modules.items()}
+        try:
+            for name, module in modules.items():
+                weight_OI, bias_O = replaced[name]
+                module.weight.data = weight_OI.mT if name in conv1d else weight_OI
+                if bias_O is not None:
+                    module.bias = torch.nn.Parameter(bias_O, requires_grad=False)
+            yield
+        finally:
+            for name, module in modules.items():
+                module.weight.data, module.bias = dense[name]
+
+
+class Replacement(NamedTuple):
+    """Another weight (``out x in``) for a linear, and another bias or None."""
+
+    weight_OI: Tensor
+    bias_O: Tensor | None
+
+
+class _Sums:
+    """The three products of a group, while the batches come."""
+
+    def __init__(self, in_features: int, device: torch.device):
+        self.dense, self.compressed = Gram(in_features, device), Gram(in_features, device)
+        self.cross = CrossGram(in_features, device)
+
+    def add(self, dense: Tensor, compressed: Tensor) -> None:
+        self.dense.add(dense)
+        self.compressed.add(compressed)
+        self.cross.add(dense, compressed)
+
+    def value(self) -> Products:
+        count = self.dense.num_tokens
+        return Products(
+            dense_II=self.dense.value(),
+            compressed_II=self.compressed.value(),
+            cross_II=self.cross.value(),
+            dense_sum_I=self.dense.mean() * count,
+            compressed_sum_I=self.compressed.mean() * count,
+            num_tokens=count,
+        )
+
+
+def relative_error(weight_OI: Tensor, product_OI: Tensor, products: Products) -> float:
+    """``||W X - W' X'||_F^2 / ||W X||_F^2``, from products alone."""
+    dense = (weight_OI @ products.dense_II * weight_OI).sum()
+    cross = (weight_OI @ products.cross_II * product_OI).sum()
+    compressed = (product_OI @ products.compressed_II * product_OI).sum()
+    return float((dense - 2 * cross + compressed) / dense.clamp_min(torch.finfo(torch.float64).tiny))

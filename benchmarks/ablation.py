@@ -73,9 +73,7 @@ def analysis_name(recipe: Recipe) -> str:
 def measure(folder: str | Path, texts: dict[str, torch.Tensor], args: argparse.Namespace) -> dict[str, Any]:
     device = resolve_device(args.device)
     model = load_model(folder, dtype=resolve_dtype("auto", device, torch.float32)).eval().to(device)  # type: ignore[arg-type]
-    found = {
-        name: perplexity(model, ids, seqlen=args.seqlen, max_windows=args.windows) for name, ids in texts.items()
-    }
+    found = {name: perplexity(model, ids, seqlen=args.seqlen, max_windows=args.windows) for name, ids in texts.items()}
     params = model.num_parameters()
     del model
     gc.collect()

@@ -38,7 +38,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory, dense: Path, text: Path
     return folder
 
 
-SMALL = ["--samples", "8", "--seqlen", "16"]
+SMALL = ["--preset", "paper", "--samples", "8", "--seqlen", "16"]
 
 
 def cli(*arguments: object) -> int:

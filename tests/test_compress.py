@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import svdllm
 from families import FAMILIES, dense_weight, linear_targets, tiny_model
 from runs import TEXT, digests, run, save_dense, small_recipe, token_windows
-from svdllm.analysis import collect_statistics
+from svdllm.calibration import collect_statistics
 from svdllm.methods import METHODS
 from svdllm.source import build_skeleton, open_source
 from svdllm.stream import Walk

@@ -37,13 +37,13 @@ class Deadly(Reporter):
     def advance(self, done, steps): self.hit("advance")
     def block_done(self, *_): self.hit("block")
 
-svdllm.compress_many({model!r}, small_recipe(ratio={ratio!r}), {output!r}, calibration=token_windows(), reporter=Deadly())
+svdllm.compress_many({model!r}, small_recipe(**{settings!r}), {output!r}, calibration=token_windows(), reporter=Deadly())
 """
 
 
-def killed_run(model: Path, output: Path, where: str, nth: int = 1, ratio: object = (0.2, 0.4)) -> None:
-    tests = str(Path(__file__).parent)
-    script = KILLED.format(tests=tests, where=where, nth=nth, model=str(model), output=str(output), ratio=ratio)
+def killed_run(model: Path, output: Path, where: str, nth: int = 1, **settings: object) -> None:
+    tests, settings = str(Path(__file__).parent), {"ratio": (0.2, 0.4)} | settings
+    script = KILLED.format(tests=tests, where=where, nth=nth, model=str(model), output=str(output), settings=settings)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
@@ -73,6 +73,33 @@ def test_killed_and_started_again_gives_the_same_bytes(where: str, nth: int, tmp
     assert not output.with_name("out.partial").exists()
 
 
+@pytest.mark.parametrize(
+    ("where", "nth"),
+    [
+        ("start gradients", 1),  # all Grams wait on disk
+        ("block", 1),  # in the middle of the reverse walk
+        ("end probe", 1),
+        ("end sequential", 1),  # the first ratio's factors are final, the second's are not begun
+    ],
+)
+def test_killed_in_a_later_stage_and_started_again_gives_the_same_bytes(where: str, nth: int, tmp_path: Path) -> None:
+    model = save_dense(tmp_path / "dense")
+    settings = {
+        "ratio": (0.2, 0.4),
+        "metric": "two-sided",
+        "gradient_samples": 4,
+        "allocation": "loss",
+        "calibration_mode": "sequential",
+        "bias_correction": True,
+    }
+    recipe, ids = small_recipe(**settings), token_windows()
+    svdllm.compress_many(model, recipe, tmp_path / "straight", calibration=ids)
+    killed_run(model, tmp_path / "out", where, nth, **settings)
+    svdllm.compress_many(model, recipe, tmp_path / "out", calibration=ids)
+    skip = tuple(f"ratio-{ratio}/svdllm/report.json" for ratio in (0.2, 0.4))
+    assert digests(tmp_path / "out", skip) == digests(tmp_path / "straight", skip)
+
+
 def test_killed_while_a_single_checkpoint_is_written(tmp_path: Path) -> None:
     model = save_dense(tmp_path / "dense")
     run(model, tmp_path / "straight")
@@ -100,7 +127,7 @@ def test_finished_blocks_are_not_decomposed_again(tmp_path: Path) -> None:
     recipe = small_recipe(ratio=(0.2, 0.4))
     svdllm.compress_many(model, recipe, tmp_path / "out", calibration=token_windows(), reporter=reporter)
     assert reporter.blocks == (1,)
-    assert reporter.notes == ("Going on with block 2: 1 of 2 are done.",)
+    assert reporter.notes == ("Going on with an earlier run: 1 of 2 blocks are done.",)
 
 
 @pytest.mark.parametrize(
@@ -189,9 +216,7 @@ def test_out_of_memory_keeps_finished_blocks(tmp_path: Path, monkeypatch: pytest
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
         return original(*args, **kwargs)
 
-    from svdllm import compress as _  # noqa: F401  (the package's name is the function)
-
-    module = sys.modules["svdllm.compress"]
+    module = sys.modules["svdllm.calibration"]
     original = module.decompose
     monkeypatch.setattr(module, "decompose", second_fails)
     with pytest.raises(svdllm.ResourceError, match=r"lower --batch-tokens \(now 4096\)"):

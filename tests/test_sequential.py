@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from families import tiny_model
 from runs import run, save_dense, small_recipe, token_windows
 from svdllm import load_model
 from svdllm.linalg import anchored, corrected_bias, factorise, output_spectrum
@@ -92,7 +91,7 @@ def test_a_corrected_bias_and_centred_factors_are_the_best_affine_map():
     u_OR, v_RI = factorise(weight_OI, output_spectrum(weight_OI, centred_IT @ centred_IT.T), 2)
     bias_O = corrected_bias(weight_OI, u_OR, v_RI, mean_I, mean_I, None)
     error_OT = weight_OI @ inputs_IT - u_OR @ v_RI @ inputs_IT - bias_O[:, None]
-    left, sigma, _ = torch.linalg.svd(weight_OI @ centred_IT, full_matrices=False)
+    _, sigma, _ = torch.linalg.svd(weight_OI @ centred_IT, full_matrices=False)
     torch.testing.assert_close((error_OT**2).sum(), (sigma[2:] ** 2).sum())
     plain_u, plain_v = factorise(weight_OI, output_spectrum(weight_OI, inputs_IT @ inputs_IT.T), 2)
     assert (error_OT**2).sum() < ((weight_OI @ inputs_IT - plain_u @ plain_v @ inputs_IT) ** 2).sum()
@@ -170,5 +169,3 @@ def test_bias_correction_keeps_the_mean_output_and_the_budget(family: str, tmp_p
     with torch.no_grad():
         difference = model.get_submodule(name)(inputs_IT.T).mean(0) - original.get_submodule(name)(inputs_IT.T).mean(0)
     torch.testing.assert_close(difference, torch.zeros_like(difference), rtol=0, atol=1e-6)
-
-

@@ -124,8 +124,10 @@ def choose_ranks(recipe: Recipe, structure: Structure, stored: Tensors, evidence
     overridden = _overrides(recipe, targets)
     fixed = {t.name: uniform_rank(t, overridden[t.name], recipe.round_to) for t in targets if overridden.get(t.name)}
     free = [target for target in targets if target.name not in overridden]
-    if recipe.allocation == "uniform" or evidence is None:
+    if recipe.allocation == "uniform":
         chosen = Allocation(_uniform(recipe, structure, stored, free, fixed))
+    elif evidence is None:
+        chosen = Allocation(_stand_in(recipe, structure, stored, free, fixed))
     else:
         chosen = _by_evidence(recipe, structure, stored, free, fixed, evidence)
     ranks = fixed | chosen.ranks
@@ -193,8 +195,14 @@ class _Unit:
         """What all targets together may spend on ranks, if each is factorised."""
         return self.budget - self.outside - sum(self.cost(target, 0) for target in free)
 
+    def least(self, free: Sequence[Target], round_to: int) -> int:
+        """With every rank at its least; a target whose least rank is not below break-even stays dense."""
+        return self.outside + sum(
+            self.cost(t, round_to) if round_to <= t.break_even_rank else dense_cost(t, self.costs[t.name]) for t in free
+        )
+
     def cannot_be_met(self, free: Sequence[Target], round_to: int) -> InputError:
-        least = self.outside + sum(self.cost(t, round_to) for t in free if round_to <= t.break_even_rank)
+        least = self.least(free, round_to)
         return InputError(
             f"{self.what} {self.budget:,} cannot be met: {self.outside:,} lie outside the compressed linears, and with "
             f"every rank at its least ({round_to}) the model still has {least:,}. Raise the budget to more than that."
@@ -214,6 +222,18 @@ def _uniform(
     return ranks
 
 
+def _stand_in(
+    recipe: Recipe, structure: Structure, stored: Tensors, free: Sequence[Target], fixed: Mapping[str, int]
+) -> Ranks:
+    """Uniform ranks in single steps, of the size that the allocation will have; its budget is known to suffice."""
+    if recipe.allocation != "v2":
+        unit = _unit(recipe, structure, stored, free, fixed)
+        if unit.budget < unit.least(free, recipe.round_to):
+            raise unit.cannot_be_met(free, recipe.round_to)
+        recipe = recipe.model_copy(update={"round_to": 1})
+    return _uniform(recipe, structure, stored, free, fixed)
+
+
 def _by_evidence(
     recipe: Recipe,
     structure: Structure,
@@ -226,7 +246,7 @@ def _by_evidence(
         assert isinstance(recipe.ratio, float)
         return Allocation(v2_ranks(free, evidence.energies, recipe.ratio, recipe.round_to))
     unit = _unit(recipe, structure, stored, free, fixed)
-    if unit.left_for_ranks(free) < sum(unit.costs[target.name] * recipe.round_to for target in free):
+    if unit.budget < unit.least(free, recipe.round_to):
         raise unit.cannot_be_met(free, recipe.round_to)
     if recipe.allocation == "effective-rank":
         budget = unit.budget - unit.outside

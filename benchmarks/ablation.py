@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import json
 import math
 import shutil
@@ -24,7 +25,9 @@ from svdllm.data import evaluation_tokens
 from svdllm.plan import resolve_device, resolve_dtype
 from svdllm.source import open_config
 
-TWO_SIDED = {key: preset_settings("balanced")[key] for key in ("metric", "gradient_samples", "gradient_shrinkage")}
+TWO_SIDED = {
+    key: preset_settings("balanced")[key] for key in ("metric", "gradient_samples", "gradient_shrinkage", "input_only")
+}
 LOSS = {key: preset_settings("balanced")[key] for key in ("allocation", "probe_share", "round_to")}
 CALIBRATION = ("calibration", "samples", "seqlen", "seed")
 
@@ -41,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sequential": {"calibration_mode": "sequential"},
     "shrinkage": {"shrinkage": preset_settings("balanced")["shrinkage"]},
     "bias": {"bias_correction": True},
-    "two-sided": TWO_SIDED,
+    "two-sided and shrinkage": TWO_SIDED | {"shrinkage": preset_settings("balanced")["shrinkage"]},
     "balanced": preset("balanced"),
     "best": preset("best"),
 }
@@ -54,7 +57,6 @@ OF_THE_ANALYSIS = (
     "shrinkage",
     "bias_correction",
     "probe_share",
-    "calibration_mode",
 )
 
 
@@ -64,10 +66,8 @@ def recipe_of(settings: dict[str, Any], args: argparse.Namespace) -> Recipe:
 
 
 def analysis_name(recipe: Recipe) -> str:
-    settings = {key: getattr(recipe, key) for key in OF_THE_ANALYSIS}
-    if recipe.metric == "input":
-        settings["calibration_mode"] = "dense"
-    return "analysis-" + "-".join(str(value).replace("/", "_") for value in settings.values())
+    settings = [str(getattr(recipe, key)) for key in OF_THE_ANALYSIS]
+    return "analysis-" + hashlib.sha256(" ".join(settings).encode()).hexdigest()[:12]
 
 
 def measure(folder: str | Path, texts: dict[str, torch.Tensor], args: argparse.Namespace) -> dict[str, Any]:
@@ -129,6 +129,7 @@ def main() -> None:
                     "dense_linears": sum(linear.rank is None for linear in result.linears),
                     "shared": analysis_name(result.recipe),
                     "own_seconds_of_all_ratios": own,
+                    "num_ratios": len(args.ratios),
                     "allocation_gap": result.plan.allocation_gap,
                 }
             )
@@ -144,10 +145,10 @@ def main() -> None:
             "versions": {"svdllm": __version__, "torch": torch.__version__},
         }
         args.json.write_text(json.dumps(state, indent=1) + "\n")
-        print(markdown(state, list(texts), args.ratios), flush=True)
+        print(markdown(state, list(texts)), flush=True)
 
 
-def markdown(state: dict[str, Any], texts: list[str], ratios: tuple[float, ...]) -> str:
+def markdown(state: dict[str, Any], texts: list[str]) -> str:
     dense = state["dense"]["texts"]
     head = ["variant", "ratio", *(f"{text} ({dense[text]['perplexity']:.2f})" for text in texts)]
     head += ["ln(ppl / dense)", "parameters", "left dense", "seconds"]
@@ -160,19 +161,20 @@ def markdown(state: dict[str, Any], texts: list[str], ratios: tuple[float, ...])
                 cells.append(f"{found['perplexity']:.1f} ± {found['stderr'] or math.nan:.1f}")
             gaps = (row["texts"][text]["mean_nll"] - dense[text]["mean_nll"] for text in texts)
             cells.append(" / ".join(f"{gap:.2f}" for gap in gaps))
-            cells += [f"{row['params']:,}", str(row["dense_linears"]), f"{seconds_of(state, row, len(ratios)):.0f}"]
+            cells += [f"{row['params']:,}", str(row["dense_linears"]), f"{seconds_of(state, row):.0f}"]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def seconds_of(state: dict[str, Any], row: dict[str, Any], num_ratios: int) -> float:
+def seconds_of(state: dict[str, Any], row: dict[str, Any]) -> float:
     """Of one ratio alone: the shared stages that it needs, and its part of what was done for every ratio."""
     shared = dict(state["shared_seconds"][row["shared"]])
     if row["allocation_gap"] is None:
         shared.pop("probe", None)
-    per_ratio = {"sequential", "polish", "write"}
     own = row["own_seconds_of_all_ratios"]
-    return sum(shared.values()) + sum(s / num_ratios if stage in per_ratio else s for stage, s in own.items())
+    per_ratio = {"sequential", "write"}
+    own_seconds = (s / row["num_ratios"] if stage in per_ratio else s for stage, s in own.items())
+    return sum(shared.values()) + sum(own_seconds)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,9 @@ def analysed(model: Any, folder: Path, ids: Tensor, **settings: Any) -> SimpleNa
     analysis = Analysis(folder, {})
     analysis.open()
     depths = {target.name: target.full_rank for target in structure.targets}
-    Calibration(walk=walk, recipe=recipe, analysis=analysis, depths=depths, reporter=Reporter()).run()
+    Calibration(
+        walk=walk, recipe=recipe, analysis=analysis, depths=depths, keeps_left_metrics=False, reporter=Reporter()
+    ).run()
     return SimpleNamespace(model=model, structure=structure, analysis=analysis, walk=walk, recipe=recipe)
 
 

@@ -33,6 +33,7 @@ class Calibration:
     recipe: Recipe
     analysis: Analysis
     depths: Mapping[str, int]  # target -> directions to keep
+    keeps_left_metrics: bool  # for a sequential calibration
     reporter: Reporter
 
     @property
@@ -106,7 +107,7 @@ class Calibration:
             name: shrunk_to_mean(gradient.value(), self.recipe.gradient_shrinkage)
             for name, gradient in gradients.items()
         }
-        if self.recipe.calibration_mode == "sequential":
+        if self.keeps_left_metrics:
             self.analysis.write_left_metrics(block.index, lefts)
         seconds = time.perf_counter() - started + self.analysis.seconds(block.index)[""]
         means = {}

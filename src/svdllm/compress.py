@@ -53,6 +53,8 @@ NOT_OF_THE_ANALYSIS = (
     "overrides",
     "round_to",
     "elastic",
+    "calibration_mode",
+    "sequential_samples",
     "beta",
 )
 # A part of the batches is held out to choose beta.
@@ -281,6 +283,7 @@ class _Run:
             recipe=self.recipe,
             analysis=analysis,
             depths=_depths(structure, plans),
+            keeps_left_metrics=self.recipe.calibration_mode == "sequential" or self.analysis_dir is not None,
             reporter=self.reporter,
         ).run()
 
@@ -331,9 +334,10 @@ class _Run:
         if self.recipe.calibration_mode == "dense":
             return None
         assert windows is not None
-        walk = self._walk(source, structure, windows.ids, spill=plan.hidden_states_on_disk)
+        ids = windows.ids[: self.recipe.sequential_samples]
+        walk = self._walk(source, structure, ids, spill=plan.hidden_states_on_disk)
         walk.two_streams = True
-        walk.batch_tokens = min(walk.batch_tokens, max(1, windows.ids.numel() // LEAST_SEQUENTIAL_BATCHES))
+        walk.batch_tokens = min(walk.batch_tokens, max(1, ids.numel() // LEAST_SEQUENTIAL_BATCHES))
         finals = FinalFactors(self.work / "analysis" / f"sequential-{plan.achieved_ratio:.6f}")
         Sequential(
             walk=walk,
@@ -400,10 +404,7 @@ class _Run:
 
 def analysis_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Those of a run's settings that decide its analysis: not the budget, nor how it is spread."""
-    kept = {key: value for key, value in settings.items() if key.removeprefix("recipe: ") not in NOT_OF_THE_ANALYSIS}
-    if settings["recipe: metric"] == "input":  # which has no left metrics to keep for a sequential calibration
-        kept["recipe: calibration_mode"] = "dense"
-    return kept
+    return {key: value for key, value in settings.items() if key.removeprefix("recipe: ") not in NOT_OF_THE_ANALYSIS}
 
 
 def _recipe_settings(recipe: Recipe) -> dict[str, Any]:

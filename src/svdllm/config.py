@@ -16,6 +16,8 @@ from svdllm.methods import METHODS
 
 PRESETS = ("paper", "balanced", "best")
 ALLOCATIONS = ("uniform", "v2", "effective-rank", "loss")
+# The loss reaches queries and keys only through a softmax: their gradients are small and few, and left out.
+QUERY_AND_KEY = (r"\.(q|k)_proj$", r"\.(query|key)$")
 # What a method without Grams of its own, or explicit ranks, cannot use and are not given by default.
 PLAIN = {"metric": "input", "shrinkage": 0.0, "allocation": "uniform", "round_to": 1}
 
@@ -38,7 +40,7 @@ class Recipe(BaseModel):
     )
     gradient_samples: int = Field(32, ge=1, description="Calibration windows of the backward pass (two-sided).")
     input_only: tuple[str, ...] = Field(
-        (), description="Regular expressions of linears whose metric stays that of their inputs (two-sided)."
+        QUERY_AND_KEY, description="Regular expressions of linears whose metric stays that of their inputs (two-sided)."
     )
     shrinkage: float = Field(0.1, ge=0, le=1, description="Share of the Gram's diagonal mixed into the Gram.")
     gradient_shrinkage: float = Field(
@@ -80,6 +82,7 @@ class Recipe(BaseModel):
     beta: float | None = Field(
         None, ge=0, le=1, description="How far outputs are pulled to the dense model's (sequential); null chooses."
     )
+    sequential_samples: int = Field(32, ge=1, description="Calibration windows of the second walk (sequential).")
     bias_correction: bool = Field(
         False, description="Factor centred inputs and give every low-rank linear the bias that this leaves over."
     )

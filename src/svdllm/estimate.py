@@ -54,7 +54,8 @@ class Needs:
         self.two_sided, self.sequential = recipe.metric == "two-sided", recipe.calibration_mode == "sequential"
         self.gradient_tokens = min(recipe.gradient_samples, recipe.samples) * recipe.seqlen if self.two_sided else 0
         kept = self.gradient_tokens * len(structure.blocks)
-        carried = max(self.tokens + kept, 2 * self.tokens * self.sequential) if self.runs_tokens else 0
+        self.sequential_tokens = min(recipe.sequential_samples, recipe.samples) * recipe.seqlen * self.sequential
+        carried = max(self.tokens + kept, 2 * self.sequential_tokens) if self.runs_tokens else 0
         self.hidden_states = carried * self.hidden_size * dtype.itemsize
         self.probe_tokens = probe_tokens(recipe, structure, skeleton) if recipe.allocation == "loss" else 0
         self.hidden_states_on_disk = spill_hidden_states(self.hidden_states, hidden_states_limit)
@@ -137,7 +138,7 @@ class Needs:
             "grams": grams,
             "gradients": 1.25 * backward,
             "probe": 1.5 * self.probe_tokens * per_probe / rate,
-            "sequential": num_outputs * self.sequential * (5 * forward + 4 * grams + eigh / rate64),
+            "sequential": num_outputs * self._sequential_seconds(forward, grams, eigh / rate64),
             "decompose": eigh / rate64,
             "write": num_outputs
             * (
@@ -145,6 +146,11 @@ class Needs:
                 + file_bytes(self.written) / 4e8
             ),
         }
+
+    def _sequential_seconds(self, forward: float, grams: float, decompositions: float) -> float:
+        """Six partial or whole passes, three products per group and a decomposition for each candidate of beta."""
+        share = self.sequential_tokens / max(self.tokens, 1)
+        return self.sequential * (share * (6 * forward + 4 * grams) + 4 * decompositions)
 
     def _batch(self) -> int:
         """Activations of one batch at its widest moment."""

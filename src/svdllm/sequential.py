@@ -30,7 +30,7 @@ from svdllm.stream import Block, Walk
 from svdllm.structure import Target
 
 # Candidates among which a group's beta is chosen by its error on tokens that it was not fitted to.
-BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+BETAS = (0.0, 0.5, 1.0)
 HELD_OUT_SHARE = 0.125
 # Keeps the regression defined where a text excites fewer directions than there are: a share of the mean diagonal.
 RIDGE = 1e-6

@@ -31,7 +31,7 @@ def analysed(model: Any, folder: Path, ids: Tensor, **settings: Any) -> SimpleNa
     model = model.double().eval()
     skeleton = build_skeleton(model.config, torch.float64)
     structure = discover(skeleton)
-    recipe = Recipe(**({"ratio": 0.3, "shrinkage": 0.0, "round_to": 1} | settings))
+    recipe = Recipe(**({"ratio": 0.3, "shrinkage": 0.0, "round_to": 1, "input_only": ()} | settings))
     walk = Walk(
         weights=MemoryWeights(model, skeleton),
         skeleton=skeleton,
@@ -41,6 +41,8 @@ def analysed(model: Any, folder: Path, ids: Tensor, **settings: Any) -> SimpleNa
         dtype=torch.float64,
         batch_tokens=2 * ids.shape[1],
     )
+    walk.kept_folder = folder
+    walk.kept_folder = folder
     walk.kept_batches = -(-recipe.gradient_samples // 2)
     analysis = Analysis(folder, {})
     analysis.open()

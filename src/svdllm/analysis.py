@@ -165,8 +165,10 @@ class FinalFactors:
             factors.setdefault(target, {})[f"{factor}.{leaf}"] = tensor
         return factors
 
-    def record(self, block: int) -> dict[str, Any]:
-        return json.loads(self._file(block).with_suffix(".json").read_text(encoding="utf-8"))
+    def betas(self) -> dict[str, float]:
+        """What each target was pulled to the dense outputs by."""
+        records = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(self.folder.glob("block-*.json")))
+        return {name: beta for record in records for name, beta in record["betas"].items()}
 
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:04d}.safetensors"

@@ -89,7 +89,10 @@ def write_checkpoint(
         spare = spare_ranks(recipe, structure, plan.ranks)
         factors = _Factors(source.weights, structure, spare, analysis, None, device, reporter)
         _write_elastic(partial, factors, stored, elastic_tensors(structure, stored, spare), analysis)
-    finish_checkpoint(partial, recipe, report_of(plan, recipe, provenance, linears), device, reporter)
+    report = report_of(plan, recipe, provenance, linears)
+    if finals is not None:
+        report["betas"] = finals.betas()
+    finish_checkpoint(partial, recipe, report, device, reporter)
     partial.replace(folder)
 
 
@@ -115,6 +118,7 @@ def report_of(plan: Plan, recipe: Recipe, provenance: Provenance, linears: list[
         "source": provenance.to_dict(),
         "method": plan.method,
         "recipe": recipe.to_dict(),
+        "allocation": {"name": plan.allocation, "predicted_loss": plan.predicted_loss, "gap": plan.allocation_gap},
         "ratio": plan.achieved_ratio,
         "params": plan.params,
         "dense_params": plan.dense_params,

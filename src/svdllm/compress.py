@@ -277,6 +277,7 @@ class _Run:
         walk = self._walk(source, structure, ids, spill=plans[0].hidden_states_on_disk)
         if self.recipe.metric == "two-sided":
             kept = min(self.recipe.gradient_samples, len(walk.ids))
+            walk.kept_folder = self.work / "inputs"
             walk.kept_batches = sum(batch.start < kept for batch in walk.batches)
         Calibration(
             walk=walk,

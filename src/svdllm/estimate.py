@@ -53,9 +53,8 @@ class Needs:
         self.vocab_size = int(skeleton.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
         self.two_sided, self.sequential = recipe.metric == "two-sided", recipe.calibration_mode == "sequential"
         self.gradient_tokens = min(recipe.gradient_samples, recipe.samples) * recipe.seqlen if self.two_sided else 0
-        kept = self.gradient_tokens * len(structure.blocks)
         self.sequential_tokens = min(recipe.sequential_samples, recipe.samples) * recipe.seqlen * self.sequential
-        carried = max(self.tokens + kept, 2 * self.sequential_tokens) if self.runs_tokens else 0
+        carried = max(self.tokens, 2 * self.sequential_tokens) if self.runs_tokens else 0
         self.hidden_states = carried * self.hidden_size * dtype.itemsize
         self.probe_tokens = probe_tokens(recipe, structure, skeleton) if recipe.allocation == "loss" else 0
         self.hidden_states_on_disk = spill_hidden_states(self.hidden_states, hidden_states_limit)
@@ -101,8 +100,9 @@ class Needs:
         targets = self.structure.targets
         sides = 2 if self.two_sided else 1
         bases = sum(8 * t.full_rank + 4 * sides * t.out_features * t.break_even_rank for t in targets)
-        if self.two_sided:  # metrics that wait for the reverse walk, and those kept for a sequential calibration
+        if self.two_sided:  # metrics and inputs that wait for the reverse walk, metrics for a sequential calibration
             bases += sum(4 * width**2 for width in {t.group: t.in_features for t in targets}.values())
+            bases += self.gradient_tokens * self.hidden_size * self.dtype.itemsize * len(self.structure.blocks)
             bases += self.sequential * sum(4 * t.out_features**2 for t in targets)
         if self.sequential:
             bases += num_outputs * sum(4 * t.factor_params(t.break_even_rank) for t in targets)
@@ -169,7 +169,8 @@ class Needs:
         for target in self.structure.targets:
             lefts[target.block] = lefts.get(target.block, 0) + 12 * target.out_features**2
         work = max(3 * self._batch(), self._decomposition() + 2 * self._bases())
-        return self.block + max(lefts.values()) + work
+        inputs = self.gradient_tokens * self.hidden_size * self.dtype.itemsize
+        return self.block + inputs + max(lefts.values()) + work
 
     def _streams(self) -> int:
         """Hidden states of every probe."""

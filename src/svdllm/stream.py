@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from transformers import PreTrainedModel
 
 from svdllm.errors import NumericalError, UnsupportedModelError
 from svdllm.structure import Structure, replaced, to_device
-from svdllm.weights import Weights
+from svdllm.weights import Weights, save_tensors
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Walk:
     """Carries windows of tokens through a model, block by block.
 
     ``on_batch(block, batches done, batches)`` is called after each batch of each block (progress).
-    ``kept_batches`` is how many batches leave their inputs of every block for a reverse walk. With ``two_streams``
+    ``kept_batches`` is how many batches leave their inputs of every block in ``kept_folder`` for a reverse walk; they
+    are files, because all blocks' together would be many times what the walk itself carries. With ``two_streams``
     there is a second set of hidden states, for the compressed model, which starts from the same embeddings.
     """
 
@@ -85,9 +87,9 @@ class Walk:
     spill_file: Path | None = None
     on_batch: Callable[[int, int, int], None] | None = None
     kept_batches: int = 0
+    kept_folder: Path | None = None
     two_streams: bool = False
     hidden: HiddenStates = field(init=False)
-    kept: HiddenStates | None = field(init=False, default=None)  # blocks x windows x seqlen x hidden
     compressed: HiddenStates | None = field(init=False, default=None)
     calls: list[list[Call]] = field(init=False)  # per batch, per block
 
@@ -104,15 +106,22 @@ class Walk:
             with resident(module, name, self.weights, self.device, self.dtype):
                 yield Block(walk=self, index=index, name=name, module=module)
 
+    @property
+    def kept_windows(self) -> int:
+        return self.batches[: self.kept_batches][-1].stop if self.kept_batches else 0
+
+    def kept_file(self, block: int) -> Path:
+        assert self.kept_folder is not None
+        return self.kept_folder / f"inputs-{block:04d}.safetensors"
+
     def reversed_blocks(self, gradient: Callable[[slice, Tensor], Tensor]) -> Iterator[Block]:
         """After a forward walk with kept batches: each block again, loaded, from the last to the first.
 
         ``gradient(windows, logits)`` gives the gradient of the loss in the logits. For every block, ``run_backward``
         has to be called.
         """
-        assert self.kept is not None
         with self.head() as head:
-            for number in range(self.kept.tensor.shape[1]):
+            for number in range(self.kept_windows):
                 window = slice(number, number + 1)  # logits are wide: one window at a time
                 hidden = self.hidden.tensor[window].to(self.device).requires_grad_()
                 with torch.enable_grad():
@@ -127,9 +136,11 @@ class Walk:
 
     def close(self) -> None:
         """Forgets the hidden states, and their files."""
-        for states in (self.hidden, self.kept, self.compressed):
+        for states in (self.hidden, self.compressed):
             if states is not None:
                 states.close()
+        for block in range(len(self.structure.blocks) if self.kept_batches else 0):
+            self.kept_file(block).unlink(missing_ok=True)
 
     def logits(self) -> Tensor:
         """Logits of all windows, after the walk."""
@@ -184,14 +195,10 @@ class Walk:
     def _make_room(self, hidden_size: int) -> None:
         shape = (self.ids.shape[1], hidden_size)
         self.hidden = HiddenStates((len(self.ids), *shape), self.dtype, self.spill_file)
-        if self.kept_batches:
-            windows = self.batches[: self.kept_batches][-1].stop
-            self.kept = HiddenStates((len(self.structure.blocks), windows, *shape), self.dtype, self._spill("kept"))
         if self.two_streams:
-            self.compressed = HiddenStates((len(self.ids), *shape), self.dtype, self._spill("compressed"))
-
-    def _spill(self, what: str) -> Path | None:
-        return None if self.spill_file is None else self.spill_file.with_name(f"{self.spill_file.name}-{what}")
+            spill = self.spill_file
+            file = None if spill is None else spill.with_name(f"{spill.name}-compressed")
+            self.compressed = HiddenStates((len(self.ids), *shape), self.dtype, file)
 
     def _shared(self, calls: list[Call]) -> list[Call]:
         """Calls of a batch, those of an earlier batch where they are equal: the arguments rarely depend on the text."""
@@ -226,12 +233,13 @@ class Block:
             NumericalError: a hidden state is NaN or infinite; names block and batch.
         """
         walk = self.walk
+        if walk.kept_batches:
+            path = walk.kept_file(self.index)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors({"inputs": walk.hidden.tensor[: walk.kept_windows].contiguous()}, path)
         for number, batch in enumerate(walk.batches):
             with torch.no_grad():
-                stored = walk.hidden.tensor[batch]
-                if walk.kept is not None and number < walk.kept_batches:
-                    walk.kept.tensor[self.index, batch] = stored
-                hidden = stored.to(walk.device)
+                hidden = walk.hidden.tensor[batch].to(walk.device)
                 output = walk.calls[number][self.index].run(self.module, hidden)
             if after_batch is not None:
                 after_batch()
@@ -272,9 +280,9 @@ class Block:
             NumericalError: a gradient is NaN or infinite; names block and batch.
         """
         walk = self.walk
-        assert walk.kept is not None
+        inputs = load_file(walk.kept_file(self.index))["inputs"]
         for number, batch in enumerate(walk.batches[: walk.kept_batches]):
-            hidden = walk.kept.tensor[self.index, batch].to(walk.device).requires_grad_()
+            hidden = inputs[batch].to(walk.device, copy=True).requires_grad_()
             with torch.enable_grad():
                 output = walk.calls[number][self.index].run(self.module, hidden)
             output.backward(walk.hidden.tensor[batch].to(walk.device))
@@ -283,6 +291,7 @@ class Block:
             )
             if walk.on_batch is not None:
                 walk.on_batch(len(walk.structure.blocks) - 1 - self.index, number + 1, walk.kept_batches)
+        walk.kept_file(self.index).unlink()
 
 
 class _Reached(Exception):

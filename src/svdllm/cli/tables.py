@@ -121,6 +121,11 @@ def report_table(report: dict[str, Any]) -> Titled:
         table.add_row("elastic files", f"{size(report['elastic_bytes'])} beside them, for `svdllm slice`")
     if sliced := report.get("sliced_from"):
         table.add_row("sliced from", f"an elastic checkpoint of ratio {sliced['ratio']}")
+    chosen = report["allocation"]
+    dense = sum(linear["rank"] is None for linear in report["linears"])
+    loss = "" if chosen["predicted_loss"] is None else f"; predicted loss {chosen['predicted_loss']:.3f} nats per token"
+    table.add_row("allocation", f"{chosen['name']}, {len(report['linears']) - dense} factorised, {dense} dense{loss}")
+    table.add_row("metric", f"{recipe['metric']}, {recipe['calibration_mode']} calibration")
     table.add_row("source weights", f"{source['weights_fingerprint'][:16]}, revision {source['revision'] or 'none'}")
     if source["calibration"]:
         table.add_row(

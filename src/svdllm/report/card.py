@@ -11,6 +11,7 @@ def model_card(report: dict[str, Any], config: PreTrainedConfig) -> str:
     """Markdown for the hub: what the model is, how it was made and how to load it. Holds no times, so that two runs
     of one recipe write the same card."""
     source, recipe = report["source"], report["recipe"]
+    dense = sum(row["rank"] is None for row in report["linears"])
     factorised = [row for row in report["linears"] if row["rank"] is not None]
     removed = 1 - report["params"] / report["dense_params"]
     calibration = "none (the method needs no data)"
@@ -28,6 +29,7 @@ This checkpoint is elastic: any ratio R from {recipe["ratio"]} can be made of it
 calibration text, by `svdllm slice FOLDER --ratio R -o SMALLER`, or loaded by `svdllm.load_model("FOLDER", ratio=R)`.
 The files `svdllm/elastic*` are for this only.
 """
+    streams = "compressed" if recipe["calibration_mode"] == "sequential" else "dense"
     worst = sorted(factorised, key=lambda row: row["kept_energy"])[:5]
     worst_rows = "\n".join(
         f"| `{row['name']}` | {row['out_features']} x {row['in_features']} | {row['rank']} | {row['kept_energy']:.4f} |"
@@ -42,7 +44,7 @@ tags: [svdllm, low-rank, compression]
 # {source["model"]}, compressed by {report["ratio"]:.0%}
 
 {source["model"]} with {len(factorised)} of its linear layers replaced by low-rank pairs
-(`svd_u @ svd_v`, method `{report["method"]}`, [SVD-LLM](https://arxiv.org/abs/2403.07378)).
+(`svd_u @ svd_v`, method `{report["method"]}`, [SVD-LLM](https://arxiv.org/abs/2403.07378)); {dense} stay dense.
 
 | | dense | this model |
 |---|---|---|
@@ -70,6 +72,7 @@ model of the original architecture and size: `svdllm export FOLDER -o DENSE`.
 
 - Source: {source["model"]}{f", revision {source['revision']}" if source["revision"] else ""}, weights `{source["weights_fingerprint"][:16]}`
 - Calibration: {calibration}
+- Metric: {recipe["metric"]}; ranks: {report["allocation"]["name"]}; inputs of the {streams} model
 - Versions: svdllm {report["versions"]["svdllm"]}, torch {report["versions"]["torch"]}, transformers {report["versions"]["transformers"]}
 - `svdllm/recipe.yaml` has the settings (`svdllm compress MODEL -o OUT --recipe svdllm/recipe.yaml` repeats a run whose
   text was named, not handed over in Python); `svdllm/report.json` has every layer's rank, kept energy and loss.

@@ -418,3 +418,58 @@ def test_as_a_program(dense: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("Error: --ratio '2' is not a ratio")
+
+
+def test_the_default_preset_compresses_and_says_how_ranks_were_chosen(
+    dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--ratio", "0.3", "--samples", "8", "--seqlen", "16", "--gradient-samples", "4")
+    assert cli("plan", dense, *common) == 0
+    assert "loss: ranks follow from the analysis" in " ".join(capsys.readouterr().out.split())
+    assert cli("compress", dense, "-o", tmp_path / "out", "--calib", text, *common, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["recipe"]["metric"] == "two-sided"
+    assert {"analyze", "gradients", "probe", "allocate"} <= set(result["seconds"])
+    assert result["achieved_ratio"] >= 0.3
+    assert cli("inspect", tmp_path / "out") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "allocation loss" in said
+    assert "nats per token" in said
+    assert cli("verify", tmp_path / "out") == 0
+
+
+def test_ranks_from_a_file(dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = tmp_path / "ranks.yaml"
+    ranks.write_text("'layers\\.0\\.': dense\ndown_proj: 5\nq_proj: full\n")
+    assert cli("compress", dense, "-o", tmp_path / "out", "--calib", text, *SMALL, "--allocation", ranks, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["ranks"]
+    assert found == {"model.layers.1.mlp.down_proj": 5, "model.layers.1.self_attn.q_proj": 32}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "is neither one of uniform, v2, effective-rank, loss nor a file"),
+        ("down_proj: -3", "found down_proj: -3"),
+        ("down_proj: many", "found down_proj: 'many'"),
+        ("[1, 2]", "expected a mapping"),
+        ("nothing_proj: 4", "matches none of the"),
+    ],
+)
+def test_a_bad_allocation_is_refused_before_work(
+    content: str | None, said: str, dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ranks.yaml"
+    if content is not None:
+        path.write_text(content)
+    assert cli("compress", dense, "-o", tmp_path / "out", "--calib", text, *SMALL, "--allocation", path) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_switch_of_another_method_is_refused_with_a_reason(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--ratio", "0.3", "--method", "svd", "--metric", "two-sided")
+    assert cli("compress", dense, "-o", tmp_path / "out", *arguments) == 2
+    assert "method svd has no Gram" in " ".join(capsys.readouterr().err.split())

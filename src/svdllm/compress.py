@@ -218,7 +218,8 @@ class _Run:
         self._analyze(source, structure, plans, windows, analysis)
         if evidence := self._evidence(source, skeleton, structure, windows, analysis):
             with self.reporter.stage("allocate", 1):
-                plans = plans_of(source, skeleton, structure, self.recipe, self.hidden_states_limit, evidence)
+                known = plans_of(source, skeleton, structure, self.recipe, self.hidden_states_limit, evidence)
+                plans = [plan.with_ranks_of(other) for plan, other in zip(plans, known, strict=True)]
         provenance = Provenance.of(source.name, source.revision, fingerprint, windows)
         finals = [self._sequential(source, structure, plan, windows, analysis) for plan in plans]
         return self._write(source, skeleton, structure, plans, analysis, finals, provenance)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,11 @@ class Plan:
     @property
     def seconds(self) -> float:
         return sum(self.seconds_by_stage.values())
+
+    def with_ranks_of(self, known: Plan) -> Plan:
+        """The known plan, with what this one predicted of memory and time: it was made before the work."""
+        predicted = ("ram_by_stage", "device_bytes", "disk_bytes", "seconds_by_stage", "hidden_states_on_disk")
+        return replace(known, **{name: getattr(self, name) for name in predicted})
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"peak_ram_bytes": self.peak_ram_bytes, "seconds": self.seconds}

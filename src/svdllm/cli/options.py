@@ -83,14 +83,14 @@ Metric = Annotated[
     typer.Option(
         help="What error is measured in: input (of the outputs, as in the paper) or two-sided (weighted by the loss's "
         "gradients; one backward pass).",
-        show_default="preset's",
+        show_default="two-sided",
         rich_help_panel="Method",
     ),
 ]
 GradientSamples = Annotated[
     int | None,
     typer.Option(
-        help="Calibration windows of the backward pass (two-sided).", show_default="preset's", rich_help_panel="Method"
+        help="Calibration windows of the backward pass (two-sided).", show_default="32", rich_help_panel="Method"
     ),
 ]
 CalibrationMode = Annotated[
@@ -99,7 +99,7 @@ CalibrationMode = Annotated[
         "--calibration",
         help="Whose inputs a linear is fitted to: dense (the dense model's) or sequential (those of the model as far "
         "as it is compressed; several forward passes more).",
-        show_default="preset's",
+        show_default="dense",
         rich_help_panel="Method",
     ),
 ]
@@ -116,7 +116,7 @@ BiasCorrection = Annotated[
     typer.Option(
         "--bias-correction/--no-bias-correction",
         help="Factor centred inputs, and correct the mean output by a bias.",
-        show_default="preset's",
+        show_default="no",
         rich_help_panel="Method",
     ),
 ]
@@ -124,7 +124,7 @@ Shrinkage = Annotated[
     float | None,
     typer.Option(
         help="Share of its diagonal mixed into the Gram, against over-fitting the text; 0 is the paper.",
-        show_default="preset's",
+        show_default="0.1",
         rich_help_panel="Method",
     ),
 ]
@@ -133,7 +133,7 @@ Allocation = Annotated[
     typer.Option(
         help="How the budget is spread: uniform (the paper), v2 (SVD-LLM V2), effective-rank (D-Rank), loss (measured "
         "on the model, may leave linears dense), or a JSON/YAML file of linear (a regular expression): rank or dense.",
-        show_default="preset's",
+        show_default="loss",
         rich_help_panel="Allocation",
     ),
 ]
@@ -167,7 +167,7 @@ RoundTo = Annotated[
     int | None,
     typer.Option(
         help="Make ranks multiples of this, as kernels and group-wise quantisers like them.",
-        show_default="1",
+        show_default="8",
         rich_help_panel="Method",
     ),
 ]

@@ -169,3 +169,29 @@ def test_bias_correction_keeps_the_mean_output_and_the_budget(family: str, tmp_p
     with torch.no_grad():
         difference = model.get_submodule(name)(inputs_IT.T).mean(0) - original.get_submodule(name)(inputs_IT.T).mean(0)
     torch.testing.assert_close(difference, torch.zeros_like(difference), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_linear_that_stays_dense_is_fitted_too(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("svdllm.sequential.RIDGE", 1e-12)
+    dense = save_dense(tmp_path / "dense", family)
+    ids = token_windows(samples=8, seqlen=12)
+    first = {"llama": r"layers.0.*q_proj", "gpt2": r"h.0.*c_attn"}[family]
+    recipe = small_recipe(
+        ranks={first: 3}, calibration_mode="sequential", beta=1.0, dtype="float64", seqlen=12, allocation="uniform"
+    )
+    run(dense, tmp_path / "out", ids=ids, recipe=recipe)
+    before, after = (load_model(tmp_path / name, dtype=torch.float64).eval() for name in ("dense", "out"))
+    name = {"llama": "model.layers.0.self_attn.o_proj", "gpt2": "transformer.h.0.attn.c_proj"}[family]
+    weights = [model.get_submodule(name).weight.detach() for model in (before, after)]
+    old_OI, new_OI = (weight.T for weight in weights) if family == "gpt2" else weights
+    assert not torch.equal(old_OI, new_OI)
+    wanted_OT = old_OI @ inputs_in(before, name, ids)
+    seen_IT = inputs_in(after, name, ids)
+    best_OT = torch.linalg.lstsq(seen_IT.T, wanted_OT.T, driver="gelsd").solution.T @ seen_IT
+    best, ours = (((wanted_OT - outputs) ** 2).sum() for outputs in (best_OT, new_OI @ seen_IT))
+    plain = ((wanted_OT - old_OI @ seen_IT) ** 2).sum()
+    assert ours <= best * 1.01 + 1e-9 < plain
+    untouched = {"llama": "model.layers.0.self_attn.k_proj", "gpt2": None}[family]
+    if untouched:  # its inputs are the dense model's
+        assert torch.equal(before.get_submodule(untouched).weight, after.get_submodule(untouched).weight)

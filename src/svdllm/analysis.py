@@ -144,7 +144,7 @@ class Analysis:
 
 
 class FinalFactors:
-    """Factors of one allocation that are no slices of a basis: one file per finished block."""
+    """Factors of one allocation that are no slices of a basis, and fitted dense weights: one file per finished block."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -155,15 +155,21 @@ class FinalFactors:
     def write(self, block: int, factors: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]) -> None:
         """``factors`` are target -> the tensors of its low-rank linear, by their names in it."""
         write_atomically(self._file(block).with_suffix(".json"), json.dumps(record).encode())
-        tensors = {f"{name}.{leaf}": tensor for name, leaves in factors.items() for leaf, tensor in leaves.items()}
+        tensors = {f"{name} {leaf}": tensor for name, leaves in factors.items() for leaf, tensor in leaves.items()}
         save_atomically(tensors, self._file(block))
 
     def read(self, block: int) -> dict[str, dict[str, Tensor]]:
         factors: dict[str, dict[str, Tensor]] = {}
         for name, tensor in load_file(self._file(block)).items():
-            target, factor, leaf = name.rsplit(".", 2)
-            factors.setdefault(target, {})[f"{factor}.{leaf}"] = tensor
+            target, leaf = name.split(" ")
+            factors.setdefault(target, {})[leaf] = tensor
         return factors
+
+    def of(self, target: Target) -> dict[str, Tensor]:
+        """The tensors of one target; none where it stays as it is."""
+        with safe_open(self._file(target.block), framework="pt") as file:
+            names = [name for name in file.keys() if name.split(" ")[0] == target.name]  # noqa: SIM118
+            return {name.split(" ")[1]: file.get_tensor(name).clone() for name in names}
 
     def betas(self) -> dict[str, float]:
         """What each target was pulled to the dense outputs by."""

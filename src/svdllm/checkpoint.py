@@ -209,14 +209,20 @@ class _Factors:
                 if leaf == "svd_u.bias" and not target.bias_corrected:
                     return self._weights.get(f"{target.name}.bias")
                 return self._factors_of(target)[leaf]
-        return self._weights.get(name)
+        return self._refitted(name) if self._finals is not None else self._weights.get(name)
+
+    def _refitted(self, name: str) -> Tensor:
+        """A dense tensor as in the source, unless a sequential calibration has fitted it to the compressed stream."""
+        stored, target = self._weights.get(name), self.targets.get(name.removesuffix(".weight"))
+        if target is None or self._finals is None or "weight" not in (fitted := self._finals.of(target)):
+            return stored
+        weight_OI = fitted["weight"]
+        return _as(weight_OI.mT if target.is_conv1d else weight_OI, stored)
 
     def _factors_of(self, target: Target) -> dict[str, Tensor]:
         if self._made[0] != target.name:
             stored = self._weights.get(f"{target.name}.weight")
-            made = (
-                self._sliced(target, stored) if self._finals is None else self._finals.read(target.block)[target.name]
-            )
+            made = self._sliced(target, stored) if self._finals is None else self._finals.of(target)
             self._made = (target.name, {leaf: _as(factor, stored) for leaf, factor in made.items()})
             for leaf, factor in self._made[1].items():
                 if not bool(torch.isfinite(factor).all()):

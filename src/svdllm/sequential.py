@@ -3,7 +3,7 @@
 Two streams of hidden states go through the blocks, the dense model's and the compressed model's. Within a block the
 groups are compressed in the order in which the model calls them: q, k, v; o; gate, up; down. Each is fitted to
 ``W* = W (beta K + (1 - beta) S') S'^-1`` in the metric of ``S'``: part of the error of what comes before it is
-corrected. It needs the ranks first, so it follows a dense analysis and an allocation.
+corrected. A linear that stays dense becomes ``W*`` itself, which costs no parameters. It needs the ranks first, so it follows a dense analysis and an allocation.
 
 Source: error-propagation aware (anchored) calibration, as in AA-SVD.
 """
@@ -100,26 +100,23 @@ class Sequential:
         betas: dict[str, float] = {}
         started = time.perf_counter()
         for group in self._groups_in_order(block):
-            targets = [target for target in group if target.name in self.ranks]
-            if not targets:
-                continue
             fitted, held_out = self._products(block, group[0], replaced)
             beta = self.recipe.beta
             if beta is None:
-                beta = self._best_beta(targets, fitted, held_out)
+                beta = self._best_beta(group, fitted, held_out)
             products = fitted.plus(held_out)
-            for target in targets:
+            for target in group:
                 module: Any = self.walk.skeleton.get_submodule(target.name)
                 weight_OI = weight_of(module, target)
-                u_OR, v_RI = self._fit(target, weight_OI, products, beta)
-                factors[target.name] = {"svd_u.weight": u_OR, "svd_v.weight": v_RI}
-                if target.bias_corrected:
-                    means = (
-                        products.dense_sum_I / products.num_tokens,
-                        products.compressed_sum_I / products.num_tokens,
-                    )
-                    factors[target.name]["svd_u.bias"] = corrected_bias(weight_OI, u_OR, v_RI, *means, module.bias)
                 betas[target.name] = beta
+                if target.name not in self.ranks and beta == 0:
+                    continue  # stays as it is
+                tensors = self._fit(target, weight_OI, products, beta)
+                if target.bias_corrected and target.name in self.ranks:
+                    means = [total / products.num_tokens for total in (products.dense_sum_I, products.compressed_sum_I)]
+                    u_OR, v_RI = tensors["svd_u.weight"], tensors["svd_v.weight"]
+                    tensors["svd_u.bias"] = corrected_bias(weight_OI, u_OR, v_RI, *means, bias_O=module.bias)
+                factors[target.name] = tensors
                 replaced[target.name] = self._effective(factors[target.name])
         dtype = torch.float64 if self.walk.dtype == torch.float64 else torch.float32
         stored = {name: {leaf: t.to(dtype) for leaf, t in tensors.items()} for name, tensors in factors.items()}
@@ -159,38 +156,41 @@ class Sequential:
             raise NumericalError(f"The inputs of {leader.name} have NaN or infinite values over the calibration text.")
         return fitted, held_out
 
-    def _fit(self, target: Target, weight_OI: Tensor, products: Products, beta: float) -> tuple[Tensor, Tensor]:
-        """``svd_u`` and ``svd_v``, float64."""
-        if target.bias_corrected:
+    def _fit(self, target: Target, weight_OI: Tensor, products: Products, beta: float) -> dict[str, Tensor]:
+        """``svd_u`` and ``svd_v`` of a target's rank, or the ``weight`` of one that stays dense; float64."""
+        dense = target.name not in self.ranks
+        if target.bias_corrected and not dense:
             products = products.centred()
         products = products.shrunk(self.recipe.shrinkage)
         left_OO = self.analysis.left_metric(target)
         left_OO = None if left_OO is None else left_OO.to(self.walk.device)
-        rank = self.ranks[target.name]
         try:
             star_OI = anchored(weight_OI, products.compressed_II, products.cross_II, beta)
+            if dense:
+                return {"weight": star_OI}
+            rank = self.ranks[target.name]
             spectrum = output_spectrum(star_OI, products.compressed_II, rank, left_gram_OO=left_OO)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
-        return factorise(star_OI, spectrum, rank)
+        u_OR, v_RI = factorise(star_OI, spectrum, rank)
+        return {"svd_u.weight": u_OR, "svd_v.weight": v_RI}
 
     def _best_beta(self, targets: list[Target], fitted: Products, held_out: Products) -> float:
         """The candidate whose factors come nearest to the dense outputs on the held-out tokens, over the group."""
         errors = dict.fromkeys(BETAS, 0.0)
         for target in targets:
             weight_OI = weight_of(self.walk.skeleton.get_submodule(target.name), target).double()
-            judged = held_out.centred() if target.bias_corrected else held_out
+            judged = held_out.centred() if target.bias_corrected and target.name in self.ranks else held_out
             for beta in BETAS:
-                u_OR, v_RI = self._fit(target, weight_OI, fitted, beta)
-                errors[beta] += relative_error(weight_OI, u_OR @ v_RI, judged)
+                product_OI = _product(self._fit(target, weight_OI, fitted, beta))
+                errors[beta] += relative_error(weight_OI, product_OI, judged)
         return min(BETAS, key=errors.__getitem__)
 
     def _effective(self, tensors: Mapping[str, Tensor]) -> Replacement:
-        """What stands in for a dense linear in the compressed stream: ``U V``, and the bias if it is another one."""
-        product_OI = tensors["svd_u.weight"].double() @ tensors["svd_v.weight"].double()
+        """What stands in for a dense linear in the compressed stream, with its bias if it is another one."""
         bias = tensors.get("svd_u.bias")
         return Replacement(
-            product_OI.to(self.walk.device, self.walk.dtype),
+            _product(tensors).to(self.walk.device, self.walk.dtype),
             None if bias is None else bias.to(self.walk.device, self.walk.dtype),
         )
 
@@ -224,6 +224,13 @@ class Sequential:
         finally:
             for name, module in modules.items():
                 module.weight.data, module.bias = dense[name]
+
+
+def _product(tensors: Mapping[str, Tensor]) -> Tensor:
+    """``out x in``, float64, of factors or of a weight."""
+    if "weight" in tensors:
+        return tensors["weight"].double()
+    return tensors["svd_u.weight"].double() @ tensors["svd_v.weight"].double()
 
 
 class Replacement(NamedTuple):

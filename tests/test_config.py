@@ -116,6 +116,7 @@ def test_what_has_no_use_for_gradients_or_probes_is_plain_by_default(settings: d
         ({"method": "asvd", "shrinkage": 0.1}, "shrinkage acts on a Gram"),
         ({"method": "svd", "bias_correction": True}, "needs the mean inputs"),
         ({"method": "asvd", "calibration_mode": "sequential"}, "Grams of the compressed stream"),
+        ({"calibration_mode": "sequential", "samples": 1}, "at least 2 samples"),
         ({"beta": 0.5}, "beta does nothing to a dense calibration"),
         ({"ranks": {"q": 4}, "allocation": "loss"}, "ranks are given"),
         ({"target_params": 100, "allocation": "v2"}, "give a ratio"),

@@ -156,7 +156,11 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"calibration_mode sequential fits to Grams of the compressed stream; method {self.method} uses none"
             )
-        if self.calibration_mode == "sequential" and self.beta is None and min(self.samples, self.sequential_samples) < 2:
+        if (
+            self.calibration_mode == "sequential"
+            and self.beta is None
+            and min(self.samples, self.sequential_samples) < 2
+        ):
             raise ValueError(
                 "calibration_mode sequential holds windows out to choose beta by; give at least 2 samples and "
                 "sequential_samples, or a beta"

@@ -198,7 +198,7 @@ def make_plan(
             for target in structure.targets
         ],
         ignored=list(structure.ignored),
-        achieved_ratio=1 - kept / dense_linear,
+        achieved_ratio=(dense_linear - kept) / dense_linear,
         params=num_params(written),
         dense_params=num_params(stored),
         file_bytes=file_bytes(written),

@@ -77,9 +77,6 @@ class Analysis:
             parts = [f"{target.name}.{part}" for part in ("energies", "basis", "dual")]
             return Spectrum(*(file.get_tensor(part).clone() for part in parts if part in stored))
 
-    def has_metrics(self, block: int) -> bool:
-        return self._metrics_file(block).is_file()
-
     def is_ready(self, block: int) -> bool:
         """Whether nothing of the forward walk is missing for a block."""
         return self.is_done(block) or self._metrics_file(block).is_file()

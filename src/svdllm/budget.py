@@ -17,6 +17,7 @@ from svdllm.allocation import (
     dense_cost,
     effective_ranks,
     exact_floor,
+    factor_cost,
     fill_budget,
     loss_ranks,
     uniform_rank,
@@ -188,8 +189,7 @@ class _Unit:
 
     def cost(self, target: Target, rank: int) -> int:
         """Of the factors, with the bias that a correction adds."""
-        size = target.in_features + target.out_features
-        return self.costs[target.name] * target.factor_params(rank) // size
+        return factor_cost(target, rank, self.costs[target.name])
 
     def left_for_ranks(self, free: Sequence[Target]) -> int:
         """What all targets together may spend on ranks, if each is factorised."""
@@ -279,8 +279,7 @@ def _unit(
     if budget >= dense:
         raise InputError(f"{what} {budget:,} is not below what the dense model has ({dense:,}): nothing to compress.")
     saved = sum(
-        dense_cost(target, costs[target.name])
-        - costs[target.name] * target.factor_params(fixed[target.name]) // (target.in_features + target.out_features)
+        dense_cost(target, costs[target.name]) - factor_cost(target, fixed[target.name], costs[target.name])
         for target in structure.targets
         if target.name in fixed
     )

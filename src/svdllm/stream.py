@@ -11,7 +11,7 @@ forward walk kept, and handed the gradient of its output; that yields the gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -101,7 +101,11 @@ class Walk:
     def blocks(self) -> Iterator[Block]:
         """Runs the skeleton pass, then yields each block, loaded; after the yield its memory is free again."""
         self._skeleton_pass()
-        for index, name in enumerate(self.structure.blocks):
+        yield from self._loaded(range(len(self.structure.blocks)))
+
+    def _loaded(self, indices: Iterable[int]) -> Iterator[Block]:
+        for index in indices:
+            name = self.structure.blocks[index]
             module = self.skeleton.get_submodule(name)
             with resident(module, name, self.weights, self.device, self.dtype):
                 yield Block(walk=self, index=index, name=name, module=module)
@@ -128,11 +132,7 @@ class Walk:
                     logits = head(window, hidden)
                 logits.backward(gradient(window, logits.detach()))
                 self.hidden.tensor[window] = self._finite_gradient(hidden, f"the last block, window {number}")
-        for index in reversed(range(len(self.structure.blocks))):
-            name = self.structure.blocks[index]
-            module = self.skeleton.get_submodule(name)
-            with resident(module, name, self.weights, self.device, self.dtype):
-                yield Block(walk=self, index=index, name=name, module=module)
+        yield from self._loaded(reversed(range(len(self.structure.blocks))))
 
     def close(self) -> None:
         """Forgets the hidden states, and their files."""

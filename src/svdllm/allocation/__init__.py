@@ -2,7 +2,7 @@
 
 from svdllm.allocation.effective_rank import effective_ranks
 from svdllm.allocation.evidence import Allocation, Evidence, Probe
-from svdllm.allocation.loss import dense_cost, loss_ranks
+from svdllm.allocation.loss import dense_cost, factor_cost, loss_ranks
 from svdllm.allocation.uniform import Ranks, exact_floor, fill_budget, uniform_rank, uniform_ranks
 from svdllm.allocation.v2 import v2_ranks
 
@@ -14,6 +14,7 @@ __all__ = [
     "dense_cost",
     "effective_ranks",
     "exact_floor",
+    "factor_cost",
     "fill_budget",
     "loss_ranks",
     "uniform_rank",

@@ -9,7 +9,7 @@ from math import exp
 import torch
 from torch import Tensor
 
-from svdllm.allocation.loss import dense_cost
+from svdllm.allocation.loss import dense_cost, factor_cost
 from svdllm.allocation.uniform import Ranks
 from svdllm.errors import InputError
 from svdllm.structure import Target
@@ -53,7 +53,7 @@ def effective_ranks(
     """
     costs = costs if costs is not None else {t.name: t.in_features + t.out_features for t in targets}
     dense = {t.name: dense_cost(t, costs[t.name]) for t in targets}
-    least = {t.name: min(_price(t, round_to, costs), dense[t.name]) for t in targets}
+    least = {t.name: min(factor_cost(t, round_to, costs[t.name]), dense[t.name]) for t in targets}
     if sum(least.values()) > budget:
         raise InputError(
             f"A budget of {budget:,} does not pay for the least ranks ({round_to}) of {len(targets)} linears, which "
@@ -120,10 +120,6 @@ def _role(name: str) -> str | None:
     return next((role for ending, role in ROLES.items() if name.endswith(ending)), None)
 
 
-def _price(target: Target, rank: int, costs: Mapping[str, int]) -> int:
-    return costs[target.name] * target.factor_params(rank) // (target.in_features + target.out_features)
-
-
 def _rounded(
     targets: Sequence[Target],
     shares: Mapping[str, float],
@@ -134,7 +130,10 @@ def _rounded(
 ) -> Ranks:
     """Multiples of ``round_to`` or dense; what is left over goes to those that rounding took most from, a step each."""
     prices = {
-        t.name: [*(_price(t, rank, costs) for rank in range(round_to, t.break_even_rank + 1, round_to)), dense[t.name]]
+        t.name: [
+            *(factor_cost(t, rank, costs[t.name]) for rank in range(round_to, t.break_even_rank + 1, round_to)),
+            dense[t.name],
+        ]
         for t in targets
     }
     # A share that is a price but for its last bits buys what has that price.

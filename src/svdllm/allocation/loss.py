@@ -24,10 +24,7 @@ def predicted_losses(energies_K: Tensor, rank: int, divergence: float) -> Tensor
 def loss_choices(target: Target, losses: Tensor, cost_of_rank: int, round_to: int) -> list[Choice]:
     """Multiples of ``round_to`` below break-even, and dense."""
     ranks = range(round_to, target.break_even_rank + 1, round_to)
-    size = target.in_features + target.out_features
-    factorised = [
-        Choice(rank, cost_of_rank * target.factor_params(rank) // size, float(losses[rank])) for rank in ranks
-    ]
+    factorised = [Choice(rank, factor_cost(target, rank, cost_of_rank), float(losses[rank])) for rank in ranks]
     return [*factorised, Choice(None, dense_cost(target, cost_of_rank), 0.0)]
 
 
@@ -49,6 +46,11 @@ def loss_ranks(
     """
     choices = {t.name: loss_choices(t, losses[t.name], costs[t.name], round_to) for t in targets}
     return solve(choices, budget)
+
+
+def factor_cost(target: Target, rank: int, cost_of_rank: int) -> int:
+    """Of a rank's factors, with the bias that a correction adds; in the unit of ``cost_of_rank``."""
+    return cost_of_rank * target.factor_params(rank) // (target.in_features + target.out_features)
 
 
 def dense_cost(target: Target, cost_of_rank: int) -> int:

@@ -153,8 +153,9 @@ def markdown(state: dict[str, Any], texts: list[str]) -> str:
     head = ["variant", "ratio", *(f"{text} ({dense[text]['perplexity']:.2f})" for text in texts)]
     head += ["ln(ppl / dense)", "parameters", "left dense", "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, rows in state["variants"].items():
-        for row in rows:
+    known = [*VARIANTS, *(name for name in state["variants"] if name not in VARIANTS)]
+    for name in known:
+        for row in state["variants"].get(name, []):
             cells = [name, f"{row['ratio']:.0%}"]
             for text in texts:
                 found = row["texts"][text]

@@ -12,6 +12,7 @@ from torch import Tensor
 from families import tiny_model
 from svdllm import CompressionResult, Recipe, compress
 from svdllm.config import PLAIN
+from svdllm.structure import Target
 
 TEXT = " ".join(f"the quick brown fox {n} jumps over the lazy dog and {n * 7 % 13} more." for n in range(400))
 
@@ -48,3 +49,16 @@ def digests(folder: Path, skip: tuple[str, ...] = ("svdllm/report.json",)) -> di
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     named = {path.relative_to(folder).as_posix(): path for path in files}
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in named.items() if name not in skip}
+
+
+def target(out_features: int, in_features: int, name: str = "linear", group: str | None = None) -> Target:
+    """A linear of a made-up model."""
+    return Target(
+        name=name,
+        block=0,
+        in_features=in_features,
+        out_features=out_features,
+        has_bias=False,
+        is_conv1d=False,
+        group=group or name,
+    )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from runs import target
 from svdllm.allocation.effective_rank import SHIFT, effective_rank, effective_ranks
 from svdllm.allocation.knapsack import Choice, Solution, solve
 from svdllm.allocation.uniform import uniform_ranks
@@ -20,18 +21,6 @@ from svdllm.errors import InputError
 from svdllm.structure import Target
 
 Choices = dict[str, list[Choice]]
-
-
-def target(out_features: int, in_features: int, name: str, group: str | None = None) -> Target:
-    return Target(
-        name=name,
-        block=0,
-        in_features=in_features,
-        out_features=out_features,
-        has_bias=False,
-        is_conv1d=False,
-        group=group or name,
-    )
 
 
 def size(linear: Target) -> int:

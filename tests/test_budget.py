@@ -16,22 +16,16 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from families import tiny_config, tiny_model
+from runs import target
 from svdllm.allocation import Evidence, Probe, fill_budget, uniform_rank, uniform_ranks
 from svdllm.allocation.uniform import exact_floor
-from svdllm.budget import (
-    choose_ranks,
-    compressed_tensors,
-    file_bytes,
-    num_params,
-    shard_names,
-    stored_tensors,
-    tensor_bytes,
-)
+from svdllm.budget import choose_ranks
 from svdllm.config import PLAIN, Recipe
 from svdllm.errors import InputError
+from svdllm.layout import compressed_tensors, file_bytes, num_params, shard_names, stored_tensors, tensor_bytes
 from svdllm.modeling import low_rank_config, register_all
 from svdllm.source import build_skeleton, open_source
-from svdllm.structure import Structure, Target, bias_corrected, discover
+from svdllm.structure import Structure, bias_corrected, discover
 
 register_all()
 
@@ -42,18 +36,6 @@ def plain(**settings: Any) -> Recipe:
 
 def ranks_of(*args: Any) -> dict[str, int]:
     return choose_ranks(*args).ranks
-
-
-def target(out_features: int, in_features: int, name: str = "linear") -> Target:
-    return Target(
-        name=name,
-        block=0,
-        in_features=in_features,
-        out_features=out_features,
-        has_bias=False,
-        is_conv1d=False,
-        group=name,
-    )
 
 
 def made_up(

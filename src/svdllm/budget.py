@@ -1,14 +1,10 @@
-"""From a budget to ranks, and the exact accounting of what a compressed model holds: tensors, parameters, bytes."""
+"""From a budget to ranks."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import floor
-
-import torch
-from transformers import PreTrainedModel
 
 from svdllm.allocation import (
     Allocation,
@@ -26,89 +22,8 @@ from svdllm.allocation import (
 )
 from svdllm.config import Recipe
 from svdllm.errors import InputError
-from svdllm.source import Source
+from svdllm.layout import Tensors, compressed_tensors, elastic_tensors, file_bytes, num_params, tensor_bytes
 from svdllm.structure import Structure, Target, matches
-
-Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and dtype
-
-# A shard is held in memory while it is written.
-SHARD_BYTES = 2 * 10**9
-
-# The dtypes of safetensors, in the order in which its writer lays tensors out.
-_CODES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
-def stored_tensors(source: Source, skeleton: PreTrainedModel) -> Tensors:
-    """What the source's files hold, or would hold if only its config is known (tied tensors once)."""
-    if source.weights is not None:
-        return {name: source.weights.shape_and_dtype(name) for name in source.weights.names()}
-    tied = set(getattr(skeleton, "all_tied_weights_keys", None) or ())
-    return {
-        name: (tuple(tensor.shape), source.dtype if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in skeleton.state_dict().items()
-        if name not in tied
-    }
-
-
-def compressed_tensors(stored: Tensors, targets: Sequence[Target], ranks: Mapping[str, int]) -> Tensors:
-    """What the compressed model's files hold: ``weight`` becomes ``svd_v.weight`` and ``svd_u.weight``."""
-    by_name = {target.name: target for target in targets}
-    result: Tensors = {}
-    for name, (shape, dtype) in stored.items():
-        owner, _, leaf = name.rpartition(".")
-        if owner not in ranks:
-            result[name] = (shape, dtype)
-        elif leaf == "weight":
-            target, rank = by_name[owner], ranks[owner]
-            result[f"{owner}.svd_v.weight"] = ((rank, target.in_features), dtype)
-            result[f"{owner}.svd_u.weight"] = ((target.out_features, rank), dtype)
-            if target.added_params:
-                result[f"{owner}.svd_u.bias"] = ((target.out_features,), dtype)
-        else:
-            result[f"{owner}.svd_u.{leaf}"] = (shape, dtype)
-    return result
-
-
-def num_params(tensors: Tensors) -> int:
-    """Floating-point values; what transformers' ``num_parameters`` counts for models without stored buffers."""
-    return sum(torch.Size(shape).numel() for shape, dtype in tensors.values() if dtype.is_floating_point)
-
-
-def tensor_bytes(tensors: Tensors, names: Sequence[str] | None = None) -> int:
-    chosen = tensors if names is None else {name: tensors[name] for name in names}
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in chosen.values())
-
-
-def shard_names(tensors: Tensors, limit: int = SHARD_BYTES) -> list[list[str]]:
-    """The names of each shard, in order; the factors of a target stay together."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for unit in _units(tensors):
-        unit_bytes = tensor_bytes(tensors, unit)
-        if shards[-1] and size + unit_bytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].extend(unit)
-        size += unit_bytes
-    return shards
-
-
-def file_bytes(tensors: Tensors, limit: int = SHARD_BYTES) -> int:
-    """Exact size of the safetensors files, headers included."""
-    return sum(_header_bytes(tensors, names) + tensor_bytes(tensors, names) for names in shard_names(tensors, limit))
 
 
 def choose_ranks(recipe: Recipe, structure: Structure, stored: Tensors, evidence: Evidence | None = None) -> Allocation:
@@ -150,13 +65,6 @@ def spare_ranks(recipe: Recipe, structure: Structure, ranks: Mapping[str, int]) 
     overridden = _overrides(recipe, structure.targets)
     spare = {t.name: t.break_even_rank // recipe.round_to * recipe.round_to for t in structure.targets}
     return {name: rank for name, rank in spare.items() if rank and name not in ranks and name not in overridden}
-
-
-def elastic_tensors(structure: Structure, stored: Tensors, spare: Mapping[str, int]) -> Tensors:
-    """What the elastic files hold: the energies of every target, and factors of the ``spare`` ranks."""
-    energies: Tensors = {f"{t.name}.energies": ((t.full_rank,), torch.float64) for t in structure.targets}
-    dense = {f"{name}.weight": stored[f"{name}.weight"] for name in spare}
-    return energies | compressed_tensors(dense, structure.targets, spare)
 
 
 def elastic_bytes(recipe: Recipe, structure: Structure, stored: Tensors, ranks: Mapping[str, int], known: bool) -> int:
@@ -330,28 +238,3 @@ def _require_ranks_above_zero(ranks: Ranks, targets: Sequence[Target], recipe: R
             f"The budget leaves rank 0{rounding} for {len(empty)} linears, for instance {worst.name} "
             f"({worst.out_features} x {worst.in_features}): {advice}."
         )
-
-
-def _units(tensors: Tensors) -> list[list[str]]:
-    units: list[list[str]] = []
-    for name in tensors:
-        pair = name.removesuffix(".svd_u.weight") + ".svd_v.weight"
-        if name.endswith(".svd_u.weight") and units and units[-1] == [pair]:
-            units[-1].append(name)
-        else:
-            units.append([name])
-    return units
-
-
-def _header_bytes(tensors: Tensors, names: Sequence[str]) -> int:
-    """Length of a safetensors header: the format pads the JSON to a multiple of eight."""
-    order = list(_CODES)
-    names_by_layout = sorted(names, key=lambda name: (order.index(tensors[name][1]), name))
-    entries, offset = {}, 0
-    for name in names_by_layout:
-        shape, dtype = tensors[name]
-        end = offset + torch.Size(shape).numel() * dtype.itemsize
-        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"))
-    return 8 + -(-len(text.encode()) // 8) * 8

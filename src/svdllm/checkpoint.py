@@ -19,21 +19,21 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from svdllm.analysis import Analysis, FinalFactors
-from svdllm.budget import (
+from svdllm.budget import spare_ranks
+from svdllm.config import Recipe
+from svdllm.elastic import ELASTIC_STEM, ElasticIndex
+from svdllm.errors import CheckpointError, InputError, NumericalError
+from svdllm.layout import (
     SHARD_BYTES,
     Tensors,
     compressed_tensors,
     elastic_tensors,
     shard_names,
-    spare_ranks,
     stored_tensors,
     tensor_bytes,
 )
-from svdllm.config import Recipe
-from svdllm.elastic import ELASTIC_STEM, ElasticIndex
-from svdllm.errors import CheckpointError, InputError, NumericalError
 from svdllm.linalg import corrected_bias, factorise
-from svdllm.modeling import FORMAT_VERSION, family_classes, low_rank_config, write_hashes
+from svdllm.modeling import FORMAT_VERSION, HASHES_FILE, family_classes, low_rank_config, write_hashes
 from svdllm.modeling.lowrank import sha256_of
 from svdllm.plan import Plan, resolve_device
 from svdllm.progress import Reporter
@@ -300,6 +300,15 @@ def _copy_companions(folder: Path, source: Source, tokenizer: Any) -> None:
         )
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def copy_companions(folder: Path, partial: Path) -> None:
+    """Of a checkpoint to one made of it: code, tokenizer and whatever else was written beside the weights, by the hashes."""
+    hashed = json.loads((folder / HASHES_FILE).read_text(encoding="utf-8"))["files"]
+    weights = {path.name for path in weight_files(folder)}
+    for name in hashed:
+        if "/" not in name and name not in weights and name != "config.json" and not name.endswith(".index.json"):
+            shutil.copyfile(folder / name, partial / name)
 
 
 def _write_reference(folder: Path, config: PreTrainedConfig, device: torch.device) -> None:

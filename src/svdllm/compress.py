@@ -22,7 +22,7 @@ from svdllm.checkpoint import REPORT_FILE, write_checkpoint
 from svdllm.config import Recipe
 from svdllm.data import TokenWindows, calibration_windows, check_source
 from svdllm.errors import InputError, ResourceError, SvdllmError
-from svdllm.memory import device_peak_bytes, peak_bytes
+from svdllm.memory import device_peak_bytes, is_out_of_memory, peak_bytes
 from svdllm.methods import METHODS
 from svdllm.plan import Plan, calibration_warnings, look_at, plans_of, resolve_device, resolve_dtype
 from svdllm.probing import probe, probe_ids, probe_tokens
@@ -177,8 +177,8 @@ class _Run:
         new = not self.work.exists()
         try:
             yield
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
             raise ResourceError(
                 f"Out of memory ({str(error).splitlines()[0][:200]}). Finished blocks are kept: the same command goes "
@@ -441,7 +441,3 @@ def _check_windows(windows: TokenWindows, source: Source) -> None:
             f"The calibration tokens go from {int(windows.ids.min())} to {int(windows.ids.max())}, the vocabulary of "
             f"{source.name} has {config.vocab_size} entries: the tokenizer does not belong to the model."
         )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

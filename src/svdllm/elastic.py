@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from svdllm.allocation import Probe
-from svdllm.budget import Tensors
 from svdllm.errors import CheckpointError, InputError, first_line
+from svdllm.layout import Tensors
 
 ELASTIC_FILE = "svdllm/elastic.json"
 ELASTIC_STEM = "svdllm/elastic"  # of the safetensors files

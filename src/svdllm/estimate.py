@@ -7,8 +7,8 @@ import time
 import torch
 from transformers import PreTrainedModel
 
-from svdllm.budget import SHARD_BYTES, Tensors, file_bytes, shard_names, tensor_bytes
 from svdllm.config import Recipe
+from svdllm.layout import SHARD_BYTES, Tensors, file_bytes, shard_names, tensor_bytes
 from svdllm.memory import available_bytes, resident_bytes
 from svdllm.methods import METHODS
 from svdllm.probing import WINDOW as PROBE_WINDOW

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from svdllm.budget import Tensors
 from svdllm.checkpoint import write_shards
 from svdllm.errors import CheckpointError, InputError
+from svdllm.layout import Tensors
 from svdllm.modeling import HASHES_FILE, compare_hashes
 from svdllm.modeling.factory import base_classes
 from svdllm.source import build_skeleton, companion_files, load_config

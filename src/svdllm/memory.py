@@ -50,3 +50,9 @@ def available_bytes() -> int | None:
 def device_peak_bytes(device: torch.device) -> int:
     """Highest memory of an accelerator since the process began; 0 for the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, also one of torch's CPU allocator, says that memory is short."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and "allocate memory" in str(error))

@@ -10,10 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from svdllm.allocation import Evidence
-from svdllm.budget import choose_ranks, compressed_tensors, elastic_bytes, file_bytes, num_params, stored_tensors
+from svdllm.budget import choose_ranks, elastic_bytes
 from svdllm.config import Recipe
 from svdllm.errors import InputError
 from svdllm.estimate import Needs
+from svdllm.layout import compressed_tensors, file_bytes, num_params, stored_tensors
 from svdllm.methods import METHODS
 from svdllm.source import Source, build_skeleton, open_config
 from svdllm.statistics import Gram

@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from svdllm.allocation import Evidence
-from svdllm.budget import Tensors, compressed_tensors, spare_ranks
-from svdllm.checkpoint import RECIPE_FILE, finish_checkpoint, read_report, report_of, write_shards
+from svdllm.budget import spare_ranks
+from svdllm.checkpoint import RECIPE_FILE, copy_companions, finish_checkpoint, read_report, report_of, write_shards
 from svdllm.config import Recipe, load_settings, make_recipe
 from svdllm.elastic import ELASTIC_STEM, ElasticIndex, SlicedTensors, TensorFiles
 from svdllm.errors import CheckpointError, InputError
 from svdllm.export import dense_config
+from svdllm.layout import Tensors, compressed_tensors
 from svdllm.memory import device_peak_bytes, peak_bytes
 from svdllm.modeling import HASHES_FILE, compare_hashes, family_classes
 from svdllm.plan import Plan, make_plan
@@ -73,7 +74,7 @@ def slice_checkpoint(
         with reporter.stage("write", 1):
             (partial / "svdllm").mkdir(parents=True)
             write_shards(partial, cut.tensors, cut.layout)
-            _copy_companions(cut.folder, partial)
+            copy_companions(cut.folder, partial)
             (partial / "config.json").write_text(
                 json.dumps(cut.config_fields, indent=2, sort_keys=True) + "\n", encoding="utf-8"
             )
@@ -265,12 +266,3 @@ def _require_nested(
             "best ranks of a smaller size are nearly always less than those of a larger one, here they are not; use a clearly "
             "larger ratio, or compress at this one."
         )
-
-
-def _copy_companions(folder: Path, partial: Path) -> None:
-    """Code, tokenizer and whatever else was written beside the weights, by the hashes: not what others put there."""
-    hashed = json.loads((folder / HASHES_FILE).read_text(encoding="utf-8"))["files"]
-    weights = {path.name for path in weight_files(folder)}
-    for name in hashed:
-        if "/" not in name and name not in weights and name != "config.json" and not name.endswith(".index.json"):
-            shutil.copyfile(folder / name, partial / name)

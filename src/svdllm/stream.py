@@ -21,33 +21,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 from transformers import PreTrainedModel
 
 from svdllm.errors import NumericalError, UnsupportedModelError
-from svdllm.structure import Structure, replaced, to_device
+from svdllm.resident import resident
+from svdllm.stand_ins import Call, Recorder, Replay
+from svdllm.structure import Structure, replaced
 from svdllm.weights import Weights, save_tensors
-
-
-@dataclass(frozen=True)
-class Call:
-    """How a block is called for one batch, the hidden states apart."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    hidden_by_name: bool
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        kwargs = to_device(self.kwargs, hidden.device)
-        args = to_device(self.args, hidden.device)
-        output = block(hidden_states=hidden, **kwargs) if self.hidden_by_name else block(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-    def same_as(self, other: Call) -> bool:
-        """Equal by value, so that one copy can serve both."""
-        ours, our_shape = tree_flatten((self.args, self.kwargs))
-        theirs, their_shape = tree_flatten((other.args, other.kwargs))
-        return our_shape == their_shape and all(map(_same, ours, theirs))
 
 
 class HiddenStates:
@@ -152,17 +132,13 @@ class Walk:
     def head(self) -> Iterator[Callable[[slice, Tensor], Tensor]]:
         """What follows the blocks, loaded: a function of windows and their last hidden states that gives logits."""
         blocks = self.structure.blocks
-        last = _Replay(self.skeleton.get_submodule(blocks[-1]), self.structure.returns_tuple[-1])
-        others = {
-            name: _Recorder(self.skeleton.get_submodule(name), returns_tuple)
-            for name, returns_tuple in zip(blocks[:-1], self.structure.returns_tuple[:-1], strict=True)
-        }
+        last = Replay(self.skeleton.get_submodule(blocks[-1]), self.structure.returns_tuple[-1])
 
         def logits_of(windows: slice, hidden: Tensor) -> Tensor:
             last.replay(hidden)
             return self.skeleton(input_ids=self.ids[windows].to(self.device), use_cache=False).logits
 
-        with self._outside_resident(everything=True), replaced(self.skeleton, {**others, blocks[-1]: last}):
+        with self._outside_resident(everything=True), replaced(self.skeleton, {**self._recorders(), blocks[-1]: last}):
             yield logits_of
 
     def _finite_gradient(self, hidden: Tensor, where: str) -> Tensor:
@@ -176,11 +152,8 @@ class Walk:
 
     def _skeleton_pass(self) -> None:
         self.calls = []
-        recorders = {
-            name: _Recorder(self.skeleton.get_submodule(name), returns_tuple)
-            for name, returns_tuple in zip(self.structure.blocks, self.structure.returns_tuple, strict=True)
-        }
-        with self._outside_resident(everything=False), replaced(self.skeleton, dict(recorders)), torch.no_grad():
+        recorders = self._recorders()
+        with self._outside_resident(everything=False), replaced(self.skeleton, recorders), torch.no_grad():
             for batch in self.batches:
                 self.skeleton.base_model(input_ids=self.ids[batch].to(self.device), use_cache=False)
                 recorded = list(recorders.values())
@@ -191,6 +164,10 @@ class Walk:
                 if self.compressed is not None:
                     self.compressed.tensor[batch] = first.cpu()
                 self.calls.append(self._shared([recorder.call for recorder in recorded]))
+
+    def _recorders(self) -> dict[str, Recorder]:
+        blocks = zip(self.structure.blocks, self.structure.returns_tuple, strict=True)
+        return {name: Recorder(self.skeleton.get_submodule(name), returns_tuple) for name, returns_tuple in blocks}
 
     def _make_room(self, hidden_size: int) -> None:
         shape = (self.ids.shape[1], hidden_size)
@@ -299,96 +276,3 @@ class _Reached(Exception):
 
     def __init__(self, inputs: Tensor):
         self.inputs = inputs
-
-
-@contextmanager
-def resident(
-    module: nn.Module,
-    prefix: str,
-    weights: Weights,
-    device: torch.device,
-    dtype: torch.dtype,
-    skip: tuple[str, ...] = (),
-):
-    """A module on the meta device has its weights while the context lasts (floating ones cast to ``dtype``)."""
-    stored = set(weights.names())
-    places = []
-    for owner, child in module.named_modules(prefix=prefix):
-        for leaf, tensor in [*child._parameters.items(), *child._buffers.items()]:
-            name = f"{owner}.{leaf}" if owner else leaf
-            if tensor is not None and not name.startswith(skip or ("\0",)):
-                places.append((child, leaf, tensor, name))
-    try:
-        for child, leaf, tensor, name in places:
-            if name in stored:
-                value = weights.get(name)
-                value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
-                _put(child, leaf, value)
-            elif not tensor.is_meta:
-                _put(child, leaf, tensor.to(device))
-        yield module
-    finally:
-        for child, leaf, tensor, _ in places:
-            if leaf in child._parameters:
-                child._parameters[leaf] = tensor
-            else:
-                child._buffers[leaf] = tensor
-
-
-class _StandIn(nn.Module):
-    """Stands in the place of a block; whatever else the model asks of the block is answered by the block."""
-
-    def __init__(self, block: nn.Module, returns_tuple: bool):
-        super().__init__()
-        self.__dict__["block"] = block  # not a submodule: its weights are not ours
-        self.returns_tuple = returns_tuple
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"], name)
-
-    def wrapped(self, hidden: Tensor) -> Any:
-        return (hidden, None) if self.returns_tuple else hidden
-
-
-class _Recorder(_StandIn):
-    """Keeps what its block is called with and hands the hidden states on unchanged."""
-
-    hidden: Tensor
-    call: Call
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        by_name = not args
-        self.hidden = kwargs.pop("hidden_states") if by_name else args[0]
-        self.call = Call(args[1:], kwargs, by_name)
-        return self.wrapped(self.hidden)
-
-
-class _Replay(_StandIn):
-    """Answers with hidden states computed before."""
-
-    def replay(self, hidden: Tensor) -> None:
-        self.__dict__["replayed"] = hidden
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = args[0] if args else kwargs["hidden_states"]
-        return self.wrapped(self.__dict__["replayed"].to(given.device))
-
-
-def _put(module: nn.Module, leaf: str, value: Tensor) -> None:
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-    else:
-        module._buffers[leaf] = value
-
-
-def _same(ours: Any, theirs: Any) -> bool:
-    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
-        return ours is theirs or (
-            ours.shape == theirs.shape and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-        )
-    if isinstance(ours, Tensor) or isinstance(theirs, Tensor):
-        return False
-    return ours is theirs or ours == theirs

@@ -6,7 +6,7 @@ Everything here works on a *skeleton*: the model on the meta device, whose param
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -180,7 +180,7 @@ def input_groups(linears: Sequence[tuple[str, nn.Module]], on_input: Callable[[s
 
 
 @contextmanager
-def replaced(model: nn.Module, replacements: dict[str, nn.Module]):
+def replaced(model: nn.Module, replacements: Mapping[str, nn.Module]):
     """Other modules stand in the place of the named ones while the context lasts."""
     originals = {name: model.get_submodule(name) for name in replacements}
     try:

@@ -19,6 +19,7 @@ from svdllm.export import export_dense
 from svdllm.modeling import register_all
 from svdllm.plan import Plan, plan
 from svdllm.records import CompressionResult
+from svdllm.recover import Recovery, RecoveryResult, recover
 from svdllm.slicing import slice_checkpoint
 from svdllm.verify import verify
 from svdllm.version import __version__
@@ -33,6 +34,8 @@ __all__ = [
     "Perplexity",
     "Plan",
     "Recipe",
+    "Recovery",
+    "RecoveryResult",
     "ResourceError",
     "SvdllmError",
     "UnsupportedModelError",
@@ -43,6 +46,7 @@ __all__ = [
     "load_model",
     "perplexity",
     "plan",
+    "recover",
     "slice_checkpoint",
     "verify",
 ]

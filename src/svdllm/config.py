@@ -220,7 +220,7 @@ def make_recipe(settings: dict[str, Any], origin: str = "the settings") -> Recip
     try:
         return Recipe(**settings)
     except ValidationError as error:
-        raise InputError(f"{origin}: {_problems(error)}") from error
+        raise InputError(f"{origin}: {problems_of(error)}") from error
 
 
 def load_settings(path: str | Path) -> dict[str, Any]:
@@ -289,7 +289,7 @@ def parse_amount(text: str, *, what: str, bytes_allowed: bool) -> int:
     return amount
 
 
-def _problems(error: ValidationError) -> str:
+def problems_of(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         where = ".".join(

@@ -12,6 +12,8 @@ from svdllm.demo import DemoResult
 from svdllm.evaluate import ModelPerplexity
 from svdllm.plan import Plan
 from svdllm.records import CompressionResult
+from svdllm.recover import RecoveryResult
+from svdllm.report.card import recovery_text
 
 Titled = tuple[str, list[Table]]  # a line of its own, never cut or wrapped, and what stands below it
 
@@ -96,6 +98,28 @@ def perplexity_table(rows: list[ModelPerplexity]) -> Table:
     return table
 
 
+def recovery_table(result: RecoveryResult) -> Titled:
+    """What a recovery did, and perplexity before, after and of the dense model."""
+    table = _summary()
+    table.add_row("method", ", ".join(result.settings.methods))
+    table.add_row("tokens", f"{result.tokens:,} in {sum(stage.steps for stage in result.stages):,} steps")
+    for stage in result.stages:
+        trained = f"{count(stage.trained_params)} parameters, {duration(stage.seconds)}"
+        ends = f", loss {stage.losses[0][1]:.3f} -> {stage.losses[-1][1]:.3f}" if stage.losses else ""
+        table.add_row(stage.stage, f"{trained}{ends}")
+    table.add_row("peak memory", size(result.peak_ram_bytes))
+    measured = Table(header_style="bold")
+    for column in ("text", "model", "perplexity", "s.e.", "tokens"):
+        measured.add_column(column, justify="left" if column in ("text", "model") else "right")
+    for text, rows in result.perplexity.items():
+        for name in ("before", "after", "teacher"):
+            if name in rows:
+                row = rows[name]
+                stderr = "" if row.stderr is None else f"{row.stderr:.2f}"
+                measured.add_row(text, name, f"{row.perplexity:.2f}", stderr, f"{row.num_tokens:,}")
+    return str(result.output_dir), [table, measured] if result.perplexity else [table]
+
+
 def demo_table(result: DemoResult) -> Table:
     """Dense, plain SVD, SVD-LLM as published and the default preset side by side."""
     table = Table(title="SmolLM2-135M-Instruct on held-out Python documentation", header_style="bold")
@@ -136,6 +160,8 @@ def report_table(report: dict[str, Any]) -> Titled:
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     for warning in report["warnings"]:
         table.add_row("warning", warning)
+    for entry in report.get("recovery", []):
+        table.add_row("trained", recovery_text(entry))
     return f"{source['model']}, compressed", [table]
 
 

@@ -64,6 +64,25 @@ def documents_of_spec(spec: Spec, *, evaluation: bool, offline: bool) -> Documen
     raise TypeError(f"a {MixtureSpec.__name__} has no documents of its own")
 
 
+def rows_of_spec(spec: Spec, *, offline: bool) -> list[dict[str, Any]]:
+    """All columns of a file or data set with rows; none for plain text.
+
+    Raises:
+        InputError: the file or the dataset cannot be read.
+    """
+    if isinstance(spec, HubSpec):
+        require_extra("datasets", f"the data set '{spec.repo}'")
+        return list(_load_dataset(spec, spec.split or "train", offline=offline))
+    if not isinstance(spec, FileSpec) or spec.path.suffix.lower() in TEXT_SUFFIXES:
+        return []
+    if spec.path.suffix.lower() == ".parquet":
+        require_extra("pyarrow", f"reading {spec.path}")
+        from pyarrow import parquet
+
+        return parquet.read_table(spec.path).to_pylist()
+    return _json_rows(spec.path, whole_file_may_be_a_list=spec.path.suffix.lower() == ".json")
+
+
 # ---- files
 
 

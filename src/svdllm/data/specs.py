@@ -184,10 +184,10 @@ def check_token_tensor(ids: Tensor) -> None:
         raise InputError(f"token ids must not be negative, found {int(ids.min())}: remove padding such as -100")
 
 
-def require_extra(package: str, needed_for: str) -> None:
-    """``package`` of the extra ``data`` can be imported."""
+def require_extra(package: str, needed_for: str, extra: str = "data") -> None:
+    """``package`` of an extra of ours can be imported."""
     if importlib.util.find_spec(package) is None:
-        raise InputError(f"{needed_for} needs the package '{package}': pip install 'svdllm[data]'")
+        raise InputError(f"{needed_for} needs the package '{package}': pip install 'svdllm[{extra}]'")
 
 
 def _check_extras(spec: Spec) -> None:

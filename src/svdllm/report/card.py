@@ -29,6 +29,9 @@ This checkpoint is elastic: any ratio R from {recipe["ratio"]} can be made of it
 calibration text, by `svdllm slice FOLDER --ratio R -o SMALLER`, or loaded by `svdllm.load_model("FOLDER", ratio=R)`.
 The files `svdllm/elastic*` are for this only.
 """
+    trained = "It was not trained after compression."
+    if history := report.get("recovery"):
+        trained = "After compression it was trained: " + "; ".join(map(recovery_text, history)) + "."
     streams = "compressed" if recipe["calibration_mode"] == "sequential" else "dense"
     worst = sorted(factorised, key=lambda row: row["kept_energy"])[:5]
     worst_rows = "\n".join(
@@ -52,7 +55,7 @@ tags: [svdllm, low-rank, compression]
 | weight files | {report["dense_file_bytes"] / 1e6:,.1f} MB | {report["file_bytes"] / 1e6:,.1f} MB |
 | parameters of the linears removed | | {report["ratio"]:.2%} |
 
-It was not trained after compression. Measure its quality on your own text before you use it:
+{trained} Measure its quality on your own text before you use it:
 `svdllm eval FOLDER --base ORIGINAL --ppl your-text.txt`.
 
 ## Load
@@ -83,3 +86,10 @@ The layers that lost most (share of the output's energy kept over the calibratio
 |---|---|---|---|
 {worst_rows}
 """
+
+
+def recovery_text(entry: dict[str, Any]) -> str:
+    """One line on a recovery: methods, tokens and data."""
+    settings = entry["settings"]
+    texts = sorted({examples["source"] for examples in entry["examples"].values()})
+    return f"{', '.join(settings['methods'])} on {entry['tokens']:,} tokens of {', '.join(texts) or settings['data']}"

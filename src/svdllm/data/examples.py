@@ -1,0 +1,187 @@
+"""Training examples: instructions with their answers, chats, or plain text cut into windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from svdllm.data.sources import documents_of_spec, rows_of_spec
+from svdllm.data.specs import DocsSpec, MixtureSpec, NamedSet, parse_spec
+from svdllm.data.tokens import token_stream
+from svdllm.errors import InputError
+
+TEMPLATES = ("alpaca", "chat")
+NO_LABEL = -100  # what transformers' losses leave out
+INSTRUCTION = ("instruction", "output")
+COMPLETION = ("prompt", "completion")
+# The prompt that the Alpaca data were written for, and models are compared by.
+ALPACA_HEAD = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
+)
+ALPACA_INPUT = ", paired with an input that provides further context"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """``rows``: (input_ids, labels), both (length,) int64 and no longer than ``seqlen``; labels are not shifted."""
+
+    rows: list[tuple[Tensor, Tensor]]
+    source: str
+    kind: str  # instructions, chats or text
+    left_out: int = 0  # examples of which no label is within seqlen
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(ids) for ids, _ in self.rows)
+
+
+def training_examples(
+    source: str,
+    tokenizer: Any,
+    *,
+    seqlen: int,
+    template: str = "alpaca",
+    completions_only: bool = True,
+    packing: bool = False,
+    offline: bool = False,
+) -> Examples:
+    """The examples of a source, in its order.
+
+    Rows with ``instruction`` and ``output`` (and ``input``), or ``prompt`` and ``completion``, become a prompt by the
+    template and an answer; rows with ``messages`` are chats, of which the last message is the answer. All else is
+    text: one stream, cut into windows of ``seqlen`` without overlap.
+
+    Raises:
+        InputError: the source cannot be read, a row lacks a field, or nothing is left to train on.
+    """
+    spec = parse_spec(source)
+    if isinstance(spec, MixtureSpec):
+        raise InputError(f"'{source}' is a mixture; training by examples takes one source at a time")
+    rows = [] if isinstance(spec, NamedSet | DocsSpec) else rows_of_spec(spec, offline=offline)
+    kind = _kind_of(rows)
+    if kind is None:
+        return _windows(spec, tokenizer, seqlen, offline)
+    pairs = (_pair(row, f"{source}, row {index}", template, tokenizer) for index, row in enumerate(rows))
+    encoded = [_encoded(pair, tokenizer, completions_only) for pair in pairs]
+    if packing:
+        kept = list(_packed(encoded, seqlen))
+    else:
+        kept = [(ids[:seqlen], labels[:seqlen]) for ids, labels in encoded]
+    kept = [(ids, labels) for ids, labels in kept if bool((labels[1:] != NO_LABEL).any())]
+    if not kept:
+        raise InputError(
+            f"{source}: no answer begins within {seqlen} tokens, so there is nothing to learn; raise seqlen, or train on "
+            "everything"
+        )
+    left_out = 0 if packing else len(encoded) - len(kept)
+    return Examples(rows=kept, source=f"{source} ({len(rows)} rows)", kind=kind, left_out=left_out)
+
+
+def holds_examples(source: str, offline: bool = False) -> bool:
+    """Whether a source has instructions or chats, and not only text."""
+    spec = parse_spec(source)
+    if isinstance(spec, MixtureSpec | NamedSet | DocsSpec):
+        return False
+    return _kind_of(rows_of_spec(spec, offline=offline)) is not None
+
+
+def padded(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch: rows of unequal length, padded on the right where the model neither looks nor is judged."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": 0, "labels": NO_LABEL}
+    batch = {
+        name: torch.stack(
+            [torch.nn.functional.pad(row[name], (0, longest - len(row[name])), value=value) for row in rows]
+        )
+        for name, value in fill.items()
+    }
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    return batch | {"attention_mask": (torch.arange(longest) < lengths.unsqueeze(1)).long()}
+
+
+class _Pair(NamedTuple):
+    """Prompt and answer as text; of a chat, with its special tokens in it."""
+
+    prompt: str
+    answer: str
+    chat: bool = False
+
+
+def _kind_of(rows: Sequence[dict[str, Any]]) -> str | None:
+    if not rows:
+        return None
+    fields = set(rows[0])
+    if set(INSTRUCTION) <= fields or set(COMPLETION) <= fields:
+        return "instructions"
+    return "chats" if "messages" in fields else None
+
+
+def _pair(row: dict[str, Any], where: str, template: str, tokenizer: Any) -> _Pair:
+    if "messages" in row:
+        messages = row["messages"]
+        if not isinstance(messages, list) or len(messages) < 2 or messages[-1].get("role") != "assistant":
+            raise InputError(f"{where}: expected messages of which the last is the assistant's")
+        return _chat_pair(messages, where, tokenizer)
+    for field in INSTRUCTION if "instruction" in row else COMPLETION:
+        if not isinstance(row.get(field), str):
+            raise InputError(f"{where}: expected text in {field!r}, found {type(row.get(field)).__name__}")
+    if "prompt" in row and "instruction" not in row:
+        return _Pair(row["prompt"], row["completion"])
+    given = row.get("input") or ""
+    if template == "chat":
+        asked = f"{row['instruction']}\n\n{given}" if given else row["instruction"]
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+        return _chat_pair(messages, where, tokenizer)
+    context = f"\n\n### Input:\n{given}" if given else ""
+    head = ALPACA_HEAD.format(ALPACA_INPUT if given else "")
+    return _Pair(f"{head}\n\n### Instruction:\n{row['instruction']}{context}\n\n### Response:\n", row["output"])
+
+
+def _chat_pair(messages: list[Any], where: str, tokenizer: Any) -> _Pair:
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(f"{where}: the tokenizer has no chat template; use --template alpaca")
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    if not whole.startswith(prompt):
+        raise InputError(
+            f"{where}: with this chat template the prompt is no beginning of the whole chat, so its answer cannot be told "
+            "apart; use --template alpaca, or --train-on everything with plain text"
+        )
+    return _Pair(prompt, whole[len(prompt) :], chat=True)
+
+
+def _encoded(pair: _Pair, tokenizer: Any, completions_only: bool) -> tuple[Tensor, Tensor]:
+    """Ids of prompt and answer, tokenised apart so that the border is exact, and labels."""
+    head = tokenizer(pair.prompt, add_special_tokens=not pair.chat, return_attention_mask=False)["input_ids"]
+    tail = tokenizer(pair.answer, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    if eos is not None and not pair.chat:
+        head = head[:-1] if head[-1:] == [eos] else head  # a tokenizer that ends every text
+        tail = [*tail, eos]
+    ids = torch.tensor([*head, *tail], dtype=torch.int64)
+    labels = ids.clone()
+    if completions_only:
+        labels[: len(head)] = NO_LABEL
+    return ids, labels
+
+
+def _packed(encoded: Sequence[tuple[Tensor, Tensor]], seqlen: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Examples one after the other, cut into rows of exactly ``seqlen``; what is left at the end is dropped."""
+    ids = torch.cat([ids for ids, _ in encoded])
+    labels = torch.cat([labels for _, labels in encoded])
+    full = len(ids) // seqlen * seqlen
+    yield from zip(ids[:full].split(seqlen), labels[:full].split(seqlen), strict=True)
+
+
+def _windows(spec: Any, tokenizer: Any, seqlen: int, offline: bool) -> Examples:
+    documents = documents_of_spec(spec, evaluation=False, offline=offline)
+    stream = token_stream(documents, tokenizer)
+    full = len(stream) // seqlen * seqlen
+    if not full:
+        raise InputError(f"{documents.source} holds {len(stream)} tokens, one window needs {seqlen}: lower seqlen")
+    windows = stream[:full].split(seqlen)
+    return Examples(rows=[(window, window) for window in windows], source=documents.source, kind="text")

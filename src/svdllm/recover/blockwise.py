@@ -1,0 +1,114 @@
+"""Block by block: each compressed block is trained to hand on what the dense block hands on.
+
+The compressed block gets the inputs that the compressed model makes, the dense one those of the dense model. One block
+of each is in memory; finished blocks are files, so a killed run goes on with the next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
+
+from svdllm.analysis import save_atomically
+from svdllm.errors import NumericalError
+from svdllm.progress import Reporter
+from svdllm.recover.settings import Recovery
+from svdllm.stream import Block, Walk
+
+
+@dataclass(frozen=True)
+class BlockErrors:
+    """``||L(X) - L'(X')||^2 / ||L(X)||^2`` of one block, before and after training it."""
+
+    before: float
+    after: float
+
+
+def train_blocks(
+    dense: Walk, compressed: Walk, settings: Recovery, folder: Path, reporter: Reporter
+) -> tuple[dict[str, Tensor], list[BlockErrors]]:
+    """The trained tensors of all blocks, by name, and what was gained.
+
+    Both walks carry the same windows in the same batches.
+
+    Raises:
+        NumericalError: a loss is not finite; names the block.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    trained: dict[str, Tensor] = {}
+    errors = []
+    num_blocks = len(compressed.structure.blocks)
+    with reporter.stage("blockwise", num_blocks):
+        for ours, theirs in zip(compressed.blocks(), dense.blocks(), strict=True):
+            theirs.run()
+            file = folder / f"block-{ours.index:04d}.safetensors"
+            before = _error(ours, dense)
+            if file.is_file():
+                ours.module.load_state_dict(load_file(file), strict=False)
+            else:
+                _train_block(ours, dense, settings)
+                save_atomically(_parameters(ours.module), file)
+            errors.append(BlockErrors(before, _error(ours, dense)))
+            trained |= {
+                f"{ours.name}.{name}": tensor.cpu().clone() for name, tensor in _parameters(ours.module).items()
+            }
+            ours.run()
+            reporter.advance(ours.index + 1, num_blocks)
+            reporter.note(
+                f"block {ours.index + 1}/{num_blocks}: error {errors[-1].before:.4f} -> {errors[-1].after:.4f} of the output"
+            )
+    for walk in (dense, compressed):
+        walk.close()
+    return trained, errors
+
+
+def _train_block(block: Block, dense: Walk, settings: Recovery) -> None:
+    """All parameters of a block, norms included, by AdamW; the loss is relative, so one rate fits all blocks."""
+    walk = block.walk
+    parameters = [parameter.requires_grad_(True) for parameter in block.module.parameters()]
+    rate = settings.of("blockwise", "lr")
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=settings.weight_decay)
+    epochs, batches = round(settings.of("blockwise", "epochs")), walk.batches
+    steps = epochs * len(batches)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * steps), steps)
+    generator = torch.Generator().manual_seed(settings.seed + block.index)
+    scale = float(dense.hidden.tensor.float().pow(2).mean())
+    for _ in range(epochs):
+        for number in torch.randperm(len(batches), generator=generator).tolist():
+            inputs = walk.hidden.tensor[batches[number]].to(walk.device)
+            wanted = dense.hidden.tensor[batches[number]].to(walk.device)
+            with torch.enable_grad():
+                found = walk.calls[number][block.index].run(block.module, inputs)
+                loss = (found.float() - wanted.float()).pow(2).mean() / scale
+            loss.backward()
+            if not bool(torch.isfinite(loss)):
+                raise NumericalError(
+                    f"The loss is {float(loss)} in block {block.index} ({block.name}). Finished blocks are kept; start over "
+                    "with a lower --lr."
+                )
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+
+
+def _error(block: Block, dense: Walk) -> float:
+    walk = block.walk
+    lost = total = 0.0
+    for number, batch in enumerate(walk.batches):
+        wanted = dense.hidden.tensor[batch].float()
+        found = block.output_of(walk.hidden, number).cpu().float()
+        lost += float((found - wanted).double().pow(2).sum())
+        total += float(wanted.double().pow(2).sum())
+    return lost / total
+
+
+def _parameters(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}

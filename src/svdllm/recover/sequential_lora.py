@@ -1,0 +1,106 @@
+"""Algorithm 3, the sequential low-rank update: LoRA on one factor of every pair, merged, then on the other."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import set_seed
+
+from svdllm.errors import NumericalError
+from svdllm.progress import Reporter
+from svdllm.recover.record import TrainingRecord
+from svdllm.recover.settings import Recovery
+from svdllm.recover.training import train
+
+# Largest difference of logits between adapters and merged weights, as a share of the logits' spread.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+LOW_PRECISION_TOLERANCE = 5e-2
+
+
+def train_factors(
+    model: nn.Module,
+    factors: tuple[str, ...],
+    rows: Sequence[tuple[Tensor, Tensor]],
+    settings: Recovery,
+    folder: Path,
+    reporter: Reporter,
+) -> tuple[TrainingRecord, dict[str, Tensor]]:
+    """One stage: adapters on the given factors of every low-rank linear, trained and merged, in place; also the tensors it changed.
+
+    Raises:
+        NumericalError: the loss or a gradient is not finite; a merged model answers otherwise than with its adapters; or
+            a weight changed that was not trained.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    pattern = rf".*\.({'|'.join(factors)})"
+    set_seed(settings.seed)
+    before = _digests(model)
+    adapted: Any = get_peft_model(
+        model,  # type: ignore[arg-type]
+        LoraConfig(r=settings.r, lora_alpha=settings.alpha, target_modules=pattern, task_type="CAUSAL_LM"),  # type: ignore[arg-type]
+    )
+    if settings.gradient_checkpointing:
+        adapted.enable_input_require_grads()
+    record = train(adapted, rows, settings, "sequential-lora", f"lora {' and '.join(factors)}", folder, reporter)
+    example = rows[0][0].unsqueeze(0)
+    with_adapters = _logits(adapted, example)
+    dtype = next(model.parameters()).dtype
+    _to_float32(adapted)
+    adapted.merge_and_unload(safe_merge=True)
+    model.to(dtype).requires_grad_(False)
+    _require_same_answers(with_adapters, _logits(model, example), dtype)
+    changed = [name for name, digest in _digests(model).items() if before.get(name) != digest]
+    if foreign := [name for name in changed if not re.fullmatch(pattern + r"\.weight", name)]:
+        raise NumericalError(f"{foreign[0]} changed while only {' and '.join(factors)} were trained.")
+    state = model.state_dict()
+    return record, {name: state[name] for name in changed}
+
+
+def _to_float32(adapted: nn.Module) -> None:
+    """The factors below adapters: a sum in half precision would lose most of what was learnt."""
+    for module in adapted.modules():
+        if hasattr(module, "lora_A"):
+            module.base_layer.float()  # type: ignore[union-attr, operator]
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    device = next(model.parameters()).device
+    with _evaluating(model):
+        return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _require_same_answers(with_adapters: Tensor, merged: Tensor, dtype: torch.dtype) -> None:
+    difference = float((with_adapters - merged).abs().max() / with_adapters.std())
+    tolerance = TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE)
+    if not difference <= tolerance:
+        raise NumericalError(
+            f"The merged model's logits differ from those with adapters by {difference:.2e} of their spread, allowed are "
+            f"{tolerance:.0e}."
+        )
+
+
+def _digests(model: nn.Module) -> dict[str, bytes]:
+    """A hash of every tensor."""
+    return {
+        name: hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).digest()
+        for name, tensor in model.state_dict().items()
+    }

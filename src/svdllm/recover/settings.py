@@ -1,0 +1,81 @@
+"""What decides a recovery: complete, serialisable, stored in what the run makes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from svdllm.config import problems_of
+from svdllm.errors import InputError
+
+METHODS = ("sequential-lora", "blockwise", "distill")
+# Which factors each stage trains; joint is the paper's ablation (NFT).
+ORDERS = {"u-first": (("svd_u",), ("svd_v",)), "v-first": (("svd_v",), ("svd_u",)), "joint": (("svd_u", "svd_v"),)}
+# What a method takes where nothing is said. The first is the paper's (its batch, rank and rate).
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "sequential-lora": {"lr": 1e-4, "batch": 64, "seqlen": 256, "epochs": 1},
+    "blockwise": {"lr": 1e-4, "batch": 4, "seqlen": 512, "samples": 64, "epochs": 4},
+    "distill": {"lr": 2e-4, "batch": 4, "seqlen": 256, "steps": 200},
+}
+
+
+class Recovery(BaseModel):
+    """Settings of a recovery; keyword-only, frozen, unknown keys are errors. None is the method's own default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    methods: tuple[Literal["sequential-lora", "blockwise", "distill"], ...] = Field(
+        ("sequential-lora",), min_length=1, description="Run one after the other."
+    )
+    data: str = Field(description="Examples or text: a file, a hub data set or a named text.")
+    order: Literal["u-first", "v-first", "joint"] = Field(
+        "u-first", description="Which factor is trained first; joint trains both at once (sequential-lora)."
+    )
+    r: int = Field(8, ge=1, description="Rank of the LoRA adapters.")
+    alpha: float = Field(16, gt=0, description="Scale of the LoRA adapters: alpha / r.")
+    lr: float | None = Field(None, gt=0, description="Highest learning rate.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the examples, where no steps are given.")
+    samples: int | None = Field(None, ge=1, description="Random windows of a text (blockwise).")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps of each stage.")
+    batch: int | None = Field(None, ge=1, description="Sequences of one step.")
+    micro_batch: int | None = Field(None, ge=1, description="Sequences at once; the gradients of a step add up.")
+    seqlen: int | None = Field(None, ge=2, description="Longest sequence, in tokens.")
+    warmup: float = Field(
+        0.05, ge=0, lt=1, description="Share of the steps in which the rate rises; it then falls as a cosine."
+    )
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    template: Literal["alpaca", "chat"] = Field("alpaca", description="How instructions are put to the model.")
+    train_on: Literal["completions", "everything"] = Field("completions", description="Which tokens are learnt.")
+    packing: bool = Field(False, description="Put examples one after the other in rows of full length.")
+    teacher: str | None = Field(None, description="The dense model, whose predictions are learnt (distill).")
+    train_norms: bool = Field(False, description="Also train the norms (distill).")
+    seed: int = Field(3, ge=0, description="Seed of the order, of the adapters and of random windows.")
+    gradient_checkpointing: bool = Field(False, description="Less memory, a third more work.")
+    device: str = Field("auto", description="auto, cpu, cuda, ...")
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        for name in value if isinstance(value, (list, tuple)) else ():
+            if name not in METHODS:
+                raise ValueError(f"unknown method {name!r}; known are {', '.join(METHODS)}")
+        return value
+
+    def of(self, method: str, name: str) -> Any:
+        """A setting, or the method's own default where nothing was said."""
+        value = getattr(self, name)
+        return DEFAULTS[method].get(name) if value is None else value
+
+
+def make_recovery(settings: dict[str, Any]) -> Recovery:
+    """A validated recovery.
+
+    Raises:
+        InputError: names each setting that is wrong, and what was expected.
+    """
+    try:
+        return Recovery(**settings)
+    except ValidationError as error:
+        raise InputError(f"Recovery: {problems_of(error)}") from error

@@ -12,12 +12,14 @@ import pytest
 
 from svdllm.demo import smollm2_file
 from svdllm.errors import InputError
+from svdllm.evaluate import evaluate_models
 from svdllm.gguf import convert_gguf, gguf_config
 
 pytestmark = pytest.mark.slow
 
 SETTINGS = ["--calib", "python-docs", "--samples", "8", "--seqlen", "512"]
 PAPER = ["--preset", "paper"]
+QUICK = ["--gradient-samples", "4", "--probe-share", "0.25"]
 
 
 def cli(*arguments: object) -> Any:
@@ -64,13 +66,13 @@ def test_quality(gguf: Path, result: Any, tmp_path: Path) -> None:
     """Whitening keeps a language model, and the default keeps more of it in as many parameters."""
     dense = tmp_path / "dense"
     convert_gguf(gguf, gguf_config(gguf), dense)
-    balanced = cli("compress", dense, "-o", tmp_path / "ours", "--ratio", "0.2", *SETTINGS, "--gradient-samples", "4")
-    measure = ("--ppl", "python-docs", "--seqlen", "512", "--max-windows", "8")
-    paper, original = cli("eval", result["output_dir"], "--base", dense, *measure)["results"]
-    (ours,) = cli("eval", balanced["output_dir"], *measure)["results"]
-    assert 5 < original["perplexity"] < ours["perplexity"] < paper["perplexity"] < 4 * original["perplexity"]
+    balanced = cli("compress", dense, "-o", tmp_path / "ours", "--ratio", "0.2", *SETTINGS, *QUICK)
+    models = [str(dense), balanced["output_dir"], result["output_dir"]]
+    rows = evaluate_models(models, ["python-docs"], seqlen=512, max_windows=4)
+    original, ours, paper = (row.perplexity.perplexity for row in rows)
+    assert 5 < original < ours < paper < 4 * original
     assert balanced["achieved_ratio"] >= 0.2
-    assert ours["params"] == balanced["params"] < original["params"]
+    assert rows[1].params == balanced["params"] < rows[0].params
     assert balanced["peak_ram_bytes"] == pytest.approx(balanced["planned_ram_bytes"], rel=0.15)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,37 +17,46 @@ from families import tiny_model
 from runs import TEXT, digests, run, save_dense, small_recipe, token_windows
 from svdllm.errors import InputError
 
-# Runs a compression in which the n-th call of a reporter's hook is the process's last act.
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from runs import small_recipe, token_windows
-import svdllm
-from svdllm.progress import Reporter
+# Its processes start with the library imported.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["svdllm", "runs"])
 
-where, nth = {where!r}, {nth}
 
-class Deadly(Reporter):
-    calls = 0
-    def hit(self, name):
-        if name == where:
-            Deadly.calls += 1
-            if Deadly.calls == nth:
-                os.kill(os.getpid(), signal.SIGKILL)
-    def start_stage(self, name, steps): self.hit("start " + name)
-    def end_stage(self, name): self.hit("end " + name)
-    def advance(self, done, steps): self.hit("advance")
-    def block_done(self, *_): self.hit("block")
+class Deadly(svdllm.progress.Reporter):
+    """The n-th call of a hook is the process's last act."""
 
-svdllm.compress_many({model!r}, small_recipe(**{settings!r}), {output!r}, calibration=token_windows(), reporter=Deadly())
-"""
+    def __init__(self, where: str, nth: int):
+        super().__init__()
+        self.where, self.left = where, nth
+
+    def hit(self, name: str) -> None:
+        self.left -= name == self.where
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def start_stage(self, name: str, steps: int) -> None:
+        self.hit(f"start {name}")
+
+    def end_stage(self, name: str) -> None:
+        self.hit(f"end {name}")
+
+    def advance(self, done: int, steps: int) -> None:
+        self.hit("advance")
+
+    def block_done(self, *_: object) -> None:
+        self.hit("block")
+
+
+def dying_run(model: Path, output: Path, where: str, nth: int, settings: dict[str, Any]) -> None:
+    recipe = small_recipe(**settings)
+    svdllm.compress_many(model, recipe, output, calibration=token_windows(), reporter=Deadly(where, nth))
 
 
 def killed_run(model: Path, output: Path, where: str, nth: int = 1, **settings: object) -> None:
-    tests, settings = str(Path(__file__).parent), {"ratio": (0.2, 0.4)} | settings
-    script = KILLED.format(tests=tests, where=where, nth=nth, model=str(model), output=str(output), settings=settings)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = FORKS.Process(target=dying_run, args=(model, output, where, nth, {"ratio": (0.2, 0.4)} | settings))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(

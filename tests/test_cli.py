@@ -473,3 +473,18 @@ def test_a_switch_of_another_method_is_refused_with_a_reason(
     arguments = ("--ratio", "0.3", "--method", "svd", "--metric", "two-sided")
     assert cli("compress", dense, "-o", tmp_path / "out", *arguments) == 2
     assert "method svd has no Gram" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gradient-samples", "4", "--metric", "input"], "--gradient-samples does nothing here"),
+        (["--probe-share", "0.2", "--allocation", "uniform"], "--probe-share does nothing here"),
+        (["--asvd-alpha", "0.2"], "--asvd-alpha does nothing here"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(
+    flags: list[str], message: str, dense: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("plan", dense, "--ratio", "0.3", *flags) == 2
+    assert message in capsys.readouterr().err

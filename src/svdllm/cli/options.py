@@ -18,6 +18,12 @@ from svdllm.config import (
 )
 from svdllm.errors import InputError
 
+# Flags that do nothing unless another setting has this value.
+ONLY_WITH = {
+    "asvd_alpha": ("method", "asvd"),
+    "gradient_samples": ("metric", "two-sided"),
+    "probe_share": ("allocation", "loss"),
+}
 BUDGETS = ("ratio", "target_params", "target_size", "ranks")
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or GGUF file.", show_default=False)]
@@ -257,6 +263,12 @@ def build_recipe(
     if any(name in given for name in BUDGETS):
         settings = {name: value for name, value in settings.items() if name not in BUDGETS}
     recipe = make_recipe(settings | given, origin=f"Recipe {recipe_file}" if recipe_file else "The options")
+    for flag, (setting, value) in ONLY_WITH.items():
+        if flag in given and getattr(recipe, setting) != value:
+            raise InputError(
+                f"--{flag.replace('_', '-')} does nothing here: it is for {setting} {value}, and this recipe has "
+                f"{getattr(recipe, setting)}. Leave it out, or choose --{setting} {value}."
+            )
     recipe.require_budget()
     return recipe
 

@@ -11,6 +11,7 @@ from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, console, print_json, show
 from svdllm.cli.tables import recovery_table
 from svdllm.recover import make_recovery, recover
+from svdllm.recover.processes import is_main
 
 DATA, TRAINING, LORA, MEASURE = "Data", "Training", "Sequential LoRA", "Measuring"
 
@@ -139,6 +140,8 @@ def recover_(
         resume=resume,
         reporter=ConsoleReporter(),
     )
+    if not is_main():
+        return
     if json:
         print_json(result.to_dict())
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from svdllm.analysis import read_settings, refuse_other_settings, save_atomically, write_atomically
+from svdllm.analysis import FINGERPRINT_FILE, read_settings, refuse_other_settings, save_atomically, write_atomically
 from svdllm.checkpoint import (
     RECIPE_FILE,
     copy_companions,
@@ -39,6 +38,7 @@ from svdllm.plan import resolve_device, resolve_dtype
 from svdllm.progress import Reporter
 from svdllm.recover.blockwise import train_blocks
 from svdllm.recover.later_weights import LaterWeights
+from svdllm.recover.processes import is_main, wait_for_all
 from svdllm.recover.record import Measured, RecoveryResult, TrainingRecord
 from svdllm.recover.settings import ORDERS, Recovery
 from svdllm.source import build_skeleton, load_config, open_config, open_source
@@ -93,7 +93,7 @@ def recover(
         ppl_windows=ppl_windows,
         offline=offline,
         resume=resume,
-        reporter=reporter or Reporter(),
+        reporter=reporter if reporter is not None and is_main() else Reporter(),
     )
     run.check_cheaply()
     with run.explaining():
@@ -193,9 +193,9 @@ class _Run:
             peak_ram_bytes=peak_bytes(),
             warnings=self.reporter.warnings,
         )
-        if _is_main():
+        if is_main():
             self._write(result)
-        _wait_for_all()
+        wait_for_all()
         return result
 
     def _open_work_folder(self) -> None:
@@ -207,16 +207,16 @@ class _Run:
             "torch version": torch.__version__,
             "transformers version": transformers.__version__,
         }
-        if not self.resume and _is_main():
+        if not self.resume and is_main():
             shutil.rmtree(self.work, ignore_errors=True)
-        _wait_for_all()
+        wait_for_all()
         if found := read_settings(self.work / SETTINGS_FOLDER):
             refuse_other_settings(found, decides, self.work)
             self.reporter.note(f"Going on with {self.work}.")
-        elif _is_main():
+        elif is_main():
             claim_work_folder(self.work)
             (self.work / SETTINGS_FOLDER).mkdir(exist_ok=True)
-            write_atomically(self.work / SETTINGS_FOLDER / "analysis.json", json.dumps(decides, indent=2).encode())
+            write_atomically(self.work / SETTINGS_FOLDER / FINGERPRINT_FILE, json.dumps(decides, indent=2).encode())
 
     def _stages(self, tokenizer: Any) -> Iterator[tuple[str, Stage]]:
         """What is run, in order: a name for its files, and a function of the folder that it may work in."""
@@ -235,11 +235,11 @@ class _Run:
         if tensors.is_file():
             return TrainingRecord(**json.loads(record.read_text(encoding="utf-8")))
         done, changed = stage(self.work / name)
-        if _is_main():
+        if is_main():
             write_atomically(record, json.dumps(asdict(done)).encode())
             save_atomically(changed, tensors)
             shutil.rmtree(self.work / name, ignore_errors=True)
-        _wait_for_all()
+        wait_for_all()
         return done
 
     def _lora(self, factors: tuple[str, ...], rows: Rows, folder: Path) -> Trained:
@@ -383,13 +383,3 @@ class _Run:
         self.output_dir.parent.mkdir(parents=True, exist_ok=True)
         new.replace(self.output_dir)
         shutil.rmtree(self.work)
-
-
-def _is_main() -> bool:
-    """Of the processes of torchrun, the one that writes."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _wait_for_all() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()

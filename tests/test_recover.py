@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +182,29 @@ def test_methods_run_one_after_the_other(checkpoint: Path, dense: Path, text: Pa
     history = read_report(again.output_dir)["recovery"]
     assert [entry["settings"]["methods"] for entry in history] == [["blockwise", "distill"], ["sequential-lora"]]
     assert history[0]["tokens"] == result.tokens
+
+
+def test_two_processes_do_the_steps_of_one(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    alone = recover(checkpoint, tmp_path / "alone", recovery(text, micro_batch=2, device="cpu"))
+    flags = {
+        "--seqlen": 16,
+        "--batch": 4,
+        "--steps": 4,
+        "--lr": 1e-2,
+        "--micro-batch": 2,
+        "--ppl": "none",
+        "--device": "cpu",
+    }
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "svdllm", "recover", checkpoint, "-o", tmp_path / "out", "--data", text, "--json"]
+    command += [part for pair in flags.items() for part in pair]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == alone.tokens
+    one, two = weights(alone.output_dir), weights(tmp_path / "out")
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-4)
 
 
 class Killer(Reporter):

@@ -21,8 +21,8 @@ from svdllm.calibration import Calibration
 from svdllm.checkpoint import REPORT_FILE, write_checkpoint
 from svdllm.config import Recipe
 from svdllm.data import TokenWindows, calibration_windows, check_source
-from svdllm.errors import InputError, ResourceError, SvdllmError
-from svdllm.memory import device_peak_bytes, is_out_of_memory, peak_bytes
+from svdllm.errors import InputError, SvdllmError
+from svdllm.memory import device_peak_bytes, peak_bytes, saying_what_to_lower
 from svdllm.methods import METHODS
 from svdllm.plan import Plan, calibration_warnings, look_at, plans_of, resolve_device, resolve_dtype
 from svdllm.probing import probe, probe_ids, probe_tokens
@@ -37,9 +37,9 @@ from svdllm.weights import survey
 from svdllm.workspace import (
     claim_work_folder,
     holds_checkpoints,
-    is_work_folder,
     named_folder,
     require_empty,
+    require_ours,
     require_room,
     start_over,
 )
@@ -159,12 +159,8 @@ class _Run:
         resolve_device(self.recipe.device)
         if self.needs_tokens:
             check_source(self.calibration)
-        ours = is_work_folder(self.work)
-        if self.work.exists() and not ours:
-            raise InputError(
-                f"{self.work} is in the way: it is not the work folder of a run. Move it away, or choose another output."
-            )
-        if ours and self.resume and (found := read_settings(self.work / "analysis")):
+        require_ours(self.work)
+        if self.resume and (found := read_settings(self.work / "analysis")):
             wanted = _recipe_settings(self.recipe)
             refuse_other_settings({key: found.get(key) for key in wanted}, wanted, self.work)
             if holds_checkpoints(self.output_dir) and not (self.work / "finished").exists():
@@ -175,20 +171,18 @@ class _Run:
     def cleaning_up(self):
         """A run that fails leaves nothing behind, unless there is work worth going on with."""
         new = not self.work.exists()
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+        advice = (
+            "Finished blocks are kept: the same command goes on with them when there is more memory. To start over with "
+            f"less, use --no-resume and lower --batch-tokens (now {self.recipe.batch_tokens}) or --samples; `svdllm plan` "
+            "tells what a run needs."
+        )
+        with saying_what_to_lower(advice):
+            try:
+                yield
+            except SvdllmError:
+                if new:
+                    shutil.rmtree(self.work, ignore_errors=True)
                 raise
-            raise ResourceError(
-                f"Out of memory ({str(error).splitlines()[0][:200]}). Finished blocks are kept: the same command goes "
-                "on with them when there is more memory. To start over with less, use --no-resume and lower "
-                f"--batch-tokens (now {self.recipe.batch_tokens}) or --samples; `svdllm plan` tells what a run needs."
-            ) from error
-        except SvdllmError:
-            if new:
-                shutil.rmtree(self.work, ignore_errors=True)
-            raise
 
     def execute(self) -> list[CompressionResult]:
         with self.reporter.stage("plan", 1):

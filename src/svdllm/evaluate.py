@@ -91,7 +91,7 @@ def perplexity(
     device = device if device is not None else _input_device(model)
     total = len(windows_NT)
     sums = []
-    with _evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         for first in range(0, total, batch_size):
             ids_BT = windows_NT[first : first + batch_size].to(device, torch.int64)
             logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
@@ -167,7 +167,7 @@ def _input_device(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode, and each back in its own mode afterwards (they need not all be the same)."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()

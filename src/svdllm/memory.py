@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from svdllm.errors import ResourceError, first_line
 
 
 def resident_bytes() -> int:
@@ -52,7 +56,14 @@ def device_peak_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, also one of torch's CPU allocator, says that memory is short."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+@contextmanager
+def saying_what_to_lower(advice: str) -> Iterator[None]:
+    """Turns every way in which memory runs out, also that of torch's CPU allocator, into a ResourceError with advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and "allocate memory" not in str(error):
+            raise
+        said = first_line(error)[:200]
+        raise ResourceError(f"Out of memory ({said}). {advice}") from error

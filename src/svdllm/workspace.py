@@ -44,6 +44,14 @@ def is_work_folder(work: Path) -> bool:
     return work.is_dir() and ((work / MARKER).is_file() or not any(work.iterdir()))
 
 
+def require_ours(work: Path) -> None:
+    """Raises InputError if something that no run made is at the place of a work folder."""
+    if work.exists() and not is_work_folder(work):
+        raise InputError(
+            f"{work} is in the way: it is not the work folder of a run. Move it away, or choose another output."
+        )
+
+
 def claim_work_folder(work: Path) -> None:
     """Makes the work folder, the marker first."""
     work.mkdir(parents=True, exist_ok=True)

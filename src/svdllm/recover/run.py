@@ -30,9 +30,9 @@ from svdllm.config import load_settings, make_recipe
 from svdllm.data import calibration_windows, check_source, evaluation_tokens
 from svdllm.data.examples import holds_examples, training_examples
 from svdllm.data.specs import require_extra
-from svdllm.errors import InputError, NumericalError, ResourceError, SvdllmError
+from svdllm.errors import InputError, NumericalError, SvdllmError
 from svdllm.evaluate import perplexity
-from svdllm.memory import is_out_of_memory, peak_bytes
+from svdllm.memory import peak_bytes, saying_what_to_lower
 from svdllm.modeling.lowrank import sha256_of
 from svdllm.plan import resolve_device, resolve_dtype
 from svdllm.progress import Reporter
@@ -46,7 +46,7 @@ from svdllm.stream import Walk
 from svdllm.structure import discover
 from svdllm.version import __version__
 from svdllm.weights import SafetensorsWeights, Weights, weight_files
-from svdllm.workspace import claim_work_folder, is_work_folder, named_folder, require_empty
+from svdllm.workspace import claim_work_folder, named_folder, require_empty, require_ours
 
 SETTINGS_FOLDER = "analysis"  # of a work folder: what decides its content
 Rows = Sequence[tuple[Tensor, Tensor]]
@@ -147,30 +147,25 @@ class _Run:
                     f"--teacher {teacher} has {theirs} tokens in its vocabulary, {self.folder} has {ours}: the teacher is "
                     "the dense model that this one was made of."
                 )
-        if self.work.exists() and not is_work_folder(self.work):
-            raise InputError(
-                f"{self.work} is in the way: it is not the work folder of a run. Move it away, or choose another output."
-            )
+        require_ours(self.work)
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
         """A run that fails before anything was learnt leaves nothing; memory that is short is said with a way out."""
         new = not self.work.exists()
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+        advice = (
+            "The last saved step is kept. Lower --micro-batch or --seqlen, or use --gradient-checkpointing; this starts "
+            "over with --no-resume."
+        )
+        with saying_what_to_lower(advice):
+            try:
+                yield
+            except NumericalError:
                 raise
-            raise ResourceError(
-                f"Out of memory ({str(error).splitlines()[0][:200]}). The last saved step is kept. Lower --micro-batch or "
-                "--seqlen, or use --gradient-checkpointing; this starts over with --no-resume."
-            ) from error
-        except NumericalError:
-            raise
-        except SvdllmError:
-            if new:
-                shutil.rmtree(self.work, ignore_errors=True)
-            raise
+            except SvdllmError:
+                if new:
+                    shutil.rmtree(self.work, ignore_errors=True)
+                raise
 
     def execute(self) -> RecoveryResult:
         with self.reporter.stage("open", 1):

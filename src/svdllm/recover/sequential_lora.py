@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from svdllm.errors import NumericalError
+from svdllm.evaluate import evaluation_mode
 from svdllm.progress import Reporter
 from svdllm.recover.record import TrainingRecord
 from svdllm.recover.settings import Recovery
@@ -74,18 +74,8 @@ def _to_float32(adapted: nn.Module) -> None:
 @torch.no_grad()
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     device = next(model.parameters()).device
-    with _evaluating(model):
+    with evaluation_mode(model):
         return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
-
-
-@contextmanager
-def _evaluating(model: nn.Module):
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _require_same_answers(with_adapters: Tensor, merged: Tensor, dtype: torch.dtype) -> None:

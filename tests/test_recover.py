@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from runs import TEXT, run, save_dense, small_recipe
-from svdllm import InputError, NumericalError, load_model, recover, verify
+from svdllm import InputError, NumericalError, ResourceError, load_model, recover, verify
 from svdllm.checkpoint import read_report
 from svdllm.cli import main
 from svdllm.modeling.lowrank import write_hashes
@@ -207,6 +207,84 @@ def test_two_processes_do_the_steps_of_one(checkpoint: Path, text: Path, tmp_pat
         torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-4)
 
 
+def test_held_out_examples_are_looked_at_while_it_trains(
+    checkpoint: Path, text: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    """Against the loss of the whole models, before and after; and it is in the logs of TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[:800])
+    settings = recovery(text, order="joint", eval_data=str(other), eval_steps=2, eval_samples=5, micro_batch=5)
+    result = recover(checkpoint, tmp_path / "out", settings, log_dir=tmp_path / "logs")
+    seen = dict(result.stages[0].held_out)
+    assert list(seen) == [0, 2, 4]
+    ids = torch.tensor(tokenizer(TEXT[:800])["input_ids"][: 5 * 16]).view(5, 16)
+    for step, folder in ((0, checkpoint), (4, result.output_dir)):
+        with torch.no_grad():
+            expected = load_model(folder, dtype=torch.float32)(input_ids=ids, labels=ids).loss
+        assert seen[step] == pytest.approx(float(expected), rel=1e-4)
+    (folder,) = (tmp_path / "logs").iterdir()
+    logs = EventAccumulator(str(folder)).Reload()
+    assert {event.step: event.value for event in logs.Scalars("eval/loss")} == pytest.approx(seen)
+    assert len(logs.Scalars("train/loss")) == 4
+
+
+def test_held_out_loss_of_distillation_is_its_own(checkpoint: Path, dense: Path, text: Path, tmp_path: Path) -> None:
+    """Distilling the dense model from itself would be zero; from the compressed one it falls."""
+    settings = recovery(text, "distill", teacher=str(dense), steps=20, eval_data=str(text), eval_samples=8)
+    (stage,) = recover(checkpoint, tmp_path / "out", settings).stages
+    assert [step for step, _ in stage.held_out] == [0, 4, 8, 12, 16, 20]
+    assert stage.held_out[-1][1] < 0.8 * stage.held_out[0][1]
+    assert stage.held_out[0][1] == pytest.approx(stage.losses[0][1], rel=0.3)
+
+
+def test_what_is_sharded_over_processes_is_put_together_again(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """FSDP2 on two processes: a step of theirs, merged, is a step of one."""
+    script = Path(__file__).with_name("sharded_step.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    results = []
+    for name, start in (("one", [sys.executable]), ("two", launcher)):
+        command = [*start, script, checkpoint, tmp_path / name]
+        done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        results.append(load_file(tmp_path / name))
+    one, two = results
+    assert one.keys() == two.keys() == factors(checkpoint, "svd_u")
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-6)
+        assert not torch.equal(tensor, weights(checkpoint)[name])
+
+
+def test_blocks_are_trained_by_one_process(
+    checkpoint: Path, dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="blockwise runs in one process, these are 2"):
+        recover(checkpoint, tmp_path / "out", recovery(text, "blockwise", teacher=str(dense)))
+
+
+def test_half_precision_that_would_overflow_is_refused(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="float16 is for training on a GPU"):
+        recover(checkpoint, tmp_path / "out", recovery(text, dtype="float16"))
+    bfloat16 = tmp_path / "bfloat16"
+    shutil.copytree(checkpoint, bfloat16)
+    config = json.loads((bfloat16 / "config.json").read_text())
+    (bfloat16 / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    with pytest.raises(InputError, match=r"is in bfloat16, whose numbers .* Use bfloat16 or float32"):
+        recover(bfloat16, tmp_path / "out", recovery(text, dtype="float16"))
+
+
+def test_bfloat16_products_train_nearly_the_same(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """Adapters stay in float32; only the products are rounded."""
+    plain = recover(checkpoint, tmp_path / "plain", recovery(text)).stages[0]
+    half = recover(checkpoint, tmp_path / "half", recovery(text, dtype="bfloat16")).stages[0]
+    for (_, one), (_, other) in zip(plain.losses, half.losses, strict=True):
+        assert one != other
+        assert one == pytest.approx(other, rel=0.05)
+
+
 class Killer(Reporter):
     """Interrupts a run as a user would."""
 
@@ -281,9 +359,14 @@ def test_a_gradient_that_is_no_number_stops_before_the_weights(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"methods": ("lora",)}, "unknown method 'lora'; known are sequential-lora, blockwise, distill"),
+        ({"methods": ("lora",)}, "methods.0: .*'sequential-lora', 'blockwise' or 'distill' .found 'lora'"),
         ({"methods": ("blockwise",)}, "blockwise needs --teacher"),
         ({"data": "no-such-file.json"}, "file not found: no-such-file.json"),
+        ({"data": "a.txt:0.5,b.txt:0.5"}, "file not found: a.txt"),
+        ({"eval_data": "python-docs:0.5,no-such:0.5"}, "no-such"),
+        ({"eval_steps": 3}, "eval_steps needs eval_data"),
+        ({"methods": ("blockwise",), "teacher": "x", "eval_data": "python-docs"}, "blockwise does not use it"),
+        ({"dtype": "int8"}, "dtype: .*float32.*found 'int8'"),
         ({"order": "both"}, "order: .*u-first.*found 'both'"),
         ({"lr": -1.0}, "lr: .*greater than 0 .found -1"),
         ({"ranks": 3}, "ranks: Extra inputs"),
@@ -295,6 +378,24 @@ def test_what_is_wrong_is_named_before_anything_is_done(
     with pytest.raises(InputError, match=message):
         recover(checkpoint, tmp_path / "out", make_recovery({"data": str(text)} | settings))
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_cannot_suffice_is_told_before_anything_is_loaded(
+    checkpoint: Path, dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from svdllm.recover import needs
+
+    stored, teacher = (sum(t.numel() * 4 for t in weights(folder).values()) for folder in (checkpoint, dense))
+    linears = sum(t.numel() for name, t in weights(checkpoint).items() if "layers" in name and "norm" not in name)
+    logits = 4 * 16 * 300 * 4
+    settings = recovery(text, "distill", teacher=str(dense))
+    needed = stored + 12 * linears + teacher + 5 * logits
+    monkeypatch.setattr(needs, "available_bytes", lambda: needed - 1)
+    with pytest.raises(ResourceError, match=r"distill needs more than .* Lower --micro-batch"):
+        recover(checkpoint, tmp_path / "out", settings)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(needs, "available_bytes", lambda: needed)
+    recover(checkpoint, tmp_path / "out", settings)
 
 
 def test_only_our_checkpoints_and_their_own_teachers(

@@ -73,13 +73,19 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
-def require_room(output_dir: Path, work: Path, plan: Plan) -> None:
-    """Raises ResourceError unless disk and memory suffice for what the plan predicts."""
+def require_writable(output_dir: Path) -> Path:
+    """The folder, of those above the output, that exists; raises InputError if nothing can be made in it."""
     existing = output_dir.absolute().parent
     while not existing.exists():
         existing = existing.parent
     if not os.access(existing, os.W_OK):
         raise InputError(f"{output_dir} cannot be made: {existing} is not writable. Choose an output elsewhere.")
+    return existing
+
+
+def require_room(output_dir: Path, work: Path, plan: Plan) -> None:
+    """Raises ResourceError unless disk and memory suffice for what the plan predicts."""
+    existing = require_writable(output_dir)
     free = shutil.disk_usage(existing).free + size_of(work)
     if plan.disk_bytes + DISK_RESERVE > free:
         raise ResourceError(

@@ -71,6 +71,12 @@ def recover_(
     ] = None,
     seed: Annotated[int | None, option("Of windows, order and adapters.", TRAINING, "3")] = None,
     device: Annotated[str | None, option("auto, cpu or cuda.", TRAINING, "auto")] = None,
+    dtype: Annotated[
+        str | None,
+        option(
+            "Of the products: float32, bfloat16 or float16; sums are in float32.", TRAINING, "auto: bfloat16 on a GPU"
+        ),
+    ] = None,
     seqlen: Annotated[int | None, option("Longest sequence, in tokens.", DATA, "256, blockwise 512")] = None,
     template: Annotated[
         str | None, option("How instructions are put: alpaca, or chat (the tokenizer's).", DATA, "alpaca")
@@ -84,6 +90,12 @@ def recover_(
     order: Annotated[str | None, option("u-first, v-first, or joint (the paper's ablation).", LORA, "u-first")] = None,
     r: Annotated[int | None, option("Rank of the adapters.", LORA, "8", "--r")] = None,
     alpha: Annotated[float | None, option("Scale of the adapters: alpha / r.", LORA, "16")] = None,
+    eval_data: Annotated[
+        str | None, option("Held-out examples or text, whose loss is taken while it trains.", MEASURE)
+    ] = None,
+    eval_samples: Annotated[int | None, option("Its first sequences.", MEASURE, "32")] = None,
+    eval_steps: Annotated[int | None, option("Steps between two looks at it.", MEASURE, "a fifth of a stage")] = None,
+    log_dir: Annotated[Path | None, option("Folder for TensorBoard logs.", MEASURE)] = None,
     ppl: Annotated[
         list[str] | None,
         option(
@@ -121,6 +133,10 @@ def recover_(
         "train_norms": train_norms,
         "seed": seed,
         "device": device,
+        "dtype": dtype,
+        "eval_data": eval_data,
+        "eval_samples": eval_samples,
+        "eval_steps": eval_steps,
         "seqlen": seqlen,
         "template": template,
         "train_on": train_on,
@@ -136,6 +152,7 @@ def recover_(
         ppl=[text for text in ppl or ["python-docs"] if text != "none"],
         ppl_seqlen=ppl_seqlen,
         ppl_windows=ppl_windows,
+        log_dir=log_dir,
         offline=offline,
         resume=resume,
         reporter=ConsoleReporter(),

@@ -58,9 +58,8 @@ def training_examples(
     Raises:
         InputError: the source cannot be read, a row lacks a field, or nothing is left to train on.
     """
+    refuse_mixture(source)
     spec = parse_spec(source)
-    if isinstance(spec, MixtureSpec):
-        raise InputError(f"'{source}' is a mixture; training by examples takes one source at a time")
     rows = [] if isinstance(spec, NamedSet | DocsSpec) else rows_of_spec(spec, offline=offline)
     kind = _kind_of(rows)
     if kind is None:
@@ -79,6 +78,12 @@ def training_examples(
         )
     left_out = 0 if packing else len(encoded) - len(kept)
     return Examples(rows=kept, source=f"{source} ({len(rows)} rows)", kind=kind, left_out=left_out)
+
+
+def refuse_mixture(source: str) -> None:
+    """Raises InputError for a mixture, where whole examples are taken."""
+    if isinstance(parse_spec(source), MixtureSpec):
+        raise InputError(f"'{source}' is a mixture; training by examples takes one source at a time")
 
 
 def holds_examples(source: str, offline: bool = False) -> bool:

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from svdllm.recover.record import RecoveryResult, TrainingRecord
 from svdllm.recover.run import recover
-from svdllm.recover.settings import METHODS, Recovery, make_recovery
+from svdllm.recover.settings import Recovery, make_recovery
 
-__all__ = ["METHODS", "Recovery", "RecoveryResult", "TrainingRecord", "make_recovery", "recover"]
+__all__ = ["Recovery", "RecoveryResult", "TrainingRecord", "make_recovery", "recover"]

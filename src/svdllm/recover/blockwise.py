@@ -7,7 +7,6 @@ of each is in memory; finished blocks are files, so a killed run goes on with th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -16,8 +15,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from svdllm.analysis import save_atomically
 from svdllm.errors import NumericalError
-from svdllm.progress import Reporter
 from svdllm.recover.settings import Recovery
+from svdllm.recover.task import Task
 from svdllm.stream import Block, Walk
 
 
@@ -29,9 +28,7 @@ class BlockErrors:
     after: float
 
 
-def train_blocks(
-    dense: Walk, compressed: Walk, settings: Recovery, folder: Path, reporter: Reporter
-) -> tuple[dict[str, Tensor], list[BlockErrors]]:
+def train_blocks(dense: Walk, compressed: Walk, task: Task) -> tuple[dict[str, Tensor], list[BlockErrors]]:
     """The trained tensors of all blocks, by name, and what was gained.
 
     Both walks carry the same windows in the same batches.
@@ -39,19 +36,20 @@ def train_blocks(
     Raises:
         NumericalError: a loss is not finite; names the block.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    task.folder.mkdir(parents=True, exist_ok=True)
+    reporter = task.reporter
     trained: dict[str, Tensor] = {}
     errors = []
     num_blocks = len(compressed.structure.blocks)
-    with reporter.stage("blockwise", num_blocks):
+    with reporter.stage(task.title, num_blocks):
         for ours, theirs in zip(compressed.blocks(), dense.blocks(), strict=True):
             theirs.run()
-            file = folder / f"block-{ours.index:04d}.safetensors"
+            file = task.folder / f"block-{ours.index:04d}.safetensors"
             before = _error(ours, dense)
             if file.is_file():
                 ours.module.load_state_dict(load_file(file), strict=False)
             else:
-                _train_block(ours, dense, settings)
+                _train_block(ours, dense, task.settings)
                 save_atomically(_parameters(ours.module), file)
             errors.append(BlockErrors(before, _error(ours, dense)))
             trained |= {

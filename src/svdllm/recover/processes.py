@@ -1,4 +1,4 @@
-"""The processes of torchrun or accelerate launch: which one writes, and where they wait for each other."""
+"""The processes of torchrun or accelerate launch: which one writes, on which device each works, where they wait."""
 
 from __future__ import annotations
 
@@ -6,10 +6,36 @@ import os
 
 import torch
 
+from svdllm.plan import resolve_device
+
 
 def is_main() -> bool:
     """Of all processes, the one that writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_device(name: str) -> torch.device:
+    """The device of this process: of several GPUs, the one of its local rank."""
+    device = resolve_device(name)
+    if device.type != "cuda":
+        return device
+    index = int(os.environ["LOCAL_RANK"]) if num_processes() > 1 else device.index
+    if index is not None:
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    return device
+
+
+def meet(device: torch.device) -> None:
+    """Connects the processes, so that they can wait for each other from now on."""
+    if num_processes() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=device.type == "cpu")
 
 
 def wait_for_all() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ Measured = dict[str, dict[str, Perplexity]]  # text -> model (before, after, tea
 class TrainingRecord:
     """What a stage did; tokens without padding.
 
-    ``losses`` are (step, mean loss since the last entry); of blockwise, (block, what is left of its output's error).
+    ``losses`` are (step, mean loss since the last entry), ``held_out`` (step, mean loss of the held-out examples); of
+    blockwise, ``losses`` are (block, what is left of its output's error).
     """
 
     stage: str
@@ -25,6 +26,7 @@ class TrainingRecord:
     seconds: float
     trained_params: int
     losses: list[tuple[float, float]]
+    held_out: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

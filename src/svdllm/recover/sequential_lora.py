@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from svdllm.errors import NumericalError
 from svdllm.evaluate import evaluation_mode
-from svdllm.progress import Reporter
 from svdllm.recover.record import TrainingRecord
-from svdllm.recover.settings import Recovery
-from svdllm.recover.training import train
+from svdllm.recover.task import Task
+from svdllm.recover.training import is_sharded, train
 
 # Largest difference of logits between adapters and merged weights, as a share of the logits' spread.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -25,14 +23,14 @@ LOW_PRECISION_TOLERANCE = 5e-2
 
 
 def train_factors(
-    model: nn.Module,
-    factors: tuple[str, ...],
-    rows: Sequence[tuple[Tensor, Tensor]],
-    settings: Recovery,
-    folder: Path,
-    reporter: Reporter,
+    open_model: Callable[[], PreTrainedModel], factors: tuple[str, ...], task: Task, dtype: torch.dtype
 ) -> tuple[TrainingRecord, dict[str, Tensor]]:
-    """One stage: adapters on the given factors of every low-rank linear, trained and merged, in place; also the tensors it changed.
+    """One stage: adapters on the given factors of every low-rank linear, trained and merged; also the tensors it changed.
+
+    Args:
+        open_model: the model as it is before the stage.
+        factors: ``svd_u``, ``svd_v`` or both.
+        dtype: of the products in training.
 
     Raises:
         NumericalError: the loss or a gradient is not finite; a merged model answers otherwise than with its adapters; or
@@ -40,23 +38,28 @@ def train_factors(
     """
     from peft import LoraConfig, get_peft_model
 
+    settings = task.settings
     pattern = rf".*\.({'|'.join(factors)})"
-    set_seed(settings.seed)
+    config = LoraConfig(r=settings.r, lora_alpha=settings.alpha, target_modules=pattern, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+
+    model = open_model()
     before = _digests(model)
-    adapted: Any = get_peft_model(
-        model,  # type: ignore[arg-type]
-        LoraConfig(r=settings.r, lora_alpha=settings.alpha, target_modules=pattern, task_type="CAUSAL_LM"),  # type: ignore[arg-type]
-    )
+    set_seed(settings.seed)
+    adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]
     if settings.gradient_checkpointing:
         adapted.enable_input_require_grads()
-    record = train(adapted, rows, settings, "sequential-lora", f"lora {' and '.join(factors)}", folder, reporter)
-    example = rows[0][0].unsqueeze(0)
+    record, adapters = train(adapted, task, dtype)
+    if is_sharded(adapted):  # each process has a part of it: put the whole together again
+        model = open_model()
+        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+        adapted.load_state_dict(adapters, strict=False)
+    example = task.rows[0][0].unsqueeze(0)
     with_adapters = _logits(adapted, example)
-    dtype = next(model.parameters()).dtype
+    stored = next(model.parameters()).dtype
     _to_float32(adapted)
     adapted.merge_and_unload(safe_merge=True)
-    model.to(dtype).requires_grad_(False)
-    _require_same_answers(with_adapters, _logits(model, example), dtype)
+    model.to(stored).requires_grad_(False)
+    _require_same_answers(with_adapters, _logits(model, example), stored)
     changed = [name for name, digest in _digests(model).items() if before.get(name) != digest]
     if foreign := [name for name in changed if not re.fullmatch(pattern + r"\.weight", name)]:
         raise NumericalError(f"{foreign[0]} changed while only {' and '.join(factors)} were trained.")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from svdllm.config import problems_of
 from svdllm.errors import InputError
 
-METHODS = ("sequential-lora", "blockwise", "distill")
+Method = Literal["sequential-lora", "blockwise", "distill"]
 # Which factors each stage trains; joint is the paper's ablation (NFT).
 ORDERS = {"u-first": (("svd_u",), ("svd_v",)), "v-first": (("svd_v",), ("svd_u",)), "joint": (("svd_u", "svd_v"),)}
 # What a method takes where nothing is said. The first is the paper's (its batch, rank and rate).
@@ -25,9 +25,7 @@ class Recovery(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    methods: tuple[Literal["sequential-lora", "blockwise", "distill"], ...] = Field(
-        ("sequential-lora",), min_length=1, description="Run one after the other."
-    )
+    methods: tuple[Method, ...] = Field(("sequential-lora",), min_length=1, description="Run one after the other.")
     data: str = Field(description="Examples or text: a file, a hub data set or a named text.")
     order: Literal["u-first", "v-first", "joint"] = Field(
         "u-first", description="Which factor is trained first; joint trains both at once (sequential-lora)."
@@ -53,15 +51,21 @@ class Recovery(BaseModel):
     train_norms: bool = Field(False, description="Also train the norms (distill).")
     seed: int = Field(3, ge=0, description="Seed of the order, of the adapters and of random windows.")
     gradient_checkpointing: bool = Field(False, description="Less memory, a third more work.")
+    eval_data: str | None = Field(None, description="Held-out examples or text, whose loss is taken during training.")
+    eval_samples: int = Field(32, ge=1, description="Its first sequences.")
+    eval_steps: int | None = Field(None, ge=1, description="Steps between two looks at it; a fifth of a stage.")
     device: str = Field("auto", description="auto, cpu, cuda, ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of the products: bfloat16 on a GPU that has it, else float32. Sums are in float32."
+    )
 
-    @field_validator("methods", mode="before")
-    @classmethod
-    def _known(cls, value: Any) -> Any:
-        for name in value if isinstance(value, (list, tuple)) else ():
-            if name not in METHODS:
-                raise ValueError(f"unknown method {name!r}; known are {', '.join(METHODS)}")
-        return value
+    @model_validator(mode="after")
+    def _looks_at_something(self) -> Recovery:
+        if self.eval_data is None and self.eval_steps is not None:
+            raise ValueError("eval_steps needs eval_data: the held-out examples or text")
+        if self.eval_data is not None and set(self.methods) == {"blockwise"}:
+            raise ValueError("eval_data is looked at by sequential-lora and distill; blockwise does not use it")
+        return self
 
     def of(self, method: str, name: str) -> Any:
         """A setting, or the method's own default where nothing was said."""

@@ -3,101 +3,113 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from svdllm.data.examples import padded
-from svdllm.errors import NumericalError
+from svdllm.errors import InputError, NumericalError
 from svdllm.progress import Reporter
+from svdllm.recover.processes import is_main, num_processes, own_device
 from svdllm.recover.record import TrainingRecord
-from svdllm.recover.settings import Recovery
+from svdllm.recover.task import Rows, Task
 
 SAVES_PER_STAGE = 10
 LOGS_PER_STAGE = 20
+LOOKS_PER_STAGE = 5  # at the held-out examples
+Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
 def train(
-    model: nn.Module,
-    rows: Sequence[tuple[Tensor, Tensor]],
-    settings: Recovery,
-    method: str,
-    stage: str,
-    folder: Path,
-    reporter: Reporter,
-    loss_of: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
-) -> TrainingRecord:
-    """Trains what requires gradients, in place; goes on with the last checkpoint in ``folder`` if there is one.
+    model: nn.Module, task: Task, dtype: torch.dtype, loss_of: Loss | None = None
+) -> tuple[TrainingRecord, dict[str, Tensor]]:
+    """Trains what requires gradients, in place; goes on with the last checkpoint in the task's folder if there is one.
 
     Args:
-        rows: (input_ids, labels) of every example.
-        method: whose defaults hold where the settings say nothing.
-        stage: for progress and the record.
-        folder: the Trainer's; removed by whoever made it.
+        dtype: of the products; sums, gradients and what is trained are in float32.
         loss_of: mean loss of a batch, instead of the model's own.
 
+    Returns:
+        What was done, and the trained tensors by name: whole ones, also where the processes hold parts of them (FSDP).
+
     Raises:
+        InputError: the launcher shards the model in a way that is not supported.
         NumericalError: the loss or a gradient is not finite, or the loss is exactly zero; names step and layer.
     """
-    arguments = training_arguments(settings, method, len(rows), folder)
+    arguments = training_arguments(task, dtype)
+    trained_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     trainer = _Trainer(
         model=model,
         args=arguments,
-        train_dataset=_Rows(rows),
+        train_dataset=_Rows(task.rows),
+        eval_dataset=_Rows(task.held_out) if task.held_out else None,
         data_collator=padded,
-        callbacks=[_Progress(reporter)],
+        callbacks=_callbacks(task),
     )
     trainer.remove_callback(PrinterCallback)  # ours prints
     trainer.loss_of = loss_of
     if loss_of is not None:
         trainer.model_accepts_loss_kwargs = False  # a mean: the Trainer divides by the accumulation steps
-    with reporter.stage(stage, max(1, arguments.max_steps)):
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    _require_fsdp2(trainer)
+    with task.reporter.stage(task.title, max(1, arguments.max_steps)):
+        last = get_last_checkpoint(str(task.folder)) if task.folder.is_dir() else None
+        arguments.eval_on_start = bool(task.held_out) and last is None
         trainer.train(resume_from_checkpoint=last)
+        trained = whole_tensors(trainer.model)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # from now on it computes in its own dtype
     state = trainer.state
     return TrainingRecord(
-        stage=stage,
+        stage=task.title,
         steps=state.global_step,
         tokens=int(state.num_input_tokens_seen),
-        seconds=reporter.seconds[stage],
-        trained_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        seconds=task.reporter.seconds[task.title],
+        trained_params=trained_params,
         losses=[(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry],
-    )
+        held_out=[(entry["step"], entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry],
+    ), trained
 
 
-def training_arguments(settings: Recovery, method: str, num_rows: int, folder: Path) -> TrainingArguments:
+def training_arguments(task: Task, dtype: torch.dtype) -> TrainingArguments:
     """The Trainer's arguments; ``batch`` sequences a step over all processes."""
-    cpu = settings.device == "cpu" or not torch.cuda.is_available()
-    batch = settings.of(method, "batch")
+    settings = task.settings
+    batch = settings.of(task.method, "batch")
     micro = min(batch, settings.micro_batch or 4)
-    steps = settings.of(method, "steps") or max(1, math.ceil(settings.of(method, "epochs") * num_rows / batch))
+    epochs = settings.of(task.method, "epochs")
+    steps = settings.of(task.method, "steps") or max(1, math.ceil(epochs * len(task.rows) / batch))
     checkpointing = {}
     if settings.gradient_checkpointing:  # newer versions call it by another name
         known = {field.name for field in fields(TrainingArguments)}
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
-        output_dir=str(folder),
+        output_dir=str(task.folder),
         max_steps=steps,
         per_device_train_batch_size=micro,
-        learning_rate=settings.of(method, "lr"),
+        per_device_eval_batch_size=micro,
+        learning_rate=settings.of(task.method, "lr"),
         lr_scheduler_type="cosine",
         warmup_steps=round(settings.warmup * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.clip,
-        bf16=not cpu and torch.cuda.is_bf16_supported(),
-        use_cpu=cpu,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=own_device(settings.device).type == "cpu",
         seed=settings.seed,
         data_seed=settings.seed,
         logging_steps=max(1, steps // LOGS_PER_STAGE),
         logging_nan_inf_filter=False,
+        eval_strategy="steps" if task.held_out else "no",
+        eval_steps=settings.eval_steps or max(1, steps // LOOKS_PER_STAGE),
+        prediction_loss_only=True,
+        label_names=["labels"],
         save_steps=max(1, steps // SAVES_PER_STAGE),
         save_total_limit=1,
         include_num_input_tokens_seen="non_padding",
@@ -106,8 +118,41 @@ def training_arguments(settings: Recovery, method: str, num_rows: int, folder: P
         disable_tqdm=True,
         **checkpointing,
     )
+    if num_processes() == 1:
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are used by several processes only
     arguments.gradient_accumulation_steps = max(1, math.ceil(batch / (micro * arguments.world_size)))
     return arguments
+
+
+def _callbacks(task: Task) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = [_Progress(task.reporter)]
+    if task.log_dir is not None and is_main():
+        from torch.utils.tensorboard import SummaryWriter
+
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(task.log_dir / task.file))))
+    return callbacks
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the processes hold a part of it each (FSDP)."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What is trained of a model, by name; every process must ask for it, and gets all of it."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in trained.items()}
+
+
+def _require_fsdp2(trainer: Trainer) -> None:
+    if not trainer.is_fsdp_enabled:
+        return
+    version = getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1)
+    if version != 2:
+        raise InputError(
+            f"FSDP version {version} was asked for, which hides the factors in flat parameters; version 2 is supported: "
+            "fsdp_version: 2 in the configuration of accelerate, or --fsdp_version 2 of accelerate launch."
+        )
 
 
 class _Trainer(Trainer):
@@ -118,7 +163,8 @@ class _Trainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         if self.loss_of is None:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        return self.loss_of(model, inputs)
+        loss = self.loss_of(model, inputs)
+        return (loss, {}) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -132,12 +178,16 @@ class _Trainer(Trainer):
                 f"The loss is exactly zero in step {step}: no token of the batch is learnt. Look at the data, or at "
                 "--train-on and --seqlen."
             )
-        trained = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+        trained = [(name, _own_part(p.grad)) for name, p in model.named_parameters() if p.grad is not None]
         finite = torch.stack([torch.isfinite(gradient).all() for _, gradient in trained])
         if not bool(finite.all()):
             name = trained[int((~finite).nonzero()[0])][0]
             raise NumericalError(f"The gradient of {name} is not finite in step {step}. {_WHAT_TO_DO}")
         return loss
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 _WHAT_TO_DO = "The last saved step is kept: the same command goes on from there; with a lower --lr, start over."
@@ -153,10 +203,12 @@ class _Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs and state.is_world_process_zero:
             self._reporter.note(f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}")
+        if logs and "eval_loss" in logs and state.is_world_process_zero:
+            self._reporter.note(f"step {state.global_step}: loss on held-out data {logs['eval_loss']:.4f}")
 
 
 class _Rows(Dataset):
-    def __init__(self, rows: Sequence[tuple[Tensor, Tensor]]):
+    def __init__(self, rows: Rows):
         self._rows = rows
 
     def __len__(self) -> int:

@@ -14,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoTokenizer
 
 from runs import TEXT, run, save_dense, small_recipe
-from svdllm import InputError, NumericalError, ResourceError, load_model, recover, verify
+from svdllm import InputError, NumericalError, ResourceError, load_model, perplexity, recover, verify
 from svdllm.checkpoint import read_report
 from svdllm.cli import main
+from svdllm.data import evaluation_tokens
 from svdllm.modeling.lowrank import write_hashes
 from svdllm.progress import Reporter
 from svdllm.recover import make_recovery
@@ -89,6 +91,11 @@ def test_the_other_factor_is_frozen_until_its_turn(
         recover(checkpoint, tmp_path / "out", recovery(text, order=order), reporter=Killer("lora", at=5))
     (kept,) = (tmp_path / "out.partial").glob("*.safetensors")
     assert set(load_file(kept)) == factors(checkpoint, first)
+    resumed = recover(checkpoint, tmp_path / "out", recovery(text, order=order), ppl=[str(text)], ppl_seqlen=16)
+    ids = evaluation_tokens(str(text), AutoTokenizer.from_pretrained(checkpoint))
+    for name, folder in (("before", checkpoint), ("after", resumed.output_dir)):
+        expected = perplexity(load_model(folder, dtype=torch.float32), ids, seqlen=16, max_windows=16).perplexity
+        assert resumed.perplexity[str(text)][name].perplexity == pytest.approx(expected, rel=1e-6)
 
 
 def test_joint_trains_both_at_once(checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -467,5 +474,11 @@ def test_defaults_are_those_that_help_tells(
     with pytest.raises(SystemExit):
         main(["recover", "--help"])
     text = capsys.readouterr().out
-    assert DEFAULTS["sequential-lora"]["lr"] == DEFAULTS["blockwise"]["lr"] == 1e-4
-    assert f"1e-4, distill {DEFAULTS['distill']['lr']:.0e}".replace("e-0", "e-") in text
+    lora, blockwise, distill = (DEFAULTS[name] for name in ("sequential-lora", "blockwise", "distill"))
+    assert lora["lr"] == blockwise["lr"] == 1e-4
+    assert f"1e-4, distill {distill['lr'] * 1e4:g}e-4" in text
+    assert f"{lora['batch']}, blockwise {blockwise['batch']}, distill {distill['batch']}" in text
+    assert f"{lora['epochs']}, blockwise {blockwise['epochs']}" in text
+    assert f"distill {distill['steps']}" in text
+    assert lora["seqlen"] == distill["seqlen"]
+    assert f"{lora['seqlen']}, blockwise {blockwise['seqlen']}" in text

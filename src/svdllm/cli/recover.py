@@ -48,15 +48,15 @@ def recover_(
         str | None,
         option("The dense model. distill learns its predictions (without: the text); blockwise needs it.", TRAINING),
     ] = None,
-    lr: Annotated[float | None, option("Highest learning rate.", TRAINING, "1e-4, distill 2e-4")] = None,
+    lr: Annotated[float | None, option("Highest learning rate.", TRAINING, "1e-4, distill 1.5e-4")] = None,
     epochs: Annotated[float | None, option("Passes over the examples.", TRAINING, "1, blockwise 4")] = None,
     samples: Annotated[
         int | None, option("Windows of text that blocks are trained on (blockwise).", DATA, "64")
     ] = None,
     steps: Annotated[
-        int | None, option("Optimizer steps of each stage, instead of epochs.", TRAINING, "distill 200")
+        int | None, option("Optimizer steps of each stage, instead of epochs.", TRAINING, "distill 400")
     ] = None,
-    batch: Annotated[int | None, option("Sequences of a step.", TRAINING, "64, others 4")] = None,
+    batch: Annotated[int | None, option("Sequences of a step.", TRAINING, "64, blockwise 4, distill 2")] = None,
     micro_batch: Annotated[
         int | None, option("Sequences in memory at once; the gradients of a step add up.", TRAINING, "4")
     ] = None,

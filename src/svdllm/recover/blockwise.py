@@ -15,14 +15,14 @@ from transformers import get_cosine_schedule_with_warmup
 
 from svdllm.analysis import save_atomically
 from svdllm.errors import NumericalError
-from svdllm.recover.settings import Recovery
+from svdllm.recover.settings import BETA2, Recovery
 from svdllm.recover.task import Task
 from svdllm.stream import Block, Walk
 
 
 @dataclass(frozen=True)
 class BlockErrors:
-    """``||L(X) - L'(X')||^2 / ||L(X)||^2`` of one block, before and after training it."""
+    """Mean relative error of one block's outputs, before and after training it."""
 
     before: float
     after: float
@@ -66,23 +66,22 @@ def train_blocks(dense: Walk, compressed: Walk, task: Task) -> tuple[dict[str, T
 
 
 def _train_block(block: Block, dense: Walk, settings: Recovery) -> None:
-    """All parameters of a block, norms included, by AdamW; the loss is relative, so one rate fits all blocks."""
+    """All parameters of a block, norms included, by AdamW."""
     walk = block.walk
     parameters = [parameter.requires_grad_(True) for parameter in block.module.parameters()]
     rate = settings.of("blockwise", "lr")
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, BETA2), weight_decay=settings.weight_decay)
     epochs, batches = round(settings.of("blockwise", "epochs")), walk.batches
     steps = epochs * len(batches)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * steps), steps)
     generator = torch.Generator().manual_seed(settings.seed + block.index)
-    scale = float(dense.hidden.tensor.float().pow(2).mean())
     for _ in range(epochs):
         for number in torch.randperm(len(batches), generator=generator).tolist():
             inputs = walk.hidden.tensor[batches[number]].to(walk.device)
             wanted = dense.hidden.tensor[batches[number]].to(walk.device)
             with torch.enable_grad():
                 found = walk.calls[number][block.index].run(block.module, inputs)
-                loss = (found.float() - wanted.float()).pow(2).mean() / scale
+                loss = _relative_errors(found, wanted).mean()
             loss.backward()
             if not bool(torch.isfinite(loss)):
                 raise NumericalError(
@@ -97,15 +96,23 @@ def _train_block(block: Block, dense: Walk, settings: Recovery) -> None:
         parameter.requires_grad_(False)
 
 
+def _relative_errors(found: Tensor, wanted: Tensor) -> Tensor:
+    """``||y - y'||^2 / ||y||^2`` of every token.
+
+    One by one, because the first tokens of a text may be a thousand times larger than the others, and would be all that
+    is learnt. Being relative, one learning rate fits all blocks.
+    """
+    difference = (found.float() - wanted.float()).pow(2).sum(-1)
+    return difference / wanted.float().pow(2).sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def _error(block: Block, dense: Walk) -> float:
     walk = block.walk
-    lost = total = 0.0
-    for number, batch in enumerate(walk.batches):
-        wanted = dense.hidden.tensor[batch].float()
-        found = block.output_of(walk.hidden, number).cpu().float()
-        lost += float((found - wanted).double().pow(2).sum())
-        total += float(wanted.double().pow(2).sum())
-    return lost / total
+    lost = [
+        _relative_errors(block.output_of(walk.hidden, number).cpu(), dense.hidden.tensor[batch]).flatten()
+        for number, batch in enumerate(walk.batches)
+    ]
+    return float(torch.cat(lost).double().mean())
 
 
 def _parameters(module: nn.Module) -> dict[str, Tensor]:

@@ -7,48 +7,35 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from svdllm.analysis import FINGERPRINT_FILE, read_settings, refuse_other_settings, save_atomically, write_atomically
-from svdllm.checkpoint import (
-    RECIPE_FILE,
-    copy_companions,
-    finish_checkpoint,
-    load_model,
-    read_report,
-    write_shards,
-)
+from svdllm.checkpoint import RECIPE_FILE, copy_companions, finish_checkpoint, read_report, write_shards
 from svdllm.config import load_settings, make_recipe
-from svdllm.data import calibration_windows, check_source, evaluation_tokens
-from svdllm.data.examples import holds_examples, refuse_mixture, training_examples
-from svdllm.data.specs import require_extra
-from svdllm.errors import InputError, NumericalError, SvdllmError
+from svdllm.data import evaluation_tokens
+from svdllm.errors import NumericalError, SvdllmError
 from svdllm.evaluate import perplexity
 from svdllm.memory import peak_bytes, saying_what_to_lower
 from svdllm.modeling.lowrank import sha256_of
-from svdllm.plan import resolve_dtype
 from svdllm.progress import Reporter
 from svdllm.recover.blockwise import train_blocks
-from svdllm.recover.later_weights import LaterWeights
-from svdllm.recover.needs import least_bytes, require_memory, weight_bytes
-from svdllm.recover.processes import is_main, meet, num_processes, own_device, wait_for_all
+from svdllm.recover.checks import check_cheaply, training_dtype
+from svdllm.recover.models import Models
+from svdllm.recover.processes import is_main, meet, own_device, wait_for_all
 from svdllm.recover.record import Measured, RecoveryResult, TrainingRecord
+from svdllm.recover.rows import held_out_rows, training_rows
 from svdllm.recover.settings import ORDERS, Recovery
 from svdllm.recover.task import Rows, Task
-from svdllm.source import build_skeleton, load_config, open_config, open_source
-from svdllm.stream import Walk
-from svdllm.structure import discover
+from svdllm.source import open_config
 from svdllm.version import __version__
-from svdllm.weights import SafetensorsWeights, Weights, weight_files
-from svdllm.workspace import claim_work_folder, named_folder, require_empty, require_ours, require_writable
+from svdllm.weights import weight_files
+from svdllm.workspace import claim_work_folder, named_folder
 
 SETTINGS_FOLDER = "analysis"  # of a work folder: what decides its content
 Trained = tuple[TrainingRecord, dict[str, Tensor]]
@@ -87,113 +74,41 @@ def recover(
         ResourceError: the memory does not suffice; says what to lower.
         NumericalError: the loss or a gradient is not finite; names step and layer. The last saved step is kept.
     """
-    run = _Run(
+    output_dir = named_folder(output_dir)
+    reporter = reporter if reporter is not None and is_main() else Reporter()
+    models = Models(
         folder=Path(folder),
-        output_dir=named_folder(output_dir),
-        settings=settings,
-        ppl=tuple(ppl),
-        ppl_seqlen=ppl_seqlen,
-        ppl_windows=ppl_windows,
-        log_dir=None if log_dir is None else Path(log_dir),
+        teacher=settings.teacher,
+        work=output_dir.with_name(f"{output_dir.name}.partial"),
+        device=own_device(settings.device),
         offline=offline,
-        resume=resume,
-        reporter=reporter if reporter is not None and is_main() else Reporter(),
+        reporter=reporter,
     )
-    run.check_cheaply()
+    log_dir = None if log_dir is None else Path(log_dir)
+    check_cheaply(models, output_dir, settings, ppl, log_dir)
+    run = _Run(models, output_dir, settings, tuple(ppl), ppl_seqlen, ppl_windows, log_dir, resume, reporter)
     with run.explaining():
         return run.execute()
 
 
-@dataclass(kw_only=True)
+@dataclass
 class _Run:
     """One recovery. What a finished stage changed is a file of tensors in the work folder."""
 
-    folder: Path
+    models: Models
     output_dir: Path
     settings: Recovery
     ppl: tuple[str, ...]
     ppl_seqlen: int
     ppl_windows: int | None
     log_dir: Path | None
-    offline: bool
     resume: bool
     reporter: Reporter
     examples: dict[str, Any] = field(default_factory=dict)
 
     @property
     def work(self) -> Path:
-        return self.output_dir.with_name(f"{self.output_dir.name}.partial")
-
-    @property
-    def finished_stages(self) -> list[Path]:
-        return sorted(self.work.glob("*.safetensors"))
-
-    @cached_property
-    def config(self) -> PreTrainedConfig:
-        return load_config(self.folder, str(self.folder))
-
-    @cached_property
-    def device(self) -> torch.device:
-        return own_device(self.settings.device)
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        return self.config.dtype if isinstance(self.config.dtype, torch.dtype) else torch.float32
-
-    def check_cheaply(self) -> None:
-        """What can be wrong without loading a model."""
-        require_empty(self.output_dir)
-        require_writable(self.output_dir)
-        read_report(self.folder)
-        self._training_dtype()
-        methods, data, held_out = self.settings.methods, self.settings.data, self.settings.eval_data
-        for text in (data, *([] if held_out is None else [held_out]), *self.ppl):
-            check_source(text)
-        if held_out is not None:
-            refuse_mixture(held_out)
-        if self.log_dir is not None:
-            require_extra("tensorboard", "--log-dir", extra="tensorboard")
-        if "sequential-lora" in methods:
-            require_extra("peft", "--method sequential-lora", extra="recover")
-            refuse_mixture(data)
-        teacher = self.settings.teacher
-        if "blockwise" in methods:
-            if teacher is None:
-                raise InputError(
-                    "--method blockwise needs --teacher: the dense model, whose blocks' outputs are matched."
-                )
-            if num_processes() > 1:
-                raise InputError(
-                    f"--method blockwise runs in one process, these are {num_processes()}: run it alone first, then the "
-                    "other methods on what it made."
-                )
-        if teacher is not None:
-            ours = self.config.get_text_config().vocab_size
-            theirs = open_config(teacher, offline=self.offline).config.get_text_config().vocab_size
-            if ours != theirs:
-                raise InputError(
-                    f"--teacher {teacher} has {theirs} tokens in its vocabulary, {self.folder} has {ours}: the teacher is "
-                    "the dense model that this one was made of."
-                )
-        require_ours(self.work)
-        self._require_memory()
-
-    def _require_memory(self) -> None:
-        """Launchers may share a model out over the processes, so it is asked of a single one only."""
-        if num_processes() > 1:
-            return
-        teacher_bytes = 0
-        if self.settings.teacher is not None:
-            dense = open_config(self.settings.teacher, offline=self.offline)
-            teacher_bytes = weight_bytes(build_skeleton(dense.config, resolve_dtype("auto", self.device, dense.dtype)))
-        needed = {}
-        for method in self.settings.methods:
-            dtype = torch.float32 if method == "distill" else resolve_dtype("auto", self.device, self.stored_dtype)
-            vocab = self.config.get_text_config().vocab_size
-            needed[method] = least_bytes(
-                method, self.settings, build_skeleton(self.config, dtype), vocab, teacher_bytes
-            )
-        require_memory(needed, self.device)
+        return self.models.work
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
@@ -214,10 +129,11 @@ class _Run:
                 raise
 
     def execute(self) -> RecoveryResult:
-        meet(self.device)
+        meet(self.models.device)
+        offline = self.models.offline
         with self.reporter.stage("open", 1):
-            tokenizer = open_config(self.folder, offline=self.offline).load_tokenizer(self.offline)
-            texts = {text: evaluation_tokens(text, tokenizer, offline=self.offline) for text in self.ppl}
+            tokenizer = open_config(self.models.folder, offline=offline).load_tokenizer(offline)
+            texts = {text: evaluation_tokens(text, tokenizer, offline=offline) for text in self.ppl}
         self._open_work_folder()
         measured: Measured = {text: {} for text in texts}
         self._measure("before", measured, texts)
@@ -244,7 +160,7 @@ class _Run:
         """Makes it, or takes up that of an earlier run with the same settings."""
         decides = {
             **{f"recovery: {key}": value for key, value in self.settings.model_dump(mode="json").items()},
-            "weights of the checkpoint": [sha256_of(path) for path in weight_files(self.folder)],
+            "weights of the checkpoint": [sha256_of(path) for path in weight_files(self.models.folder)],
             "svdllm version": __version__,
             "torch version": torch.__version__,
             "transformers version": transformers.__version__,
@@ -262,10 +178,10 @@ class _Run:
 
     def _stages(self, tokenizer: Any) -> Iterator[tuple[Task, Stage]]:
         """What is run, in order, and by which function."""
+        given = (self.settings, tokenizer, self.models.offline, self.reporter)
         for number, method in enumerate(self.settings.methods):
-            task = partial(
-                self._task, method, rows=self._rows(method, tokenizer), held_out=self._held_out(method, tokenizer)
-            )
+            rows, self.examples[method] = training_rows(method, *given)
+            task = partial(self._task, method, rows=rows, held_out=held_out_rows(method, *given))
             if method == "sequential-lora":
                 for step, factors in enumerate(ORDERS[self.settings.order]):
                     file = f"{number}-{step}-lora-{'-'.join(factors)}"
@@ -302,24 +218,20 @@ class _Run:
     def _lora(self, factors: tuple[str, ...], task: Task) -> Trained:
         from svdllm.recover.sequential_lora import train_factors  # the Trainer takes seconds to import
 
-        return train_factors(self._model, factors, task, self._training_dtype())
+        return train_factors(self.models.compressed, factors, task, training_dtype(self.models, self.settings))
 
     def _distill(self, task: Task) -> Trained:
         from svdllm.recover.distill import divergence_from, open_for_training
         from svdllm.recover.training import train
 
-        model = self._model(torch.float32)  # steps of training are too small for half precision
+        model = self.models.compressed(torch.float32)  # steps of training are too small for half precision
         open_for_training(model, self.settings.train_norms)
-        loss_of = None if self.settings.teacher is None else divergence_from(self._teacher())
-        return train(model, task, self._training_dtype(), loss_of)
+        loss_of = None if self.settings.teacher is None else divergence_from(self.models.dense())
+        return train(model, task, training_dtype(self.models, self.settings), loss_of)
 
     def _blockwise(self, task: Task) -> Trained:
         ids = torch.stack([ids for ids, _ in task.rows])
-        assert self.settings.teacher is not None
-        teacher = open_source(self.settings.teacher, offline=self.offline, gguf_folder=self.work / "teacher")
-        assert teacher.weights is not None
-        dense = self._walk(teacher.weights, teacher.config, ids)
-        compressed = self._walk(self._weights(), self.config, ids)
+        dense, compressed = self.models.walks(ids, self.settings.of("blockwise", "batch"))
         trained, errors = train_blocks(dense, compressed, task)
         epochs = round(self.settings.of("blockwise", "epochs"))
         record = TrainingRecord(
@@ -332,120 +244,10 @@ class _Run:
         )
         return record, trained
 
-    def _walk(self, weights: Weights, config: PreTrainedConfig, ids: Tensor) -> Walk:
-        skeleton = build_skeleton(config)
-        return Walk(
-            weights=weights,
-            skeleton=skeleton,
-            structure=discover(skeleton),
-            ids=ids,
-            device=self.device,
-            dtype=torch.float32,
-            batch_tokens=self.settings.of("blockwise", "batch") * ids.shape[1],
-        )
-
-    def _weights(self) -> LaterWeights:
-        """The checkpoint's, as far as they are trained now."""
-        return LaterWeights(SafetensorsWeights(self.folder, build_skeleton(self.config)), self.finished_stages)
-
-    def _model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The compressed model as far as it is trained now; by default in float32 on a CPU, in its own dtype on a GPU."""
-        with self.reporter.stage("load", 1):
-            model = load_model(self.folder, dtype=dtype or resolve_dtype("auto", self.device, self.stored_dtype))
-            for file in self.finished_stages:
-                model.load_state_dict(load_file(file), strict=False)
-        return model.requires_grad_(False).to(self.device)  # type: ignore[arg-type]
-
-    def _teacher(self) -> PreTrainedModel:
-        teacher = self.settings.teacher
-        assert teacher is not None
-        dtype = resolve_dtype("auto", self.device, open_config(teacher, offline=self.offline).dtype)
-        with self.reporter.stage("load", 1):
-            model = load_model(teacher, dtype=dtype, local_files_only=self.offline)
-        return model.eval().requires_grad_(False).to(self.device)  # type: ignore[arg-type]
-
-    def _rows(self, method: str, tokenizer: Any) -> Rows:
-        """The examples of a method; random windows where blocks or all factors are trained on text."""
-        settings = self.settings
-        seqlen = settings.of(method, "seqlen")
-        with self.reporter.stage("tokenise", 1):
-            if method == "blockwise" or (method == "distill" and not holds_examples(settings.data, self.offline)):
-                steps = settings.of(method, "steps")
-                windows = calibration_windows(
-                    settings.data,
-                    tokenizer,
-                    samples=settings.of(method, "samples")
-                    if method == "blockwise"
-                    else steps * settings.of(method, "batch"),
-                    seqlen=seqlen,
-                    seed=settings.seed,
-                    offline=self.offline,
-                )
-                self.examples[method] = {"source": windows.source, "kind": "text", "examples": len(windows.ids)}
-                return [(ids, ids) for ids in windows.ids]
-            examples = training_examples(
-                settings.data,
-                tokenizer,
-                seqlen=seqlen,
-                template=settings.template,
-                completions_only=settings.train_on == "completions",
-                packing=settings.packing,
-                offline=self.offline,
-            )
-        if examples.left_out:
-            self.reporter.warn(
-                f"{examples.left_out} examples are left out: their answers begin beyond --seqlen {seqlen}."
-            )
-        self.examples[method] = {
-            "source": examples.source,
-            "kind": examples.kind,
-            "examples": len(examples.rows),
-            "left_out": examples.left_out,
-        }
-        return examples.rows
-
-    def _held_out(self, method: str, tokenizer: Any) -> Rows:
-        settings = self.settings
-        if settings.eval_data is None or method == "blockwise":
-            return []
-        with self.reporter.stage("tokenise", 1):
-            examples = training_examples(
-                settings.eval_data,
-                tokenizer,
-                seqlen=settings.of(method, "seqlen"),
-                template=settings.template,
-                completions_only=settings.train_on == "completions",
-                offline=self.offline,
-            )
-        return examples.rows[: settings.eval_samples]
-
-    def _training_dtype(self) -> torch.dtype:
-        """Of the products in training.
-
-        Raises:
-            InputError: the device does not have it, or the weights would overflow in it.
-        """
-        name, kind = self.settings.dtype, self.device.type
-        has_bfloat16 = kind != "cuda" or torch.cuda.is_bf16_supported()
-        if name == "auto":
-            return torch.bfloat16 if kind == "cuda" and has_bfloat16 else torch.float32
-        if name == "bfloat16" and not has_bfloat16:
-            raise InputError(
-                f"--dtype bfloat16: {torch.cuda.get_device_name(self.device)} does not have it; use float32."
-            )
-        if name == "float16" and self.stored_dtype == torch.bfloat16:
-            raise InputError(
-                f"--dtype float16: {self.folder} is in bfloat16, whose numbers and gradients may exceed what float16 can "
-                "hold (65,504). Use bfloat16 or float32."
-            )
-        if name == "float16" and kind == "cpu":
-            raise InputError("--dtype float16 is for training on a GPU; on a CPU use float32.")
-        return getattr(torch, name)
-
     def _measure(self, name: str, measured: Measured, texts: dict[str, Tensor]) -> None:
         if not texts:
             return
-        model = self._teacher() if name == "teacher" else self._model()
+        model = self.models.dense() if name == "teacher" else self.models.compressed(untrained=name == "before")
         for text, ids in texts.items():
             with self.reporter.stage(f"eval {name}", 1):
                 measured[text][name] = perplexity(
@@ -463,15 +265,15 @@ class _Run:
         shutil.rmtree(new, ignore_errors=True)
         (new / "svdllm").mkdir(parents=True)
         with self.reporter.stage("write", 1):
-            weights = self._weights()
+            weights, folder = self.models.weights(), self.models.folder
             write_shards(new, weights, {name: weights.shape_and_dtype(name) for name in weights.names()})
-            copy_companions(self.folder, new)
-            shutil.copyfile(self.folder / "config.json", new / "config.json")
-            report = read_report(self.folder)
+            copy_companions(folder, new)
+            shutil.copyfile(folder / "config.json", new / "config.json")
+            report = read_report(folder)
             # What smaller sizes are cut from was not trained.
-            recipe = make_recipe(load_settings(self.folder / RECIPE_FILE) | {"elastic": False})
+            recipe = make_recipe(load_settings(folder / RECIPE_FILE) | {"elastic": False})
             report["recovery"] = [*report.get("recovery", []), result.history()]
-            finish_checkpoint(new, recipe, report, self.device, self.reporter)
+            finish_checkpoint(new, recipe, report, self.models.device, self.reporter)
         self.output_dir.parent.mkdir(parents=True, exist_ok=True)
         new.replace(self.output_dir)
         shutil.rmtree(self.work)

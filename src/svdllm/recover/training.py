@@ -20,6 +20,7 @@ from svdllm.errors import InputError, NumericalError
 from svdllm.progress import Reporter
 from svdllm.recover.processes import is_main, num_processes, own_device
 from svdllm.recover.record import TrainingRecord
+from svdllm.recover.settings import BETA2
 from svdllm.recover.task import Rows, Task
 
 SAVES_PER_STAGE = 10
@@ -98,6 +99,7 @@ def training_arguments(task: Task, dtype: torch.dtype) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=round(settings.warmup * steps),
         weight_decay=settings.weight_decay,
+        adam_beta2=BETA2,
         max_grad_norm=settings.clip,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,

@@ -1,0 +1,102 @@
+"""What can be wrong with a recovery, found before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from svdllm.checkpoint import read_report
+from svdllm.data import check_source
+from svdllm.data.examples import refuse_mixture
+from svdllm.data.specs import require_extra
+from svdllm.errors import InputError
+from svdllm.plan import resolve_dtype
+from svdllm.recover.models import Models
+from svdllm.recover.needs import least_bytes, require_memory, weight_bytes
+from svdllm.recover.processes import num_processes
+from svdllm.recover.settings import Recovery
+from svdllm.source import build_skeleton, open_config
+from svdllm.workspace import require_empty, require_ours, require_writable
+
+
+def check_cheaply(
+    models: Models, output_dir: Path, settings: Recovery, texts: Sequence[str], log_dir: Path | None
+) -> None:
+    """Raises InputError or ResourceError for what needs no model to be seen."""
+    require_empty(output_dir)
+    require_writable(output_dir)
+    require_ours(models.work)
+    read_report(models.folder)
+    training_dtype(models, settings)
+    _check_data(settings, texts)
+    if log_dir is not None:
+        require_extra("tensorboard", "--log-dir", extra="tensorboard")
+    if "sequential-lora" in settings.methods:
+        require_extra("peft", "--method sequential-lora", extra="recover")
+    _check_teacher(models, settings)
+    if num_processes() == 1:  # of several, each may hold a part only
+        _check_memory(models, settings)
+
+
+def training_dtype(models: Models, settings: Recovery) -> torch.dtype:
+    """Of the products in training.
+
+    Raises:
+        InputError: the device does not have it, or the weights would overflow in it.
+    """
+    name, device = settings.dtype, models.device
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and has_bfloat16 else torch.float32
+    if name == "bfloat16" and not has_bfloat16:
+        raise InputError(f"--dtype bfloat16: {torch.cuda.get_device_name(device)} does not have it; use float32.")
+    if name == "float16" and models.stored_dtype == torch.bfloat16:
+        raise InputError(
+            f"--dtype float16: {models.folder} is in bfloat16, whose numbers and gradients may exceed what float16 can "
+            "hold (65,504). Use bfloat16 or float32."
+        )
+    if name == "float16" and device.type == "cpu":
+        raise InputError("--dtype float16 is for training on a GPU; on a CPU use float32.")
+    return getattr(torch, name)
+
+
+def _check_data(settings: Recovery, texts: Sequence[str]) -> None:
+    held_out = settings.eval_data
+    for text in (settings.data, *([] if held_out is None else [held_out]), *texts):
+        check_source(text)
+    if held_out is not None:
+        refuse_mixture(held_out)
+    if "sequential-lora" in settings.methods:
+        refuse_mixture(settings.data)
+
+
+def _check_teacher(models: Models, settings: Recovery) -> None:
+    if "blockwise" in settings.methods:
+        if models.teacher is None:
+            raise InputError("--method blockwise needs --teacher: the dense model, whose blocks' outputs are matched.")
+        if num_processes() > 1:
+            raise InputError(
+                f"--method blockwise runs in one process, these are {num_processes()}: run it alone first, then the other "
+                "methods on what it made."
+            )
+    if models.teacher is not None:
+        theirs = open_config(models.teacher, offline=models.offline).config.get_text_config().vocab_size
+        if models.vocab_size != theirs:
+            raise InputError(
+                f"--teacher {models.teacher} has {theirs} tokens in its vocabulary, {models.folder} has "
+                f"{models.vocab_size}: the teacher is the dense model that this one was made of."
+            )
+
+
+def _check_memory(models: Models, settings: Recovery) -> None:
+    teacher_bytes = 0
+    if models.teacher is not None:
+        dense = open_config(models.teacher, offline=models.offline)
+        teacher_bytes = weight_bytes(build_skeleton(dense.config, resolve_dtype("auto", models.device, dense.dtype)))
+    needed = {}
+    for method in settings.methods:
+        skeleton = build_skeleton(models.config, torch.float32 if method == "distill" else models.own_dtype)
+        needed[method] = least_bytes(method, settings, skeleton, models.vocab_size, teacher_bytes)
+    require_memory(needed, models.device)

@@ -1,0 +1,57 @@
+"""What a method learns from: examples, windows of a text in its order, or random ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from svdllm.data import calibration_windows
+from svdllm.data.examples import holds_examples, training_examples
+from svdllm.progress import Reporter
+from svdllm.recover.settings import Recovery
+from svdllm.recover.task import Rows
+
+
+def training_rows(
+    method: str, settings: Recovery, tokenizer: Any, offline: bool, reporter: Reporter
+) -> tuple[Rows, dict[str, Any]]:
+    """The sequences, and what the record says of them; random windows where blocks or all factors are trained on text."""
+    seqlen = settings.of(method, "seqlen")
+    with reporter.stage("tokenise", 1):
+        if method == "blockwise" or (method == "distill" and not holds_examples(settings.data, offline)):
+            samples = settings.of(method, "samples")
+            if method == "distill":
+                samples = settings.of(method, "steps") * settings.of(method, "batch")
+            windows = calibration_windows(
+                settings.data, tokenizer, samples=samples, seqlen=seqlen, seed=settings.seed, offline=offline
+            )
+            said = {"source": windows.source, "kind": "text", "examples": len(windows.ids)}
+            return [(ids, ids) for ids in windows.ids], said
+        examples = training_examples(
+            settings.data,
+            tokenizer,
+            seqlen=seqlen,
+            template=settings.template,
+            completions_only=settings.train_on == "completions",
+            packing=settings.packing,
+            offline=offline,
+        )
+    if examples.left_out:
+        reporter.warn(f"{examples.left_out} examples are left out: their answers begin beyond --seqlen {seqlen}.")
+    said = {"source": examples.source, "kind": examples.kind, "examples": len(examples.rows)}
+    return examples.rows, said | {"left_out": examples.left_out}
+
+
+def held_out_rows(method: str, settings: Recovery, tokenizer: Any, offline: bool, reporter: Reporter) -> Rows:
+    """The sequences whose loss is taken while a method trains."""
+    if settings.eval_data is None or method == "blockwise":
+        return []
+    with reporter.stage("tokenise", 1):
+        examples = training_examples(
+            settings.eval_data,
+            tokenizer,
+            seqlen=settings.of(method, "seqlen"),
+            template=settings.template,
+            completions_only=settings.train_on == "completions",
+            offline=offline,
+        )
+    return examples.rows[: settings.eval_samples]

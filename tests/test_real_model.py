@@ -80,3 +80,16 @@ def test_verify_in_a_fresh_process(result: Any) -> None:
     checks = cli("verify", result["output_dir"])
     assert checks["ok"]
     assert set(checks["checks"]) == {"hashes", "shapes", "finite", "logits"}
+
+
+def test_a_little_training_brings_much_back(gguf: Path, result: Any, tmp_path: Path) -> None:
+    """Learnt from one half of the documentation, measured on the other."""
+    trained = cli(
+        *("recover", result["output_dir"], "-o", tmp_path / "trained", "--data", "python-docs"),
+        *("--method", "distill", "--teacher", gguf, "--steps", "12", "--ppl-windows", "4"),
+    )
+    ((_, measured),) = trained["perplexity"].items()
+    before, after, dense = (measured[name]["perplexity"] for name in ("before", "after", "teacher"))
+    assert dense < after < 0.9 * before
+    assert trained["tokens"] == 12 * 2 * 256
+    assert cli("verify", trained["output_dir"])["ok"]

@@ -426,6 +426,15 @@ def test_an_elastic_checkpoint_becomes_an_ordinary_one(dense: Path, text: Path, 
     verify(trained, "cpu")
 
 
+def test_the_update_alone_on_plain_svd(dense: Path, text: Path, tmp_path: Path) -> None:
+    """The paper's ablation, SVD-LLM (U)."""
+    plain = run(dense, tmp_path / "svd", recipe=small_recipe(method="svd")).output_dir
+    result = recover(plain, tmp_path / "out", recovery(text, steps=30), ppl=[str(text)], ppl_seqlen=16)
+    measured = result.perplexity[str(text)]
+    assert measured["after"].perplexity < 0.8 * measured["before"].perplexity
+    assert read_report(result.output_dir)["method"] == "svd"
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "qwen3"])
 def test_every_family_is_trained(family: str, text: Path, tmp_path: Path, tokenizer: Any) -> None:
     dense = save_dense(tmp_path / "dense", family, tokenizer=tokenizer)

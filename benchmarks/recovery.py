@@ -4,14 +4,15 @@ Each variant is a name and settings of ``svdllm.recover.make_recovery``, beyond 
 are kept in ``--json`` and not run again.
 
     python benchmarks/recovery.py CHECKPOINT --work DIR --json OUT.json --eval wiki=FILE --eval c4=FILE --teacher MODEL \\
-        --common data=alpaca.json,steps=30,batch=8,lr=1e-3 \\
-        --variant 'u first:order=u-first' --variant 'joint:order=joint,steps=60'
+        --common 'data: alpaca.json, steps: 30, batch: 8, lr: 1e-3' \\
+        --variant 'u first=order: u-first' --variant 'joint=order: joint, steps: 60'
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -32,13 +33,10 @@ WITHOUT_TEACHER = {"sequential-lora"}
 
 
 def settings_of(text: str) -> dict[str, Any]:
-    """``a=1,b=x`` with values as in YAML; methods are joined by +."""
-    pairs = (part.split("=", 1) for part in text.split(",") if part)
-    settings = {name.strip(): yaml.safe_load(value) for name, value in pairs}
+    """A YAML mapping without its braces."""
+    settings = yaml.safe_load(f"{{{text}}}")
     if "lr" in settings:
         settings["lr"] = float(settings["lr"])  # YAML takes 1e-3 for a word
-    if "methods" in settings:
-        settings["methods"] = tuple(settings["methods"].split("+"))
     return settings
 
 
@@ -49,8 +47,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the trained models")
     parser.add_argument("--json", type=Path, required=True, help="results, kept between runs")
     parser.add_argument("--eval", action="append", required=True, metavar="NAME=TEXT")
-    parser.add_argument("--common", default="", help="settings of all variants: NAME=VALUE,...")
-    parser.add_argument("--variant", action="append", default=[], metavar="NAME:SETTINGS")
+    parser.add_argument("--common", default="", help="settings of all variants, as YAML")
+    parser.add_argument("--variant", action="append", default=[], metavar="NAME=SETTINGS")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--device", default="auto")
@@ -84,14 +82,13 @@ def main() -> None:
         keep("before", {"perplexity": measure(args.checkpoint)})
         keep("dense", {"perplexity": measure(args.teacher)})
     for variant in args.variant:
-        name, _, wanted = variant.partition(":")
+        name, _, wanted = variant.partition("=")
         if name in rows:
             continue
         settings = {"device": args.device} | settings_of(args.common) | settings_of(wanted)
         if not set(settings.get("methods", ("sequential-lora",))) <= WITHOUT_TEACHER:
             settings.setdefault("teacher", args.teacher)
-        output = args.work / name.replace(" ", "-").replace(",", "")
-        shutil.rmtree(output, ignore_errors=True)
+        output = args.work / f"recovered-{re.sub('[^a-z0-9]+', '-', name.lower())}"
         started = time.perf_counter()
         result = recover(args.checkpoint, output, make_recovery(settings))
         seconds = time.perf_counter() - started

@@ -40,6 +40,8 @@ class Clock(TrainerCallback):
         self.last = 0.0
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         now = time.perf_counter()
         if self.last:
             self.seconds.append(now - self.last)

@@ -47,8 +47,22 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of unequal length, prompts and answers."""
+    file = tmp_path_factory.mktemp("instructions") / "alpaca.json"
+    words = TEXT.split()
+    rows = [
+        {"instruction": " ".join(words[n : n + 1 + n % 5]), "input": "", "output": " ".join(words[: 1 + 3 * (n % 4)])}
+        for n in range(16)
+    ]
+    file.write_text(json.dumps(rows))
+    return file
+
+
 def recovery(text: Path, *methods: str, **settings: Any) -> Any:
-    return make_recovery({"methods": methods or ("sequential-lora",), "data": str(text)} | SMALL | settings)
+    small = {name: value for name, value in SMALL.items() if name != "steps" or methods != ("blockwise",)}
+    return make_recovery({"methods": methods or ("sequential-lora",), "data": str(text)} | small | settings)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -130,7 +144,7 @@ def test_distillation_trains_the_linears_of_blocks_and_norms_only_if_asked(
 
 
 def test_the_distillation_loss_is_the_mean_divergence_per_token() -> None:
-    """Against the definition, token by token, padding left out."""
+    """Against the definition, token by token; only where a learnt token follows."""
 
     class Model(nn.Module):
         def __init__(self, seed: int):
@@ -141,24 +155,63 @@ def test_the_distillation_loss_is_the_mean_divergence_per_token() -> None:
             return type("Output", (), {"logits": self.table[input_ids]})
 
     teacher, student = Model(0), Model(1)
-    ids = torch.tensor([[1, 2, 3], [4, 0, 0]])
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    loss = divergence_from(teacher)(student, {"input_ids": ids, "attention_mask": mask})
+    labels = torch.tensor([[-100, 2, 3, 5], [-100, -100, 6, -100]])
+    ids = torch.tensor([[1, 2, 3, 5], [4, 8, 6, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    total, tokens = divergence_from(teacher)(student, {"input_ids": ids, "attention_mask": mask, "labels": labels})
     expected = []
-    for token in (1, 2, 3, 4):
+    for token in (1, 2, 3, 8):  # which come before the learnt ones
         p, q = teacher.table[token].double().softmax(-1), student.table[token].double().softmax(-1)
         expected.append((p * (p / q).log()).sum())
-    assert float(loss) == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
+    assert int(tokens) == 4
+    assert float(total) == pytest.approx(float(torch.stack(expected).sum()), rel=1e-5)
 
 
-def test_steps_of_several_micro_batches_are_steps_of_the_whole_batch(
-    checkpoint: Path, text: Path, tmp_path: Path
+@pytest.mark.parametrize("method", ["sequential-lora", "distill"])
+@pytest.mark.parametrize("other", [{"micro_batch": 1}, {"micro_batch": 3}, {"gradient_checkpointing": True}])
+def test_steps_are_the_same_whatever_memory_they_take(
+    method: str, other: dict[str, Any], checkpoint: Path, dense: Path, instructions: Path, tmp_path: Path
 ) -> None:
-    whole = recover(checkpoint, tmp_path / "whole", recovery(text, micro_batch=4))
-    parts = recover(checkpoint, tmp_path / "parts", recovery(text, micro_batch=1))
-    one, other = weights(whole.output_dir), weights(parts.output_dir)
+    """Losses are means over the learnt tokens of a whole step, though micro-batches have unequal numbers of them."""
+    settings = {"teacher": str(dense), "seqlen": 100, "batch": 6, "micro_batch": 6}
+    whole = recover(checkpoint, tmp_path / "whole", recovery(instructions, method, **settings))
+    parts = recover(checkpoint, tmp_path / "parts", recovery(instructions, method, **(settings | other)))
+    for one, two in zip(whole.stages, parts.stages, strict=True):
+        assert one.tokens == two.tokens
+        assert one.losses == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in two.losses]
+    one, two = weights(whole.output_dir), weights(parts.output_dir)
     for name, tensor in one.items():
-        torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"packing": True}, {"train_on": "everything"}, {"epochs": 2, "steps": None}])
+def test_instructions_are_learnt(
+    settings: dict[str, Any], checkpoint: Path, instructions: Path, tmp_path: Path
+) -> None:
+    """The loss of the first step against the model's own on the same rows."""
+    from svdllm.data.examples import training_examples
+
+    given = {"seqlen": 100, "batch": 16, "micro_batch": 4} | settings
+    result = recover(checkpoint, tmp_path / "out", recovery(instructions, order="joint", **given))
+    examples = training_examples(
+        str(instructions),
+        AutoTokenizer.from_pretrained(checkpoint),
+        seqlen=100,
+        packing=settings.get("packing", False),
+        completions_only="train_on" not in settings,
+    )
+    total = tokens = 0.0
+    model = load_model(checkpoint, dtype=torch.float32)
+    for ids, labels in examples.rows:
+        learnt = int((labels[1:] != -100).sum())
+        with torch.no_grad():
+            total += learnt * float(model(input_ids=ids[None], labels=labels[None]).loss)
+        tokens += learnt
+    (stage,) = result.stages
+    if "packing" not in settings:  # whose rows are fewer than a batch
+        assert stage.losses[0][1] == pytest.approx(total / tokens, rel=1e-4)
+    assert stage.losses[-1][1] < stage.losses[0][1]
+    assert stage.steps == (2 if "epochs" in settings else 4)
 
 
 def test_blocks_come_nearer_to_the_dense_blocks(
@@ -191,10 +244,13 @@ def test_methods_run_one_after_the_other(checkpoint: Path, dense: Path, text: Pa
     assert history[0]["tokens"] == result.tokens
 
 
-def test_two_processes_do_the_steps_of_one(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    alone = recover(checkpoint, tmp_path / "alone", recovery(text, micro_batch=2, device="cpu"))
+def test_two_processes_do_the_steps_of_one(checkpoint: Path, dense: Path, instructions: Path, tmp_path: Path) -> None:
+    settings = {"seqlen": 100, "micro_batch": 2, "device": "cpu", "teacher": str(dense), "steps": 4}
+    alone = recover(checkpoint, tmp_path / "alone", recovery(instructions, "distill", **settings))
     flags = {
-        "--seqlen": 16,
+        "--method": "distill",
+        "--teacher": dense,
+        "--seqlen": 100,
         "--batch": 4,
         "--steps": 4,
         "--lr": 1e-2,
@@ -203,12 +259,26 @@ def test_two_processes_do_the_steps_of_one(checkpoint: Path, text: Path, tmp_pat
         "--device": "cpu",
     }
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "svdllm", "recover", checkpoint, "-o", tmp_path / "out", "--data", text, "--json"]
+    command = [
+        *launcher,
+        "-m",
+        "svdllm",
+        "recover",
+        checkpoint,
+        "-o",
+        tmp_path / "out",
+        "--data",
+        instructions,
+        "--json",
+    ]
     command += [part for pair in flags.items() for part in pair]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["tokens"] == alone.tokens
+    printed = json.loads(done.stdout)
+    assert printed["tokens"] == alone.tokens
+    for one, two in zip(alone.stages[0].losses, printed["stages"][0]["losses"], strict=True):
+        assert one[1] == pytest.approx(two[1], rel=1e-4)
     one, two = weights(alone.output_dir), weights(tmp_path / "out")
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-4)
@@ -222,7 +292,7 @@ def test_held_out_examples_are_looked_at_while_it_trains(
 
     other = tmp_path / "other.txt"
     other.write_text(TEXT[:800])
-    settings = recovery(text, order="joint", eval_data=str(other), eval_steps=2, eval_samples=5, micro_batch=5)
+    settings = recovery(text, order="joint", eval_data=str(other), eval_steps=2, eval_samples=5)
     result = recover(checkpoint, tmp_path / "out", settings, log_dir=tmp_path / "logs")
     seen = dict(result.stages[0].held_out)
     assert list(seen) == [0, 2, 4]
@@ -320,14 +390,118 @@ class Killer(Reporter):
 def test_a_killed_run_ends_where_the_whole_one_does(
     methods: tuple[str, ...], stage: str, at: int, checkpoint: Path, dense: Path, text: Path, tmp_path: Path
 ) -> None:
-    settings = recovery(text, *methods, teacher=str(dense), samples=8)
+    samples = {"samples": 8} if "blockwise" in methods else {}
+    settings = recovery(text, *methods, teacher=str(dense), **samples)
     whole = recover(checkpoint, tmp_path / "whole", settings)
     with pytest.raises(KeyboardInterrupt):
         recover(checkpoint, tmp_path / "out", settings, reporter=Killer(stage, at))
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match=r"lr was 0\.01, is now 0\.02"):
-        recover(checkpoint, tmp_path / "out", recovery(text, *methods, teacher=str(dense), samples=8, lr=0.02))
+        recover(checkpoint, tmp_path / "out", recovery(text, *methods, teacher=str(dense), lr=0.02, **samples))
     assert not changed(whole.output_dir, recover(checkpoint, tmp_path / "out", settings).output_dir)
+
+
+def test_a_run_that_was_killed_while_it_saved_goes_on_from_the_save_before(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    settings = recovery(text, order="joint")
+    whole = recover(checkpoint, tmp_path / "whole", settings)
+    with pytest.raises(KeyboardInterrupt):
+        recover(checkpoint, tmp_path / "out", settings, reporter=Killer("lora", 3))
+    (saved,) = (tmp_path / "out.partial").glob("*/checkpoint-*")
+    half = saved.with_name("checkpoint-3")
+    shutil.copytree(saved, half)
+    state = (half / "trainer_state.json").read_bytes()
+    (half / "trainer_state.json").write_bytes(state[: len(state) // 2])
+    assert not changed(whole.output_dir, recover(checkpoint, tmp_path / "out", settings).output_dir)
+
+
+def test_an_unfinished_run_may_go_on_with_less_memory_but_not_with_other_data(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.txt"
+    data.write_text(TEXT)
+    with pytest.raises(KeyboardInterrupt):
+        recover(checkpoint, tmp_path / "out", recovery(data), reporter=Killer("lora", 3))
+    data.write_text(f"more {TEXT}")
+    with pytest.raises(InputError, match="rows of lora svd_u was"):
+        recover(checkpoint, tmp_path / "out", recovery(data))
+    data.write_text(TEXT)
+    assert recover(checkpoint, tmp_path / "out", recovery(data, micro_batch=1)).output_dir.is_dir()
+
+
+def test_what_is_learnt_is_kept_when_a_later_stage_fails(
+    checkpoint: Path, dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from svdllm.recover import run
+
+    def fails(*_: Any) -> None:
+        raise ResourceError("no room")
+
+    monkeypatch.setattr(run, "train_blocks", fails)
+    settings = recovery(text, "distill", "blockwise", teacher=str(dense), samples=4)
+    with pytest.raises(ResourceError, match="no room"):
+        recover(checkpoint, tmp_path / "out", settings)
+    assert [file.name for file in (tmp_path / "out.partial").glob("*.safetensors")] == ["0-distill.safetensors"]
+    with pytest.raises(InputError, match=r"holds .* tokens"):  # found before anything is trained
+        recover(checkpoint, tmp_path / "new", recovery(tmp_path / "out.partial" / "0-distill.json", "distill"))
+
+
+def test_a_loss_of_zero_stops(checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from svdllm.recover import training
+
+    plain = training._Trainer.compute_loss
+    monkeypatch.setattr(training._Trainer, "compute_loss", lambda *args, **kwargs: 0 * plain(*args, **kwargs))
+    with pytest.raises(NumericalError, match="loss is exactly zero in step 1"):
+        recover(checkpoint, tmp_path / "out", recovery(text))
+
+
+def test_a_merge_that_changes_the_answers_or_another_weight_is_noticed(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora import Linear
+
+    from svdllm.recover import sequential_lora
+
+    delta = Linear.get_delta_weight
+    with monkeypatch.context() as patch:
+        patch.setattr(Linear, "get_delta_weight", lambda *args: 2 * delta(*args))
+        with pytest.raises(NumericalError, match="logits differ from those with adapters"):
+            recover(checkpoint, tmp_path / "out", recovery(text))
+    train = sequential_lora.train
+
+    def careless(adapted: Any, *args: Any) -> Any:
+        done = train(adapted, *args)
+        adapted.get_submodule("base_model.model.model.norm").weight.data += 0.1
+        return done
+
+    monkeypatch.setattr(sequential_lora, "train", careless)
+    with pytest.raises(NumericalError, match=r"model\.norm\.weight changed while only svd_u were trained"):
+        recover(checkpoint, tmp_path / "new", recovery(text))
+
+
+def test_models_in_half_precision_are_merged_in_float32(
+    dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the model stays in its own dtype."""
+    from svdllm.recover.models import Models
+
+    halved = tmp_path / "dense"
+    load_model(dense, dtype=torch.bfloat16).save_pretrained(halved)
+    AutoTokenizer.from_pretrained(dense).save_pretrained(halved)
+    small = run(halved, tmp_path / "small").output_dir
+    monkeypatch.setattr(Models, "own_dtype", property(lambda self: self.stored_dtype))
+    result = recover(small, tmp_path / "out", recovery(text, dtype="bfloat16"))
+    assert changed(small, result.output_dir) == factors(small, "svd_u") | factors(small, "svd_v")
+    assert {tensor.dtype for tensor in weights(result.output_dir).values()} == {torch.bfloat16}
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="--batch 4 cannot be shared evenly by 3 processes"):
+        recover(checkpoint, tmp_path / "out", recovery(text))
 
 
 def test_a_loss_that_is_no_number_stops_with_step_and_layer_and_keeps_what_was_saved(
@@ -372,7 +546,19 @@ def test_a_gradient_that_is_no_number_stops_before_the_weights(
         ({"data": "a.txt:0.5,b.txt:0.5"}, "file not found: a.txt"),
         ({"eval_data": "python-docs:0.5,no-such:0.5"}, "no-such"),
         ({"eval_steps": 3}, "eval_steps needs eval_data"),
-        ({"methods": ("blockwise",), "teacher": "x", "eval_data": "python-docs"}, "blockwise does not use it"),
+        ({"eval_samples": 3}, "eval_samples needs eval_data"),
+        (
+            {"methods": ("blockwise",), "teacher": "x", "eval_data": "python-docs"},
+            "eval_data does nothing to blockwise",
+        ),
+        ({"methods": ("blockwise",), "teacher": "x", "steps": 3}, "steps does nothing to blockwise: it is for sequ"),
+        ({"methods": ("blockwise",), "teacher": "x", "epochs": 0.4}, "blockwise makes whole passes"),
+        ({"methods": ("distill",), "order": "v-first"}, "order does nothing to distill: it is for sequential-lora"),
+        ({"methods": ("distill",), "epochs": 2, "steps": 3}, "steps and epochs are given"),
+        ({"methods": ("distill",), "packing": True, "seqlen": 16}, "--packing is for instructions and chats"),
+        ({"methods": ("distill",), "epochs": 2, "seqlen": 16}, "--epochs is for instructions .* say --steps"),
+        ({"template": "chat", "seqlen": 16}, "--template is for instructions and chats"),
+        ({"seqlen": 129}, "--seqlen 129 is beyond the model's context of 128 tokens"),
         ({"dtype": "int8"}, "dtype: .*float32.*found 'int8'"),
         ({"order": "both"}, "order: .*u-first.*found 'both'"),
         ({"lr": -1.0}, "lr: .*greater than 0 .found -1"),
@@ -415,6 +601,9 @@ def test_only_our_checkpoints_and_their_own_teachers(
     tiny_model("llama", vocab_size=310).save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match=r"310 tokens in its vocabulary.* has 300"):
         recover(checkpoint, tmp_path / "out", recovery(text, "distill", teacher=str(tmp_path / "other")))
+    tiny_model("llama", vocab_size=300, num_hidden_layers=3).save_pretrained(tmp_path / "deeper")
+    with pytest.raises(InputError, match=r"deeper has 3 blocks, .* has 2"):
+        recover(checkpoint, tmp_path / "out", recovery(text, "blockwise", teacher=str(tmp_path / "deeper")))
     with pytest.raises(InputError, match="is a finished checkpoint"):
         recover(checkpoint, checkpoint, recovery(text))
 

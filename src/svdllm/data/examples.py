@@ -47,9 +47,12 @@ def training_examples(
     template: str = "alpaca",
     completions_only: bool = True,
     packing: bool = False,
+    evaluation: bool = False,
     offline: bool = False,
 ) -> Examples:
     """The examples of a source, in its order.
+
+    With ``evaluation`` the part of a data set that is for evaluation, where it has one.
 
     Rows with ``instruction`` and ``output`` (and ``input``), or ``prompt`` and ``completion``, become a prompt by the
     template and an answer; rows with ``messages`` are chats, of which the last message is the answer. All else is
@@ -60,10 +63,10 @@ def training_examples(
     """
     refuse_mixture(source)
     spec = parse_spec(source)
-    rows = [] if isinstance(spec, NamedSet | DocsSpec) else rows_of_spec(spec, offline=offline)
+    rows = [] if isinstance(spec, NamedSet | DocsSpec) else rows_of_spec(spec, evaluation=evaluation, offline=offline)
     kind = _kind_of(rows)
     if kind is None:
-        return _windows(spec, tokenizer, seqlen, offline)
+        return _windows(spec, tokenizer, seqlen, evaluation, offline)
     pairs = (_pair(row, f"{source}, row {index}", template, tokenizer) for index, row in enumerate(rows))
     encoded = [_encoded(pair, tokenizer, completions_only) for pair in pairs]
     if packing:
@@ -91,7 +94,7 @@ def holds_examples(source: str, offline: bool = False) -> bool:
     spec = parse_spec(source)
     if isinstance(spec, MixtureSpec | NamedSet | DocsSpec):
         return False
-    return _kind_of(rows_of_spec(spec, offline=offline)) is not None
+    return _kind_of(rows_of_spec(spec, evaluation=False, offline=offline)) is not None
 
 
 def padded(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -128,7 +131,8 @@ def _kind_of(rows: Sequence[dict[str, Any]]) -> str | None:
 def _pair(row: dict[str, Any], where: str, template: str, tokenizer: Any) -> _Pair:
     if "messages" in row:
         messages = row["messages"]
-        if not isinstance(messages, list) or len(messages) < 2 or messages[-1].get("role") != "assistant":
+        are_messages = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+        if not are_messages or len(messages) < 2 or messages[-1].get("role") != "assistant":
             raise InputError(f"{where}: expected messages of which the last is the assistant's")
         return _chat_pair(messages, where, tokenizer)
     for field in INSTRUCTION if "instruction" in row else COMPLETION:
@@ -149,8 +153,13 @@ def _pair(row: dict[str, Any], where: str, template: str, tokenizer: Any) -> _Pa
 def _chat_pair(messages: list[Any], where: str, tokenizer: Any) -> _Pair:
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(f"{where}: the tokenizer has no chat template; use --template alpaca")
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    from jinja2 import TemplateError
+
+    try:
+        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:
+        raise InputError(f"{where}: the tokenizer's chat template refuses the messages: {error}") from error
     if not whole.startswith(prompt):
         raise InputError(
             f"{where}: with this chat template the prompt is no beginning of the whole chat, so its answer cannot be told "
@@ -182,8 +191,8 @@ def _packed(encoded: Sequence[tuple[Tensor, Tensor]], seqlen: int) -> Iterator[t
     yield from zip(ids[:full].split(seqlen), labels[:full].split(seqlen), strict=True)
 
 
-def _windows(spec: Any, tokenizer: Any, seqlen: int, offline: bool) -> Examples:
-    documents = documents_of_spec(spec, evaluation=False, offline=offline)
+def _windows(spec: Any, tokenizer: Any, seqlen: int, evaluation: bool, offline: bool) -> Examples:
+    documents = documents_of_spec(spec, evaluation=evaluation, offline=offline)
     stream = token_stream(documents, tokenizer)
     full = len(stream) // seqlen * seqlen
     if not full:

@@ -64,7 +64,7 @@ def documents_of_spec(spec: Spec, *, evaluation: bool, offline: bool) -> Documen
     raise TypeError(f"a {MixtureSpec.__name__} has no documents of its own")
 
 
-def rows_of_spec(spec: Spec, *, offline: bool) -> list[dict[str, Any]]:
+def rows_of_spec(spec: Spec, *, evaluation: bool, offline: bool) -> list[dict[str, Any]]:
     """All columns of a file or data set with rows; none for plain text.
 
     Raises:
@@ -72,14 +72,18 @@ def rows_of_spec(spec: Spec, *, offline: bool) -> list[dict[str, Any]]:
     """
     if isinstance(spec, HubSpec):
         require_extra("datasets", f"the data set '{spec.repo}'")
-        return list(_load_dataset(spec, spec.split or "train", offline=offline))
+        return list(_load_dataset(spec, spec.split or ("test" if evaluation else "train"), offline=offline))
     if not isinstance(spec, FileSpec) or spec.path.suffix.lower() in TEXT_SUFFIXES:
         return []
     if spec.path.suffix.lower() == ".parquet":
         require_extra("pyarrow", f"reading {spec.path}")
+        import pyarrow
         from pyarrow import parquet
 
-        return parquet.read_table(spec.path).to_pylist()
+        try:
+            return parquet.read_table(spec.path).to_pylist()
+        except pyarrow.ArrowInvalid as err:
+            raise InputError(f"{spec.path} is not a readable parquet file: {err}") from err
     return _json_rows(spec.path, whole_file_may_be_a_list=spec.path.suffix.lower() == ".json")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from svdllm.analysis import save_atomically
@@ -28,8 +28,8 @@ class BlockErrors:
     after: float
 
 
-def train_blocks(dense: Walk, compressed: Walk, task: Task) -> tuple[dict[str, Tensor], list[BlockErrors]]:
-    """The trained tensors of all blocks, by name, and what was gained.
+def train_blocks(dense: Walk, compressed: Walk, task: Task) -> list[BlockErrors]:
+    """Leaves a file of trained tensors for every block in the task's folder; returns what was gained.
 
     Both walks carry the same windows in the same batches.
 
@@ -38,7 +38,6 @@ def train_blocks(dense: Walk, compressed: Walk, task: Task) -> tuple[dict[str, T
     """
     task.folder.mkdir(parents=True, exist_ok=True)
     reporter = task.reporter
-    trained: dict[str, Tensor] = {}
     errors = []
     num_blocks = len(compressed.structure.blocks)
     with reporter.stage(task.title, num_blocks):
@@ -47,14 +46,13 @@ def train_blocks(dense: Walk, compressed: Walk, task: Task) -> tuple[dict[str, T
             file = task.folder / f"block-{ours.index:04d}.safetensors"
             before = _error(ours, dense)
             if file.is_file():
-                ours.module.load_state_dict(load_file(file), strict=False)
+                stored = load_file(file)
+                for name, parameter in _parameters(ours).items():
+                    parameter.data.copy_(stored[name])
             else:
                 _train_block(ours, dense, task.settings)
-                save_atomically(_parameters(ours.module), file)
+                save_atomically(_parameters(ours), file)
             errors.append(BlockErrors(before, _error(ours, dense)))
-            trained |= {
-                f"{ours.name}.{name}": tensor.cpu().clone() for name, tensor in _parameters(ours.module).items()
-            }
             ours.run()
             reporter.advance(ours.index + 1, num_blocks)
             reporter.note(
@@ -62,7 +60,7 @@ def train_blocks(dense: Walk, compressed: Walk, task: Task) -> tuple[dict[str, T
             )
     for walk in (dense, compressed):
         walk.close()
-    return trained, errors
+    return errors
 
 
 def _train_block(block: Block, dense: Walk, settings: Recovery) -> None:
@@ -71,7 +69,7 @@ def _train_block(block: Block, dense: Walk, settings: Recovery) -> None:
     parameters = [parameter.requires_grad_(True) for parameter in block.module.parameters()]
     rate = settings.of("blockwise", "lr")
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, BETA2), weight_decay=settings.weight_decay)
-    epochs, batches = round(settings.of("blockwise", "epochs")), walk.batches
+    epochs, batches = int(settings.of("blockwise", "epochs")), walk.batches
     steps = epochs * len(batches)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * steps), steps)
     generator = torch.Generator().manual_seed(settings.seed + block.index)
@@ -83,12 +81,12 @@ def _train_block(block: Block, dense: Walk, settings: Recovery) -> None:
                 found = walk.calls[number][block.index].run(block.module, inputs)
                 loss = _relative_errors(found, wanted).mean()
             loss.backward()
-            if not bool(torch.isfinite(loss)):
+            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+            if not bool(torch.isfinite(loss) and torch.isfinite(norm)):
                 raise NumericalError(
-                    f"The loss is {float(loss)} in block {block.index} ({block.name}). Finished blocks are kept; start over "
-                    "with a lower --lr."
+                    f"The loss is {float(loss)}, the norm of its gradient {float(norm)} in block {block.index} ({block.name}). "
+                    "Finished blocks are kept; start over with a lower --lr."
                 )
-            torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
@@ -115,5 +113,5 @@ def _error(block: Block, dense: Walk) -> float:
     return float(torch.cat(lost).double().mean())
 
 
-def _parameters(module: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+def _parameters(block: Block) -> dict[str, Tensor]:
+    return {f"{block.name}.{name}": parameter.detach() for name, parameter in block.module.named_parameters()}

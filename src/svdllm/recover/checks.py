@@ -17,6 +17,7 @@ from svdllm.recover.models import Models
 from svdllm.recover.needs import least_bytes, require_memory, weight_bytes
 from svdllm.recover.processes import num_processes
 from svdllm.recover.settings import Recovery
+from svdllm.recover.task import Task
 from svdllm.source import build_skeleton, open_config
 from svdllm.workspace import require_empty, require_ours, require_writable
 
@@ -33,11 +34,12 @@ def check_cheaply(
     _check_data(settings, texts)
     if log_dir is not None:
         require_extra("tensorboard", "--log-dir", extra="tensorboard")
+        if set(settings.methods) == {"blockwise"}:
+            raise InputError("--log-dir does nothing to blockwise: it is for sequential-lora and distill.")
     if "sequential-lora" in settings.methods:
         require_extra("peft", "--method sequential-lora", extra="recover")
     _check_teacher(models, settings)
-    if num_processes() == 1:  # of several, each may hold a part only
-        _check_memory(models, settings)
+    _check_lengths(models, settings)
 
 
 def training_dtype(models: Models, settings: Recovery) -> torch.dtype:
@@ -47,7 +49,7 @@ def training_dtype(models: Models, settings: Recovery) -> torch.dtype:
         InputError: the device does not have it, or the weights would overflow in it.
     """
     name, device = settings.dtype, models.device
-    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and has_bfloat16 else torch.float32
     if name == "bfloat16" and not has_bfloat16:
@@ -82,21 +84,41 @@ def _check_teacher(models: Models, settings: Recovery) -> None:
                 "methods on what it made."
             )
     if models.teacher is not None:
-        theirs = open_config(models.teacher, offline=models.offline).config.get_text_config().vocab_size
-        if models.vocab_size != theirs:
+        theirs = open_config(models.teacher, offline=models.offline).config.get_text_config()
+        ours = models.config.get_text_config()
+        alike = {"vocab_size": "tokens in its vocabulary"}
+        if "blockwise" in settings.methods:
+            alike |= {"num_hidden_layers": "blocks", "hidden_size": "hidden features"}
+        for name, what in alike.items():
+            if (wanted := getattr(ours, name)) != (found := getattr(theirs, name)):
+                raise InputError(
+                    f"--teacher {models.teacher} has {found} {what}, {models.folder} has {wanted}: the teacher is the dense "
+                    "model that this one was made of."
+                )
+
+
+def _check_lengths(models: Models, settings: Recovery) -> None:
+    limit = getattr(models.config.get_text_config(), "max_position_embeddings", None)
+    for method in settings.methods:
+        seqlen, batch = settings.of(method, "seqlen"), settings.of(method, "batch")
+        if limit is not None and seqlen > limit:
+            raise InputError(f"--seqlen {seqlen} is beyond the model's context of {limit} tokens: lower it.")
+        if batch % num_processes():
             raise InputError(
-                f"--teacher {models.teacher} has {theirs} tokens in its vocabulary, {models.folder} has "
-                f"{models.vocab_size}: the teacher is the dense model that this one was made of."
+                f"--batch {batch} cannot be shared evenly by {num_processes()} processes: give a multiple of it."
             )
 
 
-def _check_memory(models: Models, settings: Recovery) -> None:
+def check_memory(models: Models, tasks: Sequence[Task]) -> None:
+    """Raises ResourceError if what the tasks need at the least is not free; of several processes, each may hold a part."""
+    if num_processes() > 1:
+        return
     teacher_bytes = 0
     if models.teacher is not None:
         dense = open_config(models.teacher, offline=models.offline)
         teacher_bytes = weight_bytes(build_skeleton(dense.config, resolve_dtype("auto", models.device, dense.dtype)))
     needed = {}
-    for method in settings.methods:
-        skeleton = build_skeleton(models.config, torch.float32 if method == "distill" else models.own_dtype)
-        needed[method] = least_bytes(method, settings, skeleton, models.vocab_size, teacher_bytes)
+    for task in tasks:
+        skeleton = build_skeleton(models.config, torch.float32 if task.method == "distill" else models.own_dtype)
+        needed[task.method] = least_bytes(task, skeleton, models.vocab_size, teacher_bytes)
     require_memory(needed, models.device)

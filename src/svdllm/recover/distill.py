@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svdllm.data.examples import NO_LABEL
 from svdllm.structure import find_blocks, is_linear
+
+# Of a batch: the sum over its tokens, and how many they are.
+Loss = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor]]
 
 
 def open_for_training(model: nn.Module, train_norms: bool) -> None:
@@ -29,16 +33,16 @@ def open_for_training(model: nn.Module, train_norms: bool) -> None:
                 parameter.requires_grad_(True)
 
 
-def divergence_from(teacher: nn.Module) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
-    """A loss: mean KL divergence (nats per token) of the model's predictions from the teacher's on the same tokens."""
+def divergence_from(teacher: nn.Module) -> Loss:
+    """A loss: KL divergence (nats) of the model's predictions from the teacher's, where a label follows."""
 
-    def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         given: Any = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+        learnt = inputs["labels"][:, 1:] != NO_LABEL
         with torch.no_grad():
-            wanted = teacher(**given).logits.float().log_softmax(-1)
-        found = model(**given).logits.float().log_softmax(-1)
-        seen = inputs["attention_mask"].bool()
-        return torch.nn.functional.kl_div(found[seen], wanted[seen], reduction="batchmean", log_target=True)
+            wanted = teacher(**given).logits[:, :-1][learnt].float().log_softmax(-1)
+        found = model(**given).logits[:, :-1][learnt].float().log_softmax(-1)
+        return torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True), learnt.sum()
 
     return loss_of
 

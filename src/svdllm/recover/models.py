@@ -33,8 +33,15 @@ class Models:
     reporter: Reporter
 
     @property
-    def finished_stages(self) -> list[Path]:
-        return sorted(self.work.glob("*.safetensors"))
+    def finished_files(self) -> list[Path]:
+        """What finished stages left: a file of tensors each, or a folder with one for every block."""
+        stages = sorted(record.with_suffix("") for record in self.work.glob("*.json"))
+        return [
+            file
+            for stage in stages
+            for file in (stage.with_suffix(".safetensors"), *sorted(stage.glob("block-*.safetensors")))
+            if file.is_file()
+        ]
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -54,12 +61,12 @@ class Models:
         return resolve_dtype("auto", self.device, self.stored_dtype)
 
     def weights(self) -> LaterWeights:
-        return LaterWeights(SafetensorsWeights(self.folder, build_skeleton(self.config)), self.finished_stages)
+        return LaterWeights(SafetensorsWeights(self.folder, build_skeleton(self.config)), self.finished_files)
 
     def compressed(self, dtype: torch.dtype | None = None, *, untrained: bool = False) -> PreTrainedModel:
         with self.reporter.stage("load", 1):
             model = load_model(self.folder, dtype=dtype or self.own_dtype)
-            for file in [] if untrained else self.finished_stages:
+            for file in [] if untrained else self.finished_files:
                 model.load_state_dict(load_file(file), strict=False)
         return model.requires_grad_(False).to(self.device)  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from svdllm.errors import ResourceError
 from svdllm.memory import available_bytes
 from svdllm.recover.distill import open_for_training
-from svdllm.recover.settings import Recovery
+from svdllm.recover.task import Task
 
 ADAMW_BYTES = 4 + 4 + 4  # gradient and two moments of a trained number
 # Of the logits of a micro-batch in float32: themselves, their log-softmax and its gradient; with a teacher its own two.
@@ -21,21 +21,21 @@ def weight_bytes(skeleton: PreTrainedModel) -> int:
     return sum(p.numel() * p.element_size() for p in skeleton.parameters())
 
 
-def least_bytes(method: str, settings: Recovery, skeleton: PreTrainedModel, vocab_size: int, teacher_bytes: int) -> int:
+def least_bytes(task: Task, skeleton: PreTrainedModel, vocab_size: int, teacher_bytes: int) -> int:
     """Weights, what AdamW keeps, the teacher and the logits; without the activations, so it is a lower bound.
 
     Args:
         skeleton: the compressed model without data, in the dtype that it is trained in.
         teacher_bytes: of the dense model's weights, 0 without one.
     """
-    if method == "blockwise":
+    if task.method == "blockwise":
         return 0  # two blocks
     weights = weight_bytes(skeleton)
-    micro = min(settings.of(method, "batch"), settings.micro_batch or 4)
-    logits = micro * settings.of(method, "seqlen") * vocab_size * 4
-    if method == "sequential-lora":
+    longest = max(len(ids) for ids, _ in task.rows)
+    logits = task.settings.sequences_at_once(task.method, 1) * longest * vocab_size * 4
+    if task.method == "sequential-lora":
         return weights + LOGITS * logits
-    open_for_training(skeleton, settings.train_norms)
+    open_for_training(skeleton, task.settings.train_norms)
     trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
     copies = LOGITS + (TEACHERS_LOGITS if teacher_bytes else 0)
     return weights + trained * ADAMW_BYTES + teacher_bytes + copies * logits

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from svdllm.errors import InputError
 from svdllm.plan import resolve_device
 
 
@@ -19,15 +20,24 @@ def num_processes() -> int:
 
 
 def own_device(name: str) -> torch.device:
-    """The device of this process: of several GPUs, the one of its local rank."""
+    """The device of this process: of several GPUs, the one of its local rank.
+
+    Raises:
+        InputError: no such device, or not the first GPU.
+    """
     device = resolve_device(name)
     if device.type != "cuda":
         return device
-    index = int(os.environ["LOCAL_RANK"]) if num_processes() > 1 else device.index
-    if index is not None:
-        torch.cuda.set_device(index)
-        return torch.device("cuda", index)
-    return device
+    if num_processes() == 1:
+        if device.index:
+            raise InputError(
+                f"--device {name}: training takes the first GPU it sees; set CUDA_VISIBLE_DEVICES={device.index} and say "
+                "--device cuda."
+            )
+        return device
+    index = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def meet(device: torch.device) -> None:

@@ -6,20 +6,29 @@ from typing import Any
 
 from svdllm.data import calibration_windows
 from svdllm.data.examples import holds_examples, training_examples
+from svdllm.errors import InputError
 from svdllm.progress import Reporter
 from svdllm.recover.settings import Recovery
 from svdllm.recover.task import Rows
+
+FOR_EXAMPLES = ("template", "train_on", "packing")
 
 
 def training_rows(
     method: str, settings: Recovery, tokenizer: Any, offline: bool, reporter: Reporter
 ) -> tuple[Rows, dict[str, Any]]:
-    """The sequences, and what the record says of them; random windows where blocks or all factors are trained on text."""
+    """The sequences, and what the record says of them; random windows where blocks or all factors are trained on text.
+
+    Raises:
+        InputError: the data cannot be read, are too few, or are text where a setting is for examples.
+    """
     seqlen = settings.of(method, "seqlen")
     with reporter.stage("tokenise", 1):
         if method == "blockwise" or (method == "distill" and not holds_examples(settings.data, offline)):
             samples = settings.of(method, "samples")
             if method == "distill":
+                counted = ("epochs",) if settings.of(method, "steps") is None else ()
+                _refuse_for_text(settings, settings.data, (*FOR_EXAMPLES, *counted))
                 samples = settings.of(method, "steps") * settings.of(method, "batch")
             windows = calibration_windows(
                 settings.data, tokenizer, samples=samples, seqlen=seqlen, seed=settings.seed, offline=offline
@@ -35,6 +44,8 @@ def training_rows(
             packing=settings.packing,
             offline=offline,
         )
+    if examples.kind == "text":
+        _refuse_for_text(settings, settings.data, FOR_EXAMPLES)
     if examples.left_out:
         reporter.warn(f"{examples.left_out} examples are left out: their answers begin beyond --seqlen {seqlen}.")
     said = {"source": examples.source, "kind": examples.kind, "examples": len(examples.rows)}
@@ -52,6 +63,16 @@ def held_out_rows(method: str, settings: Recovery, tokenizer: Any, offline: bool
             seqlen=settings.of(method, "seqlen"),
             template=settings.template,
             completions_only=settings.train_on == "completions",
+            evaluation=True,
             offline=offline,
         )
     return examples.rows[: settings.eval_samples]
+
+
+def _refuse_for_text(settings: Recovery, source: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(settings, name) != Recovery.model_fields[name].default:
+            raise InputError(
+                f"--{name.replace('_', '-')} is for instructions and chats, and {source} is text, of which windows are "
+                f"taken. Leave it out{', and say --steps' * (name == 'epochs')}."
+            )

@@ -25,12 +25,12 @@ from svdllm.memory import peak_bytes, saying_what_to_lower
 from svdllm.modeling.lowrank import sha256_of
 from svdllm.progress import Reporter
 from svdllm.recover.blockwise import train_blocks
-from svdllm.recover.checks import check_cheaply, training_dtype
+from svdllm.recover.checks import check_cheaply, check_memory, training_dtype
 from svdllm.recover.models import Models
-from svdllm.recover.processes import is_main, meet, own_device, wait_for_all
+from svdllm.recover.processes import is_main, meet, num_processes, own_device, wait_for_all
 from svdllm.recover.record import Measured, RecoveryResult, TrainingRecord
 from svdllm.recover.rows import held_out_rows, training_rows
-from svdllm.recover.settings import ORDERS, Recovery
+from svdllm.recover.settings import OF_MEMORY, ORDERS, Recovery
 from svdllm.recover.task import Rows, Task
 from svdllm.source import open_config
 from svdllm.version import __version__
@@ -38,7 +38,7 @@ from svdllm.weights import weight_files
 from svdllm.workspace import claim_work_folder, named_folder
 
 SETTINGS_FOLDER = "analysis"  # of a work folder: what decides its content
-Trained = tuple[TrainingRecord, dict[str, Tensor]]
+Trained = tuple[TrainingRecord, dict[str, Tensor] | None]  # the tensors are None where files of them were written
 Stage = Callable[[Task], Trained]
 
 
@@ -115,8 +115,8 @@ class _Run:
         """A run that fails before anything was learnt leaves nothing; memory that is short is said with a way out."""
         new = not self.work.exists()
         advice = (
-            "The last saved step is kept. Lower --micro-batch or --seqlen, or use --gradient-checkpointing; this starts "
-            "over with --no-resume."
+            "The last saved step is kept: lower --micro-batch or use --gradient-checkpointing, and it goes on. Or lower "
+            "--seqlen, for blockwise also --batch, and start over with --no-resume."
         )
         with saying_what_to_lower(advice):
             try:
@@ -124,9 +124,13 @@ class _Run:
             except NumericalError:
                 raise
             except SvdllmError:
-                if new:
+                if new and not self._has_learnt():
                     shutil.rmtree(self.work, ignore_errors=True)
                 raise
+
+    def _has_learnt(self) -> bool:
+        kept = ("*.safetensors", "*/checkpoint-*", "*/block-*.safetensors")
+        return any(True for pattern in kept for _ in self.work.glob(pattern))
 
     def execute(self) -> RecoveryResult:
         meet(self.models.device)
@@ -134,12 +138,14 @@ class _Run:
         with self.reporter.stage("open", 1):
             tokenizer = open_config(self.models.folder, offline=offline).load_tokenizer(offline)
             texts = {text: evaluation_tokens(text, tokenizer, offline=offline) for text in self.ppl}
-        self._open_work_folder()
+        stages = list(self._stages(tokenizer))
+        check_memory(self.models, [task for task, _ in stages])
+        self._open_work_folder([task for task, _ in stages])
         measured: Measured = {text: {} for text in texts}
         self._measure("before", measured, texts)
         if self.settings.teacher is not None:
             self._measure("teacher", measured, texts)
-        records = [self._once(task, stage) for task, stage in self._stages(tokenizer)]
+        records = [self._once(task, stage) for task, stage in stages]
         self._measure("after", measured, texts)
         result = RecoveryResult(
             output_dir=self.output_dir,
@@ -156,11 +162,14 @@ class _Run:
         wait_for_all()
         return result
 
-    def _open_work_folder(self) -> None:
+    def _open_work_folder(self, tasks: Sequence[Task]) -> None:
         """Makes it, or takes up that of an earlier run with the same settings."""
+        settings = self.settings.model_dump(mode="json", exclude=set(OF_MEMORY))
         decides = {
-            **{f"recovery: {key}": value for key, value in self.settings.model_dump(mode="json").items()},
+            **{f"recovery: {key}": value for key, value in settings.items()},
+            **{f"rows of {task.title}": task.fingerprint for task in tasks},
             "weights of the checkpoint": [sha256_of(path) for path in weight_files(self.models.folder)],
+            "processes": num_processes(),
             "svdllm version": __version__,
             "torch version": torch.__version__,
             "transformers version": transformers.__version__,
@@ -203,15 +212,17 @@ class _Run:
         )
 
     def _once(self, task: Task, stage: Stage) -> TrainingRecord:
-        """A stage, or what an earlier run made of it."""
-        tensors, record = self.work / f"{task.file}.safetensors", self.work / f"{task.file}.json"
-        if tensors.is_file():
+        """A stage, or what an earlier run made of it; its record is written when all else is."""
+        record = self.work / f"{task.file}.json"
+        if record.is_file():
             return TrainingRecord(**json.loads(record.read_text(encoding="utf-8")))
         done, changed = stage(task)
         if is_main():
+            if changed is not None:
+                save_atomically(changed, self.work / f"{task.file}.safetensors")
             write_atomically(record, json.dumps(asdict(done)).encode())
-            save_atomically(changed, tensors)
-            shutil.rmtree(task.folder, ignore_errors=True)
+            for checkpoint in task.folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
         wait_for_all()
         return done
 
@@ -232,17 +243,18 @@ class _Run:
     def _blockwise(self, task: Task) -> Trained:
         ids = torch.stack([ids for ids, _ in task.rows])
         dense, compressed = self.models.walks(ids, self.settings.of("blockwise", "batch"))
-        trained, errors = train_blocks(dense, compressed, task)
-        epochs = round(self.settings.of("blockwise", "epochs"))
+        errors = train_blocks(dense, compressed, task)
+        blocks = map(compressed.skeleton.get_submodule, compressed.structure.blocks)
+        epochs = int(self.settings.of("blockwise", "epochs"))
         record = TrainingRecord(
             stage=task.title,
             steps=epochs * len(compressed.batches),
             tokens=epochs * ids.numel(),
             seconds=self.reporter.seconds[task.title],
-            trained_params=sum(tensor.numel() for tensor in trained.values()),
+            trained_params=sum(parameter.numel() for block in blocks for parameter in block.parameters()),
             losses=[(index, error.after) for index, error in enumerate(errors)],
         )
-        return record, trained
+        return record, None
 
     def _measure(self, name: str, measured: Measured, texts: dict[str, Tensor]) -> None:
         if not texts:

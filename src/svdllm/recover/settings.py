@@ -18,6 +18,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "blockwise": {"lr": 1e-4, "batch": 4, "seqlen": 512, "samples": 64, "epochs": 4},
     "distill": {"lr": 1.5e-4, "batch": 2, "seqlen": 256, "steps": 400},
 }
+# Settings that only some methods look at.
+TRAINER = ("sequential-lora", "distill")
+ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "order": ("sequential-lora",),
+    "r": ("sequential-lora",),
+    "alpha": ("sequential-lora",),
+    "samples": ("blockwise",),
+    "train_norms": ("distill",),
+    **dict.fromkeys(
+        ("steps", "micro_batch", "dtype", "gradient_checkpointing", "packing", "template", "train_on"), TRAINER
+    ),
+    **dict.fromkeys(("eval_data", "eval_samples", "eval_steps"), TRAINER),
+}
+# Settings that change nothing but the memory a run takes: an unfinished one may go on with others.
+OF_MEMORY = ("micro_batch", "gradient_checkpointing")
+MICRO_BATCH = 4
 # Of AdamW. The usual 0.999 still remembers the first, largest gradients after a few hundred steps.
 BETA2 = 0.95
 
@@ -62,17 +78,34 @@ class Recovery(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _looks_at_something(self) -> Recovery:
-        if self.eval_data is None and self.eval_steps is not None:
-            raise ValueError("eval_steps needs eval_data: the held-out examples or text")
-        if self.eval_data is not None and set(self.methods) == {"blockwise"}:
-            raise ValueError("eval_data is looked at by sequential-lora and distill; blockwise does not use it")
+    def _every_setting_does_something(self) -> Recovery:
+        given = {name for name in self.model_fields_set if getattr(self, name) != type(self).model_fields[name].default}
+        for name in sorted(given & set(ONLY_FOR)):
+            if not set(ONLY_FOR[name]) & set(self.methods):
+                raise ValueError(
+                    f"{name} does nothing to {', '.join(self.methods)}: it is for {', '.join(ONLY_FOR[name])}"
+                )
+        for name in ("eval_samples", "eval_steps"):
+            if name in given and self.eval_data is None:
+                raise ValueError(f"{name} needs eval_data: the held-out examples or text")
+        if self.steps is not None and self.epochs is not None and "blockwise" not in self.methods:
+            raise ValueError("steps and epochs are given; steps alone decide how long it trains, give one of them")
+        if "blockwise" in self.methods and self.epochs is not None and self.epochs != int(self.epochs):
+            raise ValueError(f"epochs is {self.epochs}; blockwise makes whole passes over its windows")
         return self
 
     def of(self, method: str, name: str) -> Any:
-        """A setting, or the method's own default where nothing was said."""
+        """A setting, or the method's own default where nothing was said; steps are None where epochs decide."""
         value = getattr(self, name)
+        if value is None and name == "steps" and self.epochs is not None and "blockwise" not in self.methods:
+            return None
         return DEFAULTS[method].get(name) if value is None else value
+
+    def sequences_at_once(self, method: str, processes: int) -> int:
+        """The largest part of a process's share of a batch that is no more than the micro-batch."""
+        share = self.of(method, "batch") // processes
+        wanted = min(share, self.micro_batch or MICRO_BATCH)
+        return next(size for size in range(wanted, 0, -1) if share % size == 0)
 
 
 def make_recovery(settings: dict[str, Any]) -> Recovery:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,3 +32,12 @@ class Task:
     folder: Path
     log_dir: Path | None
     reporter: Reporter
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all tokens and labels."""
+        digest = hashlib.sha256()
+        for row in (*self.rows, *self.held_out):
+            for part in row:
+                digest.update(part.numpy().tobytes())
+        return digest.hexdigest()

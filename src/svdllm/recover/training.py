@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +21,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from svdllm.data.examples import padded
 from svdllm.errors import InputError, NumericalError
 from svdllm.progress import Reporter
-from svdllm.recover.processes import is_main, num_processes, own_device
+from svdllm.recover.distill import Loss
+from svdllm.recover.processes import is_main, num_processes, own_device, wait_for_all
 from svdllm.recover.record import TrainingRecord
 from svdllm.recover.settings import BETA2
 from svdllm.recover.task import Rows, Task
@@ -26,7 +30,6 @@ from svdllm.recover.task import Rows, Task
 SAVES_PER_STAGE = 10
 LOGS_PER_STAGE = 20
 LOOKS_PER_STAGE = 5  # at the held-out examples
-Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
 def train(
@@ -36,7 +39,7 @@ def train(
 
     Args:
         dtype: of the products; sums, gradients and what is trained are in float32.
-        loss_of: mean loss of a batch, instead of the model's own.
+        loss_of: another loss than the model's own.
 
     Returns:
         What was done, and the trained tensors by name: whole ones, also where the processes hold parts of them (FSDP).
@@ -58,10 +61,10 @@ def train(
     trainer.remove_callback(PrinterCallback)  # ours prints
     trainer.loss_of = loss_of
     if loss_of is not None:
-        trainer.model_accepts_loss_kwargs = False  # a mean: the Trainer divides by the accumulation steps
+        trainer.model_accepts_loss_kwargs = True  # the tokens of a whole step are counted for it
     _require_fsdp2(trainer)
     with task.reporter.stage(task.title, max(1, arguments.max_steps)):
-        last = get_last_checkpoint(str(task.folder)) if task.folder.is_dir() else None
+        last = _last_checkpoint(task.folder)
         arguments.eval_on_start = bool(task.held_out) and last is None
         trainer.train(resume_from_checkpoint=last)
         trained = whole_tensors(trainer.model)
@@ -82,9 +85,10 @@ def training_arguments(task: Task, dtype: torch.dtype) -> TrainingArguments:
     """The Trainer's arguments; ``batch`` sequences a step over all processes."""
     settings = task.settings
     batch = settings.of(task.method, "batch")
-    micro = min(batch, settings.micro_batch or 4)
-    epochs = settings.of(task.method, "epochs")
-    steps = settings.of(task.method, "steps") or max(1, math.ceil(epochs * len(task.rows) / batch))
+    micro = settings.sequences_at_once(task.method, num_processes())
+    steps = settings.of(task.method, "steps")
+    if steps is None:
+        steps = max(1, math.ceil(settings.of(task.method, "epochs") * len(task.rows) / batch))
     checkpointing = {}
     if settings.gradient_checkpointing:  # newer versions call it by another name
         known = {field.name for field in fields(TrainingArguments)}
@@ -122,8 +126,22 @@ def training_arguments(task: Task, dtype: torch.dtype) -> TrainingArguments:
     )
     if num_processes() == 1:
         arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are used by several processes only
-    arguments.gradient_accumulation_steps = max(1, math.ceil(batch / (micro * arguments.world_size)))
+    arguments.gradient_accumulation_steps = batch // (micro * num_processes())
+    # Else what accelerate was configured with would decide.
+    arguments.mixed_precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
     return arguments
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last complete one; a run that was killed while it saved leaves one that is not, and that is removed."""
+    if is_main():
+        for checkpoint in folder.glob("checkpoint-*"):
+            try:
+                json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # written last
+            except (OSError, ValueError):
+                shutil.rmtree(checkpoint)
+    wait_for_all()
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 def _callbacks(task: Task) -> list[TrainerCallback]:
@@ -143,7 +161,7 @@ def is_sharded(model: nn.Module) -> bool:
 def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What is trained of a model, by name; every process must ask for it, and gets all of it."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in trained.items()}
+    return {name: p.full_tensor().cpu() if isinstance(p, DTensor) else p for name, p in trained.items()}
 
 
 def _require_fsdp2(trainer: Trainer) -> None:
@@ -160,12 +178,24 @@ def _require_fsdp2(trainer: Trainer) -> None:
 class _Trainer(Trainer):
     """Stops at the first number that is none, before it reaches the weights."""
 
-    loss_of: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None
+    loss_of: Loss | None = None
 
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The mean over the tokens of a whole step, of which this may be one of several micro-batches or processes."""
         if self.loss_of is None:
-            return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        loss = self.loss_of(model, inputs)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
+        total, tokens = self.loss_of(model, inputs)
+        if num_items_in_batch is None:
+            loss = total / tokens
+        else:  # gradients of processes are averaged
+            loss = total / num_items_in_batch * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -180,12 +210,19 @@ class _Trainer(Trainer):
                 f"The loss is exactly zero in step {step}: no token of the batch is learnt. Look at the data, or at "
                 "--train-on and --seqlen."
             )
-        trained = [(name, _own_part(p.grad)) for name, p in model.named_parameters() if p.grad is not None]
-        finite = torch.stack([torch.isfinite(gradient).all() for _, gradient in trained])
-        if not bool(finite.all()):
-            name = trained[int((~finite).nonzero()[0])][0]
-            raise NumericalError(f"The gradient of {name} is not finite in step {step}. {_WHAT_TO_DO}")
+        if self.accelerator.scaler is None:  # which skips such a step and scales less
+            self._require_finite_gradients(model, step)
         return loss
+
+    def _require_finite_gradients(self, model: nn.Module, step: int) -> None:
+        """Of what this process has, and has by now: FSDP hands gradients over at the end of a step."""
+        known = [(name, _own_part(p.grad)) for name, p in model.named_parameters() if p.grad is not None]
+        if not known:
+            return
+        finite = torch.stack([torch.isfinite(gradient).all() for _, gradient in known])
+        if not bool(finite.all()):
+            name = known[int((~finite).nonzero()[0])][0]
+            raise NumericalError(f"The gradient of {name} is not finite in step {step}. {_WHAT_TO_DO}")
 
 
 def _own_part(tensor: Tensor) -> Tensor:

@@ -46,7 +46,16 @@ def recover_(
     ] = "sequential-lora",
     teacher: Annotated[
         str | None,
-        option("The dense model. distill learns its predictions (without: the text); blockwise needs it.", TRAINING),
+        option(
+            "The dense model. distill learns its predictions and the text (without: the text only); blockwise needs it.",
+            TRAINING,
+        ),
+    ] = None,
+    kl: Annotated[
+        float | None,
+        option(
+            "Share of the divergence from the teacher in the loss; the rest is the text's (distill).", TRAINING, "0.5"
+        ),
     ] = None,
     lr: Annotated[float | None, option("Highest learning rate.", TRAINING, "1e-4, distill 1.5e-4")] = None,
     epochs: Annotated[float | None, option("Passes over the examples.", TRAINING, "1, blockwise 4")] = None,
@@ -122,6 +131,7 @@ def recover_(
         "methods": tuple(name.strip() for name in method.split(",")),
         "data": data,
         "teacher": teacher,
+        "kl": kl,
         "lr": lr,
         "epochs": epochs,
         "samples": samples,

@@ -114,7 +114,7 @@ def check_memory(models: Models, tasks: Sequence[Task]) -> None:
     if num_processes() > 1:
         return
     teacher_bytes = 0
-    if models.teacher is not None:
+    if models.teacher is not None and any(task.settings.kl > 0 for task in tasks):
         dense = open_config(models.teacher, offline=models.offline)
         teacher_bytes = weight_bytes(build_skeleton(dense.config, resolve_dtype("auto", models.device, dense.dtype)))
     needed = {}

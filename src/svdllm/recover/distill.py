@@ -1,4 +1,4 @@
-"""End to end: all factors at once, by the dense model's predictions (KL divergence) or by the text (cross-entropy)."""
+"""End to end: all factors at once, by the dense model's predictions (KL divergence), by the text (cross-entropy), or both."""
 
 from __future__ import annotations
 
@@ -33,16 +33,23 @@ def open_for_training(model: nn.Module, train_norms: bool) -> None:
                 parameter.requires_grad_(True)
 
 
-def divergence_from(teacher: nn.Module) -> Loss:
-    """A loss: KL divergence (nats) of the model's predictions from the teacher's, where a label follows."""
+def distillation_loss(teacher: nn.Module, kl: float) -> Loss:
+    """``kl`` times the KL divergence from the teacher's predictions, the rest the cross-entropy of the text (nats).
+
+    Both over the positions that a learnt token follows.
+    """
 
     def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         given: Any = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
-        learnt = inputs["labels"][:, 1:] != NO_LABEL
+        following = inputs["labels"][:, 1:]
+        learnt = following != NO_LABEL
         with torch.no_grad():
             wanted = teacher(**given).logits[:, :-1][learnt].float().log_softmax(-1)
         found = model(**given).logits[:, :-1][learnt].float().log_softmax(-1)
-        return torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True), learnt.sum()
+        loss = kl * torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
+        if kl < 1:
+            loss = loss + (1 - kl) * torch.nn.functional.nll_loss(found, following[learnt], reduction="sum")
+        return loss, learnt.sum()
 
     return loss_of
 

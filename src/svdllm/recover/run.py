@@ -232,12 +232,14 @@ class _Run:
         return train_factors(self.models.compressed, factors, task, training_dtype(self.models, self.settings))
 
     def _distill(self, task: Task) -> Trained:
-        from svdllm.recover.distill import divergence_from, open_for_training
+        from svdllm.recover.distill import distillation_loss, open_for_training
         from svdllm.recover.training import train
 
         model = self.models.compressed(torch.float32)  # steps of training are too small for half precision
         open_for_training(model, self.settings.train_norms)
-        loss_of = None if self.settings.teacher is None else divergence_from(self.models.dense())
+        loss_of = None  # the text's own
+        if self.settings.teacher is not None and self.settings.kl > 0:
+            loss_of = distillation_loss(self.models.dense(), self.settings.kl)
         return train(model, task, training_dtype(self.models, self.settings), loss_of)
 
     def _blockwise(self, task: Task) -> Trained:

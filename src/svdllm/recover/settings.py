@@ -26,6 +26,7 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
     "alpha": ("sequential-lora",),
     "samples": ("blockwise",),
     "train_norms": ("distill",),
+    "kl": ("distill",),
     **dict.fromkeys(
         ("steps", "micro_batch", "dtype", "gradient_checkpointing", "packing", "template", "train_on"), TRAINER
     ),
@@ -66,6 +67,12 @@ class Recovery(BaseModel):
     train_on: Literal["completions", "everything"] = Field("completions", description="Which tokens are learnt.")
     packing: bool = Field(False, description="Put examples one after the other in rows of full length.")
     teacher: str | None = Field(None, description="The dense model, whose predictions are learnt (distill).")
+    kl: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of the divergence from the teacher in the loss; the rest is the text's (distill).",
+    )
     train_norms: bool = Field(False, description="Also train the norms (distill).")
     seed: int = Field(3, ge=0, description="Seed of the order, of the adapters and of random windows.")
     gradient_checkpointing: bool = Field(False, description="Less memory, a third more work.")
@@ -90,6 +97,8 @@ class Recovery(BaseModel):
                 raise ValueError(f"{name} needs eval_data: the held-out examples or text")
         if self.steps is not None and self.epochs is not None and "blockwise" not in self.methods:
             raise ValueError("steps and epochs are given; steps alone decide how long it trains, give one of them")
+        if "kl" in given and self.teacher is None:
+            raise ValueError("kl needs a teacher: the dense model")
         if "blockwise" in self.methods and self.epochs is not None and self.epochs != int(self.epochs):
             raise ValueError(f"epochs is {self.epochs}; blockwise makes whole passes over its windows")
         return self

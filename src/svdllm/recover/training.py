@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from svdllm.data.examples import padded
@@ -67,6 +67,7 @@ def train(
         last = _last_checkpoint(task.folder)
         arguments.eval_on_start = bool(task.held_out) and last is None
         trainer.train(resume_from_checkpoint=last)
+        assert trainer.model is not None  # with FSDP another object than ours
         trained = whole_tensors(trainer.model)
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # from now on it computes in its own dtype
     state = trainer.state

@@ -27,7 +27,6 @@ from svdllm import load_model
 from svdllm.data import calibration_windows
 from svdllm.data.examples import padded
 from svdllm.plan import resolve_device
-from svdllm.progress import Reporter
 from svdllm.recover import make_recovery, training
 from svdllm.recover.distill import open_for_training
 from svdllm.recover.task import Rows, Task
@@ -109,11 +108,8 @@ def main() -> None:
             title="steps",
             method="distill",
             rows=rows,
-            held_out=[],
             settings=settings,
             folder=Path(work),
-            log_dir=None,
-            reporter=Reporter(),
         )
         run: dict[str, Callable[[], list[float]]] = {
             "bare": lambda: bare_steps(model, rows, args.batch, device),

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 
 from svdllm import load_model
-from svdllm.progress import Reporter
 from svdllm.recover import make_recovery, sequential_lora, training
 from svdllm.recover.processes import is_main, meet, num_processes
 from svdllm.recover.record import TrainingRecord
@@ -48,11 +47,8 @@ def main(checkpoint: str, out: str) -> None:
         title="step",
         method="sequential-lora",
         rows=rows,
-        held_out=[],
         settings=make_recovery({"data": "python-docs"}),
         folder=Path(out).parent,
-        log_dir=None,
-        reporter=Reporter(),
     )
     _, changed = sequential_lora.train_factors(
         lambda: load_model(checkpoint, dtype=torch.float32).requires_grad_(False), ("svd_u",), task, torch.float32

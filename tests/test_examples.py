@@ -111,9 +111,10 @@ def test_chats_are_rendered_by_the_tokenizers_template(tmp_path: Path, tokenizer
     ((ids, labels),) = training_examples(source, chatty, seqlen=100).rows
     assert chatty.decode(ids) == "[user]hi\n[assistant]hello\n"
     assert chatty.decode(ids[labels != NO_LABEL]) == "hello\n"
-    asked = written(tmp_path, {"instruction": "hi", "output": "hello"})
-    ((same, _),) = training_examples(asked, chatty, seqlen=100, template="chat").rows
-    assert torch.equal(same, ids)
+    for row in ({"instruction": "hi", "output": "hello"}, {"prompt": "hi", "completion": "hello"}):
+        asked = written(tmp_path, row)
+        ((same, _),) = training_examples(asked, chatty, seqlen=100, template="chat").rows
+        assert torch.equal(same, ids)
     with pytest.raises(InputError, match="row 0: the tokenizer has no chat template"):
         training_examples(asked, tokenizer, seqlen=100, template="chat")
 

@@ -16,7 +16,7 @@ from svdllm.errors import InputError
 from svdllm.estimate import Needs
 from svdllm.layout import compressed_tensors, file_bytes, num_params, stored_tensors
 from svdllm.methods import METHODS
-from svdllm.source import Source, build_skeleton, open_config
+from svdllm.source import Source, build_skeleton, context_length, open_config
 from svdllm.statistics import Gram
 from svdllm.structure import Structure, Target, bias_corrected, discover
 
@@ -230,7 +230,7 @@ def calibration_warnings(structure: Structure, recipe: Recipe, num_tokens: int) 
 
 
 def _require_context(source: Source, recipe: Recipe) -> None:
-    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    longest = context_length(source.config)
     if METHODS[recipe.method].statistic is not None and longest is not None and recipe.seqlen > longest:
         raise InputError(
             f"--seqlen {recipe.seqlen} is more than {source.name} can take; use --seqlen {longest} or less."

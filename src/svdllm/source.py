@@ -148,6 +148,11 @@ def load_config(folder: Path, name: str) -> PreTrainedConfig:
     return config
 
 
+def context_length(config: PreTrainedConfig) -> int | None:
+    """The most tokens a model can take at once, where its config says so."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def require_causal_lm(config: PreTrainedConfig, name: str) -> None:
     """Raises UnsupportedModelError unless the config is a decoder-only language model's, not quantised."""
     family = getattr(config, "svdllm", None) and config.svdllm["base_model_type"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svdllm.data.sources import documents_of_spec, rows_of_spec
 from svdllm.data.specs import DocsSpec, MixtureSpec, NamedSet, parse_spec
-from svdllm.data.tokens import token_stream
+from svdllm.data.tokens import apply_chat_template, token_stream
 from svdllm.errors import InputError
 
 TEMPLATES = ("alpaca", "chat")
@@ -135,31 +135,28 @@ def _pair(row: dict[str, Any], where: str, template: str, tokenizer: Any) -> _Pa
         if not are_messages or len(messages) < 2 or messages[-1].get("role") != "assistant":
             raise InputError(f"{where}: expected messages of which the last is the assistant's")
         return _chat_pair(messages, where, tokenizer)
-    for field in INSTRUCTION if "instruction" in row else COMPLETION:
+    fields = INSTRUCTION if "instruction" in row else COMPLETION
+    for field in fields:
         if not isinstance(row.get(field), str):
             raise InputError(f"{where}: expected text in {field!r}, found {type(row.get(field)).__name__}")
-    if "prompt" in row and "instruction" not in row:
-        return _Pair(row["prompt"], row["completion"])
+    asked, answer = (row[field] for field in fields)
     given = row.get("input") or ""
     if template == "chat":
-        asked = f"{row['instruction']}\n\n{given}" if given else row["instruction"]
-        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+        asked = f"{asked}\n\n{given}" if given else asked
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         return _chat_pair(messages, where, tokenizer)
+    if "instruction" not in row:
+        return _Pair(asked, answer)
     context = f"\n\n### Input:\n{given}" if given else ""
     head = ALPACA_HEAD.format(ALPACA_INPUT if given else "")
-    return _Pair(f"{head}\n\n### Instruction:\n{row['instruction']}{context}\n\n### Response:\n", row["output"])
+    return _Pair(f"{head}\n\n### Instruction:\n{asked}{context}\n\n### Response:\n", answer)
 
 
 def _chat_pair(messages: list[Any], where: str, tokenizer: Any) -> _Pair:
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(f"{where}: the tokenizer has no chat template; use --template alpaca")
-    from jinja2 import TemplateError
-
-    try:
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError as error:
-        raise InputError(f"{where}: the tokenizer's chat template refuses the messages: {error}") from error
+    prompt = apply_chat_template(messages[:-1], where, tokenizer, add_generation_prompt=True)
+    whole = apply_chat_template(messages, where, tokenizer)
     if not whole.startswith(prompt):
         raise InputError(
             f"{where}: with this chat template the prompt is no beginning of the whole chat, so its answer cannot be told "

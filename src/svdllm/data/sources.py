@@ -76,14 +76,8 @@ def rows_of_spec(spec: Spec, *, evaluation: bool, offline: bool) -> list[dict[st
     if not isinstance(spec, FileSpec) or spec.path.suffix.lower() in TEXT_SUFFIXES:
         return []
     if spec.path.suffix.lower() == ".parquet":
-        require_extra("pyarrow", f"reading {spec.path}")
-        import pyarrow
-        from pyarrow import parquet
-
-        try:
-            return parquet.read_table(spec.path).to_pylist()
-        except pyarrow.ArrowInvalid as err:
-            raise InputError(f"{spec.path} is not a readable parquet file: {err}") from err
+        with _parquet_file(spec.path) as file:
+            return file.read().to_pylist()
     return _json_rows(spec.path, whole_file_may_be_a_list=spec.path.suffix.lower() == ".json")
 
 
@@ -153,17 +147,23 @@ def _as_object(row: Any, where: str) -> dict[str, Any]:
 
 
 def _from_parquet(path: Path, field: str | None) -> Documents:
+    with _parquet_file(path) as file:
+        field = _choose_field(file.schema_arrow.names, field, str(path))
+        rows = file.read(columns=[field]).column(field).to_pylist()
+    return Documents(rows=rows, source=f"{path}:{field}")
+
+
+@contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
     require_extra("pyarrow", f"reading {path}")
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            field = _choose_field(file.schema_arrow.names, field, str(path))
-            rows = file.read(columns=[field]).column(field).to_pylist()
+            yield file
     except pyarrow.ArrowInvalid as err:
         raise InputError(f"{path} is not a readable parquet file: {err}") from err
-    return Documents(rows=rows, source=f"{path}:{field}")
 
 
 def _choose_field(columns: Sequence[str], asked: str | None, where: str) -> str:

@@ -59,10 +59,19 @@ def _render_chat(messages: Any, where: str, tokenizer: Any) -> str:
             f"{where} is a chat, and the tokenizer has no chat template: "
             "give plain text in a column 'text', or the tokenizer of a chat model"
         )
+    return apply_chat_template(messages, where, tokenizer)
+
+
+def apply_chat_template(messages: list[Any], where: str, tokenizer: Any, **settings: Any) -> str:
+    """The chat as text.
+
+    Raises:
+        InputError: the template refuses the messages; says ``where``.
+    """
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **settings)
     except TemplateError as err:
         raise InputError(f"{where}: the tokenizer's chat template refuses the messages: {err}") from err
 

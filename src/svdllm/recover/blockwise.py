@@ -6,6 +6,7 @@ of each is in memory; finished blocks are files, so a killed run goes on with th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,8 @@ def train_blocks(dense: Walk, compressed: Walk, task: Task) -> list[BlockErrors]
         for ours, theirs in zip(compressed.blocks(), dense.blocks(), strict=True):
             theirs.run()
             file = task.folder / f"block-{ours.index:04d}.safetensors"
-            before = _error(ours, dense)
+            outputs = (ours.output_of(compressed.hidden, number).cpu() for number in range(len(compressed.batches)))
+            before = _mean_error(outputs, dense)
             if file.is_file():
                 stored = load_file(file)
                 for name, parameter in _parameters(ours).items():
@@ -52,8 +54,9 @@ def train_blocks(dense: Walk, compressed: Walk, task: Task) -> list[BlockErrors]
             else:
                 _train_block(ours, dense, task.settings)
                 save_atomically(_parameters(ours), file)
-            errors.append(BlockErrors(before, _error(ours, dense)))
             ours.run()
+            outputs = (compressed.hidden.tensor[batch] for batch in compressed.batches)
+            errors.append(BlockErrors(before, _mean_error(outputs, dense)))
             reporter.advance(ours.index + 1, num_blocks)
             reporter.note(
                 f"block {ours.index + 1}/{num_blocks}: error {errors[-1].before:.4f} -> {errors[-1].after:.4f} of the output"
@@ -104,11 +107,11 @@ def _relative_errors(found: Tensor, wanted: Tensor) -> Tensor:
     return difference / wanted.float().pow(2).sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _error(block: Block, dense: Walk) -> float:
-    walk = block.walk
+def _mean_error(outputs: Iterable[Tensor], dense: Walk) -> float:
+    """Of a block's outputs, batch by batch, against those that the dense walk has now."""
     lost = [
-        _relative_errors(block.output_of(walk.hidden, number).cpu(), dense.hidden.tensor[batch]).flatten()
-        for number, batch in enumerate(walk.batches)
+        _relative_errors(found, dense.hidden.tensor[batch]).flatten()
+        for found, batch in zip(outputs, dense.batches, strict=True)
     ]
     return float(torch.cat(lost).double().mean())
 

@@ -12,13 +12,12 @@ from svdllm.data import check_source
 from svdllm.data.examples import refuse_mixture
 from svdllm.data.specs import require_extra
 from svdllm.errors import InputError
-from svdllm.plan import resolve_dtype
 from svdllm.recover.models import Models
 from svdllm.recover.needs import least_bytes, require_memory, weight_bytes
 from svdllm.recover.processes import num_processes
 from svdllm.recover.settings import Recovery
 from svdllm.recover.task import Task
-from svdllm.source import build_skeleton, open_config
+from svdllm.source import build_skeleton, context_length
 from svdllm.workspace import require_empty, require_ours, require_writable
 
 
@@ -84,7 +83,7 @@ def _check_teacher(models: Models, settings: Recovery) -> None:
                 "methods on what it made."
             )
     if models.teacher is not None:
-        theirs = open_config(models.teacher, offline=models.offline).config.get_text_config()
+        theirs = models.dense_config.config.get_text_config()
         ours = models.config.get_text_config()
         alike = {"vocab_size": "tokens in its vocabulary"}
         if "blockwise" in settings.methods:
@@ -98,7 +97,7 @@ def _check_teacher(models: Models, settings: Recovery) -> None:
 
 
 def _check_lengths(models: Models, settings: Recovery) -> None:
-    limit = getattr(models.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(models.config)
     for method in settings.methods:
         seqlen, batch = settings.of(method, "seqlen"), settings.of(method, "batch")
         if limit is not None and seqlen > limit:
@@ -115,8 +114,7 @@ def check_memory(models: Models, tasks: Sequence[Task]) -> None:
         return
     teacher_bytes = 0
     if models.teacher is not None and any(task.settings.kl > 0 for task in tasks):
-        dense = open_config(models.teacher, offline=models.offline)
-        teacher_bytes = weight_bytes(build_skeleton(dense.config, resolve_dtype("auto", models.device, dense.dtype)))
+        teacher_bytes = weight_bytes(build_skeleton(models.dense_config.config, models.dense_dtype))
     needed = {}
     for task in tasks:
         skeleton = build_skeleton(models.config, torch.float32 if task.method == "distill" else models.own_dtype)

@@ -15,7 +15,7 @@ from svdllm.checkpoint import load_model
 from svdllm.plan import resolve_dtype
 from svdllm.progress import Reporter
 from svdllm.recover.later_weights import LaterWeights
-from svdllm.source import build_skeleton, load_config, open_config, open_source
+from svdllm.source import Source, build_skeleton, load_config, open_config, open_source
 from svdllm.stream import Walk
 from svdllm.structure import discover
 from svdllm.weights import SafetensorsWeights, Weights
@@ -60,6 +60,16 @@ class Models:
         """What it computes in when it is not trained: float32 on a CPU, the stored dtype on a GPU."""
         return resolve_dtype("auto", self.device, self.stored_dtype)
 
+    @cached_property
+    def dense_config(self) -> Source:
+        """Of the teacher."""
+        assert self.teacher is not None
+        return open_config(self.teacher, offline=self.offline)
+
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        return resolve_dtype("auto", self.device, self.dense_config.dtype)
+
     def weights(self) -> LaterWeights:
         return LaterWeights(SafetensorsWeights(self.folder, build_skeleton(self.config)), self.finished_files)
 
@@ -72,9 +82,8 @@ class Models:
 
     def dense(self) -> PreTrainedModel:
         assert self.teacher is not None
-        dtype = resolve_dtype("auto", self.device, open_config(self.teacher, offline=self.offline).dtype)
         with self.reporter.stage("load", 1):
-            model = load_model(self.teacher, dtype=dtype, local_files_only=self.offline)
+            model = load_model(self.teacher, dtype=self.dense_dtype, local_files_only=self.offline)
         return model.eval().requires_grad_(False).to(self.device)  # type: ignore[arg-type]
 
     def walks(self, ids: Tensor, batch: int) -> tuple[Walk, Walk]:

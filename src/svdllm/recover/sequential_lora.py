@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ def train_factors(
         NumericalError: the loss or a gradient is not finite; a merged model answers otherwise than with its adapters; or
             a weight changed that was not trained.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     settings = task.settings
     pattern = rf".*\.({'|'.join(factors)})"
@@ -45,13 +46,13 @@ def train_factors(
     before = _digests(model)
     stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
     set_seed(settings.seed)
-    adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+    adapted = _with_adapters(model, config)
     if settings.gradient_checkpointing:
         adapted.enable_input_require_grads()
     record, adapters = train(adapted, task, dtype)
     if is_sharded(adapted):  # each process has a part of it: put the whole together again
         model = open_model()
-        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+        adapted = _with_adapters(model, config)
         adapted.load_state_dict(adapters, strict=False)
     example = task.rows[0][0].unsqueeze(0)
     _to_float32(adapted)
@@ -65,6 +66,14 @@ def train_factors(
         raise NumericalError(f"{foreign[0]} changed while only {' and '.join(factors)} were trained.")
     state = model.state_dict()
     return record, {name: state[name] for name in changed}
+
+
+def _with_adapters(model: PreTrainedModel, config: Any) -> Any:
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it asks for what transformers has given another name
+        return get_peft_model(model, config)
 
 
 def _to_float32(adapted: nn.Module) -> None:

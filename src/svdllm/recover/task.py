@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -27,11 +27,11 @@ class Task:
     title: str  # for progress and the record
     method: str
     rows: Rows
-    held_out: Rows
+    held_out: Rows = ()
     settings: Recovery
     folder: Path
-    log_dir: Path | None
-    reporter: Reporter
+    log_dir: Path | None = None
+    reporter: Reporter = field(default_factory=Reporter)
 
     @property
     def fingerprint(self) -> str:

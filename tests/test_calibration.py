@@ -106,6 +106,29 @@ def test_two_sided_spectra_are_those_of_the_whole_models_gradients(family: str, 
         torch.testing.assert_close(loss / scale, (sigma[rank:] ** 2).sum() / scale, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", ROUND_ROBIN)
+def test_fisher_weights_are_those_of_the_whole_models_gradients(family: str, tmp_path: Path):
+    """FWSVD: the gradient of every window's loss in every weight, by autograd, window by window."""
+    ids = token_windows(samples=5, seqlen=12)
+    run = analysed(tiny_model(family), tmp_path, ids, method="fwsvd", gradient_samples=3)
+    model = run.model.double().requires_grad_(True)
+    squares = {target.name: 0.0 for target in run.structure.targets}
+    for window in ids[: run.walk.kept_windows, None]:
+        logits = model(input_ids=window, use_cache=False).logits[0, :-1]
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").backward()
+        for target in run.structure.targets:
+            gradient = model.get_submodule(target.name).weight.grad
+            squares[target.name] += (gradient.T if target.is_conv1d else gradient).pow(2).sum(1)
+    for target in run.structure.targets:
+        weight_OI = weight_of(run.model.get_submodule(target.name), target).double()
+        fisher_O = squares[target.name]
+        fisher_O[fisher_O == 0] = fisher_O[fisher_O > 0].min()  # rows that a ReLU keeps silent
+        fisher_O = fisher_O / fisher_O.mean()
+        sigma = torch.linalg.svdvals(fisher_O.sqrt()[:, None] * weight_OI)
+        torch.testing.assert_close(run.analysis.energies(target).double(), sigma**2, rtol=1e-4, atol=1e-7)
+
+
 def test_input_only_linears_keep_the_metric_of_their_inputs(tmp_path: Path):
     ids = token_windows(samples=4, seqlen=12)
     two_sided = analysed(tiny_model("llama"), tmp_path / "a", ids, metric="two-sided", input_only=("q_proj",))

@@ -27,7 +27,7 @@ from svdllm.errors import InputError
         ({"ratio": []}, "ratio is an empty list; give at least one"),
         ({"ratio": [0.2, 0.4, 0.2]}, r"ratio names a value twice: \(0.2, 0.4, 0.2\)"),
         ({"target_params": 0}, "target_params: Input should be greater than 0"),
-        ({"method": "svdllm"}, r"method: unknown method 'svdllm'; known are svd-llm, svd, asvd"),
+        ({"method": "svdllm"}, r"method: unknown method 'svdllm'; known are svd-llm, svd, asvd, fwsvd"),
         ({"ignore": ["(q_proj"]}, r"ignore: '\(q_proj' is not a regular expression: missing \)"),
         ({"overrides": {"[": 0.5}}, r"overrides: '\[' is not a regular expression"),
         ({"ranks": {"*": 5}}, r"ranks: '\*' is not a regular expression: nothing to repeat"),
@@ -100,7 +100,9 @@ def test_the_defaults_are_the_preset_balanced():
     assert make_recipe(preset_settings("balanced")) == Recipe()
 
 
-@pytest.mark.parametrize("settings", [{"method": "svd"}, {"method": "asvd"}, {"ranks": {"q_proj": 4}}])
+@pytest.mark.parametrize(
+    "settings", [{"method": "svd"}, {"method": "asvd"}, {"method": "fwsvd"}, {"ranks": {"q_proj": 4}}]
+)
 def test_what_has_no_use_for_gradients_or_probes_is_plain_by_default(settings: dict[str, Any]):
     recipe = Recipe(**settings)
     assert recipe.allocation == "uniform"

@@ -96,9 +96,10 @@ class Analysis:
         kept = {group: metric.float() for group, metric in metrics.items()}
         save_atomically(kept | named_means, self._metrics_file(block))
 
-    def metric(self, target: Target) -> Tensor:
+    def metric(self, target: Target) -> Tensor | None:
+        """The right metric of a block that waits for the reverse walk; None where it is the identity."""
         with safe_open(self._metrics_file(target.block), framework="pt") as file:
-            return file.get_tensor(target.group).clone()
+            return file.get_tensor(target.group).clone() if target.group in file.keys() else None  # noqa: SIM118
 
     def write_left_metrics(self, block: int, metrics: Mapping[str, Tensor]) -> None:
         """Left metrics of a block's targets, for a sequential calibration; float32."""

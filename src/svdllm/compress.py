@@ -151,7 +151,7 @@ class _Run:
 
     @property
     def needs_tokens(self) -> bool:
-        return METHODS[self.recipe.method].statistic is not None
+        return METHODS[self.recipe.method].needs_tokens
 
     def check_cheaply(self) -> None:
         """What can be wrong without looking at the model."""
@@ -270,7 +270,7 @@ class _Run:
         """Algorithm 1, lines 5 to 9, and Algorithm 2: the statistics of the tokens and the spectrum of every weight."""
         ids = torch.zeros(1, 2, dtype=torch.long) if windows is None else windows.ids
         walk = self._walk(source, structure, ids, spill=plans[0].hidden_states_on_disk)
-        if self.recipe.metric == "two-sided":
+        if self.recipe.needs_gradients:
             kept = min(self.recipe.gradient_samples, len(walk.ids))
             walk.kept_folder = self.work / "inputs"
             walk.kept_batches = sum(batch.start < kept for batch in walk.batches)

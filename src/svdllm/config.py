@@ -33,12 +33,12 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    method: str = Field("svd-llm", description="Row of the table of methods: svd-llm, svd or asvd.")
+    method: str = Field("svd-llm", description="Row of the table of methods: svd-llm, svd, asvd or fwsvd.")
     asvd_alpha: float = Field(0.5, ge=0, le=1, description="Exponent of ASVD's channel scales.")
     metric: Literal["input", "two-sided"] = Field(
         "two-sided", description="Error of the outputs as it is, or weighted by what the loss says of each (gradients)."
     )
-    gradient_samples: int = Field(32, ge=1, description="Calibration windows of the backward pass (two-sided).")
+    gradient_samples: int = Field(32, ge=1, description="Calibration windows of the backward pass (two-sided, fwsvd).")
     input_only: tuple[str, ...] = Field(
         QUERY_AND_KEY, description="Regular expressions of linears whose metric stays that of their inputs (two-sided)."
     )
@@ -171,7 +171,7 @@ class Recipe(BaseModel):
             raise ValueError(f"allocation {self.allocation} chooses ranks, and ranks are given; drop one of them")
         if self.allocation == "v2" and (self.target_params or self.target_size):
             raise ValueError("allocation v2 spreads a ratio over the linears of a kind; give a ratio")
-        if self.allocation == "loss" and METHODS[self.method].statistic is None:
+        if self.allocation == "loss" and not METHODS[self.method].needs_tokens:
             raise ValueError(f"allocation loss probes with calibration text, and method {self.method} uses none")
         return self
 
@@ -193,6 +193,11 @@ class Recipe(BaseModel):
         if self.calibration_mode == "sequential":
             return "a sequential calibration fits the factors of every size anew; use calibration_mode dense"
         return None
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the loss is followed back through the model."""
+        return self.metric == "two-sided" or METHODS[self.method].left is not None
 
     def require_budget(self) -> None:
         """Raises InputError unless a budget is given."""

@@ -49,10 +49,10 @@ class Needs:
         self.largest_tensor = max(tensor_bytes(stored, [name]) for name in stored)
         self.tokens = recipe.samples * recipe.seqlen
         self.hidden_size = int(skeleton.get_input_embeddings().weight.shape[-1])  # type: ignore[union-attr, index]
-        self.runs_tokens = self.method.statistic is not None
+        self.runs_tokens = self.method.needs_tokens
         self.vocab_size = int(skeleton.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
-        self.two_sided, self.sequential = recipe.metric == "two-sided", recipe.calibration_mode == "sequential"
-        self.gradient_tokens = min(recipe.gradient_samples, recipe.samples) * recipe.seqlen if self.two_sided else 0
+        self.gradients, self.sequential = recipe.needs_gradients, recipe.calibration_mode == "sequential"
+        self.gradient_tokens = min(recipe.gradient_samples, recipe.samples) * recipe.seqlen if self.gradients else 0
         self.sequential_tokens = min(recipe.sequential_samples, recipe.samples) * recipe.seqlen * self.sequential
         carried = max(self.tokens, 2 * self.sequential_tokens) if self.runs_tokens else 0
         self.hidden_states = carried * self.hidden_size * dtype.itemsize
@@ -71,7 +71,7 @@ class Needs:
             stages["analyze"] = base + hidden + max(self.outside + self._batch(), self._block_needs())
         else:
             stages["analyze"] = base + hidden + 2 * self.largest_tensor
-        if self.two_sided:
+        if self.gradients:
             stages["gradients"] = base + (
                 hidden + max(self._head(self.recipe.seqlen), self._reverse_needs()) if on_cpu else hidden
             )
@@ -88,7 +88,7 @@ class Needs:
         if self.device.type == "cpu":
             return 0
         needs = [self.outside + self._batch(), self._block_needs()]
-        if self.two_sided:
+        if self.gradients:
             needs += [self._head(self.recipe.seqlen), self._reverse_needs()]
         if self.probe_tokens:
             needs.append(self._head(PROBE_WINDOW))
@@ -98,9 +98,9 @@ class Needs:
 
     def disk_bytes(self, num_outputs: int) -> int:
         targets = self.structure.targets
-        sides = 2 if self.two_sided else 1
+        sides = 2 if self.gradients else 1
         bases = sum(8 * t.full_rank + 4 * sides * t.out_features * t.break_even_rank for t in targets)
-        if self.two_sided:  # metrics and inputs that wait for the reverse walk, metrics for a sequential calibration
+        if self.gradients:  # metrics and inputs that wait for the reverse walk, metrics for a sequential calibration
             bases += sum(4 * width**2 for width in {t.group: t.in_features for t in targets}.values())
             bases += self.gradient_tokens * self.hidden_size * self.dtype.itemsize * len(self.structure.blocks)
             bases += self.sequential * sum(4 * t.out_features**2 for t in targets)
@@ -126,7 +126,7 @@ class Needs:
             )
         head = self.outside // self.dtype.itemsize
         backward = 0.0
-        if self.two_sided:
+        if self.gradients:
             lefts = sum(t.out_features**2 for t in self.structure.targets)
             backward = self.gradient_tokens * (4 * weights + 1.3 * lefts + 4 * head) / rate
         depth = len(self.structure.blocks)

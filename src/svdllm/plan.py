@@ -231,7 +231,7 @@ def calibration_warnings(structure: Structure, recipe: Recipe, num_tokens: int) 
 
 def _require_context(source: Source, recipe: Recipe) -> None:
     longest = context_length(source.config)
-    if METHODS[recipe.method].statistic is not None and longest is not None and recipe.seqlen > longest:
+    if METHODS[recipe.method].needs_tokens and longest is not None and recipe.seqlen > longest:
         raise InputError(
             f"--seqlen {recipe.seqlen} is more than {source.name} can take; use --seqlen {longest} or less."
         )

@@ -21,7 +21,6 @@ from svdllm.errors import InputError
 # Flags that do nothing unless another setting has this value.
 ONLY_WITH = {
     "asvd_alpha": ("method", "asvd"),
-    "gradient_samples": ("metric", "two-sided"),
     "probe_share": ("allocation", "loss"),
 }
 BUDGETS = ("ratio", "target_params", "target_size", "ranks")
@@ -76,7 +75,7 @@ RecipeFile = Annotated[
 Method = Annotated[
     str | None,
     typer.Option(
-        help="svd-llm (truncation-aware), svd (plain) or asvd (channel scales).",
+        help="svd-llm (truncation-aware), svd (plain), asvd (input scales) or fwsvd (Fisher weights of output rows).",
         show_default="svd-llm",
         rich_help_panel="Method",
     ),
@@ -96,7 +95,7 @@ Metric = Annotated[
 GradientSamples = Annotated[
     int | None,
     typer.Option(
-        help="Calibration windows of the backward pass (two-sided).", show_default="32", rich_help_panel="Method"
+        help="Calibration windows of the backward pass (two-sided, fwsvd).", show_default="32", rich_help_panel="Method"
     ),
 ]
 CalibrationMode = Annotated[
@@ -269,6 +268,11 @@ def build_recipe(
                 f"--{flag.replace('_', '-')} does nothing here: it is for {setting} {value}, and this recipe has "
                 f"{getattr(recipe, setting)}. Leave it out, or choose --{setting} {value}."
             )
+    if "gradient_samples" in given and not recipe.needs_gradients:
+        raise InputError(
+            f"--gradient-samples does nothing here: metric {recipe.metric} of method {recipe.method} takes no gradients. "
+            "Leave it out, or choose --metric two-sided or --method fwsvd."
+        )
     recipe.require_budget()
     return recipe
 

@@ -282,11 +282,11 @@ def hidden_states_limit(text: str | None) -> int | None:
 
 
 def _ratios(text: str) -> float | tuple[float, ...]:
-    ratios = tuple(_ratio(part, "--ratio") for part in text.split(","))
+    ratios = tuple(ratio_of(part, "--ratio") for part in text.split(","))
     return ratios[0] if len(ratios) == 1 else ratios
 
 
-def _ratio(text: str, option: str, least: str = "above 0") -> float:
+def ratio_of(text: str, option: str, least: str = "above 0") -> float:
     try:
         value = float(text)
     except ValueError:
@@ -312,4 +312,4 @@ def _override(text: str) -> tuple[str, float]:
     pattern, equals, ratio = text.rpartition("=")
     if not equals or not pattern:
         raise InputError(f"--override {text!r} is not of the form REGEX=RATIO, as in 'mlp.down_proj=0.1'.")
-    return pattern, _ratio(ratio, f"--override {pattern}", least="from 0")
+    return pattern, ratio_of(ratio, f"--override {pattern}", least="from 0")

@@ -79,7 +79,7 @@ def _recovery(name: str, training: list[str], recover: Mapping[str, Any] | None,
 
 
 def _unknown(name: str, part: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(part, known, n=1)
+    close = difflib.get_close_matches(part, known, n=1) or [name for name in known if part and part in name]
     hint = f" Did you mean {close[0]}?" if close else ""
     return (
         f"Unknown method {name!r}.{hint} Known are {', '.join(METHOD_NAMES)}, a recipe file (.yaml), and each of these with "

@@ -41,6 +41,7 @@ class Entry:
     text: str
     stderr: str = ""
     gain: str = ""
+    is_gain: bool = False  # whether it is one
     best: bool = False
 
 
@@ -133,6 +134,7 @@ def _rows(members: Sequence[Record], columns: Sequence[Column]) -> list[Row]:
             entry.best = len(values) > 1 and sign * value == best
             if column.gain is not None and baselines and record["variant"] not in BASELINES:
                 entry.gain = column.gain(value, sign * min(baselines))
+                entry.is_gain = sign * value < min(baselines)
     return rows
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svdllm.allocation import Probe
+from svdllm.allocation import Probes
 from svdllm.errors import InputError
 from svdllm.linalg import Spectrum
 from svdllm.structure import Target
 from svdllm.weights import save_tensors
 
 FINGERPRINT_FILE = "analysis.json"
-PROBES_FILE = "probes.json"
 
 
 class Analysis:
@@ -116,16 +114,16 @@ class Analysis:
         with safe_open(self._file(target.block), framework="pt") as file:
             return file.get_tensor(f"{target.name}.energies").clone()
 
-    def write_probes(self, probes: Mapping[str, Probe]) -> None:
-        content = {name: asdict(probe) for name, probe in probes.items()}
-        write_atomically(self.folder / PROBES_FILE, json.dumps(content, indent=2).encode())
+    def write_probes(self, allocation: str, probes: Probes) -> None:
+        content = {name: list(measured.items()) for name, measured in probes.items()}
+        write_atomically(self._probes_file(allocation), json.dumps(content).encode())
 
-    def read_probes(self) -> dict[str, Probe] | None:
-        """The probes of an earlier run, or None."""
-        file = self.folder / PROBES_FILE
+    def read_probes(self, allocation: str) -> Probes:
+        """The probes of an earlier run; empty if there are none."""
+        file = self._probes_file(allocation)
         if not file.is_file():
-            return None
-        return {name: Probe(**probe) for name, probe in json.loads(file.read_text(encoding="utf-8")).items()}
+            return {}
+        return {name: dict(measured) for name, measured in json.loads(file.read_text(encoding="utf-8")).items()}
 
     def seconds(self, block: int) -> dict[str, float]:
         """Seconds of each target's decomposition, and of the block's forward pass and statistics (``""``)."""
@@ -133,6 +131,9 @@ class Analysis:
 
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:04d}.safetensors"
+
+    def _probes_file(self, allocation: str) -> Path:
+        return self.folder / f"probes-{allocation}.json"
 
     def _left_file(self, block: int) -> Path:
         return self.folder / f"left-{block:04d}.safetensors"

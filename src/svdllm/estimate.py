@@ -12,7 +12,7 @@ from svdllm.layout import SHARD_BYTES, Tensors, file_bytes, shard_names, tensor_
 from svdllm.memory import available_bytes, resident_bytes
 from svdllm.methods import METHODS
 from svdllm.probing import WINDOW as PROBE_WINDOW
-from svdllm.probing import probe_tokens
+from svdllm.probing import probe_ranks, probe_tokens
 from svdllm.statistics import Gram
 from svdllm.structure import Structure, Target
 
@@ -56,7 +56,8 @@ class Needs:
         self.sequential_tokens = min(recipe.sequential_samples, recipe.samples) * recipe.seqlen * self.sequential
         carried = max(self.tokens, 2 * self.sequential_tokens) if self.runs_tokens else 0
         self.hidden_states = carried * self.hidden_size * dtype.itemsize
-        self.probe_tokens = probe_tokens(recipe, structure, skeleton) if recipe.allocation == "loss" else 0
+        self.probes = {name: len(ranks) for name, ranks in probe_ranks(recipe, structure).items()}
+        self.probe_tokens = probe_tokens(recipe, structure, skeleton) if recipe.needs_probes else 0
         self.hidden_states_on_disk = spill_hidden_states(self.hidden_states, hidden_states_limit)
 
     def ram_by_stage(self) -> dict[str, int]:
@@ -130,14 +131,16 @@ class Needs:
             lefts = sum(t.out_features**2 for t in self.structure.targets)
             backward = self.gradient_tokens * (4 * weights + 1.3 * lefts + 4 * head) / rate
         depth = len(self.structure.blocks)
-        per_probe = sum(2 * weights * (depth - t.block) / depth + 2 * head for t in self.structure.targets)
+        probing = sum(
+            self.probes[t.name] * (2 * weights * (depth - t.block) / depth + 2 * head) for t in self.structure.targets
+        )
         # eigh takes about as long as 18 n^3 operations of a product (48 ms at n = 576 where products make 70 GFLOP/s).
         eigh = sum(18 * t.full_rank**3 + 4 * t.full_rank * t.num_weights for t in self.structure.targets)
         return {
             "forward": 1.25 * forward,  # attention and element-wise work beside the products
             "grams": grams,
             "gradients": 1.25 * backward,
-            "probe": 1.5 * self.probe_tokens * per_probe / rate,
+            "probe": 1.5 * self.probe_tokens * probing / rate,
             "sequential": num_outputs * self._sequential_seconds(forward, grams, eigh / rate64),
             "decompose": eigh / rate64,
             "write": num_outputs
@@ -174,7 +177,7 @@ class Needs:
 
     def _streams(self) -> int:
         """Hidden states of every probe."""
-        return (len(self.structure.targets) + 1) * self.probe_tokens * self.hidden_size * self.dtype.itemsize
+        return (sum(self.probes.values()) + 1) * self.probe_tokens * self.hidden_size * self.dtype.itemsize
 
     def _sequential_needs(self) -> int:
         widest = max(target.in_features for target in self.structure.targets)

@@ -22,7 +22,7 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="Methods: svd, fwsvd, asvd, svd-llm (as published), balanced, best, or recipe files (.yaml). With "
+            help="Methods: svd, fwsvd, asvd, asvd-strs (with its search for ranks), svd-llm (as published), balanced, best, or recipe files (.yaml). With "
             "+sequential-lora, +blockwise or +distill behind it, the model is trained afterwards (see --recover)."
         ),
     ] = "svd,fwsvd,asvd,svd-llm,balanced",

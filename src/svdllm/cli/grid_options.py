@@ -13,8 +13,8 @@ import typer
 import yaml
 from rich.table import Table
 
+from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, console, print_json
-from svdllm.cli.options import ratio_of
 from svdllm.errors import InputError
 from svdllm.grid import Grid, Measures, Study, Variant, run_grid
 from svdllm.grid.settings import PROMPTS
@@ -87,8 +87,8 @@ def recover_settings(text: str | None) -> dict[str, Any] | None:
     return settings
 
 
-def ratios_of(text: str) -> tuple[float, ...]:
-    ratios = tuple(ratio_of(part, "--ratios") for part in text.split(","))
+def different_ratios(text: str) -> tuple[float, ...]:
+    ratios = o.ratios_of(text, "--ratios")
     if len(set(ratios)) < len(ratios):
         raise InputError(f"--ratios {text!r} names a ratio twice.")
     return ratios
@@ -201,7 +201,7 @@ def grid_of(
     return Grid(
         model=model,
         variants=variants,
-        ratios=ratios_of(ratios),
+        ratios=different_ratios(ratios),
         measures=measures,
         title=title,
         revision=revision,

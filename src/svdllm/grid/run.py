@@ -93,7 +93,7 @@ class _Run:
         for variant in grid.variants:
             for ratio in grid.ratios:
                 plan(grid.model, variant.at(ratio), offline=grid.offline, revision=grid.revision)
-            if variant.needs_tokens:
+            if variant.recipe.needs_tokens:
                 check_source(variant.recipe.calibration)
             if variant.recovery is not None:
                 check_data(variant.recovery, ())

@@ -11,7 +11,6 @@ from typing import Any
 
 from svdllm.compress import NOT_OF_THE_ANALYSIS
 from svdllm.config import Recipe
-from svdllm.methods import METHODS
 from svdllm.recover import Recovery
 
 DENSE = "dense"
@@ -37,10 +36,6 @@ class Variant:
     @property
     def untrained(self) -> Variant:
         return replace(self, name=self.name.split("+")[0], recovery=None)
-
-    @property
-    def needs_tokens(self) -> bool:
-        return METHODS[self.recipe.method].needs_tokens
 
     @property
     def analysis_key(self) -> str:

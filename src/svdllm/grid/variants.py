@@ -18,10 +18,11 @@ METHOD_NAMES: dict[str, dict[str, Any]] = {
     "svd": {"method": "svd"},
     "fwsvd": {"method": "fwsvd"},
     "asvd": {"method": "asvd"},
+    "asvd-strs": {"method": "asvd", "allocation": "strs"},
     "svd-llm": preset_settings("paper"),
     **{name: preset_settings(name) for name in PRESETS if name != "paper"},
 }
-BASELINES = ("svd", "fwsvd", "asvd")  # which the paper compares itself with
+BASELINES = ("svd", "fwsvd", "asvd", "asvd-strs")  # which the paper compares itself with
 
 
 def variants_of(

@@ -77,9 +77,7 @@ class GridReport:
             for row in group.rows:
                 if row.entries and row.entries[0].best:
                     entry = row.entries[0]
-                    gain = (
-                        f", {entry.gain.strip('()')} against the best of {', '.join(BASELINES)}" if entry.gain else ""
-                    )
+                    gain = f", {entry.gain.strip('()')} against the best of SVD, FWSVD and ASVD" if entry.gain else ""
                     lines.append(f"{group.title} removed: {row.method} has the lowest, {_full(entry)}{gain}")
         return [f"{column.title} perplexity. {line}." for line in lines]
 
@@ -103,7 +101,7 @@ class GridReport:
         ]
         if {variant.name for variant in self.grid.variants} & set(BASELINES):
             lines.append(
-                f"In brackets: change against the best of {', '.join(BASELINES)} at the same ratio. Bold: best of the ratio, "
+                "In brackets: change against the best of SVD, FWSVD and ASVD at the same ratio. Bold: best of the ratio, "
                 "whatever the standard errors."
             )
         return lines

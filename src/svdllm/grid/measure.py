@@ -11,15 +11,20 @@ from transformers import PreTrainedModel
 
 from svdllm.checkpoint import load_model
 from svdllm.data import evaluation_tokens
+from svdllm.data.sources import hub_offline
 from svdllm.evaluate import evaluation_mode, perplexity
 from svdllm.grid.settings import Measures
 from svdllm.plan import resolve_device, resolve_dtype
 from svdllm.progress import Reporter
+from svdllm.protocols import prefix_token
 from svdllm.source import open_config
+from svdllm.tasks import TaskSuite, run_tasks
 
 
-def measure(model_name: str | Path, measures: Measures, *, offline: bool, reporter: Reporter) -> dict[str, Any]:
-    """Everything asked for, of one model, which is in memory meanwhile.
+def measure(
+    model_name: str | Path, measures: Measures, suite: TaskSuite | None, *, offline: bool, reporter: Reporter
+) -> dict[str, Any]:
+    """Everything asked for, of one model, which is in memory meanwhile; ``suite`` are the tasks, made ready.
 
     Raises:
         InputError, CheckpointError: the model or a text cannot be read.
@@ -39,6 +44,7 @@ def measure(model_name: str | Path, measures: Measures, *, offline: bool, report
                 model,
                 ids,
                 seqlen=measures.seqlen,
+                prefix_token_id=prefix_token(tokenizer),
                 max_windows=measures.windows,
                 source=text,
                 progress=reporter.advance,
@@ -47,7 +53,10 @@ def measure(model_name: str | Path, measures: Measures, *, offline: bool, report
     if measures.prompts:
         with reporter.stage("generate", len(measures.prompts)):
             record["generations"] = continuations(model, tokenizer, measures.prompts, measures.new_tokens)
-    record["tasks"] = {}
+    if suite is not None:
+        with evaluation_mode(model), hub_offline(offline or measures.task_data is not None):
+            results = run_tasks(model, tokenizer, suite, name=str(model_name), reporter=reporter)
+        record["tasks"] = results.to_dict()
     return record
 
 

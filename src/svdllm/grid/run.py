@@ -7,7 +7,8 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from svdllm.plan import plan
 from svdllm.progress import Reporter, SubReporter
 from svdllm.recover import recover
 from svdllm.recover.checks import check_data
+from svdllm.source import open_config
+from svdllm.tasks import TaskSuite, check_models, open_tasks
 from svdllm.workspace import require_writable
 
 Record = dict[str, Any]
@@ -53,11 +56,19 @@ def run_grid(
     Raises:
         InputError, UnsupportedModelError: something is wrong with the grid as a whole; before any work.
     """
-    run = _Run(grid=grid, folder=Path(folder), keep=keep, reporter=reporter or Reporter())
+    reporter = reporter or Reporter()
+    run = _Run(grid=grid, folder=Path(folder), keep=keep, reporter=reporter)
     run.check()
+    with _tasks(grid, reporter) as suite:
+        return _run(replace(run, suite=suite), on_cell)
+
+
+def _run(run: _Run, on_cell: Callable[[list[Record]], object] | None) -> list[Record]:
     for name in ("cells", "spectra"):
         (run.folder / name).mkdir(parents=True, exist_ok=True)
-    write_atomically(run.folder / GRID_FILE, json.dumps({"title": grid.title, "model": grid.model}, indent=2).encode())
+    write_atomically(
+        run.folder / GRID_FILE, json.dumps({"title": run.grid.title, "model": run.grid.model}, indent=2).encode()
+    )
     for _ in run.execute():
         if on_cell is not None:
             on_cell(run.records())
@@ -71,6 +82,7 @@ class _Run:
     folder: Path
     keep: bool
     reporter: Reporter
+    suite: TaskSuite | None = None
 
     @property
     def work(self) -> Path:
@@ -145,7 +157,7 @@ class _Run:
         grid = self.grid
         if cell.variant is None:
             nothing: Record = {"linears": [], "recovery": None, "compression_seconds": {}}
-            return nothing | measure(grid.model, grid.measures, offline=grid.offline, reporter=reporter)
+            return nothing | measure(grid.model, grid.measures, self.suite, offline=grid.offline, reporter=reporter)
         folder = self._compressed(cell.untrained, reporter)
         if cell.variant.recovery is not None:
             folder = self._trained(cell, folder, reporter)
@@ -157,7 +169,7 @@ class _Run:
         if (analysis := self._analysis(cell.variant.analysis_key)).is_dir():
             write_atomically(self._spectra_file(cell.variant), json.dumps(read_spectra(analysis)).encode())
         record["checkpoint"] = str(folder.relative_to(self.folder)) if self.keep else None
-        return record | measure(folder, grid.measures, offline=grid.offline, reporter=reporter)
+        return record | measure(folder, grid.measures, self.suite, offline=grid.offline, reporter=reporter)
 
     def _compressed(self, cell: Cell, reporter: Reporter) -> Path:
         """Algorithm 1, once; every other ratio of the recipe finds its calibration and decomposition done."""
@@ -207,6 +219,26 @@ class _Run:
 
     def _analysis(self, key: str) -> Path:
         return self.work / f"analysis-{key}"
+
+
+@contextmanager
+def _tasks(grid: Grid, reporter: Reporter) -> Iterator[TaskSuite | None]:
+    """The tasks made ready, and seen to fit the model; None where none are asked for."""
+    measures = grid.measures
+    if not measures.tasks:
+        yield None
+        return
+    with open_tasks(
+        measures.tasks,
+        limit=measures.limit,
+        num_fewshot=measures.num_fewshot,
+        task_data=measures.task_data,
+        offline=grid.offline,
+        reporter=reporter,
+    ) as suite:
+        source = open_config(grid.model, offline=grid.offline, revision=grid.revision)
+        check_models(suite, {grid.model: source.config})
+        yield suite
 
 
 def _described(error: Exception) -> Record:

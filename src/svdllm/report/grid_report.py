@@ -204,7 +204,7 @@ class GridReport:
             "command": self.command,
             "versions": self.versions,
             "measures": self.grid.measures.to_dict(),
-            "cells": self.records,
+            "cells": [_without_harness(record) for record in self.records],
         }
 
     def _settings(self) -> list[Record]:
@@ -237,6 +237,13 @@ def _template(name: str) -> Any:
     )
     environment.filters["cell"] = lambda text: " ".join(str(text).split()).replace("|", "\\|")
     return environment.from_string(text)
+
+
+def _without_harness(record: Record) -> Record:
+    """The harness's own document of every model is in its cell."""
+    if "tasks" not in record:
+        return record
+    return record | {"tasks": {key: value for key, value in record["tasks"].items() if key != "harness"}}
 
 
 def _full(entry: Entry) -> str:

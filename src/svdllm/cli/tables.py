@@ -9,11 +9,11 @@ from rich.table import Table
 
 from svdllm.cli.console import count, duration, size
 from svdllm.demo import DemoResult
-from svdllm.evaluate import ModelPerplexity
 from svdllm.plan import Plan
 from svdllm.records import CompressionResult
 from svdllm.recover import RecoveryResult
 from svdllm.report.card import recovery_text
+from svdllm.side_by_side import ModelPerplexity
 
 Titled = tuple[str, list[Table]]  # a line of its own, never cut or wrapped, and what stands below it
 
@@ -92,8 +92,10 @@ def perplexity_table(rows: list[ModelPerplexity]) -> Table:
         table.add_row(row.model, count(row.params), size(row.weight_bytes), row.text, *_measured(row))
     if rows:
         measured = rows[0].perplexity
+        bos = {True: "BOS at the start of the text", False: "no BOS", None: "BOS unknown"}[measured.begins_with_bos]
         table.caption = (
-            f"{measured.num_windows} windows of {measured.seqlen} tokens, no overlap; s.e.: standard error over windows"
+            f"protocol {measured.protocol}: {measured.num_windows} windows of {measured.seqlen} tokens, {bos}; "
+            "s.e.: standard error over windows"
         )
     return table
 

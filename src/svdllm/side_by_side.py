@@ -1,0 +1,163 @@
+"""Models one after the other on the same texts and tasks; one of them is in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svdllm.checkpoint import load_model
+from svdllm.data import check_source, evaluation_tokens
+from svdllm.data.sources import hub_offline
+from svdllm.evaluate import Perplexity, check_context, check_counts, evaluation_mode, perplexity
+from svdllm.plan import resolve_device, resolve_dtype
+from svdllm.progress import Reporter
+from svdllm.protocols import check_protocol, prefix_token
+from svdllm.source import open_config
+from svdllm.tasks import TaskResults, TaskSuite, check_models, open_tasks, run_tasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPerplexity:
+    """The perplexity of one model on one text, with the size of the model."""
+
+    model: str
+    text: str
+    params: int
+    weight_bytes: int
+    perplexity: Perplexity
+
+    def to_dict(self) -> dict[str, Any]:
+        sizes = {"model": self.model, "text": self.text, "params": self.params, "weight_bytes": self.weight_bytes}
+        return sizes | self.perplexity.to_dict()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEvaluation:
+    """What was measured on one model: perplexity by text, and the tasks if there were any."""
+
+    model: str
+    params: int
+    weight_bytes: int
+    perplexity: dict[str, Perplexity]
+    tasks: TaskResults | None
+
+
+def evaluate_models(
+    models: Sequence[str],
+    texts: Sequence[str] = (),
+    *,
+    tasks: TaskSuite | None = None,
+    seqlen: int = 2048,
+    protocol: str = "windows",
+    max_windows: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    offline: bool = False,
+    reporter: Reporter | None = None,
+) -> list[ModelEvaluation]:
+    """Every model on every text and on the tasks; one model is in memory at a time.
+
+    ``models`` are hub ids, folders (compressed or not) or GGUF files; each is measured with its own tokenizer. All of
+    them, and the texts, are looked at before the first one is loaded. ``tasks`` come from ``svdllm.tasks.open_tasks``.
+    ``batch_size`` counts windows, or requests of tasks.
+
+    Raises:
+        InputError, UnsupportedModelError, CheckpointError: a model or text cannot be used; names it.
+        NumericalError: a logit is not finite.
+    """
+    reporter = reporter or Reporter()
+    check_protocol(protocol, seqlen)
+    check_counts(batch_size=batch_size, max_windows=max_windows)
+    for text in texts:
+        check_source(text)
+    place = resolve_device(device)
+    opened = [open_config(model, offline=offline) for model in models]
+    dtypes = [resolve_dtype(dtype, place, source.dtype) for source in opened]
+    tokenizers = [source.load_tokenizer(offline) for source in opened]
+    configs = {name: source.config for name, source in zip(models, opened, strict=True)}
+    for config in configs.values() if texts else ():
+        check_context(config, seqlen)
+    if tasks is not None:
+        check_models(tasks, configs)
+    evaluations = []
+    for name, source, tokenizer, computed_in in zip(models, opened, tokenizers, dtypes, strict=True):
+        ids = {text: evaluation_tokens(text, tokenizer, offline=offline) for text in texts}
+        with reporter.stage(f"load {Path(name).name}", 1):
+            model = load_model(name, dtype=computed_in, local_files_only=offline)
+            model.to(place)  # type: ignore[arg-type]
+        measured = {}
+        for text in texts:
+            with reporter.stage(f"eval {Path(name).name}", 1):
+                measured[text] = perplexity(
+                    model,
+                    ids[text],
+                    seqlen=seqlen,
+                    protocol=protocol,
+                    prefix_token_id=prefix_token(tokenizer),
+                    max_windows=max_windows,
+                    batch_size=batch_size,
+                    progress=reporter.advance,
+                    source=text,
+                )
+        results = None
+        if tasks is not None:
+            with evaluation_mode(model), hub_offline(offline or bool(tasks.files)):
+                results = run_tasks(model, tokenizer, tasks, name=name, batch_size=batch_size, reporter=reporter)
+        evaluations.append(
+            ModelEvaluation(
+                model=name,
+                params=model.num_parameters(),
+                weight_bytes=source.weight_bytes,
+                perplexity=measured,
+                tasks=results,
+            )
+        )
+        del model
+    return evaluations
+
+
+def evaluate_tasks(
+    model: str,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    task_data: str | Path | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    offline: bool = False,
+    reporter: Reporter | None = None,
+) -> TaskResults:
+    """One model on tasks of lm-evaluation-harness; the arguments are those of ``open_tasks`` and ``evaluate_models``.
+
+    Raises:
+        InputError, UnsupportedModelError, CheckpointError: the model, a task or its data cannot be used; names it.
+    """
+    with open_tasks(
+        tasks, limit=limit, num_fewshot=num_fewshot, task_data=task_data, offline=offline, reporter=reporter
+    ) as suite:
+        (evaluation,) = evaluate_models(
+            [model], tasks=suite, batch_size=batch_size, device=device, dtype=dtype, offline=offline, reporter=reporter
+        )
+    assert evaluation.tasks is not None
+    return evaluation.tasks
+
+
+def perplexity_rows(evaluations: Sequence[ModelEvaluation]) -> list[ModelPerplexity]:
+    """By text, and then by model."""
+    texts = evaluations[0].perplexity if evaluations else ()
+    return [
+        ModelPerplexity(
+            model=evaluation.model,
+            text=text,
+            params=evaluation.params,
+            weight_bytes=evaluation.weight_bytes,
+            perplexity=evaluation.perplexity[text],
+        )
+        for text in texts
+        for evaluation in evaluations
+    ]

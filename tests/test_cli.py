@@ -135,8 +135,25 @@ def test_eval_shows_the_base_beside_it(
     assert ours["params"] < base["params"]
     assert ours["num_tokens"] == base["num_tokens"] == 4 * 31
     assert ours["weight_bytes"] < base["weight_bytes"]
+    assert (ours["protocol"], ours["begins_with_bos"]) == ("windows", False)
     assert cli(*arguments) == 0
-    assert "4 windows of 32 tokens" in capsys.readouterr().out
+    assert "protocol windows: 4 windows of 32 tokens, no BOS" in capsys.readouterr().out
+
+
+def test_eval_of_several_texts_by_another_protocol(
+    dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[:500])
+    arguments = ("--seqlen", "32", "--protocol", "rolling", "--output", tmp_path / "kept.json", "--json")
+    assert cli("eval", dense, "--ppl", f"{text},{other}", *arguments) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [row["text"] for row in document["results"]] == [str(text), str(other)]
+    assert {row["protocol"] for row in document["results"]} == {"rolling"}
+    assert document["tasks"] == document["comparison"] == []
+    assert json.loads((tmp_path / "kept.json").read_text()) == document
+    assert cli("eval", dense, "--ppl", f"{text}:0.5,{other}:0.5", "--seqlen", "32") == 2
+    assert "a mixture, which has no perplexity of its own" in capsys.readouterr().err
 
 
 def test_inspect_verify_export(compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -395,6 +412,7 @@ def test_eval_needs_something_to_measure(dense: Path, text: Path, capsys: pytest
     assert cli("eval", dense) == 2
     assert cli("eval", dense, "--ppl", text, "--seqlen", "1") == 2
     assert cli("eval", dense, "--ppl", text, "--seqlen", "100000") == 2
+    assert cli("eval", dense, "--ppl", text, "--seqlen", "32", "--max-windows", "0") == 2
     assert cli("eval", dense, "--ppl", text, "--seqlen", "32", "--dtype", "bf16") == 2
     assert "--dtype 'bf16' is unknown" in capsys.readouterr().err
 

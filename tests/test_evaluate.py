@@ -261,6 +261,15 @@ def test_rolling_predicts_every_token_once(llama, length):
     assert "the first from token 3" in found.description
 
 
+def test_the_protocols_agree_on_one_window_that_begins_with_the_prefix(llama):
+    ids = random_ids(17)
+    rolling = perplexity(llama, ids, seqlen=17, protocol="rolling", prefix_token_id=3)
+    windows = perplexity(llama, torch.cat([torch.tensor([3]), ids]), seqlen=18, prefix_token_id=3)
+    assert windows.begins_with_bos
+    assert windows.num_tokens == rolling.num_tokens == 17
+    assert windows.mean_nll == pytest.approx(rolling.mean_nll, rel=1e-9)
+
+
 def test_standard_error_of_windows_of_unequal_size_by_hand():
     model = TableModel(torch.tensor([[0.5, 0.5], [0.75, 0.25]]).log())
     ids = torch.tensor([0, 1, 1])  # from prefix 1: ln 4/3, ln 2 | ln 4 alone

@@ -60,18 +60,13 @@ def run_grid(
     run = _Run(grid=grid, folder=Path(folder), keep=keep, reporter=reporter)
     run.check()
     with _tasks(grid, reporter) as suite:
-        return _run(replace(run, suite=suite), on_cell)
-
-
-def _run(run: _Run, on_cell: Callable[[list[Record]], object] | None) -> list[Record]:
-    for name in ("cells", "spectra"):
-        (run.folder / name).mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        run.folder / GRID_FILE, json.dumps({"title": run.grid.title, "model": run.grid.model}, indent=2).encode()
-    )
-    for _ in run.execute():
-        if on_cell is not None:
-            on_cell(run.records())
+        for name in ("cells", "spectra"):
+            (run.folder / name).mkdir(parents=True, exist_ok=True)
+        about = json.dumps({"title": grid.title, "model": grid.model}, indent=2)
+        write_atomically(run.folder / GRID_FILE, about.encode())
+        for _ in replace(run, suite=suite).execute():
+            if on_cell is not None:
+                on_cell(run.records())
     shutil.rmtree(run.work, ignore_errors=True)
     return run.records()
 

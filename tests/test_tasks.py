@@ -26,7 +26,7 @@ from svdllm.side_by_side import evaluate_models
 from svdllm.source import open_config
 from svdllm.tasks import TaskSuite, open_tasks, run_tasks
 from svdllm.tasks.index import tasks_folder
-from svdllm.tasks.local_files import read_file
+from svdllm.tasks.local_files import find_files, read_file
 from svdllm.tasks.record import Metric, TaskScore, accuracy_average, compare_score, scores_of
 
 pytest.importorskip("lm_eval", reason="lm-eval is in the extra 'eval'")
@@ -134,6 +134,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness's look at the machine takes seconds, and so do long answers and intervals of ROUGE, which it drops."""
     monkeypatch.setattr("rouge_score.scoring.BootstrapAggregator.__init__.__defaults__", (0.95, 2))
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
+    monkeypatch.setattr("lm_eval.evaluator.TaskManager", None)  # it would read all definitions once more
     monkeypatch.setattr("lm_eval.models.huggingface.HFLM.max_gen_toks", 8)
 
 
@@ -202,7 +203,7 @@ def test_the_definition_is_the_harnesss(data: Path) -> None:
     with open_tasks(["gsm8k"], task_data=data) as suite:
         ours = suite.manager.task_index["gsm8k"].cfg
         shown = suite.members["gsm8k"].sampler.df
-    replaced = {"dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset", "tag"}
+    replaced = {"dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset"}
     assert {key: value for key, value in ours.items() if key not in replaced} == {
         key: value for key, value in built_in.items() if key not in replaced
     }
@@ -385,6 +386,16 @@ def test_broken_csv(content: str | bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "truthfulqa.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message):
         ready(["truthfulqa_gen"], task_data=tmp_path)
+
+
+def test_the_longest_split_of_a_name(tmp_path: Path) -> None:
+    for name in ("mnli.validation_mismatched.jsonl", "mnli.validation.jsonl", "mnli_other.validation.jsonl", "mnli.md"):
+        (tmp_path / name).touch()
+    found = find_files(tmp_path, "mnli", ["validation", "validation_mismatched"], "validation")
+    assert {split: path.name for split, path in found.items()} == {
+        "validation": "mnli.validation.jsonl",
+        "validation_mismatched": "mnli.validation_mismatched.jsonl",
+    }
 
 
 def test_no_such_folder(tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from svdllm.checkpoint import load_model
 from svdllm.data import check_source, evaluation_tokens
 from svdllm.data.sources import hub_offline
-from svdllm.evaluate import Perplexity, check_context, check_counts, evaluation_mode, perplexity
+from svdllm.evaluate import Perplexity, check_context, check_counts, perplexity
 from svdllm.plan import resolve_device, resolve_dtype
 from svdllm.progress import Reporter
 from svdllm.protocols import check_protocol, prefix_token
-from svdllm.source import open_config
+from svdllm.source import Source, open_config
 from svdllm.tasks import TaskResults, TaskSuite, check_models, open_tasks, run_tasks
 
 
@@ -42,6 +45,26 @@ class ModelEvaluation:
     weight_bytes: int
     perplexity: dict[str, Perplexity]
     tasks: TaskResults | None
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model that was looked at, not loaded."""
+
+    name: str
+    source: Source
+    tokenizer: Any
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, name: str, place: torch.device, dtype: str, offline: bool) -> _Opened:
+        source = open_config(name, offline=offline)
+        return cls(name, source, source.load_tokenizer(offline), resolve_dtype(dtype, place, source.dtype))
+
+    def load(self, place: torch.device, offline: bool, reporter: Reporter) -> PreTrainedModel:
+        with reporter.stage(f"load {Path(self.name).name}", 1):
+            model = load_model(self.name, dtype=self.dtype, local_files_only=offline)
+            return model.to(place)  # type: ignore[arg-type]
 
 
 def evaluate_models(
@@ -74,48 +97,44 @@ def evaluate_models(
     for text in texts:
         check_source(text)
     place = resolve_device(device)
-    opened = [open_config(model, offline=offline) for model in models]
-    dtypes = [resolve_dtype(dtype, place, source.dtype) for source in opened]
-    tokenizers = [source.load_tokenizer(offline) for source in opened]
-    configs = {name: source.config for name, source in zip(models, opened, strict=True)}
-    for config in configs.values() if texts else ():
-        check_context(config, seqlen)
+    opened = [_Opened.of(model, place, dtype, offline) for model in models]
+    for model in opened if texts else ():
+        check_context(model.source.config, seqlen)
     if tasks is not None:
-        check_models(tasks, configs)
+        check_models(tasks, {model.name: model.source.config for model in opened})
     evaluations = []
-    for name, source, tokenizer, computed_in in zip(models, opened, tokenizers, dtypes, strict=True):
-        ids = {text: evaluation_tokens(text, tokenizer, offline=offline) for text in texts}
-        with reporter.stage(f"load {Path(name).name}", 1):
-            model = load_model(name, dtype=computed_in, local_files_only=offline)
-            model.to(place)  # type: ignore[arg-type]
-        measured = {}
+    for model in opened:
+        ids = {text: evaluation_tokens(text, model.tokenizer, offline=offline) for text in texts}
+        loaded = model.load(place, offline, reporter)
+        measured, results = {}, None
         for text in texts:
-            with reporter.stage(f"eval {Path(name).name}", 1):
+            with reporter.stage(f"eval {Path(model.name).name}", 1):
                 measured[text] = perplexity(
-                    model,
+                    loaded,
                     ids[text],
                     seqlen=seqlen,
                     protocol=protocol,
-                    prefix_token_id=prefix_token(tokenizer),
+                    prefix_token_id=prefix_token(model.tokenizer),
                     max_windows=max_windows,
                     batch_size=batch_size,
                     progress=reporter.advance,
                     source=text,
                 )
-        results = None
         if tasks is not None:
-            with evaluation_mode(model), hub_offline(offline or bool(tasks.files)):
-                results = run_tasks(model, tokenizer, tasks, name=name, batch_size=batch_size, reporter=reporter)
+            with hub_offline(offline or bool(tasks.files)):
+                results = run_tasks(
+                    loaded, model.tokenizer, tasks, name=model.name, batch_size=batch_size, reporter=reporter
+                )
         evaluations.append(
             ModelEvaluation(
-                model=name,
-                params=model.num_parameters(),
-                weight_bytes=source.weight_bytes,
+                model=model.name,
+                params=loaded.num_parameters(),
+                weight_bytes=model.source.weight_bytes,
                 perplexity=measured,
                 tasks=results,
             )
         )
-        del model
+        del loaded
     return evaluations
 
 

@@ -17,6 +17,7 @@ from svdllm.errors import InputError
 from svdllm.protocols import PROTOCOLS
 from svdllm.report.evaluation import evaluation_document, require_new, store_evaluation
 from svdllm.side_by_side import evaluate_models, perplexity_rows
+from svdllm.source import open_config
 from svdllm.tasks import open_tasks
 
 PERPLEXITY, TASKS, MACHINE = "Perplexity", "Tasks", "Machine"
@@ -84,19 +85,21 @@ def evaluate(
 ) -> None:
     """Measures a model, compressed or not: perplexity on texts, and tasks of lm-evaluation-harness."""
     texts = split_specs(ppl or [])
-    names = [name.strip() for value in tasks or [] for name in value.split(",")]
-    _check(texts, names, seqlen, max_windows, batch_size, {"--limit": limit, "--num-fewshot": num_fewshot})
-    if task_data is not None and not names:
-        raise InputError("--task-data does nothing without --tasks.")
+    task_names = [name.strip() for value in tasks or [] for name in value.split(",")]
+    of_tasks = {"--limit": limit, "--num-fewshot": num_fewshot, "--task-data": task_data}
+    _check(texts, task_names, seqlen, max_windows, batch_size, of_tasks)
     if output is not None:
         require_new(output)
+    models = [model] if base is None else [model, base]
+    for name in models:
+        open_config(name, offline=offline)  # a name that is wrong shall not cost a download of data
     reporter = ConsoleReporter()
     suite_of_tasks = open_tasks(
-        names, limit=limit, num_fewshot=num_fewshot, task_data=task_data, offline=offline, reporter=reporter
+        task_names, limit=limit, num_fewshot=num_fewshot, task_data=task_data, offline=offline, reporter=reporter
     )
-    with suite_of_tasks if names else nullcontext() as suite:
+    with suite_of_tasks if task_names else nullcontext() as suite:
         evaluations = evaluate_models(
-            [model] if base is None else [model, base],
+            models,
             texts,
             tasks=suite,
             seqlen=seqlen,
@@ -116,7 +119,7 @@ def evaluate(
         return
     if texts:
         console.print(perplexity_table(perplexity_rows(evaluations)))
-    if names:
+    if task_names:
         show(tasks_table(evaluations))
     if output is not None:
         console.print(f"Kept in {output}", soft_wrap=True)
@@ -128,7 +131,7 @@ def _check(
     seqlen: int,
     max_windows: int | None,
     batch_size: int | None,
-    of_tasks: dict[str, int | None],
+    of_tasks: dict[str, Any],
 ) -> None:
     if not texts and not tasks:
         raise InputError(

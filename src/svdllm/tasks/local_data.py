@@ -81,7 +81,6 @@ def write_definitions(tasks: list[LocalTask], folder: Path) -> Any:
         definition = {
             "include": str(task.definition),
             "task": task.name,
-            "tag": [],
             "custom_dataset": None,
             "dataset_path": "parquet",
             "dataset_name": None,

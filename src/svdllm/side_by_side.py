@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from svdllm.checkpoint import load_model
@@ -48,7 +49,7 @@ class ModelEvaluation:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class OpenedModel:
     """A model that was looked at, not loaded."""
 
     name: str
@@ -57,7 +58,7 @@ class _Opened:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, name: str, place: torch.device, dtype: str, offline: bool) -> _Opened:
+    def of(cls, name: str, place: torch.device, dtype: str, offline: bool) -> OpenedModel:
         source = open_config(name, offline=offline)
         return cls(name, source, source.load_tokenizer(offline), resolve_dtype(dtype, place, source.dtype))
 
@@ -97,7 +98,7 @@ def evaluate_models(
     for text in texts:
         check_source(text)
     place = resolve_device(device)
-    opened = [_Opened.of(model, place, dtype, offline) for model in models]
+    opened = [OpenedModel.of(model, place, dtype, offline) for model in models]
     for model in opened if texts else ():
         check_context(model.source.config, seqlen)
     if tasks is not None:
@@ -106,36 +107,64 @@ def evaluate_models(
     for model in opened:
         ids = {text: evaluation_tokens(text, model.tokenizer, offline=offline) for text in texts}
         loaded = model.load(place, offline, reporter)
-        measured, results = {}, None
-        for text in texts:
-            with reporter.stage(f"eval {Path(model.name).name}", 1):
-                measured[text] = perplexity(
-                    loaded,
-                    ids[text],
-                    seqlen=seqlen,
-                    protocol=protocol,
-                    prefix_token_id=prefix_token(model.tokenizer),
-                    max_windows=max_windows,
-                    batch_size=batch_size,
-                    progress=reporter.advance,
-                    source=text,
-                )
-        if tasks is not None:
-            with hub_offline(offline or bool(tasks.files)):
-                results = run_tasks(
-                    loaded, model.tokenizer, tasks, name=model.name, batch_size=batch_size, reporter=reporter
-                )
         evaluations.append(
-            ModelEvaluation(
-                model=model.name,
-                params=loaded.num_parameters(),
-                weight_bytes=model.source.weight_bytes,
-                perplexity=measured,
-                tasks=results,
+            evaluate_loaded(
+                loaded,
+                model,
+                ids,
+                tasks=tasks,
+                seqlen=seqlen,
+                protocol=protocol,
+                max_windows=max_windows,
+                batch_size=batch_size,
+                offline=offline,
+                reporter=reporter,
             )
         )
         del loaded
     return evaluations
+
+
+def evaluate_loaded(
+    loaded: PreTrainedModel,
+    model: OpenedModel,
+    ids: Mapping[str, Tensor],
+    *,
+    tasks: TaskSuite | None,
+    seqlen: int,
+    protocol: str = "windows",
+    max_windows: int | None = None,
+    batch_size: int | None = None,
+    offline: bool,
+    reporter: Reporter,
+) -> ModelEvaluation:
+    """One model in memory, on the token ids of every text and on the tasks."""
+    measured, results = {}, None
+    for text, text_ids in ids.items():
+        with reporter.stage(f"eval {Path(model.name).name}", 1):
+            measured[text] = perplexity(
+                loaded,
+                text_ids,
+                seqlen=seqlen,
+                protocol=protocol,
+                prefix_token_id=prefix_token(model.tokenizer),
+                max_windows=max_windows,
+                batch_size=batch_size,
+                progress=reporter.advance,
+                source=text,
+            )
+    if tasks is not None:
+        with hub_offline(offline or bool(tasks.files)):
+            results = run_tasks(
+                loaded, model.tokenizer, tasks, name=model.name, batch_size=batch_size, reporter=reporter
+            )
+    return ModelEvaluation(
+        model=model.name,
+        params=loaded.num_parameters(),
+        weight_bytes=model.source.weight_bytes,
+        perplexity=measured,
+        tasks=results,
+    )
 
 
 def evaluate_tasks(

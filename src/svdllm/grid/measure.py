@@ -9,20 +9,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from svdllm.checkpoint import load_model
 from svdllm.data import evaluation_tokens
-from svdllm.data.sources import hub_offline
-from svdllm.evaluate import evaluation_mode, perplexity
+from svdllm.evaluate import evaluation_mode
 from svdllm.grid.settings import Measures
-from svdllm.plan import resolve_device, resolve_dtype
+from svdllm.plan import resolve_device
 from svdllm.progress import Reporter
-from svdllm.protocols import prefix_token
-from svdllm.source import open_config
-from svdllm.tasks import TaskSuite, run_tasks
+from svdllm.side_by_side import OpenedModel, evaluate_loaded
+from svdllm.tasks import TaskSuite
 
 
 def measure(
-    model_name: str | Path, measures: Measures, suite: TaskSuite | None, *, offline: bool, reporter: Reporter
+    name: str | Path, measures: Measures, suite: TaskSuite | None, *, offline: bool, reporter: Reporter
 ) -> dict[str, Any]:
     """Everything asked for, of one model, which is in memory meanwhile; ``suite`` are the tasks, made ready.
 
@@ -30,33 +27,30 @@ def measure(
         InputError, CheckpointError: the model or a text cannot be read.
         NumericalError: a logit is not finite.
     """
-    source = open_config(model_name, offline=offline)
-    tokenizer = source.load_tokenizer(offline)
     device = resolve_device(measures.device)
-    dtype = resolve_dtype(measures.dtype, device, source.dtype)
-    with reporter.stage("load", 1):
-        model = load_model(model_name, dtype=dtype, local_files_only=offline).to(device)  # type: ignore[arg-type]
-    record: dict[str, Any] = {"params": model.num_parameters(), "weight_bytes": source.weight_bytes, "perplexity": {}}
-    for text in measures.texts:
-        ids = evaluation_tokens(text, tokenizer, offline=offline)
-        with reporter.stage("perplexity", 1):
-            found = perplexity(
-                model,
-                ids,
-                seqlen=measures.seqlen,
-                prefix_token_id=prefix_token(tokenizer),
-                max_windows=measures.windows,
-                source=text,
-                progress=reporter.advance,
-            )
-        record["perplexity"][text] = found.to_dict()
+    model = OpenedModel.of(str(name), device, measures.dtype, offline)
+    ids = {text: evaluation_tokens(text, model.tokenizer, offline=offline) for text in measures.texts}
+    loaded = model.load(device, offline, reporter)
+    found = evaluate_loaded(
+        loaded,
+        model,
+        ids,
+        tasks=suite,
+        seqlen=measures.seqlen,
+        max_windows=measures.windows,
+        offline=offline,
+        reporter=reporter,
+    )
+    record: dict[str, Any] = {
+        "params": found.params,
+        "weight_bytes": found.weight_bytes,
+        "perplexity": {text: row.to_dict() for text, row in found.perplexity.items()},
+    }
+    if found.tasks is not None:
+        record["tasks"] = found.tasks.to_dict()
     if measures.prompts:
         with reporter.stage("generate", len(measures.prompts)):
-            record["generations"] = continuations(model, tokenizer, measures.prompts, measures.new_tokens)
-    if suite is not None:
-        with evaluation_mode(model), hub_offline(offline or measures.task_data is not None):
-            results = run_tasks(model, tokenizer, suite, name=str(model_name), reporter=reporter)
-        record["tasks"] = results.to_dict()
+            record["generations"] = continuations(loaded, model.tokenizer, measures.prompts, measures.new_tokens)
     return record
 
 

@@ -13,14 +13,19 @@ def quiet() -> Iterator[None]:
     """No bars, no remarks; what they were set to before comes back."""
     import datasets
     import lm_eval.api.task
+    import lm_eval.evaluator
 
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        # the bar of the prompts has no switch
-        with mock.patch.object(lm_eval.api.task, "tqdm", lambda rows, **_: rows, create=True):
+        with (
+            # the bar of the prompts has no switch
+            mock.patch.object(lm_eval.api.task, "tqdm", lambda rows, **_: rows, create=True),
+            # the commit would be that of whatever repository the user is in, and outside of one git complains
+            mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None),
+        ):
             yield
     finally:
         logger.setLevel(level)

@@ -204,6 +204,27 @@ def test_the_report_is_one_page_without_a_network(made: Any, tmp_path: Path) -> 
     assert markdown.count("figures/") == 5
 
 
+def test_tasks_are_those_of_the_model_alone(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is in the extra 'eval'")
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [{"goal": f"count {n}", "sol1": "jump", "sol2": "run fast", "label": n % 2} for n in range(6)]
+    (data / "piqa.validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    grid = make_grid(place, ["svd"])
+    grid = replace(grid, measures=replace(grid.measures, tasks=("piqa",), task_data=data, limit=5))
+    records = run_grid(grid, tmp_path / "r", keep=True)
+    for record, model in zip(records, [place / "dense", tmp_path / "r/checkpoints/svd-0.3"], strict=True):
+        alone = svdllm.evaluate_tasks(str(model), ["piqa"], task_data=data, limit=5).to_dict()
+        assert record["tasks"]["scores"] == alone["scores"]
+        assert record["tasks"]["harness"]["config"]["limit"] == 5
+    page, _, document = written(grid, records, tmp_path / "r")
+    assert "piqa ↑" in page
+    assert "harness" not in document["cells"][0]["tasks"]
+    with pytest.raises(InputError, match="winogrande"):  # which has no file
+        run_grid(replace(grid, measures=replace(grid.measures, tasks=("winogrande",))), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_an_unfinished_grid_says_so(made: Any, tmp_path: Path) -> None:
     grid, _, records = made
     assert "4 of 7 models are not made yet" in written(grid, records[:3], tmp_path)[1]

@@ -24,7 +24,7 @@ def quiet() -> Iterator[None]:
             # the bar of the prompts has no switch
             mock.patch.object(lm_eval.api.task, "tqdm", lambda rows, **_: rows, create=True),
             # the commit would be that of whatever repository the user is in, and outside of one git complains
-            mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None),
+            mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", return_value=None),
         ):
             yield
     finally:

@@ -1,4 +1,4 @@
-"""Allocations: the knapsack against brute force, the rules of SVD-LLM V2 and D-Rank against a few lines of numpy."""
+"""Allocations: the knapsack and STRS against brute force, the rules of SVD-LLM V2 and D-Rank against a few lines of numpy."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from runs import target
 from svdllm.allocation.effective_rank import SHIFT, effective_rank, effective_ranks
 from svdllm.allocation.knapsack import Choice, Solution, solve
+from svdllm.allocation.strs import candidate_ranks, strs_ranks
 from svdllm.allocation.uniform import uniform_ranks
 from svdllm.allocation.v2 import spread_ratio, v2_ranks
 from svdllm.errors import InputError
@@ -184,6 +185,79 @@ def test_losses_that_are_not_numbers_and_targets_without_choices_are_refused():
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match=r"a: losses must be finite, got \[0\.0, (nan|inf)\]"):
             solve({"a": [Choice(1, 1, 0.0), Choice(2, 2, bad)]}, 5)
+
+
+# --- STRS ---
+
+
+def test_candidate_ranks_by_hand():
+    """A 20 x 20 linear has 40 parameters a rank and 400 dense: ratio 0.1 leaves rank 9."""
+    tenths = [tenth / 10 for tenth in range(1, 10)]
+    assert candidate_ranks(target(20, 20), tenths, 1) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert candidate_ranks(target(20, 20), (0.2, 0.7), 1) == [3, 8]
+    assert candidate_ranks(target(20, 20), tenths, 4) == [4, 8]
+    assert candidate_ranks(target(20, 20), tenths, 10) == []
+    assert candidate_ranks(target(1, 50), tenths, 1) == []
+
+
+def test_strs_by_hand():
+    """Two 20 x 20 linears at 40 a rank and 400 dense. Rank 2 of a loses less than its rank 4, and so is taken first."""
+    targets = [target(20, 20, "a"), target(20, 20, "b")]
+    losses = {"a": {2: 1.5, 4: 2.0, 8: 1.0}, "b": {2: 5.0, 4: 3.0, 8: 1.2}}
+    costs = {"a": 40, "b": 40}
+    expected = [
+        (800, {}, None),
+        (799, {"a": 8}, 1.0),  # 320 + 400
+        (720, {"a": 8}, 1.0),
+        (719, {"a": 8, "b": 8}, 1.2),  # 640
+        (639, {"a": 2, "b": 8}, 1.5),  # 400
+        (399, {"a": 2, "b": 4}, 3.0),  # 240
+        (239, {"a": 2, "b": 2}, 5.0),  # 160
+        (160, {"a": 2, "b": 2}, 5.0),
+    ]
+    for budget, ranks, threshold in expected:
+        assert strs_ranks(targets, losses, costs, budget) == (ranks, threshold)
+    assert strs_ranks(targets, losses, costs, 159) is None
+    assert strs_ranks([*targets, target(3, 3, "c")], losses | {"c": {}}, costs | {"c": 6}, 408) == (
+        {"a": 2, "b": 4},
+        3.0,
+    )
+
+
+def by_scan(targets: list[Target], losses: dict[str, dict[int, float]], itemsize: int, budget: int) -> Any:
+    """Every threshold in turn, from the lowest."""
+    for threshold in [None, *sorted({loss for found in losses.values() for loss in found.values()})]:
+        ranks = {}
+        for t in targets:
+            passing = sorted(r for r, loss in losses[t.name].items() if threshold is not None and loss <= threshold)
+            ranks |= {t.name: passing[0]} if passing else {}
+        if itemsize * params(targets, ranks) <= budget:
+            return ranks, threshold
+    return None
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_strs_is_the_first_threshold_of_a_scan_that_fits(seed: int):
+    """Losses that need not fall with rank, in part equal; a rising budget lowers the threshold and no rank."""
+    generator = np.random.default_rng(seed)
+    targets = [target(*generator.integers(3, 60, 2).tolist(), f"t{index}") for index in range(generator.integers(1, 9))]
+    round_to, itemsize = int(generator.choice([1, 1, 4])), int(generator.choice([1, 2]))
+    ratios = generator.choice([0.1, 0.2, 0.3, 0.5, 0.7, 0.9], 4, replace=False).tolist()
+    decimals = int(generator.choice([1, 6]))
+    losses = {
+        t.name: {rank: round(float(generator.exponential()), decimals) for rank in candidate_ranks(t, ratios, round_to)}
+        for t in targets
+    }
+    costs = {t.name: itemsize * size(t) for t in targets}
+    dense = itemsize * sum(t.num_weights for t in targets)
+    budgets = np.linspace(0, dense, 40).astype(int).tolist()
+    found = [strs_ranks(targets, losses, costs, budget) for budget in budgets]
+    assert found == [by_scan(targets, losses, itemsize, budget) for budget in budgets]
+    assert found[-1] == ({}, None)
+    assert all(itemsize * params(targets, f[0]) <= budget for f, budget in zip(found, budgets, strict=True) if f)
+    for (ranks, threshold), (more, lower) in itertools.pairwise(filter(None, found)):
+        assert lower is None or (threshold is not None and lower <= threshold)
+        assert all(ranks[name] <= rank for name, rank in more.items())
 
 
 # --- SVD-LLM V2 ---

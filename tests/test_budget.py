@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from families import tiny_config, tiny_model
 from runs import target
-from svdllm.allocation import Evidence, Probe, fill_budget, uniform_rank, uniform_ranks
+from svdllm.allocation import Evidence, candidate_ranks, fill_budget, uniform_rank, uniform_ranks
 from svdllm.allocation.uniform import exact_floor
 from svdllm.budget import choose_ranks
 from svdllm.config import PLAIN, Recipe
@@ -25,7 +25,7 @@ from svdllm.errors import InputError
 from svdllm.layout import compressed_tensors, file_bytes, num_params, shard_names, stored_tensors, tensor_bytes
 from svdllm.modeling import low_rank_config, register_all
 from svdllm.source import build_skeleton, open_source
-from svdllm.structure import Structure, bias_corrected, discover
+from svdllm.structure import Structure, Target, bias_corrected, discover
 
 register_all()
 
@@ -440,28 +440,33 @@ def test_stored_tensors_are_the_same_from_a_config_as_from_the_weights():
         assert ("lm_head.weight" in known) != tied
 
 
-def evidence_for(structure: Structure, seed: int = 0) -> Evidence:
+def evidence_for(structure: Structure, recipe: Recipe, seed: int = 0) -> Evidence:
     generator = torch.Generator().manual_seed(seed)
     energies = {
         t.name: torch.rand(t.full_rank, generator=generator, dtype=torch.float64).sort(descending=True).values
         for t in structure.targets
     }
-    divergences = torch.rand(len(structure.targets), generator=generator).tolist()
-    probes = {t.name: Probe(1, divergence) for t, divergence in zip(structure.targets, divergences, strict=True)}
+
+    def probed(linear: Target) -> list[int]:
+        return candidate_ranks(linear, recipe.strs_ratios, recipe.round_to) if recipe.allocation == "strs" else [1]
+
+    probes = {
+        t.name: {rank: float(torch.rand(1, generator=generator)) for rank in probed(t)} for t in structure.targets
+    }
     return Evidence(energies, probes)
 
 
-@pytest.mark.parametrize("allocation", ["v2", "effective-rank", "loss"])
+@pytest.mark.parametrize("allocation", ["v2", "effective-rank", "loss", "strs"])
 @pytest.mark.parametrize("seed", range(5))
 def test_chosen_ranks_keep_every_budget(allocation: str, seed: int):
     structure, stored = made_up([(12, 8), (8, 8), (20, 8), (8, 20), (16, 16), (5, 9)])
-    evidence = evidence_for(structure, seed)
     budgets = [{"ratio": ratio} for ratio in (0.1, 0.35, 0.6)]
     if allocation != "v2":
         dense = num_params(stored)
         budgets += [{"target_params": dense * 9 // 10}, {"target_size": 4 * dense}, {"target_params": dense - 1}]
     for budget in budgets:
         recipe = plain(**budget, allocation=allocation)
+        evidence = evidence_for(structure, recipe, seed)
         written = compressed_tensors(stored, structure.targets, ranks_of(recipe, structure, stored, evidence))
         if "ratio" in budget:
             limit = num_params(stored) - budget["ratio"] * structure.num_target_params
@@ -475,7 +480,7 @@ def test_chosen_ranks_keep_every_budget(allocation: str, seed: int):
 def test_allocation_by_loss_spends_where_it_hurts_and_says_how_sure_it_is():
     structure, stored = made_up([(16, 16), (16, 16)])
     flat = torch.ones(16, dtype=torch.float64)
-    evidence = Evidence({"b.0": flat, "b.1": flat}, {"b.0": Probe(1, 9.0), "b.1": Probe(1, 0.1)})
+    evidence = Evidence({"b.0": flat, "b.1": flat}, {"b.0": {1: 9.0}, "b.1": {1: 0.1}})
     found = choose_ranks(plain(ratio=0.4, allocation="loss"), structure, stored, evidence)
     assert found.ranks == {"b.1": 1}  # 16 * 16 + 32 of 307: the other stays dense
     assert found.predicted_loss == pytest.approx(0.1)
@@ -485,9 +490,9 @@ def test_allocation_by_loss_spends_where_it_hurts_and_says_how_sure_it_is():
 def test_added_biases_count_against_the_budget():
     structure, stored = made_up([(12, 8), (8, 8), (20, 8)])
     structure = bias_corrected(structure)
-    for allocation in ("uniform", "v2", "effective-rank", "loss"):
+    for allocation in ("uniform", "v2", "effective-rank", "loss", "strs"):
         recipe = plain(ratio=0.3, allocation=allocation)
-        ranks = ranks_of(recipe, structure, stored, evidence_for(structure))
+        ranks = ranks_of(recipe, structure, stored, evidence_for(structure, recipe))
         written = compressed_tensors(stored, structure.targets, ranks)
         assert num_params(written) <= num_params(stored) - 0.3 * structure.num_target_params
         assert all(f"{name}.svd_u.bias" in written for name in ranks)

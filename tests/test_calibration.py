@@ -16,7 +16,7 @@ from svdllm import NumericalError, Recipe
 from svdllm.analysis import Analysis
 from svdllm.calibration import Calibration, weight_of
 from svdllm.linalg import factorise
-from svdllm.probing import probe, probe_ids, probe_rank, probe_tokens
+from svdllm.probing import MEASURES, probe, probe_ids, probe_rank, probe_ranks, probe_tokens
 from svdllm.progress import Reporter
 from svdllm.source import build_skeleton
 from svdllm.stream import Walk
@@ -106,6 +106,29 @@ def test_two_sided_spectra_are_those_of_the_whole_models_gradients(family: str, 
         torch.testing.assert_close(loss / scale, (sigma[rank:] ** 2).sum() / scale, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", ROUND_ROBIN)
+def test_fisher_weights_are_those_of_the_whole_models_gradients(family: str, tmp_path: Path):
+    """FWSVD: the gradient of every window's loss in every weight, by autograd, window by window."""
+    ids = token_windows(samples=5, seqlen=12)
+    run = analysed(tiny_model(family), tmp_path, ids, method="fwsvd", gradient_samples=3)
+    model = run.model.double().requires_grad_(True)
+    squares = {target.name: 0.0 for target in run.structure.targets}
+    for window in ids[: run.walk.kept_windows, None]:
+        logits = model(input_ids=window, use_cache=False).logits[0, :-1]
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").backward()
+        for target in run.structure.targets:
+            gradient = model.get_submodule(target.name).weight.grad
+            squares[target.name] += (gradient.T if target.is_conv1d else gradient).pow(2).sum(1)
+    for target in run.structure.targets:
+        weight_OI = weight_of(run.model.get_submodule(target.name), target).double()
+        fisher_O = squares[target.name]
+        fisher_O[fisher_O == 0] = fisher_O[fisher_O > 0].min()  # rows that a ReLU keeps silent
+        fisher_O = fisher_O / fisher_O.mean()
+        sigma = torch.linalg.svdvals(fisher_O.sqrt()[:, None] * weight_OI)
+        torch.testing.assert_close(run.analysis.energies(target).double(), sigma**2, rtol=1e-4, atol=1e-7)
+
+
 def test_input_only_linears_keep_the_metric_of_their_inputs(tmp_path: Path):
     ids = token_windows(samples=4, seqlen=12)
     two_sided = analysed(tiny_model("llama"), tmp_path / "a", ids, metric="two-sided", input_only=("q_proj",))
@@ -130,21 +153,63 @@ def test_shrinkage_mixes_in_the_diagonal(tmp_path: Path):
 def test_a_probe_is_the_divergence_of_the_whole_model_with_one_truncated_linear(family: str, tmp_path: Path):
     ids = token_windows(samples=4, seqlen=12)
     run = analysed(tiny_model(family), tmp_path, ids, metric="input")
-    walk = run.walk
-    walk.ids, walk.kept_batches, walk.batch_tokens = probe_ids(ids, 20), 0, 20
-    probes = probe(walk, run.analysis, Reporter())
+    probed, probes = probe_ids(ids, 20), probed_on(run, probe_ids(ids, 20))
     with torch.no_grad():
-        dense = run.model(input_ids=walk.ids, use_cache=False).logits.log_softmax(-1)
-        for target in run.structure.targets:
-            weight = run.model.get_submodule(target.name).weight
-            weight_OI = weight_of(run.model.get_submodule(target.name), target)
-            u_OR, v_RI = factorise(weight_OI, run.analysis.spectrum(target), probe_rank(target))
-            kept = weight.clone()
-            weight.copy_((u_OR @ v_RI).T if target.is_conv1d else u_OR @ v_RI)
-            other = run.model(input_ids=walk.ids, use_cache=False).logits.log_softmax(-1)
-            weight.copy_(kept)
-            expected = (dense.exp() * (dense - other)).sum(-1).mean()
-            assert probes[target.name].divergence == pytest.approx(float(expected), rel=1e-4, abs=1e-9)
+        dense = run.model(input_ids=probed, use_cache=False).logits.log_softmax(-1)
+    for target in run.structure.targets:
+        ((rank, divergence),) = probes[target.name].items()
+        assert rank == probe_rank(target)
+        other = truncated_logits(run, target, rank, probed).log_softmax(-1)
+        expected = (dense.exp() * (dense - other)).sum(-1).mean()
+        assert divergence == pytest.approx(float(expected), rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "asvd", "svd", "fwsvd"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_a_probe_for_strs_is_the_loss_of_the_whole_model_with_one_truncated_linear(
+    family: str, method: str, tmp_path: Path
+):
+    ids = token_windows(samples=4, seqlen=12)
+    settings = {"allocation": "strs", "strs_ratios": (0.8, 0.1, 0.4), "metric": "input", "method": method}
+    run = analysed(tiny_model(family), tmp_path, ids, **settings)
+    probed, probes = probe_ids(ids, 24), probed_on(run, probe_ids(ids, 24))
+    assert probed.shape == (2, 12)
+    assert list(probes) == [target.name for target in run.structure.targets]
+    for target in run.structure.targets:
+        dense = target.num_weights / (target.in_features + target.out_features)
+        assert list(probes[target.name]) == [int(share * dense + 1e-9) for share in (0.2, 0.6, 0.9)]
+        for rank, loss in probes[target.name].items():
+            logits = truncated_logits(run, target, rank, probed)[:, :-1]
+            expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), probed[:, 1:].flatten())
+            assert loss == pytest.approx(float(expected), rel=1e-6)
+    assert len({loss for losses in probes.values() for loss in losses.values()}) == 3 * len(probes)
+
+
+def test_probing_leaves_the_walk_dense(tmp_path: Path):
+    ids = token_windows(samples=2, seqlen=12)
+    run = analysed(tiny_model("llama"), tmp_path, ids, metric="input", allocation="strs")
+    probed_on(run, ids)
+    with torch.no_grad():
+        torch.testing.assert_close(run.walk.logits(), run.model(input_ids=ids).logits.float())
+
+
+def probed_on(run: SimpleNamespace, ids: Tensor) -> Any:
+    run.walk.ids, run.walk.kept_batches, run.walk.batch_tokens = ids, 0, ids.numel()
+    measure = MEASURES[run.recipe.allocation]
+    return probe(run.walk, run.analysis, probe_ranks(run.recipe, run.structure), measure, Reporter())
+
+
+def truncated_logits(run: SimpleNamespace, target: Any, rank: int, ids: Tensor) -> Tensor:
+    """Of the whole model with one linear's weight multiplied out of its factors."""
+    weight = run.model.get_submodule(target.name).weight
+    weight_OI = weight_of(run.model.get_submodule(target.name), target)
+    u_OR, v_RI = factorise(weight_OI, run.analysis.spectrum(target), rank)
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.copy_((u_OR @ v_RI).T if target.is_conv1d else u_OR @ v_RI)
+        logits = run.model(input_ids=ids, use_cache=False).logits
+        weight.copy_(kept)
+    return logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -176,6 +241,10 @@ def test_probing_is_the_asked_share_of_the_work():
     per_token = 7 * (sum(weights) + sum(weights) / 2) + 14 * 128 * 32
     assert half == int(work / per_token)
     assert quarter == int(work / 3 / per_token)
+    strs = Recipe(ratio=0.5, allocation="strs", strs_ratios=(0.2, 0.5, 0.7), round_to=1, samples=256, seqlen=64)
+    assert probe_tokens(strs, structure, skeleton) == int(work / 3 / per_token)
+    plain = Recipe(ratio=0.5, method="svd", allocation="strs", strs_ratios=(0.5,), samples=256, seqlen=64)
+    assert probe_tokens(plain, structure, skeleton) == int(256 * 64 * sum(weights) / per_token)
 
 
 def test_a_gradient_that_is_not_finite_names_its_block(tmp_path: Path):

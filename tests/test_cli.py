@@ -135,8 +135,25 @@ def test_eval_shows_the_base_beside_it(
     assert ours["params"] < base["params"]
     assert ours["num_tokens"] == base["num_tokens"] == 4 * 31
     assert ours["weight_bytes"] < base["weight_bytes"]
+    assert (ours["protocol"], ours["begins_with_bos"]) == ("windows", False)
     assert cli(*arguments) == 0
-    assert "4 windows of 32 tokens" in capsys.readouterr().out
+    assert "protocol windows: 4 windows of 32 tokens, no BOS" in capsys.readouterr().out
+
+
+def test_eval_of_several_texts_by_another_protocol(
+    dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[:500])
+    arguments = ("--seqlen", "32", "--protocol", "rolling", "--output", tmp_path / "kept.json", "--json")
+    assert cli("eval", dense, "--ppl", f"{text},{other}", *arguments) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [row["text"] for row in document["results"]] == [str(text), str(other)]
+    assert {row["protocol"] for row in document["results"]} == {"rolling"}
+    assert document["tasks"] == document["comparison"] == []
+    assert json.loads((tmp_path / "kept.json").read_text()) == document
+    assert cli("eval", dense, "--ppl", f"{text}:0.5,{other}:0.5", "--seqlen", "32") == 2
+    assert "a mixture, which has no perplexity of its own" in capsys.readouterr().err
 
 
 def test_inspect_verify_export(compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,7 +326,12 @@ def test_too_little_memory_is_seen_beforehand(
 ) -> None:
     monkeypatch.setattr("svdllm.workspace.available_bytes", lambda: 1000)
     assert cli("compress", dense, "-o", tmp_path / "out", "--ratio", "0.3", "--calib", text, *SMALL) == 4
-    assert "more memory at its peak" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "more memory at its peak" in said
+    assert "Lower --batch-tokens" in said
+    strs = ("--allocation", "strs", "--probe-share", "0.99", "--samples", "2000", "--ratio", "0.3", "--seqlen", "64")
+    assert cli("compress", dense, "-o", tmp_path / "out", "--calib", text, "--method", "asvd", *strs) == 4
+    assert "(stage 'probe'), 0.00 GB are free. Lower --probe-share" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect", "eval", "export"])
@@ -390,6 +412,7 @@ def test_eval_needs_something_to_measure(dense: Path, text: Path, capsys: pytest
     assert cli("eval", dense) == 2
     assert cli("eval", dense, "--ppl", text, "--seqlen", "1") == 2
     assert cli("eval", dense, "--ppl", text, "--seqlen", "100000") == 2
+    assert cli("eval", dense, "--ppl", text, "--seqlen", "32", "--max-windows", "0") == 2
     assert cli("eval", dense, "--ppl", text, "--seqlen", "32", "--dtype", "bf16") == 2
     assert "--dtype 'bf16' is unknown" in capsys.readouterr().err
 
@@ -438,6 +461,21 @@ def test_the_default_preset_compresses_and_says_how_ranks_were_chosen(
     assert cli("verify", tmp_path / "out") == 0
 
 
+def test_strs_of_asvd(dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ("--method", "asvd", "--allocation", "strs", "--strs-ratios", "0.3,0.6", "--probe-share", "0.9")
+    common = ("--ratio", "0.3", "--samples", "8", "--seqlen", "16", *chosen)
+    assert cli("plan", dense, *common) == 0
+    assert "strs: ranks follow from the analysis" in " ".join(capsys.readouterr().out.split())
+    assert cli("compress", dense, "-o", tmp_path / "out", "--calib", text, *common, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["recipe"]["strs_ratios"] == [0.3, 0.6]
+    assert result["achieved_ratio"] >= 0.3
+    assert cli("inspect", tmp_path / "out") == 0
+    threshold = json.loads((tmp_path / "out" / "svdllm" / "report.json").read_text())["allocation"]["threshold"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"none alone takes the loss above {threshold:.3f} nats per token" in said
+
+
 def test_ranks_from_a_file(dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ranks = tmp_path / "ranks.yaml"
     ranks.write_text("'layers\\.0\\.': dense\ndown_proj: 5\nq_proj: full\n")
@@ -449,7 +487,7 @@ def test_ranks_from_a_file(dense: Path, text: Path, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "is neither one of uniform, v2, effective-rank, loss nor a file"),
+        (None, "is neither one of uniform, v2, effective-rank, loss, strs nor a file"),
         ("down_proj: -3", "found down_proj: -3"),
         ("down_proj: many", "found down_proj: 'many'"),
         ("[1, 2]", "expected a mapping"),
@@ -481,6 +519,8 @@ def test_a_switch_of_another_method_is_refused_with_a_reason(
         (["--gradient-samples", "4", "--metric", "input"], "--gradient-samples does nothing here"),
         (["--probe-share", "0.2", "--allocation", "uniform"], "--probe-share does nothing here"),
         (["--asvd-alpha", "0.2"], "--asvd-alpha does nothing here"),
+        (["--strs-ratios", "0.2,0.5"], "--strs-ratios does nothing here: it is for allocation strs, and this recipe"),
+        (["--allocation", "strs", "--strs-ratios", "0.2,2"], "--strs-ratios '2' is not a ratio"),
     ],
 )
 def test_flags_that_would_do_nothing_are_refused(

@@ -26,8 +26,12 @@ from svdllm.errors import InputError
         ({"ratio": [0.2, 1.5]}, r"less than 1 \(found 1.5\)"),
         ({"ratio": []}, "ratio is an empty list; give at least one"),
         ({"ratio": [0.2, 0.4, 0.2]}, r"ratio names a value twice: \(0.2, 0.4, 0.2\)"),
+        ({"strs_ratios": [0.5, 0.2, 0.5]}, r"strs_ratios names a value twice: \(0.5, 0.2, 0.5\)"),
+        ({"strs_ratios": []}, "strs_ratios: Tuple should have at least 1 item"),
+        ({"strs_ratios": [0.5, 1.0]}, r"less than 1 \(found 1.0\)"),
+        ({"probe_share": 1.0}, r"probe_share: Input should be less than 1 \(found 1.0\)"),
         ({"target_params": 0}, "target_params: Input should be greater than 0"),
-        ({"method": "svdllm"}, r"method: unknown method 'svdllm'; known are svd-llm, svd, asvd"),
+        ({"method": "svdllm"}, r"method: unknown method 'svdllm'; known are svd-llm, svd, asvd, fwsvd"),
         ({"ignore": ["(q_proj"]}, r"ignore: '\(q_proj' is not a regular expression: missing \)"),
         ({"overrides": {"[": 0.5}}, r"overrides: '\[' is not a regular expression"),
         ({"ranks": {"*": 5}}, r"ranks: '\*' is not a regular expression: nothing to repeat"),
@@ -100,13 +104,30 @@ def test_the_defaults_are_the_preset_balanced():
     assert make_recipe(preset_settings("balanced")) == Recipe()
 
 
-@pytest.mark.parametrize("settings", [{"method": "svd"}, {"method": "asvd"}, {"ranks": {"q_proj": 4}}])
+@pytest.mark.parametrize(
+    "settings", [{"method": "svd"}, {"method": "asvd"}, {"method": "fwsvd"}, {"ranks": {"q_proj": 4}}]
+)
 def test_what_has_no_use_for_gradients_or_probes_is_plain_by_default(settings: dict[str, Any]):
     recipe = Recipe(**settings)
     assert recipe.allocation == "uniform"
     assert recipe.round_to == 1
     if "method" in settings:
         assert (recipe.metric, recipe.shrinkage) == ("input", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        ({"method": "svd"}, False),
+        ({"method": "svd", "allocation": "effective-rank"}, False),
+        ({"method": "svd", "allocation": "loss"}, True),
+        ({"method": "svd", "allocation": "strs"}, True),
+        ({"method": "asvd"}, True),
+        ({"method": "fwsvd"}, True),
+    ],
+)
+def test_text_is_needed_by_the_method_or_for_probes(settings: dict[str, Any], needed: bool):
+    assert Recipe(**settings).needs_tokens == needed
 
 
 @pytest.mark.parametrize(
@@ -119,8 +140,8 @@ def test_what_has_no_use_for_gradients_or_probes_is_plain_by_default(settings: d
         ({"calibration_mode": "sequential", "samples": 1}, "at least 2 samples"),
         ({"beta": 0.5}, "beta does nothing to a dense calibration"),
         ({"ranks": {"q": 4}, "allocation": "loss"}, "ranks are given"),
+        ({"ranks": {"q": 4}, "allocation": "strs"}, "ranks are given"),
         ({"target_params": 100, "allocation": "v2"}, "give a ratio"),
-        ({"method": "svd", "allocation": "loss"}, "probes with calibration text"),
         ({"gradient_shrinkage": 0.0}, "greater than 0"),
         ({"ratio": 0.2, "elastic": True, "bias_correction": True}, "belong to one rank"),
     ],

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from svdllm.data import calibration_windows, check_source, evaluation_tokens
-from svdllm.data.specs import NAMED_SETS, parse_spec
+from svdllm.data.specs import NAMED_SETS, parse_spec, split_specs
 from svdllm.data.windows import mixture_counts
 from svdllm.errors import InputError
 from tokenizers_local import CHAT_TEMPLATE, byte_tokenizer
@@ -656,3 +656,17 @@ def test_importing_does_not_import_the_extras():
 def test_a_parsed_mixture_is_normalised(tmp_path):
     parts = parse_spec("python-docs:3,python-docs:1").parts
     assert [weight for _, _, weight in parts] == [0.75, 0.25]
+
+
+def test_several_sources_in_one_value(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a,b.jsonl").write_text("{}")
+    assert split_specs(["wikitext2,c4", " ptb"]) == ["wikitext2", "c4", "ptb"]
+    assert split_specs(["c4", "python-docs, c4"]) == ["c4", "python-docs"]
+    assert split_specs(["a,b.jsonl", "a,b.jsonl:text"]) == ["a,b.jsonl", "a,b.jsonl:text"]
+    assert split_specs(["wikitext2:0.7,c4:.3", "owner/name::test[:5],c4"]) == [
+        "wikitext2:0.7,c4:.3",
+        "owner/name::test[:5]",
+        "c4",
+    ]
+    assert split_specs(["c4,"]) == ["c4", ""]

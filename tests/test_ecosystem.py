@@ -86,7 +86,7 @@ def test_torch_compile(checkpoint: Path) -> None:
 
 def test_lm_eval_command_line_without_the_library(checkpoint: Path, tmp_path: Path) -> None:
     """The harness knows nothing of svdllm: it goes by the code files in the folder."""
-    pytest.importorskip("lm_eval", reason="lm-eval is in the extra 'test'")
+    pytest.importorskip("lm_eval", reason="lm-eval is in the extra 'eval'")
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": TEXT[:400]}) + "\n")
     tasks = tmp_path / "tasks"
     tasks.mkdir()

@@ -44,6 +44,8 @@ def same_model(left: Any, right: Any) -> bool:
         ("opt", torch.float16, {"allocation": "v2", "overrides": {"fc1": 0.5, "fc2": 0.0}}),
         ("gemma3_text", torch.float32, {"method": "asvd", "round_to": 2}),
         ("gpt_neox", torch.bfloat16, {"method": "svd"}),
+        ("llama", torch.float32, {"method": "asvd", "allocation": "strs", "round_to": 2}),
+        ("gpt2", torch.float32, {"method": "svd", "allocation": "strs", "overrides": {"c_fc": 0.4}}),
     ],
 )
 def test_a_slice_is_the_run_at_its_ratio_byte_for_byte(
@@ -164,7 +166,7 @@ def test_the_report_tells_where_a_slice_is_from(made: Path, tmp_path: Path) -> N
     assert "svdllm slice" not in (tmp_path / "sliced" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "v2", "effective-rank", "loss"])
+@pytest.mark.parametrize("allocation", ["uniform", "v2", "effective-rank", "loss", "strs"])
 def test_the_plan_counts_the_elastic_files(allocation: str, dense: Path, tmp_path: Path) -> None:
     recipe = small_recipe(ratio=0.2, elastic=True, allocation=allocation, round_to=2)
     (planned,) = svdllm.plan(dense, recipe)
@@ -314,10 +316,10 @@ def test_damage_without_the_comparison_of_hashes(elastic: Path) -> None:
     with pytest.raises(svdllm.CheckpointError, match=r"\.energies is missing"):
         svdllm.load_model(elastic, ratio=0.5, check_integrity=False)
     content = json.loads((elastic / ELASTIC_FILE).read_text())
-    (elastic / ELASTIC_FILE).write_text(json.dumps(content | {"format_version": 2}))
-    with pytest.raises(svdllm.CheckpointError, match="has format_version 2, this version of svdllm reads 1"):
+    (elastic / ELASTIC_FILE).write_text(json.dumps(content | {"format_version": 99}))
+    with pytest.raises(svdllm.CheckpointError, match="has format_version 99, this version of svdllm reads 2"):
         svdllm.load_model(elastic, ratio=0.5, check_integrity=False)
-    (elastic / ELASTIC_FILE).write_text(json.dumps({"format_version": 1}))
+    (elastic / ELASTIC_FILE).write_text(json.dumps({"format_version": 2}))
     with pytest.raises(svdllm.CheckpointError, match=r"elastic\.json is damaged"):
         svdllm.load_model(elastic, ratio=0.5, check_integrity=False)
 

@@ -9,9 +9,13 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from families import tiny_model
 from svdllm import evaluate
+from svdllm.data import evaluation_tokens
 from svdllm.errors import InputError, NumericalError
 from svdllm.evaluate import perplexity
+from svdllm.protocols import prefix_token
+from tokenizers_local import byte_tokenizer
 
 VOCABULARY = 50
 
@@ -121,15 +125,16 @@ def test_windows_and_streams_agree(llama):
     assert perplexity(llama, ids[None], seqlen=9).mean_nll == stream.mean_nll
     windows = perplexity(llama, ids.view(5, 9).int(), seqlen=9)
     assert windows.mean_nll == stream.mean_nll
-    assert "without overlap, the remainder dropped; 5 of 5 windows, 8 predictions each" in stream.protocol
-    assert windows.protocol.startswith("windows of 9 tokens as given")
+    assert "without overlap, the remainder dropped; 5 of 5 windows, 8 predictions each" in stream.description
+    assert windows.description.startswith("windows of 9 tokens as given")
+    assert stream.protocol == windows.protocol == "windows"
 
 
 def test_max_windows_takes_the_first(llama):
     ids = random_ids(45)
     part = perplexity(llama, ids, seqlen=9, max_windows=2)
     assert part.mean_nll == pytest.approx(perplexity(llama, ids[:18], seqlen=9).mean_nll, rel=1e-12)
-    assert "2 of 5 windows" in part.protocol
+    assert "2 of 5 windows" in part.description
 
 
 def test_default_batch_holds_about_two_thousand_tokens():
@@ -216,6 +221,11 @@ def test_a_tokenizer_that_does_not_fit(llama):
         (torch.zeros(2, 9, dtype=torch.int64), {}, "9 tokens long, seqlen is 5"),
         (torch.full((20,), -100), {}, "must not be negative, found -100"),
         (torch.zeros(20, dtype=torch.int64), {"seqlen": 1}, "seqlen must be at least 2 to predict anything, found 1"),
+        (torch.zeros(20, dtype=torch.int64), {"seqlen": 0, "protocol": "rolling"}, "at least 1 to predict anything"),
+        (torch.zeros(20, dtype=torch.int64), {"protocol": "strided"}, "unknown protocol 'strided': expected one of w"),
+        (torch.zeros(20, dtype=torch.int64), {"protocol": "rolling"}, "has neither BOS nor EOS"),
+        (torch.zeros(0, dtype=torch.int64), {"protocol": "rolling", "prefix_token_id": 1}, "the text has no tokens"),
+        (torch.zeros(4, 5, dtype=torch.int64), {"protocol": "rolling"}, "one stream of tokens, found windows"),
         (torch.zeros(20, dtype=torch.int64), {"batch_size": 0}, "batch_size must be at least 1, found 0"),
         (torch.zeros(20, dtype=torch.int64), {"max_windows": 0}, "max_windows must be at least 1, found 0"),
     ],
@@ -223,3 +233,82 @@ def test_a_tokenizer_that_does_not_fit(llama):
 def test_wrong_arguments(llama, ids, settings, message):
     with pytest.raises(InputError, match=message):
         perplexity(llama, ids, **{"seqlen": 5, **settings})
+
+
+def all_prefixes(model, ids: torch.Tensor, prefix: int, seqlen: int) -> list[float]:
+    """The loss of every token given the tokens before it in its window of lm-evaluation-harness, one at a time."""
+    text = torch.cat([torch.tensor([prefix]), ids])
+    losses = []
+    for index in range(1, len(text)):
+        first = (index - 1) // seqlen * seqlen
+        if first + seqlen > len(ids):
+            first = max(len(ids) - seqlen, 0)  # the last window reads on from where it is full
+        with torch.no_grad():
+            logits = model(input_ids=text[None, first:index]).logits[0, -1].double()
+        losses.append((logits.logsumexp(0) - logits[text[index]]).item())
+    return losses
+
+
+@pytest.mark.parametrize("length", [5, 18, 22])
+def test_rolling_predicts_every_token_once(llama, length):
+    ids = random_ids(length)
+    found = perplexity(llama, ids, seqlen=9, protocol="rolling", prefix_token_id=3, batch_size=2)
+    losses = all_prefixes(llama, ids, 3, 9)
+    assert found.num_tokens == len(losses) == length
+    assert found.num_windows == math.ceil(length / 9)
+    assert found.mean_nll == pytest.approx(math.fsum(losses) / length, rel=1e-6)
+    assert found.protocol == "rolling"
+    assert "the first from token 3" in found.description
+
+
+def test_the_protocols_agree_on_one_window_that_begins_with_the_prefix(llama):
+    ids = random_ids(17)
+    rolling = perplexity(llama, ids, seqlen=17, protocol="rolling", prefix_token_id=3)
+    windows = perplexity(llama, torch.cat([torch.tensor([3]), ids]), seqlen=18, prefix_token_id=3)
+    assert windows.begins_with_bos
+    assert windows.num_tokens == rolling.num_tokens == 17
+    assert windows.mean_nll == pytest.approx(rolling.mean_nll, rel=1e-9)
+
+
+def test_standard_error_of_windows_of_unequal_size_by_hand():
+    model = TableModel(torch.tensor([[0.5, 0.5], [0.75, 0.25]]).log())
+    ids = torch.tensor([0, 1, 1])  # from prefix 1: ln 4/3, ln 2 | ln 4 alone
+    first, second = math.log(4 / 3) + math.log(2), math.log(4)
+    mean = (first + second) / 3
+    residuals = first - 2 * mean, second - mean
+    error = math.sqrt(2 / 1 * (residuals[0] ** 2 + residuals[1] ** 2)) / 3
+    found = perplexity(model, ids, seqlen=2, protocol="rolling", prefix_token_id=1)
+    assert found.mean_nll == pytest.approx(mean, rel=1e-6)
+    assert found.stderr == pytest.approx(math.exp(mean) * error, rel=1e-5)
+
+
+def test_the_record_says_whether_the_text_begins_with_bos(llama):
+    ids = random_ids(20)
+    begins = int(ids[0])
+    assert perplexity(llama, ids, seqlen=9).begins_with_bos is None
+    assert perplexity(llama, ids, seqlen=9, prefix_token_id=begins).begins_with_bos is True
+    without = perplexity(llama, ids, seqlen=9, prefix_token_id=begins + 1)
+    assert without.begins_with_bos is False
+    assert "the tokenizer put no BOS at the start" in without.description
+    assert perplexity(llama, ids.view(2, 10), seqlen=10, prefix_token_id=begins).begins_with_bos is None
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("seqlen", [16, 61])
+def test_rolling_is_that_of_lm_evaluation_harness(add_bos, seqlen):
+    """On one text the sum of log likelihoods is ``HFLM.loglikelihood_rolling``'s."""
+    pytest.importorskip("lm_eval", reason="lm-eval is in the extra 'eval'")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = byte_tokenizer(add_bos=add_bos)
+    model = tiny_model("llama", vocab_size=300)
+    text = "the quick brown fox jumps over the lazy dog and keeps a rank in another matrix"
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=seqlen)
+    request = Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
+    (expected,) = harness.loglikelihood_rolling([request], disable_tqdm=True)
+    ids = evaluation_tokens([text], tokenizer)
+    found = perplexity(model, ids, seqlen=seqlen, protocol="rolling", prefix_token_id=prefix_token(tokenizer))
+    assert len(ids) % seqlen
+    assert found.begins_with_bos is add_bos
+    assert -found.mean_nll * found.num_tokens == pytest.approx(expected, abs=1e-4)

@@ -9,7 +9,7 @@ from torch import Tensor
 from reference import measured_loss, scaled_product
 from svdllm.linalg import factorise, output_spectrum
 from svdllm.methods import METHODS
-from svdllm.statistics import Gram, MeanAbsolute
+from svdllm.statistics import Gram, MeanAbsolute, RowFisher
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -33,6 +33,7 @@ def test_the_rows_of_the_table():
         "svd-llm": Gram,
         "svd": None,
         "asvd": MeanAbsolute,
+        "fwsvd": None,
     }
     for name, method in METHODS.items():
         assert method.name == name
@@ -90,3 +91,31 @@ def test_outlier_channels_tell_the_methods_apart():
     losses = {name: measured_loss(weight_OI, compress(name, weight_OI, inputs_IT, 8), inputs_IT) for name in METHODS}
     assert 1.3 * losses["svd-llm"] < losses["asvd"]
     assert 10 * losses["asvd"] < losses["svd"]
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8)])
+def test_fwsvd_weighs_rows_by_their_fisher_information(shape: tuple[int, int]):
+    """Against the truncated SVD of ``D W``, ``D`` the root of each row's summed squared gradients, window by window."""
+    weight_OI, inputs_WTI = rand(*shape), rand(3, 5, shape[1], seed=1)
+    gradients_WTO = rand(3, 5, shape[0], seed=2) * torch.logspace(-1, 1, shape[0]).double()
+    fisher = RowFisher(shape[0])
+    fisher.add(inputs_WTI[:2], gradients_WTO[:2])
+    fisher.add(inputs_WTI[2:], gradients_WTO[2:])
+    per_window = [
+        torch.outer(g, x) for xs, gs in zip(inputs_WTI, gradients_WTO, strict=True) for x, g in zip(xs, gs, strict=True)
+    ]
+    squares_OI = sum(sum(per_window[5 * w : 5 * w + 5]).pow(2) for w in range(3))
+    torch.testing.assert_close(fisher.value(), squares_OI.sum(1), rtol=1e-5, atol=0)
+    scale_O = squares_OI.sum(1).sqrt()
+    metric = METHODS["fwsvd"].left(fisher.value())
+    for rank in (1, 4, 8):
+        u_OS, s_S, v_SI = torch.linalg.svd(scale_O[:, None] * weight_OI, full_matrices=False)
+        expected = (u_OS[:, :rank] * s_S[:rank]) @ v_SI[:rank] / scale_O[:, None]
+        u_OR, v_RI = factorise(weight_OI, output_spectrum(weight_OI, None, left_gram_OO=torch.diag(metric)), rank)
+        torch.testing.assert_close(u_OR @ v_RI, expected, rtol=0, atol=1e-4)
+
+
+def test_fwsvd_keeps_rows_without_gradient_defined():
+    metric = METHODS["fwsvd"].left(torch.tensor([4.0, 0.0, 2.0], dtype=torch.float64))
+    assert metric.tolist() == [1.5, 0.75, 0.75]
+    assert METHODS["fwsvd"].left(torch.zeros(2, dtype=torch.float64)).tolist() == [1.0, 1.0]

@@ -12,8 +12,8 @@ import pytest
 
 from svdllm.demo import smollm2_file
 from svdllm.errors import InputError
-from svdllm.evaluate import evaluate_models
 from svdllm.gguf import convert_gguf, gguf_config
+from svdllm.side_by_side import evaluate_models, perplexity_rows
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +73,7 @@ def test_quality(dense: Path, result: Any, tmp_path: Path) -> None:
     """Whitening keeps a language model, and the default keeps more of it in as many parameters."""
     balanced = cli("compress", dense, "-o", tmp_path / "ours", "--ratio", "0.2", *SETTINGS, *QUICK)
     models = [str(dense), balanced["output_dir"], result["output_dir"]]
-    rows = evaluate_models(models, ["python-docs"], seqlen=512, max_windows=4)
+    rows = perplexity_rows(evaluate_models(models, ["python-docs"], seqlen=512, max_windows=4))
     original, ours, paper = (row.perplexity.perplexity for row in rows)
     assert 5 < original < ours < paper < 4 * original
     assert balanced["achieved_ratio"] >= 0.2

@@ -111,6 +111,21 @@ def test_killed_in_a_later_stage_and_started_again_gives_the_same_bytes(where: s
     assert digests(tmp_path / "out", skip) == digests(tmp_path / "straight", skip)
 
 
+@pytest.mark.parametrize("where", ["end probe", "start write"])
+def test_killed_after_probing_for_strs(where: str, tmp_path: Path) -> None:
+    model, ids = save_dense(tmp_path / "dense"), token_windows()
+    settings = {"ratio": (0.2, 0.4), "method": "svd", "allocation": "strs", "strs_ratios": (0.2, 0.6)}
+    svdllm.compress_many(model, small_recipe(**settings), tmp_path / "straight", calibration=ids)
+    killed_run(model, tmp_path / "out", where, **settings)
+    other = small_recipe(**settings | {"strs_ratios": (0.6,)})
+    with pytest.raises(InputError, match=r"recipe: strs_ratios was \[0\.2, 0\.6\], is now \[0\.6\]"):
+        svdllm.compress_many(model, other, tmp_path / "out", calibration=ids)
+    results = svdllm.compress_many(model, small_recipe(**settings), tmp_path / "out", calibration=ids)
+    assert ("probe" in results[0].seconds) == (where == "end probe")
+    skip = tuple(f"ratio-{ratio}/svdllm/report.json" for ratio in (0.2, 0.4))
+    assert digests(tmp_path / "out", skip) == digests(tmp_path / "straight", skip)
+
+
 def test_killed_while_a_single_checkpoint_is_written(tmp_path: Path) -> None:
     model = save_dense(tmp_path / "dense")
     run(model, tmp_path / "straight")

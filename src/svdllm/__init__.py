@@ -20,7 +20,9 @@ from svdllm.modeling import register_all
 from svdllm.plan import Plan, plan
 from svdllm.records import CompressionResult
 from svdllm.recover import Recovery, RecoveryResult, recover
+from svdllm.side_by_side import evaluate_tasks
 from svdllm.slicing import slice_checkpoint
+from svdllm.tasks import TaskResults
 from svdllm.verify import verify
 from svdllm.version import __version__
 
@@ -38,10 +40,12 @@ __all__ = [
     "RecoveryResult",
     "ResourceError",
     "SvdllmError",
+    "TaskResults",
     "UnsupportedModelError",
     "__version__",
     "compress",
     "compress_many",
+    "evaluate_tasks",
     "export_dense",
     "load_model",
     "perplexity",

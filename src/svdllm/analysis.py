@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svdllm.allocation import Probe
+from svdllm.allocation import Probes
 from svdllm.errors import InputError
 from svdllm.linalg import Spectrum
 from svdllm.structure import Target
 from svdllm.weights import save_tensors
 
 FINGERPRINT_FILE = "analysis.json"
-PROBES_FILE = "probes.json"
 
 
 class Analysis:
@@ -96,9 +94,10 @@ class Analysis:
         kept = {group: metric.float() for group, metric in metrics.items()}
         save_atomically(kept | named_means, self._metrics_file(block))
 
-    def metric(self, target: Target) -> Tensor:
+    def metric(self, target: Target) -> Tensor | None:
+        """The right metric of a block that waits for the reverse walk; None where it is the identity."""
         with safe_open(self._metrics_file(target.block), framework="pt") as file:
-            return file.get_tensor(target.group).clone()
+            return file.get_tensor(target.group).clone() if target.group in file.keys() else None  # noqa: SIM118
 
     def write_left_metrics(self, block: int, metrics: Mapping[str, Tensor]) -> None:
         """Left metrics of a block's targets, for a sequential calibration; float32."""
@@ -115,16 +114,16 @@ class Analysis:
         with safe_open(self._file(target.block), framework="pt") as file:
             return file.get_tensor(f"{target.name}.energies").clone()
 
-    def write_probes(self, probes: Mapping[str, Probe]) -> None:
-        content = {name: asdict(probe) for name, probe in probes.items()}
-        write_atomically(self.folder / PROBES_FILE, json.dumps(content, indent=2).encode())
+    def write_probes(self, allocation: str, probes: Probes) -> None:
+        content = {name: list(measured.items()) for name, measured in probes.items()}
+        write_atomically(self._probes_file(allocation), json.dumps(content).encode())
 
-    def read_probes(self) -> dict[str, Probe] | None:
-        """The probes of an earlier run, or None."""
-        file = self.folder / PROBES_FILE
+    def read_probes(self, allocation: str) -> Probes:
+        """The probes of an earlier run; empty if there are none."""
+        file = self._probes_file(allocation)
         if not file.is_file():
-            return None
-        return {name: Probe(**probe) for name, probe in json.loads(file.read_text(encoding="utf-8")).items()}
+            return {}
+        return {name: dict(measured) for name, measured in json.loads(file.read_text(encoding="utf-8")).items()}
 
     def seconds(self, block: int) -> dict[str, float]:
         """Seconds of each target's decomposition, and of the block's forward pass and statistics (``""``)."""
@@ -132,6 +131,9 @@ class Analysis:
 
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:04d}.safetensors"
+
+    def _probes_file(self, allocation: str) -> Path:
+        return self.folder / f"probes-{allocation}.json"
 
     def _left_file(self, block: int) -> Path:
         return self.folder / f"left-{block:04d}.safetensors"
@@ -183,13 +185,17 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Each setting in which two runs differ, by name; empty where there is none."""
+    keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+    return "; ".join(f"{key} was {_short(found.get(key))}, is now {_short(wanted.get(key))}" for key in keys)
+
+
 def refuse_other_settings(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     """Raises InputError that names each setting in which two runs differ."""
-    keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    if keys:
-        differences = "; ".join(f"{key} was {_short(found.get(key))}, is now {_short(wanted.get(key))}" for key in keys)
+    if different := differences(found, wanted):
         raise InputError(
-            f"An unfinished run in {folder} had other settings: {differences}. Repeat it with the old settings to go on, "
+            f"An unfinished run in {folder} had other settings: {different}. Repeat it with the old settings to go on, "
             "or start over with --no-resume."
         )
 

@@ -10,12 +10,14 @@ from svdllm.allocation import (
     Allocation,
     Evidence,
     Ranks,
+    candidate_ranks,
     dense_cost,
     effective_ranks,
     exact_floor,
     factor_cost,
     fill_budget,
     loss_ranks,
+    strs_ranks,
     uniform_rank,
     uniform_ranks,
     v2_ranks,
@@ -103,17 +105,25 @@ class _Unit:
         """What all targets together may spend on ranks, if each is factorised."""
         return self.budget - self.outside - sum(self.cost(target, 0) for target in free)
 
-    def least(self, free: Sequence[Target], round_to: int) -> int:
-        """With every rank at its least; a target whose least rank is not below break-even stays dense."""
+    def total(self, free: Sequence[Target], ranks: Mapping[str, int]) -> int:
+        """With these ranks; a target that has none stays dense."""
         return self.outside + sum(
-            self.cost(t, round_to) if round_to <= t.break_even_rank else dense_cost(t, self.costs[t.name]) for t in free
+            self.cost(t, ranks[t.name]) if t.name in ranks else dense_cost(t, self.costs[t.name]) for t in free
         )
 
-    def cannot_be_met(self, free: Sequence[Target], round_to: int) -> InputError:
-        least = self.least(free, round_to)
+    def require_met(self, recipe: Recipe, free: Sequence[Target]) -> None:
+        """Raises InputError if not even the least ranks that the allocation may choose fit."""
+        least = self.total(free, _least_ranks(recipe, free))
+        if least > self.budget:
+            raise self.cannot_be_met(recipe, least)
+
+    def cannot_be_met(self, recipe: Recipe, least: int) -> InputError:
+        at, advice = str(recipe.round_to), ""
+        if recipe.allocation == "strs":
+            at, advice = f"that of ratio {max(recipe.strs_ratios)}", ", or give a higher ratio in --strs-ratios"
         return InputError(
             f"{self.what} {self.budget:,} cannot be met: {self.outside:,} lie outside the compressed linears, and with "
-            f"every rank at its least ({round_to}) the model still has {least:,}. Raise the budget to more than that."
+            f"every rank at its least ({at}) the model still has {least:,}. Raise the budget to more than that{advice}."
         )
 
 
@@ -126,8 +136,16 @@ def _uniform(
     unit = _unit(recipe, structure, stored, free, fixed)
     ranks = fill_budget(free, unit.costs, unit.left_for_ranks(free), recipe.round_to)
     if ranks is None:
-        raise unit.cannot_be_met(free, recipe.round_to)
+        raise unit.cannot_be_met(recipe, unit.total(free, _least_ranks(recipe, free)))
     return ranks
+
+
+def _least_ranks(recipe: Recipe, free: Sequence[Target]) -> Ranks:
+    """The least that an allocation may choose; a target without one has to stay dense."""
+    if recipe.allocation != "strs":
+        return {t.name: recipe.round_to for t in free if recipe.round_to <= t.break_even_rank}
+    candidates = {t.name: candidate_ranks(t, recipe.strs_ratios, recipe.round_to) for t in free}
+    return {name: ranks[0] for name, ranks in candidates.items() if ranks}
 
 
 def _stand_in(
@@ -135,9 +153,7 @@ def _stand_in(
 ) -> Ranks:
     """Uniform ranks in single steps, of the size that the allocation will have; its budget is known to suffice."""
     if recipe.allocation != "v2":
-        unit = _unit(recipe, structure, stored, free, fixed)
-        if unit.budget < unit.least(free, recipe.round_to):
-            raise unit.cannot_be_met(free, recipe.round_to)
+        _unit(recipe, structure, stored, free, fixed).require_met(recipe, free)
         recipe = recipe.model_copy(update={"round_to": 1})
     return _uniform(recipe, structure, stored, free, fixed)
 
@@ -154,15 +170,17 @@ def _by_evidence(
         assert isinstance(recipe.ratio, float)
         return Allocation(v2_ranks(free, evidence.energies, recipe.ratio, recipe.round_to))
     unit = _unit(recipe, structure, stored, free, fixed)
-    if unit.budget < unit.least(free, recipe.round_to):
-        raise unit.cannot_be_met(free, recipe.round_to)
+    unit.require_met(recipe, free)
+    budget = unit.budget - unit.outside
     if recipe.allocation == "effective-rank":
-        budget = unit.budget - unit.outside
         return Allocation(effective_ranks(free, evidence.energies, budget, recipe.round_to, unit.costs))
+    if recipe.allocation == "strs":
+        found = strs_ranks(free, evidence.probes, unit.costs, budget)
+        assert found is not None  # the least ranks fit
+        return Allocation(found[0], threshold=found[1])
     losses = {target.name: evidence.losses(target) for target in free}
-    solution = loss_ranks(free, losses, unit.costs, unit.budget - unit.outside, recipe.round_to)
-    if solution is None:
-        raise unit.cannot_be_met(free, recipe.round_to)
+    solution = loss_ranks(free, losses, unit.costs, budget, recipe.round_to)
+    assert solution is not None
     ranks = {name: choice.rank for name, choice in solution.choices.items() if choice.rank is not None}
     return Allocation(ranks, predicted_loss=solution.loss, gap=solution.gap)
 

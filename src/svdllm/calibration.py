@@ -20,7 +20,7 @@ from svdllm.errors import InputError, NumericalError
 from svdllm.linalg import Spectrum, output_spectrum, shrunk_to_diagonal, shrunk_to_mean
 from svdllm.methods import METHODS, Method
 from svdllm.progress import Reporter
-from svdllm.statistics import Gram, Statistic
+from svdllm.statistics import Gram, RowFisher, Statistic
 from svdllm.stream import Block, Walk
 from svdllm.structure import Target, input_groups, matches
 
@@ -41,19 +41,20 @@ class Calibration:
         return METHODS[self.recipe.method]
 
     @property
-    def two_sided(self) -> bool:
-        return self.recipe.metric == "two-sided"
+    def reverse(self) -> bool:
+        """Whether a reverse walk follows, which the spectra wait for."""
+        return self.recipe.needs_gradients
 
     def run(self) -> None:
         blocks = range(len(self.walk.structure.blocks))
         if all(map(self.analysis.is_done, blocks)):
             return
-        if done := sum(map(self.analysis.is_ready if self.two_sided else self.analysis.is_done, blocks)):
+        if done := sum(map(self.analysis.is_ready if self.reverse else self.analysis.is_done, blocks)):
             self.reporter.note(f"Going on with an earlier run: {done} of {len(blocks)} blocks are done.")
         with self._stage("analyze", len(self.walk.batches)):
             for block in self.walk.blocks():
                 self._forward(block)
-        if self.two_sided:
+        if self.reverse:
             with self._stage("gradients", self.walk.kept_batches):
                 for block in self.walk.reversed_blocks(self._loss_gradient):
                     self._backward(block)
@@ -62,14 +63,16 @@ class Calibration:
     def _forward(self, block: Block) -> None:
         """Algorithm 1, lines 5 to 9, and Algorithm 2: the Grams of the inputs, then the spectrum of every weight."""
         targets = self.walk.structure.block_targets(block.index)
-        if self.analysis.is_ready(block.index) if self.two_sided else self.analysis.is_done(block.index):
-            if self.method.statistic is not None:
+        if self.analysis.is_ready(block.index) if self.reverse else self.analysis.is_done(block.index):
+            if self.method.needs_tokens:
                 block.run()
             return
         started = time.perf_counter()
         statistics: dict[str, Statistic] = {}
         if self.method.statistic is not None:
             statistics = collect_statistics(block, targets, self.method)
+        elif self.method.needs_tokens:
+            block.run()
         forward = time.perf_counter() - started
 
         def metric_of(target: Target) -> Tensor | None:
@@ -87,7 +90,7 @@ class Calibration:
         if self.recipe.bias_correction:
             grams = {group: statistics[target.name] for group, target in leaders.items()}
             means = {group: gram.mean() for group, gram in grams.items() if isinstance(gram, Gram)}
-        if self.two_sided:
+        if self.reverse:
             metrics = {group: metric_of(target) for group, target in leaders.items()}
             known = {group: metric for group, metric in metrics.items() if metric is not None}
             self.analysis.write_metrics(block.index, known, means, forward)
@@ -100,13 +103,7 @@ class Calibration:
             block.run_backward()
             return
         started = time.perf_counter()
-        gradients = collect_gradients(
-            block, [t for t in targets if not any(matches(pattern, t.name) for pattern in self.recipe.input_only)]
-        )
-        lefts = {
-            name: shrunk_to_mean(gradient.value(), self.recipe.gradient_shrinkage)
-            for name, gradient in gradients.items()
-        }
+        lefts = self._left_metrics(block, targets)
         if self.keeps_left_metrics:
             self.analysis.write_left_metrics(block.index, lefts)
         seconds = time.perf_counter() - started + self.analysis.seconds(block.index)[""]
@@ -114,6 +111,18 @@ class Calibration:
         if self.recipe.bias_correction:
             means = {target.group: self.analysis.mean(target, waiting=True) for target in targets}
         self._decompose(block, targets, self.analysis.metric, means, seconds, lefts)
+
+    def _left_metrics(self, block: Block, targets: list[Target]) -> dict[str, Tensor]:
+        if self.method.left is not None:
+            fishers = collect_fisher(block, targets)
+            return {name: torch.diag(self.method.left(fisher.value())) for name, fisher in fishers.items()}
+        gradients = collect_gradients(
+            block, [t for t in targets if not any(matches(pattern, t.name) for pattern in self.recipe.input_only)]
+        )
+        return {
+            name: shrunk_to_mean(gradient.value(), self.recipe.gradient_shrinkage)
+            for name, gradient in gradients.items()
+        }
 
     def _decompose(
         self,
@@ -193,21 +202,52 @@ def collect_gradients(block: Block, targets: list[Target]) -> dict[str, Gram]:
     """Runs a block backward over the kept batches and accumulates ``G``, the Gram of each target's output gradients."""
     grams: dict[str, Gram] = {}
 
-    def watch(target: Target):
+    def watch(target: Target, inputs: Tensor, gradients: Tensor) -> None:
+        if target.name not in grams:
+            grams[target.name] = Gram(target.out_features, gradients.device)
+        grams[target.name].add(gradients)
+
+    _run_backward(block, targets, watch)
+    return grams
+
+
+def collect_fisher(block: Block, targets: list[Target]) -> dict[str, RowFisher]:
+    """Runs a block backward over the kept batches and accumulates the Fisher information of each target's rows."""
+    fishers: dict[str, RowFisher] = {}
+    seqlen = block.walk.ids.shape[1]
+
+    def watch(target: Target, inputs: Tensor, gradients: Tensor) -> None:
+        if target.name not in fishers:
+            fishers[target.name] = RowFisher(target.out_features, gradients.device)
+        fishers[target.name].add(_by_window(inputs, seqlen), _by_window(gradients, seqlen))
+
+    _run_backward(block, targets, watch)
+    return fishers
+
+
+def _by_window(tokens: Tensor, seqlen: int) -> Tensor:
+    """(windows, seqlen, features), also of what some models hand on as one row of tokens (experts: as one window)."""
+    if tokens.ndim == 2:
+        return tokens.unflatten(0, (-1, seqlen if len(tokens) % seqlen == 0 else len(tokens)))
+    return tokens
+
+
+def _run_backward(block: Block, targets: list[Target], watch: Callable[[Target, Tensor, Tensor], None]) -> None:
+    """``watch(target, inputs, gradients of the outputs)`` is called for every target and batch."""
+
+    def on(target: Target) -> Any:
         def after_forward(module: torch.nn.Module, args: Any, output: Tensor) -> None:
-            if target.name not in grams:
-                grams[target.name] = Gram(target.out_features, output.device)
-            output.register_hook(grams[target.name].add)
+            inputs = args[0].detach()
+            output.register_hook(lambda gradients: watch(target, inputs, gradients))
 
         return block.walk.skeleton.get_submodule(target.name).register_forward_hook(after_forward)
 
-    handles = [watch(target) for target in targets]
+    handles = [on(target) for target in targets]
     try:
         block.run_backward()
     finally:
         for handle in handles:
             handle.remove()
-    return grams
 
 
 def decompose(

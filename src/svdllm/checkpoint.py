@@ -88,7 +88,7 @@ def write_checkpoint(
     if recipe.elastic:
         spare = spare_ranks(recipe, structure, plan.ranks)
         factors = _Factors(source.weights, structure, spare, analysis, None, device, reporter)
-        _write_elastic(partial, factors, stored, elastic_tensors(structure, stored, spare), analysis)
+        _write_elastic(partial, factors, stored, elastic_tensors(structure, stored, spare), analysis, recipe.allocation)
     report = report_of(plan, recipe, provenance, linears)
     if finals is not None:
         report["betas"] = finals.betas()
@@ -118,7 +118,12 @@ def report_of(plan: Plan, recipe: Recipe, provenance: Provenance, linears: list[
         "source": provenance.to_dict(),
         "method": plan.method,
         "recipe": recipe.to_dict(),
-        "allocation": {"name": plan.allocation, "predicted_loss": plan.predicted_loss, "gap": plan.allocation_gap},
+        "allocation": {
+            "name": plan.allocation,
+            "predicted_loss": plan.predicted_loss,
+            "gap": plan.allocation_gap,
+            "threshold": plan.allocation_threshold,
+        },
         "ratio": plan.achieved_ratio,
         "params": plan.params,
         "dense_params": plan.dense_params,
@@ -259,11 +264,13 @@ def write_shards(folder: Path, tensors: Any, layout: Tensors, stem: str = "model
         )
 
 
-def _write_elastic(folder: Path, factors: _Factors, stored: Tensors, layout: Tensors, analysis: Analysis) -> None:
+def _write_elastic(
+    folder: Path, factors: _Factors, stored: Tensors, layout: Tensors, analysis: Analysis, allocation: str
+) -> None:
     """The files of which smaller sizes are made, beside the weights of the checkpoint that are in the folder already."""
     write_shards(folder, _WithEnergies(factors, analysis), layout, ELASTIC_STEM)
     weights = {path.name: sha256_of(path) for path in weight_files(folder)}
-    ElasticIndex(stored=stored, probes=analysis.read_probes() or {}, weights=weights).write(folder)
+    ElasticIndex(stored=stored, probes=analysis.read_probes(allocation), weights=weights).write(folder)
 
 
 class _WithEnergies:

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from svdllm.allocation import Evidence
+from svdllm.allocation import Evidence, Probes
 from svdllm.analysis import Analysis, FinalFactors, read_settings, refuse_other_settings
 from svdllm.calibration import Calibration
 from svdllm.checkpoint import REPORT_FILE, write_checkpoint
@@ -25,7 +25,7 @@ from svdllm.errors import InputError, SvdllmError
 from svdllm.memory import device_peak_bytes, peak_bytes, saying_what_to_lower
 from svdllm.methods import METHODS
 from svdllm.plan import Plan, calibration_warnings, look_at, plans_of, resolve_device, resolve_dtype
-from svdllm.probing import probe, probe_ids, probe_tokens
+from svdllm.probing import MEASURES, probe, probe_ids, probe_ranks, probe_tokens
 from svdllm.progress import Reporter
 from svdllm.records import CompressionResult, LinearRecord, Provenance, linear_record
 from svdllm.sequential import Sequential
@@ -50,6 +50,7 @@ NOT_OF_THE_ANALYSIS = (
     "target_params",
     "target_size",
     "allocation",
+    "strs_ratios",
     "overrides",
     "round_to",
     "elastic",
@@ -149,15 +150,11 @@ class _Run:
     def work(self) -> Path:
         return self.output_dir.with_name(f"{self.output_dir.name}.partial")
 
-    @property
-    def needs_tokens(self) -> bool:
-        return METHODS[self.recipe.method].statistic is not None
-
     def check_cheaply(self) -> None:
         """What can be wrong without looking at the model."""
         self.recipe.require_budget()
         resolve_device(self.recipe.device)
-        if self.needs_tokens:
+        if self.recipe.needs_tokens:
             check_source(self.calibration)
         require_ours(self.work)
         if self.resume and (found := read_settings(self.work / "analysis")):
@@ -198,7 +195,7 @@ class _Run:
                     self.model, offline=self.offline, revision=self.revision, gguf_folder=self.work / "source"
                 )
                 plans = plans_of(source, skeleton, structure, self.recipe, self.hidden_states_limit)
-        windows = self._calibration_windows(source, structure)
+        windows = self._calibration_windows(source, skeleton, structure)
         fingerprint = self._survey(source)
         if not self.resume or not read_settings(self.work / "analysis"):
             start_over(self.work)
@@ -218,9 +215,11 @@ class _Run:
         finals = [self._sequential(source, structure, plan, windows, analysis) for plan in plans]
         return self._write(source, skeleton, structure, plans, analysis, finals, provenance)
 
-    def _calibration_windows(self, source: Source, structure: Structure) -> TokenWindows | None:
-        """Algorithm 1, line 4: some text, as windows of tokens. None for a method that needs no data."""
-        if not self.needs_tokens:
+    def _calibration_windows(
+        self, source: Source, skeleton: PreTrainedModel, structure: Structure
+    ) -> TokenWindows | None:
+        """Algorithm 1, line 4: some text, as windows of tokens. None where nothing needs data."""
+        if not self.recipe.needs_tokens:
             return None
         with self.reporter.stage("tokenise", 1):
             tokenizer = self.tokenizer
@@ -239,7 +238,7 @@ class _Run:
                 offline=self.offline,
             )
         _check_windows(windows, source)
-        for warning in calibration_warnings(structure, self.recipe, windows.num_tokens):
+        for warning in calibration_warnings(structure, skeleton, self.recipe, windows.num_tokens):
             self.reporter.warn(warning)
         return windows
 
@@ -268,9 +267,11 @@ class _Run:
         self, source: Source, structure: Structure, plans: list[Plan], windows: TokenWindows | None, analysis: Analysis
     ) -> None:
         """Algorithm 1, lines 5 to 9, and Algorithm 2: the statistics of the tokens and the spectrum of every weight."""
-        ids = torch.zeros(1, 2, dtype=torch.long) if windows is None else windows.ids
+        ids = torch.zeros(1, 2, dtype=torch.long)  # where the method asks nothing of the text
+        if windows is not None and METHODS[self.recipe.method].needs_tokens:
+            ids = windows.ids
         walk = self._walk(source, structure, ids, spill=plans[0].hidden_states_on_disk)
-        if self.recipe.metric == "two-sided":
+        if self.recipe.needs_gradients:
             kept = min(self.recipe.gradient_samples, len(walk.ids))
             walk.kept_folder = self.work / "inputs"
             walk.kept_batches = sum(batch.start < kept for batch in walk.batches)
@@ -295,18 +296,30 @@ class _Run:
         if self.recipe.allocation == "uniform":
             return None
         energies = {target.name: analysis.energies(target) for target in structure.targets}
-        if self.recipe.allocation != "loss":
+        if not self.recipe.needs_probes:
             return Evidence(energies)
         assert windows is not None
-        probes = analysis.read_probes()
-        if probes is None:
+        return Evidence(energies, self._probes(source, skeleton, structure, windows, analysis))
+
+    def _probes(
+        self,
+        source: Source,
+        skeleton: PreTrainedModel,
+        structure: Structure,
+        windows: TokenWindows,
+        analysis: Analysis,
+    ) -> Probes:
+        """What truncating each linear alone does to the model; an earlier run's, if it truncated to the same ranks."""
+        allocation, ranks = self.recipe.allocation, probe_ranks(self.recipe, structure)
+        probes = analysis.read_probes(allocation)
+        if {name: list(measured) for name, measured in probes.items()} != ranks:
             ids = probe_ids(windows.ids, probe_tokens(self.recipe, structure, skeleton))
             walk = self._walk(source, structure, ids)
             walk.batch_tokens = ids.numel()
-            probes = probe(walk, analysis, self.reporter)
+            probes = probe(walk, analysis, ranks, MEASURES[allocation], self.reporter)
             walk.close()
-            analysis.write_probes(probes)
-        return Evidence(energies, probes)
+            analysis.write_probes(allocation, probes)
+        return probes
 
     def _walk(self, source: Source, structure: Structure, ids: Tensor, *, spill: bool = False) -> Walk:
         assert source.weights is not None

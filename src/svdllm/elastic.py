@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from svdllm.allocation import Probe
+from svdllm.allocation import Probes
 from svdllm.errors import CheckpointError, InputError, first_line
 from svdllm.layout import Tensors
 
 ELASTIC_FILE = "svdllm/elastic.json"
 ELASTIC_STEM = "svdllm/elastic"  # of the safetensors files
-ELASTIC_VERSION = 1
+ELASTIC_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class ElasticIndex:
     """The content of ``svdllm/elastic.json``."""
 
     stored: Tensors  # what the files of the dense source hold, in their order
-    probes: dict[str, Probe]
+    probes: Probes
     weights: dict[str, str]  # weight file of the checkpoint -> SHA-256
 
     def write(self, folder: Path) -> None:
@@ -41,7 +41,7 @@ class ElasticIndex:
             "tensors": [
                 [name, list(shape), str(dtype).removeprefix("torch.")] for name, (shape, dtype) in self.stored.items()
             ],
-            "probes": {name: asdict(probe) for name, probe in self.probes.items()},
+            "probes": {name: list(measured.items()) for name, measured in self.probes.items()},
             "weights": self.weights,
         }
         (folder / ELASTIC_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -69,7 +69,7 @@ class ElasticIndex:
                 )
             return cls(
                 stored={name: (tuple(shape), getattr(torch, dtype)) for name, shape, dtype in content["tensors"]},
-                probes={name: Probe(**probe) for name, probe in content["probes"].items()},
+                probes={name: dict(measured) for name, measured in content["probes"].items()},
                 weights=dict(content["weights"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -12,7 +12,7 @@ from svdllm.layout import SHARD_BYTES, Tensors, file_bytes, shard_names, tensor_
 from svdllm.memory import available_bytes, resident_bytes
 from svdllm.methods import METHODS
 from svdllm.probing import WINDOW as PROBE_WINDOW
-from svdllm.probing import probe_tokens
+from svdllm.probing import probe_ranks, probe_tokens
 from svdllm.statistics import Gram
 from svdllm.structure import Structure, Target
 
@@ -49,14 +49,15 @@ class Needs:
         self.largest_tensor = max(tensor_bytes(stored, [name]) for name in stored)
         self.tokens = recipe.samples * recipe.seqlen
         self.hidden_size = int(skeleton.get_input_embeddings().weight.shape[-1])  # type: ignore[union-attr, index]
-        self.runs_tokens = self.method.statistic is not None
+        self.runs_tokens = self.method.needs_tokens
         self.vocab_size = int(skeleton.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
-        self.two_sided, self.sequential = recipe.metric == "two-sided", recipe.calibration_mode == "sequential"
-        self.gradient_tokens = min(recipe.gradient_samples, recipe.samples) * recipe.seqlen if self.two_sided else 0
+        self.gradients, self.sequential = recipe.needs_gradients, recipe.calibration_mode == "sequential"
+        self.gradient_tokens = min(recipe.gradient_samples, recipe.samples) * recipe.seqlen if self.gradients else 0
         self.sequential_tokens = min(recipe.sequential_samples, recipe.samples) * recipe.seqlen * self.sequential
         carried = max(self.tokens, 2 * self.sequential_tokens) if self.runs_tokens else 0
         self.hidden_states = carried * self.hidden_size * dtype.itemsize
-        self.probe_tokens = probe_tokens(recipe, structure, skeleton) if recipe.allocation == "loss" else 0
+        self.probes = {name: len(ranks) for name, ranks in probe_ranks(recipe, structure).items()}
+        self.probe_tokens = probe_tokens(recipe, structure, skeleton) if recipe.needs_probes else 0
         self.hidden_states_on_disk = spill_hidden_states(self.hidden_states, hidden_states_limit)
 
     def ram_by_stage(self) -> dict[str, int]:
@@ -71,7 +72,7 @@ class Needs:
             stages["analyze"] = base + hidden + max(self.outside + self._batch(), self._block_needs())
         else:
             stages["analyze"] = base + hidden + 2 * self.largest_tensor
-        if self.two_sided:
+        if self.gradients:
             stages["gradients"] = base + (
                 hidden + max(self._head(self.recipe.seqlen), self._reverse_needs()) if on_cpu else hidden
             )
@@ -88,7 +89,7 @@ class Needs:
         if self.device.type == "cpu":
             return 0
         needs = [self.outside + self._batch(), self._block_needs()]
-        if self.two_sided:
+        if self.gradients:
             needs += [self._head(self.recipe.seqlen), self._reverse_needs()]
         if self.probe_tokens:
             needs.append(self._head(PROBE_WINDOW))
@@ -98,9 +99,9 @@ class Needs:
 
     def disk_bytes(self, num_outputs: int) -> int:
         targets = self.structure.targets
-        sides = 2 if self.two_sided else 1
+        sides = 2 if self.gradients else 1
         bases = sum(8 * t.full_rank + 4 * sides * t.out_features * t.break_even_rank for t in targets)
-        if self.two_sided:  # metrics and inputs that wait for the reverse walk, metrics for a sequential calibration
+        if self.gradients:  # metrics and inputs that wait for the reverse walk, metrics for a sequential calibration
             bases += sum(4 * width**2 for width in {t.group: t.in_features for t in targets}.values())
             bases += self.gradient_tokens * self.hidden_size * self.dtype.itemsize * len(self.structure.blocks)
             bases += self.sequential * sum(4 * t.out_features**2 for t in targets)
@@ -126,18 +127,20 @@ class Needs:
             )
         head = self.outside // self.dtype.itemsize
         backward = 0.0
-        if self.two_sided:
+        if self.gradients:
             lefts = sum(t.out_features**2 for t in self.structure.targets)
             backward = self.gradient_tokens * (4 * weights + 1.3 * lefts + 4 * head) / rate
         depth = len(self.structure.blocks)
-        per_probe = sum(2 * weights * (depth - t.block) / depth + 2 * head for t in self.structure.targets)
+        probing = sum(
+            self.probes[t.name] * (2 * weights * (depth - t.block) / depth + 2 * head) for t in self.structure.targets
+        )
         # eigh takes about as long as 18 n^3 operations of a product (48 ms at n = 576 where products make 70 GFLOP/s).
         eigh = sum(18 * t.full_rank**3 + 4 * t.full_rank * t.num_weights for t in self.structure.targets)
         return {
             "forward": 1.25 * forward,  # attention and element-wise work beside the products
             "grams": grams,
             "gradients": 1.25 * backward,
-            "probe": 1.5 * self.probe_tokens * per_probe / rate,
+            "probe": 1.5 * self.probe_tokens * probing / rate,
             "sequential": num_outputs * self._sequential_seconds(forward, grams, eigh / rate64),
             "decompose": eigh / rate64,
             "write": num_outputs
@@ -174,7 +177,7 @@ class Needs:
 
     def _streams(self) -> int:
         """Hidden states of every probe."""
-        return (len(self.structure.targets) + 1) * self.probe_tokens * self.hidden_size * self.dtype.itemsize
+        return (sum(self.probes.values()) + 1) * self.probe_tokens * self.hidden_size * self.dtype.itemsize
 
     def _sequential_needs(self) -> int:
         widest = max(target.in_features for target in self.structure.targets)

@@ -1,6 +1,7 @@
-"""The table of methods: each is the same truncation in another metric, ``min ||(W - W') S||_F`` over rank ``r``.
+"""The table of methods: each is the same truncation in another metric, ``min ||L (W - W') S||_F`` over rank ``r``.
 
-A method names the statistic of the inputs it needs and turns it into ``C = S S^T``. A new method is a new row.
+A method names the statistics it needs, of the inputs or of the loss's gradients, and turns them into ``C = S S^T`` and
+``G = L^T L``. A new method is a new row.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ class Method:
 
     ``right(statistic, alpha)`` returns the metric ``C = S S^T`` as ``None`` (identity), ``(in,)`` (diagonal) or
     ``(in, in)``; ``statistic`` is the value accumulated over the calibration tokens, or ``None`` without any.
+    ``left(fisher)`` returns the diagonal of ``G = L^T L`` (``out``) from what was accumulated in the reverse walk.
     """
 
     name: str
@@ -26,14 +28,29 @@ class Method:
     source: str
     statistic: type[Gram] | type[MeanAbsolute] | None
     right: Callable[[Tensor | None, float], Tensor | None]
+    left: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def needs_tokens(self) -> bool:
+        return self.statistic is not None or self.left is not None
 
 
 def _asvd(mean_absolute: Tensor | None, alpha: float) -> Tensor:
     """``S = diag(mean|x|^alpha)``; a channel that is never active gets the smallest scale that is."""
     assert mean_absolute is not None
-    active = mean_absolute[mean_absolute > 0]
-    floor = float(active.min()) if active.numel() else 1.0
-    return mean_absolute.clamp_min(floor).pow(2 * alpha)
+    return _without_zeros(mean_absolute).pow(2 * alpha)
+
+
+def _fwsvd(fisher: Tensor) -> Tensor:
+    """``G = diag(I_i)``, ``I_i = sum_j (dL/dW_ij)^2``; a row that never had a gradient gets the smallest that was."""
+    positive = _without_zeros(fisher)
+    return positive / positive.mean()
+
+
+def _without_zeros(values: Tensor) -> Tensor:
+    """What is zero becomes the smallest value above: a metric of zero would leave a channel undefined."""
+    active = values[values > 0]
+    return values.clamp_min(float(active.min()) if active.numel() else 1.0)
 
 
 METHODS: dict[str, Method] = {
@@ -59,6 +76,14 @@ METHODS: dict[str, Method] = {
             source="ASVD, arXiv 2312.05821",
             statistic=MeanAbsolute,
             right=_asvd,
+        ),
+        Method(
+            name="fwsvd",
+            summary="output rows weighted by the Fisher information of their weights; needs gradients",
+            source="FWSVD, arXiv 2207.00112",
+            statistic=None,
+            right=lambda statistic, alpha: None,
+            left=_fwsvd,
         ),
     )
 }

@@ -16,6 +16,7 @@ from svdllm.errors import InputError
 from svdllm.estimate import Needs
 from svdllm.layout import compressed_tensors, file_bytes, num_params, stored_tensors
 from svdllm.methods import METHODS
+from svdllm.probing import WINDOW, probe_ranks, probe_tokens
 from svdllm.source import Source, build_skeleton, context_length, open_config
 from svdllm.statistics import Gram
 from svdllm.structure import Structure, Target, bias_corrected, discover
@@ -48,6 +49,7 @@ class Plan:
     ranks_known: bool  # False where only the analysis can tell them, and uniform ones stand in
     predicted_loss: float | None  # nats per token, of an allocation by loss
     allocation_gap: float | None  # how far that may be above the least possible, as a share of it
+    allocation_threshold: float | None  # nats per token, of an allocation by STRS
     num_blocks: int
     num_groups: int
     targets: list[PlannedTarget]
@@ -186,6 +188,7 @@ def make_plan(
         ranks_known=ranks_known,
         predicted_loss=allocation.predicted_loss,
         allocation_gap=allocation.gap,
+        allocation_threshold=allocation.threshold,
         num_blocks=len(structure.blocks),
         num_groups=len({target.group for target in structure.targets}),
         targets=[
@@ -211,27 +214,32 @@ def make_plan(
         device_bytes=needs.device_bytes(),
         disk_bytes=needs.disk_bytes(num_outputs) + elastic,
         seconds_by_stage=needs.seconds_by_stage(num_outputs),
-        warnings=calibration_warnings(structure, recipe, recipe.samples * recipe.seqlen),
+        warnings=calibration_warnings(structure, skeleton, recipe, recipe.samples * recipe.seqlen),
     )
 
 
-def calibration_warnings(structure: Structure, recipe: Recipe, num_tokens: int) -> list[str]:
+def calibration_warnings(structure: Structure, skeleton: PreTrainedModel, recipe: Recipe, num_tokens: int) -> list[str]:
     """What to say about the amount of calibration text."""
-    if METHODS[recipe.method].statistic is not Gram:
-        return []
+    warnings = []
     widest = max(structure.targets, key=lambda target: target.in_features)
-    if num_tokens >= widest.in_features:
-        return []
-    return [
-        f"Only {num_tokens:,} calibration tokens ({recipe.samples} x {recipe.seqlen}), fewer than the widest input has "
-        f"features ({widest.in_features:,}, {widest.name}): its Gram is singular and the result fits these tokens only. "
-        f"Use at least {widest.in_features:,} tokens, better ten times as many."
-    ]
+    if METHODS[recipe.method].statistic is Gram and num_tokens < widest.in_features:
+        warnings.append(
+            f"Only {num_tokens:,} calibration tokens ({recipe.samples} x {recipe.seqlen}), fewer than the widest input has "
+            f"features ({widest.in_features:,}, {widest.name}): its Gram is singular and the result fits these tokens "
+            f"only. Use at least {widest.in_features:,} tokens, better ten times as many."
+        )
+    if recipe.allocation == "strs" and (probed := probe_tokens(recipe, structure, skeleton)) < WINDOW:
+        tried = sum(map(len, probe_ranks(recipe, structure).values()))
+        warnings.append(
+            f"Allocation strs measures the loss of {tried:,} truncations on {probed:,} tokens only: chance has a part in "
+            f"which it takes. Use more --samples or --probe-share (now {recipe.probe_share}), or fewer --strs-ratios."
+        )
+    return warnings
 
 
 def _require_context(source: Source, recipe: Recipe) -> None:
     longest = context_length(source.config)
-    if METHODS[recipe.method].statistic is not None and longest is not None and recipe.seqlen > longest:
+    if recipe.needs_tokens and longest is not None and recipe.seqlen > longest:
         raise InputError(
             f"--seqlen {recipe.seqlen} is more than {source.name} can take; use --seqlen {longest} or less."
         )

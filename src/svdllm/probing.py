@@ -1,12 +1,17 @@
-"""Probing: how much the model's predictions change when one linear alone is truncated.
+"""Probing: what it does to the model's predictions to truncate one linear alone, for each linear at one or more ranks.
 
-For linear ``i`` the probe is ``KL(dense || model with only i at rank r0)`` per token, ``r0`` a tenth of break-even. All
-probes are made in one forward walk: a linear of block ``k`` changes nothing before block ``k``, so its stream starts
-there, from the dense stream's hidden states, and rides along with the others to the end.
+All probes are made in one forward walk: a linear of block ``k`` changes nothing before block ``k``, so a probe's stream
+starts there, from the dense stream's hidden states, and rides along with the others to the end. Allocation ``loss``
+measures ``KL(dense || model with only this linear truncated)`` at a tenth of break-even, ``strs`` the loss of the text
+at the rank of every ratio; both per token.
+
+Legend: ``T`` tokens of a window, ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import isfinite
 from typing import Any
 
@@ -14,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from svdllm.allocation import Probe
+from svdllm.allocation import Probes, candidate_ranks
 from svdllm.analysis import Analysis
 from svdllm.calibration import weight_of
 from svdllm.config import Recipe
@@ -30,9 +35,21 @@ PROBE_SHARE_OF_BREAK_EVEN = 0.1
 WINDOW = 256
 MOST_TOKENS = 8192
 
+# Of a window's log probabilities by the dense model (T x V) and its tokens (T): a measure of any other model's.
+Measure = Callable[[Tensor, Tensor], Callable[[Tensor], float]]
+Ranks = Mapping[str, Sequence[int]]  # target -> the ranks that it is probed at, ascending
+
 
 def probe_rank(target: Target) -> int:
+    """Where ``loss`` measures."""
     return max(1, round(PROBE_SHARE_OF_BREAK_EVEN * target.break_even_rank))
+
+
+def probe_ranks(recipe: Recipe, structure: Structure) -> dict[str, list[int]]:
+    """The ranks that every target is probed at; none without probing."""
+    if recipe.allocation == "strs":
+        return {t.name: candidate_ranks(t, recipe.strs_ratios, recipe.round_to) for t in structure.targets}
+    return {t.name: [probe_rank(t)] if recipe.needs_probes else [] for t in structure.targets}
 
 
 def probe_ids(ids: Tensor, num_tokens: int) -> Tensor:
@@ -46,7 +63,8 @@ def probe_ids(ids: Tensor, num_tokens: int) -> Tensor:
 def probe_tokens(recipe: Recipe, structure: Structure, skeleton: PreTrainedModel) -> int:
     """As many tokens as make probing ``probe_share`` of the work of calibration and probing together.
 
-    Counted in multiplications, not in seconds: the same recipe probes the same tokens on every machine.
+    Counted in multiplications, not in seconds: the same recipe probes the same tokens on every machine. The work of
+    calibration is that of the text through the model, also for a method that needs none, and of the Grams.
     """
     head: Any = skeleton.get_output_embeddings()
     gram = METHODS[recipe.method].statistic is Gram
@@ -54,82 +72,100 @@ def probe_tokens(recipe: Recipe, structure: Structure, skeleton: PreTrainedModel
     forward = structure.num_target_params
     calibration = recipe.samples * recipe.seqlen * (forward + gram * sum(width**2 for width in widths.values()) / 2)
     num_blocks = len(structure.blocks)
+    ranks = probe_ranks(recipe, structure)
     per_token = sum(
-        forward * (num_blocks - target.block) / num_blocks + head.weight.numel() for target in structure.targets
+        len(ranks[target.name]) * (forward * (num_blocks - target.block) / num_blocks + head.weight.numel())
+        for target in structure.targets
     )
-    wanted = recipe.probe_share / (1 - recipe.probe_share) * calibration / per_token
-    return max(2, min(MOST_TOKENS, int(wanted)))
+    wanted = recipe.probe_share / (1 - recipe.probe_share) * calibration / max(per_token, 1)
+    return max(2, min(MOST_TOKENS, recipe.samples * min(recipe.seqlen, WINDOW), int(wanted)))
 
 
-def probe(walk: Walk, analysis: Analysis, reporter: Reporter) -> dict[str, Probe]:
-    """Probes every target; ``walk`` carries the probe's tokens, all in one batch.
+def divergence(dense_TV: Tensor, ids_T: Tensor) -> Callable[[Tensor], float]:
+    """Mean KL divergence of other predictions from the dense model's."""
+    probabilities_TV = dense_TV.exp()
+
+    def measure(other_TV: Tensor) -> float:
+        difference_TV = dense_TV - other_TV
+        # Equal to p log(p/q) summed, but no term is negative: small divergences do not drown in rounding.
+        terms_TV = probabilities_TV * (difference_TV + torch.expm1(-difference_TV))
+        return float(terms_TV.sum(dtype=torch.float64)) / len(ids_T)
+
+    return measure
+
+
+def cross_entropy(dense_TV: Tensor, ids_T: Tensor) -> Callable[[Tensor], float]:
+    """Mean loss of the text: the logarithm of the perplexity."""
+    following = ids_T[1:, None].to(dense_TV.device)
+    return lambda other_TV: -float(other_TV[:-1].gather(-1, following).mean(dtype=torch.float64))
+
+
+MEASURES: dict[str, Measure] = {"loss": divergence, "strs": cross_entropy}
+
+
+def probe(walk: Walk, analysis: Analysis, ranks: Ranks, measure: Measure, reporter: Reporter) -> Probes:
+    """Probes every target at its ranks; ``walk`` carries the probe's tokens, all in one batch.
 
     Raises:
-        NumericalError: a divergence is not finite; names the linear.
+        NumericalError: what was measured is not finite; names the linear.
     """
     assert len(walk.batches) == 1
-    streams: dict[str, Tensor] = {}
-    targets = walk.structure.targets
-    with reporter.stage("probe", len(targets)), torch.no_grad():
+    streams: dict[tuple[str, int], Tensor] = {}
+    num_streams = sum(map(len, ranks.values()))
+    with reporter.stage("probe", num_streams), torch.no_grad():
         for block in walk.blocks():
             call = walk.calls[0][block.index]
-            for name, hidden in streams.items():
-                streams[name] = call.run(block.module, hidden.to(walk.device)).cpu()
+            for key, hidden in streams.items():
+                streams[key] = call.run(block.module, hidden.to(walk.device)).cpu()
             for target in walk.structure.block_targets(block.index):
-                with _truncated(walk, target, analysis.spectrum(target)):
-                    streams[target.name] = call.run(block.module, walk.hidden.tensor.to(walk.device)).cpu()
-                reporter.advance(len(streams), len(targets))
+                module = walk.skeleton.get_submodule(target.name)
+                products = _truncations(weight_of(module, target), analysis.spectrum(target), ranks[target.name])
+                for rank, product_OI in products:
+                    with _weight_replaced(module, product_OI.mT if target.is_conv1d else product_OI):
+                        streams[target.name, rank] = call.run(block.module, walk.hidden.tensor.to(walk.device)).cpu()
+                reporter.advance(len(streams), num_streams)
             block.run()
-        divergences = _divergences(walk, [streams[target.name] for target in targets])
-    for target, divergence in zip(targets, divergences, strict=True):
-        if not isfinite(divergence):
+        measured = dict(zip(streams, _measured(walk, list(streams.values()), measure), strict=True))
+    for (name, rank), value in measured.items():
+        if not isfinite(value):
             raise NumericalError(
-                f"With {target.name} truncated to rank {probe_rank(target)} the logits are not finite; leave it dense "
-                "with --ignore, or choose another --allocation."
+                f"With {name} truncated to rank {rank} the logits are not finite; leave it dense with --ignore, or choose "
+                "another --allocation."
             )
-    return {
-        target.name: Probe(probe_rank(target), divergence)
-        for target, divergence in zip(targets, divergences, strict=True)
-    }
+    return {name: {rank: measured[name, rank] for rank in ranks[name]} for name in ranks}
 
 
-class _truncated:
-    """A target of the resident block has its truncated weight while the context lasts."""
-
-    def __init__(self, walk: Walk, target: Target, spectrum: Spectrum):
-        self.module: Any = walk.skeleton.get_submodule(target.name)
-        self.dense = self.module.weight.data
-        weight_OI = weight_of(self.module, target)
-        spectrum = spectrum.to(weight_OI.device, weight_OI.dtype)
-        rank = probe_rank(target)
-        dual_DO = spectrum.basis_OD.mT if spectrum.dual_DO is None else spectrum.dual_DO
-        product_OI = spectrum.basis_OD[:, :rank] @ (dual_DO[:rank] @ weight_OI)
-        self.truncated = (product_OI.mT if target.is_conv1d else product_OI).contiguous()
-
-    def __enter__(self) -> None:
-        self.module.weight.data = self.truncated
-
-    def __exit__(self, *_: object) -> None:
-        self.module.weight.data = self.dense
+def _truncations(weight_OI: Tensor, spectrum: Spectrum, ranks: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """The optimum of each rank, one at a time."""
+    spectrum = spectrum.to(weight_OI.device, weight_OI.dtype)
+    dual_DO = spectrum.basis_OD.mT if spectrum.dual_DO is None else spectrum.dual_DO
+    coefficients_RI = dual_DO[: max(ranks, default=0)] @ weight_OI
+    for rank in ranks:
+        yield rank, spectrum.basis_OD[:, :rank] @ coefficients_RI[:rank]
 
 
-def _divergences(walk: Walk, streams: list[Tensor]) -> list[float]:
-    """Mean KL divergence of each stream's predictions from the dense stream's, one window at a time."""
+@contextmanager
+def _weight_replaced(module: Any, weight: Tensor) -> Iterator[None]:
+    dense = module.weight.data
+    module.weight.data = weight.contiguous()
+    try:
+        yield
+    finally:
+        module.weight.data = dense
+
+
+def _measured(walk: Walk, streams: list[Tensor], measure: Measure) -> list[float]:
+    """Mean measure of each stream's predictions over the windows, one window at a time."""
     totals = [0.0] * len(streams)
     with walk.head() as head:
 
         def log_probabilities(window: slice, hidden: Tensor) -> Tensor:
-            logits = head(window, hidden[window].to(walk.device))
-            return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+            logits_TV = head(window, hidden[window].to(walk.device))[0]
+            return (logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()).log_softmax(-1)
 
-        for number in range(len(walk.ids)):
+        for number, ids_T in enumerate(walk.ids):
             window = slice(number, number + 1)
-            dense = log_probabilities(window, walk.hidden.tensor)
-            probabilities = dense.exp()
+            measure_of = measure(log_probabilities(window, walk.hidden.tensor), ids_T)
             for index, stream in enumerate(streams):
-                difference = dense - log_probabilities(window, stream)
-                # Equal to p log(p/q) summed, but no term is negative: small divergences do not drown in rounding.
-                totals[index] += float(
-                    (probabilities * (difference + torch.expm1(-difference))).sum(dtype=torch.float64)
-                )
-    return [total / walk.ids.numel() for total in totals]
+                totals[index] += measure_of(log_probabilities(window, stream))
+    return [total / len(walk.ids) for total in totals]

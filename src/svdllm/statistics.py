@@ -91,4 +91,24 @@ class MeanAbsolute:
         return self._sum_I / max(self.num_tokens, 1)
 
 
+class RowFisher:
+    """Empirical Fisher information of every row of a weight (``out``), float64: FWSVD (arXiv 2207.00112).
+
+    ``sum_j (dL/dW_ij)^2``, the loss ``L`` being that of one window, summed over the windows.
+    """
+
+    def __init__(self, out_features: int, device: torch.device | str = "cpu"):
+        self._sum_O = torch.zeros(out_features, dtype=torch.float64, device=device)
+
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Adds windows: inputs (``windows x tokens x in``) and gradients of the outputs (``windows x tokens x out``)."""
+        for inputs_TI, gradients_TO in zip(inputs, gradients, strict=True):
+            gradient_OI = gradients_TO.float().mT @ inputs_TI.float()  # of the weight
+            self._sum_O += gradient_OI.double().pow(2).sum(1)
+
+    def value(self) -> Tensor:
+        """The sum, float64."""
+        return self._sum_O
+
+
 Statistic = Gram | MeanAbsolute

@@ -98,5 +98,5 @@ def require_room(output_dir: Path, work: Path, plan: Plan) -> None:
         stage = max(plan.ram_by_stage, key=lambda name: plan.ram_by_stage[name])
         raise ResourceError(
             f"The run needs {more / 1e9:.2f} GB more memory at its peak (stage {stage!r}), {memory / 1e9:.2f} GB are free. "
-            "Lower --batch-tokens, or free some memory."
+            f"Lower --{'probe-share' if stage == 'probe' else 'batch-tokens'}, or free some memory."
         )

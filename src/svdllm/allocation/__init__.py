@@ -1,22 +1,25 @@
 """How a budget is spread over the targets: a map target -> rank; what is not in it stays dense."""
 
 from svdllm.allocation.effective_rank import effective_ranks
-from svdllm.allocation.evidence import Allocation, Evidence, Probe
+from svdllm.allocation.evidence import Allocation, Evidence, Probes
 from svdllm.allocation.loss import dense_cost, factor_cost, loss_ranks
+from svdllm.allocation.strs import candidate_ranks, strs_ranks
 from svdllm.allocation.uniform import Ranks, exact_floor, fill_budget, uniform_rank, uniform_ranks
 from svdllm.allocation.v2 import v2_ranks
 
 __all__ = [
     "Allocation",
     "Evidence",
-    "Probe",
+    "Probes",
     "Ranks",
+    "candidate_ranks",
     "dense_cost",
     "effective_ranks",
     "exact_floor",
     "factor_cost",
     "fill_budget",
     "loss_ranks",
+    "strs_ranks",
     "uniform_rank",
     "uniform_ranks",
     "v2_ranks",

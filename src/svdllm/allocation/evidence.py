@@ -11,32 +11,36 @@ from svdllm.allocation.loss import predicted_losses
 from svdllm.allocation.uniform import Ranks
 from svdllm.structure import Target
 
-
-@dataclass(frozen=True)
-class Probe:
-    """``divergence`` (nats per token) is what truncation to ``rank`` alone does to the model's predictions."""
-
-    rank: int
-    divergence: float
+# Target -> rank -> what truncation of this target alone to this rank was measured to do, nats per token.
+Probes = Mapping[str, Mapping[int, float]]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Of every target: its eigenvalues (descending) and, if it was probed, its probe."""
+    """Of every target: its eigenvalues (descending) and, if it was probed, its probes.
+
+    A probe for ``loss`` is the divergence from the dense model's predictions, one per target; for ``strs`` it is the
+    loss of the text, at several ranks.
+    """
 
     energies: Mapping[str, Tensor]
-    probes: Mapping[str, Probe] = field(default_factory=dict)
+    probes: Probes = field(default_factory=dict)
 
     def losses(self, target: Target) -> Tensor:
-        """The predicted loss of a target at every rank (nats per token)."""
-        probe = self.probes[target.name]
-        return predicted_losses(self.energies[target.name], probe.rank, probe.divergence)
+        """The predicted loss of a target at every rank (nats per token), by its one probe."""
+        ((rank, divergence),) = self.probes[target.name].items()
+        return predicted_losses(self.energies[target.name], rank, divergence)
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Ranks, and, where they were chosen by predicted loss, that loss and how far it may be from the least possible."""
+    """Ranks, and what the rule that chose them says of them.
+
+    By predicted loss: that loss, and how far it may be from the least possible. By STRS: the threshold, which the loss of
+    no linear truncated alone exceeds.
+    """
 
     ranks: Ranks
     predicted_loss: float | None = None
     gap: float | None = None
+    threshold: float | None = None

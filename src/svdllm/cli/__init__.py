@@ -9,7 +9,7 @@ import sys
 import torch
 import typer
 
-from svdllm.cli import compress, demo, evaluate, export, inspect, plan, recover, slicing, verify
+from svdllm.cli import ablate, compare, compress, demo, evaluate, export, inspect, plan, recover, slicing, verify
 from svdllm.cli.console import error_console
 from svdllm.errors import InputError, ResourceError, SvdllmError, first_line
 
@@ -29,7 +29,7 @@ app = typer.Typer(
     ),
     epilog="Exit codes: 0 done, 2 bad input, 3 unsupported model, 4 out of memory or disk, 5 NaN or infinity, 130 interrupted.",
 )
-for module in (plan, compress, slicing, recover, evaluate, inspect, verify, export, demo):
+for module in (plan, compress, slicing, recover, evaluate, compare, ablate, inspect, verify, export, demo):
     module.register(app)
 
 
@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
         error_console.print("Interrupted.")
         if arguments[:1] == ["compress"]:
             error_console.print("The same command goes on from the last finished block.")
+        elif arguments[:1] in (["compare"], ["ablate"]):
+            error_console.print("The same command goes on from the last finished model.")
         elif arguments[:1] == ["recover"]:
             error_console.print("The same command goes on from the last saved step.")
         code = 130

@@ -9,6 +9,7 @@ import typer
 
 from svdllm.config import (
     ALLOCATIONS,
+    PROBING,
     Recipe,
     allocation_file,
     load_settings,
@@ -18,11 +19,11 @@ from svdllm.config import (
 )
 from svdllm.errors import InputError
 
-# Flags that do nothing unless another setting has this value.
+# Flags that do nothing unless another setting has one of these values.
 ONLY_WITH = {
-    "asvd_alpha": ("method", "asvd"),
-    "gradient_samples": ("metric", "two-sided"),
-    "probe_share": ("allocation", "loss"),
+    "asvd_alpha": ("method", ("asvd",)),
+    "probe_share": ("allocation", PROBING),
+    "strs_ratios": ("allocation", ("strs",)),
 }
 BUDGETS = ("ratio", "target_params", "target_size", "ranks")
 
@@ -76,7 +77,7 @@ RecipeFile = Annotated[
 Method = Annotated[
     str | None,
     typer.Option(
-        help="svd-llm (truncation-aware), svd (plain) or asvd (channel scales).",
+        help="svd-llm (truncation-aware), svd (plain), asvd (input scales) or fwsvd (Fisher weights of output rows).",
         show_default="svd-llm",
         rich_help_panel="Method",
     ),
@@ -96,7 +97,7 @@ Metric = Annotated[
 GradientSamples = Annotated[
     int | None,
     typer.Option(
-        help="Calibration windows of the backward pass (two-sided).", show_default="32", rich_help_panel="Method"
+        help="Calibration windows of the backward pass (two-sided, fwsvd).", show_default="32", rich_help_panel="Method"
     ),
 ]
 CalibrationMode = Annotated[
@@ -138,7 +139,8 @@ Allocation = Annotated[
     str | None,
     typer.Option(
         help="How the budget is spread: uniform (the paper), v2 (SVD-LLM V2), effective-rank (D-Rank), loss (measured "
-        "on the model, may leave linears dense), or a JSON/YAML file of linear (a regular expression): rank or dense.",
+        "on the model, may leave linears dense), strs (ASVD's search, likewise), or a JSON/YAML file of linear (a regular "
+        "expression): rank or dense.",
         show_default="loss",
         rich_help_panel="Allocation",
     ),
@@ -146,8 +148,17 @@ Allocation = Annotated[
 ProbeShare = Annotated[
     float | None,
     typer.Option(
-        help="Most of the work of calibration and probing together that probing may be (loss); decides how many tokens.",
+        help="Most of the work of calibration and probing together that probing may be (loss, strs); decides how many "
+        "tokens.",
         show_default="0.5",
+        rich_help_panel="Allocation",
+    ),
+]
+StrsRatios = Annotated[
+    str | None,
+    typer.Option(
+        help="Ratios at which each linear alone is tried, like 0.2,0.4,0.6,0.8; fewer leave more tokens for each (strs).",
+        show_default="0.1,0.2,...,0.9",
         rich_help_panel="Allocation",
     ),
 ]
@@ -240,6 +251,7 @@ def build_recipe(
     target_size: str | None,
     ignore: list[str] | None,
     override: list[str] | None,
+    strs_ratios: str | None,
     **flags: Any,
 ) -> Recipe:
     """Preset, then recipe file, then flags; a budget on the command line takes the place of the file's."""
@@ -248,7 +260,10 @@ def build_recipe(
         settings |= load_settings(recipe_file)
     given = {name: value for name, value in flags.items() if value is not None}
     if ratio is not None:
-        given["ratio"] = _ratios(ratio)
+        ratios = ratios_of(ratio, "--ratio")
+        given["ratio"] = ratios[0] if len(ratios) == 1 else ratios
+    if strs_ratios is not None:
+        given["strs_ratios"] = ratios_of(strs_ratios, "--strs-ratios")
     if target_params is not None:
         given["target_params"] = parse_amount(target_params, what="--target-params", bytes_allowed=False)
     if target_size is not None:
@@ -263,12 +278,17 @@ def build_recipe(
     if any(name in given for name in BUDGETS):
         settings = {name: value for name, value in settings.items() if name not in BUDGETS}
     recipe = make_recipe(settings | given, origin=f"Recipe {recipe_file}" if recipe_file else "The options")
-    for flag, (setting, value) in ONLY_WITH.items():
-        if flag in given and getattr(recipe, setting) != value:
+    for flag, (setting, values) in ONLY_WITH.items():
+        if flag in given and getattr(recipe, setting) not in values:
             raise InputError(
-                f"--{flag.replace('_', '-')} does nothing here: it is for {setting} {value}, and this recipe has "
-                f"{getattr(recipe, setting)}. Leave it out, or choose --{setting} {value}."
+                f"--{flag.replace('_', '-')} does nothing here: it is for {setting} {' or '.join(values)}, and this recipe "
+                f"has {getattr(recipe, setting)}. Leave it out, or choose --{setting} {values[0]}."
             )
+    if "gradient_samples" in given and not recipe.needs_gradients:
+        raise InputError(
+            f"--gradient-samples does nothing here: metric {recipe.metric} of method {recipe.method} takes no gradients. "
+            "Leave it out, or choose --metric two-sided or --method fwsvd."
+        )
     recipe.require_budget()
     return recipe
 
@@ -277,12 +297,11 @@ def hidden_states_limit(text: str | None) -> int | None:
     return None if text is None else parse_amount(text, what="--hidden-states-limit", bytes_allowed=True)
 
 
-def _ratios(text: str) -> float | tuple[float, ...]:
-    ratios = tuple(_ratio(part, "--ratio") for part in text.split(","))
-    return ratios[0] if len(ratios) == 1 else ratios
+def ratios_of(text: str, option: str) -> tuple[float, ...]:
+    return tuple(ratio_of(part, option) for part in text.split(","))
 
 
-def _ratio(text: str, option: str, least: str = "above 0") -> float:
+def ratio_of(text: str, option: str, least: str = "above 0") -> float:
     try:
         value = float(text)
     except ValueError:
@@ -308,4 +327,4 @@ def _override(text: str) -> tuple[str, float]:
     pattern, equals, ratio = text.rpartition("=")
     if not equals or not pattern:
         raise InputError(f"--override {text!r} is not of the form REGEX=RATIO, as in 'mlp.down_proj=0.1'.")
-    return pattern, _ratio(ratio, f"--override {pattern}", least="from 0")
+    return pattern, ratio_of(ratio, f"--override {pattern}", least="from 0")

@@ -9,11 +9,11 @@ from rich.table import Table
 
 from svdllm.cli.console import count, duration, size
 from svdllm.demo import DemoResult
-from svdllm.evaluate import ModelPerplexity
 from svdllm.plan import Plan
 from svdllm.records import CompressionResult
 from svdllm.recover import RecoveryResult
 from svdllm.report.card import recovery_text
+from svdllm.side_by_side import ModelPerplexity
 
 Titled = tuple[str, list[Table]]  # a line of its own, never cut or wrapped, and what stands below it
 
@@ -92,8 +92,10 @@ def perplexity_table(rows: list[ModelPerplexity]) -> Table:
         table.add_row(row.model, count(row.params), size(row.weight_bytes), row.text, *_measured(row))
     if rows:
         measured = rows[0].perplexity
+        bos = {True: "BOS at the start of the text", False: "no BOS", None: "BOS unknown"}[measured.begins_with_bos]
         table.caption = (
-            f"{measured.num_windows} windows of {measured.seqlen} tokens, no overlap; s.e.: standard error over windows"
+            f"protocol {measured.protocol}: {measured.num_windows} windows of {measured.seqlen} tokens, {bos}; "
+            "s.e.: standard error over windows"
         )
     return table
 
@@ -148,6 +150,7 @@ def report_table(report: dict[str, Any]) -> Titled:
     chosen = report["allocation"]
     dense = sum(linear["rank"] is None for linear in report["linears"])
     loss = "" if chosen["predicted_loss"] is None else f"; predicted loss {chosen['predicted_loss']:.3f} nats per token"
+    loss += threshold_text(chosen.get("threshold"))
     table.add_row("allocation", f"{chosen['name']}, {len(report['linears']) - dense} factorised, {dense} dense{loss}")
     table.add_row("metric", f"{recipe['metric']}, {recipe['calibration_mode']} calibration")
     table.add_row("source weights", f"{source['weights_fingerprint'][:16]}, revision {source['revision'] or 'none'}")
@@ -191,7 +194,12 @@ def allocation_text(plan: Plan, dense: int) -> str:
     if plan.predicted_loss is not None and plan.allocation_gap is not None:
         proof = "proven least" if plan.allocation_gap <= 1e-6 else f"within {plan.allocation_gap:.1e} of the least"
         text += f"; predicted loss {plan.predicted_loss:.3f} nats per token, {proof}"
-    return text
+    return text + threshold_text(plan.allocation_threshold)
+
+
+def threshold_text(threshold: float | None) -> str:
+    """What the ranks of STRS have in common."""
+    return "" if threshold is None else f"; none alone takes the loss above {threshold:.3f} nats per token"
 
 
 def kind_of(name: str) -> str:

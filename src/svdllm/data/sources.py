@@ -194,7 +194,7 @@ def _load_dataset(spec: HubSpec, split: str, *, offline: bool) -> Any:
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    with _hub_offline(offline):
+    with hub_offline(offline):
         try:
             if spec.data_file is None:
                 return datasets.load_dataset(spec.repo, spec.config, split=split)
@@ -242,7 +242,7 @@ def _not_reached(spec: HubSpec, offline: bool, err: Exception) -> str:
 
 
 @contextmanager
-def _hub_offline(offline: bool) -> Iterator[None]:
+def hub_offline(offline: bool) -> Iterator[None]:
     """Within it no request leaves for the hub and ``load_dataset`` takes what is cached.
 
     ``DownloadConfig(local_files_only=True)`` is ignored by datasets 5, and the environment variables are read once at

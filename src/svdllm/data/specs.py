@@ -143,6 +143,19 @@ def parse_spec(spec: str) -> Spec:
     return _parse_mixture(spec)
 
 
+def split_specs(values: Sequence[str]) -> list[str]:
+    """The sources in ``values``, each once: a value is one source, or several with commas between them.
+
+    The name of a file may hold commas, and a mixture has them: those stay whole.
+    """
+    specs: list[str] = []
+    for value in values:
+        parts = [part.strip() for part in value.split(",")]
+        names_a_file = Path(value).exists() or Path(value.rpartition(":")[0]).is_file()
+        specs += [value] if names_a_file or all(map(_is_weighed, parts)) else parts
+    return list(dict.fromkeys(specs))
+
+
 def check_source(source: str | Sequence[str] | Tensor | Any) -> None:
     """Refuse a source that cannot work, before anything expensive: nothing is read, tokenised or downloaded.
 
@@ -272,6 +285,11 @@ def _parse_mixture(spec: str) -> MixtureSpec:
     weighed = [_split_weight(part.strip(), spec) for part in spec.split(",")]
     total = math.fsum(weight for _, weight in weighed)
     return MixtureSpec(tuple((_parse_single(text), text, weight / total) for text, weight in weighed))
+
+
+def _is_weighed(part: str) -> bool:
+    """Whether it ends as the part of a mixture does."""
+    return re.fullmatch(r".+:\d*\.?\d+", part) is not None
 
 
 def _split_weight(part: str, mixture: str) -> tuple[str, float]:

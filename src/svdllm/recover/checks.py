@@ -30,7 +30,7 @@ def check_cheaply(
     require_ours(models.work)
     read_report(models.folder)
     training_dtype(models, settings)
-    _check_data(settings, texts)
+    check_data(settings, texts)
     if log_dir is not None:
         require_extra("tensorboard", "--log-dir", extra="tensorboard")
         if set(settings.methods) == {"blockwise"}:
@@ -63,7 +63,8 @@ def training_dtype(models: Models, settings: Recovery) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _check_data(settings: Recovery, texts: Sequence[str]) -> None:
+def check_data(settings: Recovery, texts: Sequence[str]) -> None:
+    """Raises InputError for a text that cannot be read, or not by the methods asked for."""
     held_out = settings.eval_data
     for text in (settings.data, *([] if held_out is None else [held_out]), *texts):
         check_source(text)

@@ -1,0 +1,209 @@
+"""What compare and ablate share: options, the run with its report, and what is printed."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.table import Table
+
+from svdllm.cli import options as o
+from svdllm.cli.console import ConsoleReporter, console, print_json
+from svdllm.errors import InputError
+from svdllm.grid import Grid, Measures, Study, Variant, run_grid
+from svdllm.grid.settings import PROMPTS
+from svdllm.report.grid_report import GridReport, read_spectra_files, write_report
+
+REPORT_EVERY = 120  # seconds, while the grid is made
+CALIBRATION, MEASURE, RUN = "Calibration", "Measuring", "Running"
+
+
+def _option(help: str, panel: str, default: str | bool = False, *names: str) -> Any:
+    return typer.Option(*names, help=help, show_default=default, rich_help_panel=panel)
+
+
+Output = Annotated[
+    Path, typer.Option("-o", "--output", help="Folder of the report; a killed run goes on in it.", show_default=False)
+]
+Ratios = Annotated[str, typer.Option(help="Shares of the linears' parameters to remove.")]
+Recover = Annotated[
+    str | None,
+    typer.Option(
+        help="Settings of the training of methods written with +, as YAML: 'data: alpaca.json, steps: 20', or a file. "
+        "The names are those of svdllm recover --help.",
+        show_default=False,
+    ),
+]
+Calib = Annotated[str | None, _option("Calibration text of all methods.", CALIBRATION, "wikitext2")]
+Samples = Annotated[int | None, _option("Calibration windows.", CALIBRATION, "256")]
+Seqlen = Annotated[int | None, _option("Tokens of a calibration window.", CALIBRATION, "2048")]
+Seed = Annotated[int | None, _option("Seed of the random windows.", CALIBRATION, "3")]
+Ppl = Annotated[
+    list[str] | None,
+    _option("Text to measure perplexity on; may be repeated; none for nothing.", MEASURE, "python-docs"),
+]
+PplSeqlen = Annotated[int, _option("Tokens of a window of it.", MEASURE, True)]
+PplWindows = Annotated[int | None, _option("Only the first windows of it.", MEASURE, "all")]
+Tasks = Annotated[str | None, _option("Tasks of lm-evaluation-harness, as in arc_easy,piqa.", MEASURE)]
+TaskData = Annotated[Path | None, _option("Folder with files of the tasks, instead of the hub.", MEASURE)]
+Limit = Annotated[int | None, _option("Only the first examples of every task.", MEASURE, "all")]
+NumFewshot = Annotated[int | None, _option("Examples shown to the model.", MEASURE, "the task's own")]
+Prompts = Annotated[
+    Path | None, _option("Text file with a prompt in each line, for the report to show what is written.", MEASURE)
+]
+NewTokens = Annotated[int, _option("Tokens to write after each prompt; 0 for no prompts.", MEASURE, True)]
+Device = Annotated[str, _option("auto, cpu, cuda, ...", RUN, True)]
+Dtype = Annotated[str, _option("What is computed in: auto is float32 on a CPU, the model's own on a GPU.", RUN, True)]
+Keep = Annotated[bool, _option("Keep every checkpoint, in OUTPUT/checkpoints.", RUN, False, "--keep")]
+
+
+def calibration_settings(**settings: Any) -> dict[str, Any]:
+    """Those that are given, by their names in a recipe."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def recover_settings(text: str | None) -> dict[str, Any] | None:
+    """The mapping of --recover, which is YAML or a file of it."""
+    if text is None:
+        return None
+    try:
+        file = Path(text)
+        content = (
+            file.read_text(encoding="utf-8") if file.suffix in (".yaml", ".yml") else "{" + text.strip(" {}") + "}"
+        )
+        settings = yaml.safe_load(content)
+    except OSError as error:
+        raise InputError(f"--recover {text}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"--recover {text!r} is no YAML mapping like 'data: alpaca.json, steps: 20'.") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"--recover {text!r}: expected a mapping like 'data: alpaca.json, steps: 20'.")
+    return settings
+
+
+def different_ratios(text: str) -> tuple[float, ...]:
+    ratios = o.ratios_of(text, "--ratios")
+    if len(set(ratios)) < len(ratios):
+        raise InputError(f"--ratios {text!r} names a ratio twice.")
+    return ratios
+
+
+def names_of(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def measures_of(
+    *,
+    ppl: Sequence[str] | None,
+    seqlen: int,
+    windows: int | None,
+    tasks: str | None,
+    task_data: Path | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    prompts: Path | None,
+    new_tokens: int,
+    device: str,
+    dtype: str,
+) -> Measures:
+    if seqlen < 2 or (windows is not None and windows < 1) or new_tokens < 0:
+        raise InputError("--ppl-seqlen must be at least 2, --ppl-windows at least 1, --new-tokens at least 0.")
+    if tasks is None and (task_data, limit, num_fewshot) != (None, None, None):
+        raise InputError("--task-data, --limit and --num-fewshot do nothing without --tasks.")
+    lines = PROMPTS if prompts is None else _prompts(prompts)
+    measures = Measures(
+        texts=tuple(text for text in ppl or ["python-docs"] if text != "none"),
+        seqlen=seqlen,
+        windows=windows,
+        tasks=tuple(names_of(tasks or "")),
+        task_data=task_data,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        prompts=lines if new_tokens else (),
+        new_tokens=new_tokens,
+        device=device,
+        dtype=dtype,
+    )
+    if not (measures.texts or measures.tasks or measures.prompts):
+        raise InputError("Nothing to measure: give --ppl, --tasks or prompts.")
+    return measures
+
+
+def run_and_report(grid: Grid, output: Path, *, keep: bool, study: Study | None, json: bool) -> None:
+    """Runs a grid, with its report written now and then; ends with the first failure's exit code."""
+    command = shlex.join(["svdllm", *sys.argv[1:]])
+
+    def write(records: list[dict[str, Any]]) -> GridReport:
+        report = GridReport(
+            grid=grid, records=records, spectra=read_spectra_files(output), command=command, study=study
+        )
+        write_report(report, output)
+        return report
+
+    written = time.monotonic()
+
+    def write_now_and_then(records: list[dict[str, Any]]) -> None:
+        nonlocal written
+        if time.monotonic() - written > REPORT_EVERY:
+            write(records)
+            written = time.monotonic()
+
+    report = write(run_grid(grid, output, keep=keep, reporter=ConsoleReporter(), on_cell=write_now_and_then))
+    if json:
+        print_json(report.to_dict())
+    else:
+        console.print(_table(report))
+        for record in report.failed:
+            console.print(f"{record['name']} failed: {record['error']['message']}", style="red", soft_wrap=True)
+        console.print(f"Report: {output / 'report.html'}", soft_wrap=True)
+    if report.failed:
+        raise typer.Exit(report.failed[0]["error"]["exit_code"])
+
+
+def _table(report: GridReport) -> Table:
+    table = Table(header_style="bold", title=report.grid.title)
+    for heading in ("ratio", "method", "files", *(column.heading for column in report.columns)):
+        table.add_column(heading, justify="left" if heading in ("ratio", "method") else "right")
+    for group in report.groups:
+        for row in group.rows:
+            cells = [f"{entry.text}{' *' if entry.best else ''}" for entry in row.entries] or ["failed"]
+            table.add_row(group.title, row.method, row.size, *cells)
+        table.add_section()
+    table.caption = "* best of the ratio; standard errors are in the report"
+    return table
+
+
+def _prompts(file: Path) -> tuple[str, ...]:
+    try:
+        lines = tuple(line for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts {file} cannot be read: {error}") from error
+    if not lines:
+        raise InputError(f"--prompts {file} holds no prompt: write one in each line.")
+    return lines
+
+
+def grid_of(
+    model: str,
+    variants: tuple[Variant, ...],
+    ratios: str,
+    measures: Measures,
+    title: str,
+    revision: str | None,
+    offline: bool,
+) -> Grid:
+    return Grid(
+        model=model,
+        variants=variants,
+        ratios=different_ratios(ratios),
+        measures=measures,
+        title=title,
+        revision=revision,
+        offline=offline,
+    )

@@ -1,0 +1,10 @@
+"""Grids: many compressed models of one dense model, measured alike (the paper's tables and sensitivity studies)."""
+
+from __future__ import annotations
+
+from svdllm.grid.run import run_grid
+from svdllm.grid.settings import Grid, Measures, Variant
+from svdllm.grid.studies import STUDIES, Study, study
+from svdllm.grid.variants import METHOD_NAMES, variants_of
+
+__all__ = ["METHOD_NAMES", "STUDIES", "Grid", "Measures", "Study", "Variant", "run_grid", "study", "variants_of"]

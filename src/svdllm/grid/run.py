@@ -1,0 +1,251 @@
+"""A grid from beginning to end: calibrate once for all ratios, measure every cell, go on where an earlier run stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from svdllm.analysis import differences, write_atomically
+from svdllm.checkpoint import is_checkpoint, read_report
+from svdllm.compress import compress
+from svdllm.data import check_source
+from svdllm.data.specs import require_extra
+from svdllm.errors import InputError, ResourceError, SvdllmError, first_line
+from svdllm.grid.measure import measure
+from svdllm.grid.settings import Cell, Grid, Variant
+from svdllm.grid.spectra import read_spectra
+from svdllm.plan import plan
+from svdllm.progress import Reporter, SubReporter
+from svdllm.recover import recover
+from svdllm.recover.checks import check_data
+from svdllm.source import open_config
+from svdllm.tasks import TaskSuite, check_models, open_tasks
+from svdllm.workspace import require_writable
+
+Record = dict[str, Any]
+GRID_FILE = "grid.json"
+
+
+def run_grid(
+    grid: Grid,
+    folder: str | Path,
+    *,
+    keep: bool = False,
+    reporter: Reporter | None = None,
+    on_cell: Callable[[list[Record]], object] | None = None,
+) -> list[Record]:
+    """Makes and measures every cell; returns their records, in the grid's order.
+
+    A cell that fails is a record that says why; the others go on. Finished cells are files in ``folder/cells``: the same
+    grid goes on with them, and so does one with more variants or ratios. Failed ones are tried again.
+
+    Args:
+        folder: made by this call, or left by an earlier one.
+        keep: leave every checkpoint in ``folder/checkpoints``; otherwise it is removed when it is measured.
+        on_cell: is called with all records so far after each new one.
+
+    Raises:
+        InputError, UnsupportedModelError: something is wrong with the grid as a whole; before any work.
+    """
+    reporter = reporter or Reporter()
+    run = _Run(grid=grid, folder=Path(folder), keep=keep, reporter=reporter)
+    run.check()
+    with _tasks(grid, reporter) as suite:
+        for name in ("cells", "spectra"):
+            (run.folder / name).mkdir(parents=True, exist_ok=True)
+        about = json.dumps({"title": grid.title, "model": grid.model}, indent=2)
+        write_atomically(run.folder / GRID_FILE, about.encode())
+        for _ in replace(run, suite=suite).execute():
+            if on_cell is not None:
+                on_cell(run.records())
+    shutil.rmtree(run.work, ignore_errors=True)
+    return run.records()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    grid: Grid
+    folder: Path
+    keep: bool
+    reporter: Reporter
+    suite: TaskSuite | None = None
+
+    @property
+    def work(self) -> Path:
+        return self.folder / "work"
+
+    def records(self) -> list[Record]:
+        return [record for cell in self.grid.cells if (record := self._read(cell)) is not None]
+
+    def check(self) -> None:
+        """What can be wrong with any cell, before the first one is made."""
+        grid = self.grid
+        require_extra("matplotlib", "a report", extra="report")
+        require_writable(self.folder)
+        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / GRID_FILE).is_file():
+            raise InputError(
+                f"{self.folder} exists, is not empty, and is no report of an earlier run: name another folder."
+            )
+        for text in grid.measures.texts:
+            check_source(text)
+        for variant in grid.variants:
+            for ratio in grid.ratios:
+                plan(grid.model, variant.at(ratio), offline=grid.offline, revision=grid.revision)
+            if variant.recipe.needs_tokens:
+                check_source(variant.recipe.calibration)
+            if variant.recovery is not None:
+                check_data(variant.recovery, ())
+        for cell in grid.cells:
+            if (found := self._read(cell)) is not None and found["status"] == "done":
+                self._refuse_other(found["settings"], cell)
+
+    def _refuse_other(self, found: Record, cell: Cell) -> None:
+        if different := differences(_flat(found), _flat(self._settings_of(cell))):
+            raise InputError(
+                f"{self._file(cell)} holds '{cell.name}' made with other settings: {different}. Give the same settings to "
+                "go on, or name another folder."
+            )
+
+    def execute(self) -> Iterator[Cell]:
+        """Yields every cell when its record is written: the dense model, then recipe by recipe and ratio by ratio."""
+        cells = [cell for cell in self.grid.cells if not self._is_done(cell)]
+        for cell in cells:
+            if cell.variant is None:
+                yield self._attempt(cell)
+        keys = dict.fromkeys(cell.variant.analysis_key for cell in cells if cell.variant is not None)
+        for key in keys:
+            for ratio in self.grid.ratios:
+                column = [c for c in cells if c.ratio == ratio and c.variant and c.variant.analysis_key == key]
+                for cell in sorted(column, key=lambda cell: cell.is_trained):
+                    yield self._attempt(cell)
+                if not self.keep:
+                    for cell in column:
+                        shutil.rmtree(self._checkpoint(cell), ignore_errors=True)
+                        shutil.rmtree(self._checkpoint(cell.untrained), ignore_errors=True)
+            shutil.rmtree(self._analysis(key), ignore_errors=True)
+
+    def _attempt(self, cell: Cell) -> Cell:
+        """Writes the record of a cell, whether it can be made or not."""
+        started = time.perf_counter()
+        reporter = SubReporter(self.reporter, f"{cell.name}: ")
+        record: Record = {"name": cell.name, "settings": self._settings_of(cell)}
+        record |= {"variant": cell.variant and cell.variant.name, "ratio": cell.ratio}
+        try:
+            record |= {"status": "done"} | self._make(cell, reporter)
+        except Exception as error:  # whatever it is, the other cells shall be made
+            record |= {"status": "failed", "error": _described(error)}
+            self.reporter.warn(f"{cell.name} failed: {first_line(error)}")
+        record |= {"stages": dict(reporter.seconds), "total_seconds": time.perf_counter() - started}
+        write_atomically(self._file(cell), json.dumps(record, indent=1).encode())
+        return cell
+
+    def _make(self, cell: Cell, reporter: Reporter) -> Record:
+        grid = self.grid
+        if cell.variant is None:
+            nothing: Record = {"linears": [], "recovery": None, "compression_seconds": {}}
+            return nothing | measure(grid.model, grid.measures, self.suite, offline=grid.offline, reporter=reporter)
+        folder = self._compressed(cell.untrained, reporter)
+        if cell.variant.recovery is not None:
+            folder = self._trained(cell, folder, reporter)
+        report = read_report(folder)
+        record = {key: report[key] for key in ("ratio", "dense_params", "file_bytes", "dense_file_bytes", "linears")}
+        record["achieved_ratio"] = record.pop("ratio")
+        record |= {"compression_seconds": report["seconds"], "allocation": report["allocation"]}
+        record["recovery"] = report.get("recovery")
+        if (analysis := self._analysis(cell.variant.analysis_key)).is_dir():
+            write_atomically(self._spectra_file(cell.variant), json.dumps(read_spectra(analysis)).encode())
+        record["checkpoint"] = str(folder.relative_to(self.folder)) if self.keep else None
+        return record | measure(folder, grid.measures, self.suite, offline=grid.offline, reporter=reporter)
+
+    def _compressed(self, cell: Cell, reporter: Reporter) -> Path:
+        """Algorithm 1, once; every other ratio of the recipe finds its calibration and decomposition done."""
+        folder = self._checkpoint(cell)
+        if not is_checkpoint(folder):
+            assert cell.variant is not None
+            assert cell.ratio is not None
+            compress(
+                self.grid.model,
+                cell.variant.at(cell.ratio),
+                folder,
+                offline=self.grid.offline,
+                revision=self.grid.revision,
+                analysis_dir=self._analysis(cell.variant.analysis_key),
+                reporter=reporter,
+            )
+        return folder
+
+    def _trained(self, cell: Cell, compressed: Path, reporter: Reporter) -> Path:
+        folder = self._checkpoint(cell)
+        if not is_checkpoint(folder):
+            assert cell.variant is not None
+            assert cell.variant.recovery is not None
+            recover(compressed, folder, cell.variant.recovery, offline=self.grid.offline, reporter=reporter)
+        return folder
+
+    def _settings_of(self, cell: Cell) -> Record:
+        """As they are read again."""
+        return json.loads(json.dumps(self.grid.settings_of(cell)))
+
+    def _is_done(self, cell: Cell) -> bool:
+        found = self._read(cell)
+        return found is not None and found["status"] == "done"
+
+    def _read(self, cell: Cell) -> Record | None:
+        file = self._file(cell)
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def _file(self, cell: Cell) -> Path:
+        return self.folder / "cells" / f"{cell.file_name}.json"
+
+    def _spectra_file(self, variant: Variant) -> Path:
+        return self.folder / "spectra" / f"{variant.untrained.name}.json"
+
+    def _checkpoint(self, cell: Cell) -> Path:
+        return (self.folder / "checkpoints" if self.keep else self.work) / cell.file_name
+
+    def _analysis(self, key: str) -> Path:
+        return self.work / f"analysis-{key}"
+
+
+@contextmanager
+def _tasks(grid: Grid, reporter: Reporter) -> Iterator[TaskSuite | None]:
+    """The tasks made ready, and seen to fit the model; None where none are asked for."""
+    measures = grid.measures
+    if not measures.tasks:
+        yield None
+        return
+    with open_tasks(
+        measures.tasks,
+        limit=measures.limit,
+        num_fewshot=measures.num_fewshot,
+        task_data=measures.task_data,
+        offline=grid.offline,
+        reporter=reporter,
+    ) as suite:
+        source = open_config(grid.model, offline=grid.offline, revision=grid.revision)
+        check_models(suite, {grid.model: source.config})
+        yield suite
+
+
+def _described(error: Exception) -> Record:
+    """What a record keeps of an error; of one that nobody expected, also where it arose."""
+    known = isinstance(error, SvdllmError | torch.OutOfMemoryError | MemoryError | OSError)
+    kind = ResourceError if isinstance(error, torch.OutOfMemoryError | MemoryError) else type(error)
+    described = {"type": kind.__name__, "message": str(error), "exit_code": getattr(kind, "exit_code", 1)}
+    return described if known else described | {"traceback": traceback.format_exc()}
+
+
+def _flat(settings: Record, prefix: str = "") -> Record:
+    flat: Record = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}: ") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

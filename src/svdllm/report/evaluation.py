@@ -1,0 +1,53 @@
+"""Evaluations as a document, and where it is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from svdllm.errors import InputError
+from svdllm.side_by_side import ModelEvaluation, perplexity_rows
+from svdllm.tasks import compare_scores
+from svdllm.workspace import require_writable
+
+DOCUMENT = "evaluation.json"
+ROLES = ("model", "base")
+
+
+def evaluation_document(evaluations: Sequence[ModelEvaluation]) -> dict[str, Any]:
+    """Everything that was measured: on the model, and on the dense one if it comes second."""
+    results = [evaluation.tasks for evaluation in evaluations if evaluation.tasks is not None]
+    return {
+        "results": [row.to_dict() for row in perplexity_rows(evaluations)],
+        "tasks": [result.to_dict() for result in results],
+        "comparison": [row.to_dict() for row in compare_scores(*results)] if len(results) == 2 else [],
+    }
+
+
+def require_new(place: Path) -> None:
+    """Raises InputError if there is something at the place of the output, or nothing can be made there."""
+    if place.is_file() or (place.is_dir() and any(place.iterdir())):
+        raise InputError(f"{place} exists; nothing is overwritten. Choose another output, or remove it first.")
+    if place.is_dir() and place.suffix.lower() == ".json":
+        raise InputError(f"{place} is a folder, and its name is a file's. Choose another output.")
+    require_writable(place)
+
+
+def store_evaluation(document: dict[str, Any], place: Path) -> None:
+    """Writes the whole document into a ``.json`` file, or into a folder, the harness's own documents apart then."""
+    if place.suffix.lower() == ".json":
+        _write(place, document)
+        return
+    own = [{key: value for key, value in tasks.items() if key != "harness"} for tasks in document["tasks"]]
+    _write(place / DOCUMENT, document | {"tasks": own})
+    for role, tasks in zip(ROLES, document["tasks"], strict=False):
+        _write(place / f"lm-eval-{role}.json", tasks["harness"])
+
+
+def _write(file: Path, document: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("x", encoding="utf-8") as opened:
+        json.dump(document, opened, indent=2, allow_nan=False)
+        opened.write("\n")

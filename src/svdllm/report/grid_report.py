@@ -1,0 +1,259 @@
+"""The report of a grid: one HTML page without a network, the same as Markdown, and everything as JSON."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from svdllm.analysis import write_atomically
+from svdllm.grid.settings import Grid
+from svdllm.grid.studies import Study
+from svdllm.grid.variants import BASELINES
+from svdllm.report import grid_plots
+from svdllm.report.grid_table import Column, Entry, Group, columns_of, groups_of
+from svdllm.version import __version__
+
+Record = dict[str, Any]
+STAGES = {"analyze": "calibration, forward", "gradients": "calibration, backward", "probe": "probing"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    name: str
+    title: str
+    caption: str
+    svg: str
+
+    @property
+    def data_uri(self) -> str:
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg.encode()).decode()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridReport:
+    """A grid as it is shown. ``command`` made it; ``study`` is what varies in it, if it is a sensitivity study."""
+
+    grid: Grid
+    records: list[Record]
+    spectra: dict[str, Record] = field(default_factory=dict)
+    command: str = ""
+    study: Study | None = None
+
+    @property
+    def columns(self) -> list[Column]:
+        return columns_of(self.records)
+
+    @property
+    def groups(self) -> list[Group]:
+        return groups_of(self.records, self.columns)
+
+    @property
+    def failed(self) -> list[Record]:
+        return [record for record in self.records if record["status"] != "done"]
+
+    @property
+    def missing(self) -> int:
+        """Cells that are not made yet."""
+        return len(self.grid.cells) - len(self.records)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {"svdllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+    @property
+    def findings(self) -> list[str]:
+        """For every ratio, what is best on the first text, and by how much."""
+        if not self.columns:
+            return []
+        column, lines = self.columns[0], []
+        for group in self.groups[1:]:
+            for row in group.rows:
+                if row.entries and row.entries[0].best:
+                    entry = row.entries[0]
+                    gain = f", {entry.gain.strip('()')} against the best of SVD, FWSVD and ASVD" if entry.gain else ""
+                    lines.append(f"{group.title} removed: {row.method} has the lowest, {_full(entry)}{gain}")
+        return [f"{column.title} perplexity. {line}." for line in lines]
+
+    @property
+    def protocol(self) -> list[str]:
+        """How the figures were taken, in sentences."""
+        measures = self.grid.measures
+        windows = "all windows" if measures.windows is None else f"the first {measures.windows} windows"
+        lines = []
+        if measures.texts:
+            lines.append(
+                f"Perplexity: {windows} of {measures.seqlen} tokens, without overlap; ± is the standard error over windows."
+            )
+        if measures.tasks:
+            limit = "all examples" if measures.limit is None else f"the first {measures.limit} examples"
+            lines.append(f"Tasks: lm-evaluation-harness, {limit} of each; ± is the harness's standard error.")
+        texts = {row["recipe"]["calibration"]: row["recipe"] for row in self._settings() if row["recipe"]}
+        lines += [
+            f"Calibration: {recipe['samples']} windows of {recipe['seqlen']} tokens of {text}, seed {recipe['seed']}."
+            for text, recipe in texts.items()
+        ]
+        if {variant.name for variant in self.grid.variants} & set(BASELINES):
+            lines.append(
+                "In brackets: change against the best of SVD, FWSVD and ASVD at the same ratio. Bold: best of the ratio, "
+                "whatever the standard errors."
+            )
+        return lines
+
+    @property
+    def times(self) -> dict[str, dict[str, float]]:
+        """Seconds by variant and stage; of the ratios, the one in which calibration was done."""
+        times: dict[str, dict[str, float]] = {}
+        for record in self.records:
+            if record["status"] == "done" and record["variant"]:
+                found = _stages(record)
+                if sum(found.values()) > sum(times.get(record["variant"], {}).values()):
+                    times[record["variant"]] = found
+        return times
+
+    @property
+    def generations(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        """By prompt: what each model wrote."""
+        prompts = [row["prompt"] for record in self.records for row in record.get("generations", [])]
+        return [
+            (
+                prompt,
+                [
+                    (record["name"], row["text"])
+                    for record in self.records
+                    for row in record.get("generations", [])
+                    if row["prompt"] == prompt
+                ],
+            )
+            for prompt in dict.fromkeys(prompts)
+        ]
+
+    @property
+    def recipes(self) -> dict[str, str]:
+        """YAML of every variant's settings."""
+        return {
+            variant.name: variant.recipe.to_yaml()
+            + (
+                ""
+                if variant.recovery is None
+                else f"recovery: {json.dumps(variant.recovery.model_dump(mode='json'))}\n"
+            )
+            for variant in self.grid.variants
+        }
+
+    def figures(self) -> list[Figure]:
+        made = [record for record in self.records if record["status"] == "done" and record["variant"]]
+        figures = []
+        if made and self.grid.measures.texts:
+            if self.study is not None:
+                svg = grid_plots.study_figure(self.records, self.study.axis, self.study.numeric)
+                figures.append(Figure(name="study", title="Sensitivity", caption=self.study.summary, svg=svg))
+            else:
+                figures += [
+                    Figure(
+                        name=f"perplexity-{against}",
+                        title=f"Perplexity against {title}",
+                        caption="Bars are standard errors over windows; the broken line is the dense model.",
+                        svg=grid_plots.perplexity_figure(self.records, against),
+                    )
+                    for against, title in (("ratio", "ratio"), ("bytes", "bytes"))
+                ]
+        if any(record["linears"] and not record["recovery"] for record in made):
+            figures += [
+                Figure(
+                    name=f"linears-{quantity}",
+                    title=title,
+                    caption="Blocks from left to right, kinds of linears from top to bottom.",
+                    svg=grid_plots.heat_map_figure(self.records, quantity),
+                )
+                for quantity, title in (("params", "Where the parameters are"), ("kept_energy", "Kept energy"))
+            ]
+        if self.spectra:
+            variant = "svd-llm" if "svd-llm" in self.spectra else next(iter(self.spectra))
+            figures.append(
+                Figure(
+                    name="spectra",
+                    title="Spectra",
+                    caption=f"Singular values of every weight in the metric of {variant}: a line for each block, from the "
+                    "first (dark) to the last (bright).",
+                    svg=grid_plots.spectra_figure(self.spectra[variant]),
+                )
+            )
+        if times := self.times:
+            figures.append(
+                Figure(
+                    name="time",
+                    title="Time to compress",
+                    caption="Calibration is done once for all ratios; a run that was interrupted shows the last part only.",
+                    svg=grid_plots.time_figure(times),
+                )
+            )
+        return figures
+
+    def to_dict(self) -> Record:
+        return {
+            "format_version": 1,
+            "title": self.grid.title,
+            "model": self.grid.model,
+            "command": self.command,
+            "versions": self.versions,
+            "measures": self.grid.measures.to_dict(),
+            "cells": [_without_harness(record) for record in self.records],
+        }
+
+    def _settings(self) -> list[Record]:
+        return [record["settings"] for record in self.records]
+
+
+def write_report(report: GridReport, folder: Path) -> None:
+    """``report.html``, ``report.md`` with its figures in ``figures``, and ``report.json``."""
+    figures = report.figures()
+    (folder / "figures").mkdir(exist_ok=True)
+    for figure in figures:
+        write_atomically(folder / "figures" / f"{figure.name}.svg", figure.svg.encode())
+    for name in ("report.html", "report.md"):
+        write_atomically(folder / name, _template(name).render(report=report, figures=figures, full=_full).encode())
+    write_atomically(folder / "report.json", json.dumps(report.to_dict(), indent=1).encode())
+
+
+def read_spectra_files(folder: Path) -> dict[str, Record]:
+    return {
+        file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted((folder / "spectra").glob("*.json"))
+    }
+
+
+def _template(name: str) -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    text = (resources.files("svdllm") / "report" / f"{name}.jinja").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=name.endswith(".html"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["cell"] = lambda text: " ".join(str(text).split()).replace("|", "\\|")
+    return environment.from_string(text)
+
+
+def _without_harness(record: Record) -> Record:
+    """The harness's own document of every model is in its cell."""
+    if "tasks" not in record:
+        return record
+    return record | {"tasks": {key: value for key, value in record["tasks"].items() if key != "harness"}}
+
+
+def _full(entry: Entry) -> str:
+    return " ".join(part for part in (entry.text, entry.stderr) if part)
+
+
+def _stages(record: Record) -> dict[str, float]:
+    seconds = dict(record["compression_seconds"])
+    stages = {title: seconds.pop(name) for name, title in STAGES.items() if name in seconds}
+    stages["other"] = sum(seconds.values())
+    for run in record["recovery"] or []:
+        stages["training"] = stages.get("training", 0.0) + sum(stage["seconds"] for stage in run["stages"])
+    return stages

@@ -1,0 +1,48 @@
+"""A loaded model in the harness's hands, whose progress goes to a reporter. Imports the harness: import it late."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm_eval.models import huggingface
+from transformers import PreTrainedModel
+
+from svdllm.progress import Reporter
+
+HFLM: Any = huggingface.HFLM  # its decorator hides its type
+
+
+class HarnessModel(HFLM):
+    """The harness's own class for transformers models; only what it shows differs."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int, reporter: Reporter, name: str) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+        self._reporter, self._name = reporter, name
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        return self._counted("choices", super().loglikelihood, requests)
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        return self._counted("texts", super().loglikelihood_rolling, requests)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        return self._counted("answers", super().generate_until, requests)
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None) -> Any:
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    def _counted(self, kind: str, run: Any, requests: Any) -> Any:
+        self.set_cache_hook(_Count(self._reporter, len(requests)))
+        with self._reporter.stage(f"{self._name}: {kind}", len(requests)):
+            return run(requests, disable_tqdm=True)
+
+
+class _Count:
+    """Stands in for the harness's cache, which is told of every answer."""
+
+    def __init__(self, reporter: Reporter, total: int) -> None:
+        self._reporter, self._total, self._done = reporter, total, 0
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        self._done += 1
+        self._reporter.advance(self._done, self._total)

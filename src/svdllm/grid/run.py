@@ -98,8 +98,8 @@ class _Run:
         for text in grid.measures.texts:
             check_source(text)
         for variant in grid.variants:
-            for ratio in grid.ratios:
-                plan(grid.model, variant.at(ratio), offline=grid.offline, revision=grid.revision)
+            sizes = variant.recipe.model_copy(update={"ratio": grid.ratios})
+            plan(grid.model, sizes, offline=grid.offline, revision=grid.revision)
             if variant.recipe.needs_tokens:
                 check_source(variant.recipe.calibration)
             if variant.recovery is not None:

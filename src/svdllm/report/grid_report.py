@@ -85,11 +85,12 @@ class GridReport:
     def protocol(self) -> list[str]:
         """How the figures were taken, in sentences."""
         measures = self.grid.measures
-        windows = "all windows" if measures.windows is None else f"the first {measures.windows} windows"
         lines = []
-        if measures.texts:
+        described = [row for record in self.records for row in record.get("perplexity", {}).values()]
+        if described:
             lines.append(
-                f"Perplexity: {windows} of {measures.seqlen} tokens, without overlap; ± is the standard error over windows."
+                f"Perplexity by the protocol {described[0]['protocol']}: {described[0]['description']}. ± is the standard "
+                "error over windows."
             )
         if measures.tasks:
             limit = "all examples" if measures.limit is None else f"the first {measures.limit} examples"
@@ -219,7 +220,7 @@ def write_report(report: GridReport, folder: Path) -> None:
         write_atomically(folder / "figures" / f"{figure.name}.svg", figure.svg.encode())
     for name in ("report.html", "report.md"):
         write_atomically(folder / name, _template(name).render(report=report, figures=figures, full=_full).encode())
-    write_atomically(folder / "report.json", json.dumps(report.to_dict(), indent=1).encode())
+    write_atomically(folder / "report.json", json.dumps(report.to_dict()).encode())
 
 
 def read_spectra_files(folder: Path) -> dict[str, Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from svdllm.errors import InputError
 from svdllm.grid import Grid, Measures, run_grid, study, variants_of
 from svdllm.grid import run as grid_run
 from svdllm.progress import Reporter
+from svdllm.report.grid_plots import _errors
 from svdllm.report.grid_report import GridReport, write_report
 from svdllm.report.grid_table import columns_of, groups_of, perplexity_text
 
@@ -275,6 +277,12 @@ def test_the_table_is_in_the_layout_of_the_papers_first() -> None:
     assert not any(entry.gain for entry in asvd.entries)
     assert ours.entries[3].stderr == "± 0.021"  # of the mean of two independent errors of 0.03
     assert failed.error == "X: y"
+
+
+def test_error_bars_are_of_the_log_likelihood() -> None:
+    down, up = _errors([{"perplexity": 100.0, "stderr": 50.0}, {"perplexity": 3.0, "stderr": None}])
+    assert [100 - down[0], 100 + up[0]] == pytest.approx([100 * math.exp(-0.5), 100 * math.exp(0.5)])
+    assert (down[1], up[1]) == (0, 0)
 
 
 def test_studies_vary_one_thing() -> None:

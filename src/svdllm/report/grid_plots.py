@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ def perplexity_figure(records: Sequence[Record], against: str) -> str:
             axis.errorbar(
                 [x for x, _ in points],
                 [found["perplexity"] for _, found in points],
-                yerr=[found["stderr"] or 0 for _, found in points],
+                yerr=_errors([found for _, found in points]),
                 label=variant,
                 **_style(number),
             )
@@ -56,7 +57,7 @@ def study_figure(records: Sequence[Record], axis_name: str, numeric: bool) -> st
             axis.errorbar(
                 [x for x, _ in points],
                 [found["perplexity"] for _, found in points],
-                yerr=[found["stderr"] or 0 for _, found in points],
+                yerr=_errors([found for _, found in points]),
                 label=f"{ratio * 100:.4g} %",
                 **_style(number),
             )
@@ -94,11 +95,12 @@ def heat_map_figure(records: Sequence[Record], quantity: str) -> str:
             axis.set_xticks([])
             axis.set_yticks(range(len(kinds)), kinds if axis is axis_row[0] else [], fontsize=6)
             axis.set_title(f"{variant}, {ratio * 100:.4g} %", fontsize=8)
+            found = [record for record in done if (record["variant"], record["ratio"]) == (variant, ratio)]
+            axis.set_visible(bool(found))
             grid = [[float("nan")] * num_blocks for _ in kinds]
-            for record in done:
-                if (record["variant"], record["ratio"]) == (variant, ratio):
-                    for row in record["linears"]:
-                        grid[kinds.index(row["name"].rsplit(".", 1)[-1])][row["block"]] = _shade(row, quantity)
+            for record in found:
+                for row in record["linears"]:
+                    grid[kinds.index(row["name"].rsplit(".", 1)[-1])][row["block"]] = _shade(row, quantity)
             image = axis.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
             for side in axis.spines.values():
                 side.set_visible(False)
@@ -151,6 +153,15 @@ def time_figure(times: dict[str, dict[str, float]]) -> str:
     axis.grid(axis="y", visible=False)
     axis.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.35))
     return _svg(figure)
+
+
+def _errors(measured: Sequence[Record]) -> list[list[float]]:
+    """Down and up: of the mean log likelihood, by one standard error, so that no bar ends below zero."""
+    shares = [(found["perplexity"], (found["stderr"] or 0) / found["perplexity"]) for found in measured]
+    return [
+        [value * -math.expm1(-share) for value, share in shares],
+        [value * math.expm1(share) for value, share in shares],
+    ]
 
 
 def _shade(row: Record, quantity: str) -> float:

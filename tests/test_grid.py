@@ -130,6 +130,33 @@ def test_spectra_are_those_of_the_weights(made: Any, place: Path) -> None:
     assert len(spectra) == 14
 
 
+def test_all_ratios_share_one_calibration(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from svdllm import calibration
+
+    blocks: list[int] = []
+    decompose = calibration.Calibration._decompose
+
+    def counted(self: Any, block: Any, *args: Any) -> None:
+        blocks.append(block.index)
+        decompose(self, block, *args)
+
+    monkeypatch.setattr(calibration.Calibration, "_decompose", counted)
+    run_grid(make_grid(place, ["svd-llm"], (0.3, 0.5, 0.7)), tmp_path / "r")
+    assert blocks == [0, 1]
+
+
+def test_checkpoints_of_other_settings_are_not_taken(place: Path, tmp_path: Path) -> None:
+    """That of an untrained model, which the second grid has no record of."""
+    run_grid(make_grid(place, ["svd-llm"]), tmp_path / "r", keep=True)
+    grid = make_grid(place, [LORA])
+    (variant,) = grid.variants
+    other = replace(variant, recipe=variant.recipe.model_copy(update={"samples": 4}))
+    with pytest.raises(InputError, match=r"svd-llm-0\.3 was made with other settings"):
+        run_grid(replace(grid, variants=(other,)), tmp_path / "r", keep=True)
+    records = run_grid(grid, tmp_path / "r", keep=True)
+    assert [record["status"] for record in records] == ["done", "done"]
+
+
 def test_a_killed_grid_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = make_grid(place, ["svd", "asvd"])
     measure = grid_run.measure
@@ -292,7 +319,8 @@ def test_studies_vary_one_thing() -> None:
         ("seed", "seed", [1, 2]),
         ("data", "calibration", ["c4", "ptb"]),
     ):
-        variants = study(name, [str(value) for value in values], None, calibration, None, teacher="x")
+        rest = {key: value for key, value in calibration.items() if key != setting}
+        variants = study(name, [str(value) for value in values], None, rest, None, teacher="x")
         recipes = [variant.recipe.to_dict() for variant in variants]
         assert [recipe[setting] for recipe in recipes] == values
         assert len({json.dumps(recipe | {setting: None}) for recipe in recipes}) == 1
@@ -303,6 +331,19 @@ def test_studies_vary_one_thing() -> None:
     assert {variant.untrained.name for variant in orders} == {"svd-llm"}
     parts = study("parts", [], None, calibration, {"data": "python-docs"}, teacher="x")
     assert [variant.name for variant in parts] == ["asvd", "svd-llm", "svd+sequential-lora", LORA]
+
+
+def test_texts_may_be_paths(place: Path, tmp_path: Path) -> None:
+    text = str(place / "text.txt")
+    variants = study("data", [text], None, {"samples": 4, "seqlen": 16}, None, teacher="x")
+    grid = replace(make_grid(place, ["svd"]), variants=variants)
+    before = sorted(place.iterdir())
+    records = run_grid(grid, tmp_path / "r")
+    assert [record["status"] for record in records] == ["done", "done"]
+    assert sorted(place.iterdir()) == before
+    assert len(list((tmp_path / "r" / "spectra").iterdir())) == 1
+    page, _, _ = written(grid, records, tmp_path / "r")
+    assert f"4 windows of 16 tokens of {text}" in page
 
 
 def cli(*arguments: object) -> int:
@@ -340,13 +381,16 @@ def test_ablate_from_the_command_line(place: Path, tmp_path: Path, capsys: pytes
         (["--prompts", "nowhere.txt"], "--prompts nowhere.txt cannot be read"),
         (["--ppl", "none", "--new-tokens", "0"], "Nothing to measure"),
         (["--seqlen", "4096"], "4096"),
+        (["--ppl-seqlen", "4096"], "4096"),
+        (["--prompts", "x.txt", "--new-tokens", "0"], "--prompts does nothing"),
+        (["--methods", LORA, "--recover", "data: python-docs, methods: [distill]"], "written behind the method"),
     ],
 )
 def test_mistakes_are_found_before_any_work(
     arguments: list[str], message: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "report"
-    given = ["--calib", place / "text.txt", "--samples", 8, "--seqlen", 16, "--offline", *arguments]
+    given = ["--calib", place / "text.txt", "--samples", 8, "--seqlen", 16, "--offline", "--ppl-seqlen", 32, *arguments]
     assert cli("compare", place / "dense", "-o", output, *given) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not output.exists()
@@ -359,6 +403,27 @@ def test_nothing_is_written_into_a_folder_of_others(
     assert cli("compare", place / "dense", "-o", tmp_path, "--methods", "svd") == 2
     assert "is no report of an earlier run" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--study", "samples", "--samples", 8], "Study samples varies samples"),
+        (["--study", "samples", "--values", "4,4"], "give each method and value once"),
+        (["--study", "samples", "--values", "some"], "'some' is not a whole number"),
+        (["--study", "order", "--values", "sideways"], "Unknown order 'sideways'"),
+        (["--study", "order", "--recover", "data: python-docs, order: joint"], "leave it out of --recover"),
+        (["--study", "seed", "--recover", "data: python-docs"], "trains nothing"),
+        (["--study", "parts", "--method", "svd"], "no --method"),
+    ],
+)
+def test_mistakes_in_studies(
+    arguments: list[object], message: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--calib", place / "text.txt", "--seqlen", 16, "--ppl-seqlen", 32, "--offline", *arguments]
+    assert cli("ablate", place / "dense", "-o", tmp_path / "r", *given) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "r").exists()
 
 
 def test_unknown_studies_are_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,15 +56,17 @@ class OpenedModel:
     source: Source
     tokenizer: Any
     dtype: torch.dtype
+    revision: str | None
 
     @classmethod
-    def of(cls, name: str, place: torch.device, dtype: str, offline: bool) -> OpenedModel:
-        source = open_config(name, offline=offline)
-        return cls(name, source, source.load_tokenizer(offline), resolve_dtype(dtype, place, source.dtype))
+    def of(cls, name: str, place: torch.device, dtype: str, offline: bool, revision: str | None = None) -> OpenedModel:
+        source = open_config(name, offline=offline, revision=revision)
+        return cls(name, source, source.load_tokenizer(offline), resolve_dtype(dtype, place, source.dtype), revision)
 
     def load(self, place: torch.device, offline: bool, reporter: Reporter) -> PreTrainedModel:
         with reporter.stage(f"load {Path(self.name).name}", 1):
-            model = load_model(self.name, dtype=self.dtype, local_files_only=offline)
+            revision: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
+            model = load_model(self.name, dtype=self.dtype, local_files_only=offline, **revision)
             return model.to(place)  # type: ignore[arg-type]
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, console, print_json
+from svdllm.data.specs import split_specs
 from svdllm.errors import InputError
 from svdllm.grid import Grid, Measures, Study, Variant, run_grid
 from svdllm.grid.settings import PROMPTS
@@ -46,7 +47,9 @@ Seqlen = Annotated[int | None, _option("Tokens of a calibration window.", CALIBR
 Seed = Annotated[int | None, _option("Seed of the random windows.", CALIBRATION, "3")]
 Ppl = Annotated[
     list[str] | None,
-    _option("Text to measure perplexity on; may be repeated; none for nothing.", MEASURE, "python-docs"),
+    _option(
+        "Texts to measure perplexity on, as in wikitext2,c4; may be repeated; none for nothing.", MEASURE, "python-docs"
+    ),
 ]
 PplSeqlen = Annotated[int, _option("Tokens of a window of it.", MEASURE, True)]
 PplWindows = Annotated[int | None, _option("Only the first windows of it.", MEASURE, "all")]
@@ -64,8 +67,8 @@ Keep = Annotated[bool, _option("Keep every checkpoint, in OUTPUT/checkpoints.", 
 
 
 def calibration_settings(**settings: Any) -> dict[str, Any]:
-    """Those that are given, by their names in a recipe."""
-    return {name: value for name, value in settings.items() if value is not None}
+    """Those that are given, by their names in a recipe; auto is what recipes have where they say nothing."""
+    return {name: value for name, value in settings.items() if value not in (None, "auto")}
 
 
 def recover_settings(text: str | None) -> dict[str, Any] | None:
@@ -116,9 +119,11 @@ def measures_of(
         raise InputError("--ppl-seqlen must be at least 2, --ppl-windows at least 1, --new-tokens at least 0.")
     if tasks is None and (task_data, limit, num_fewshot) != (None, None, None):
         raise InputError("--task-data, --limit and --num-fewshot do nothing without --tasks.")
+    if prompts is not None and not new_tokens:
+        raise InputError("--prompts does nothing with --new-tokens 0: say how many tokens to write after each.")
     lines = PROMPTS if prompts is None else _prompts(prompts)
     measures = Measures(
-        texts=tuple(text for text in ppl or ["python-docs"] if text != "none"),
+        texts=tuple(text for text in split_specs(ppl or ["python-docs"]) if text != "none"),
         seqlen=seqlen,
         windows=windows,
         tasks=tuple(names_of(tasks or "")),
@@ -154,7 +159,17 @@ def run_and_report(grid: Grid, output: Path, *, keep: bool, study: Study | None,
             write(records)
             written = time.monotonic()
 
-    report = write(run_grid(grid, output, keep=keep, reporter=ConsoleReporter(), on_cell=write_now_and_then))
+    records: list[dict[str, Any]] = []
+
+    def on_cell(found: list[dict[str, Any]]) -> None:
+        records[:] = found
+        write_now_and_then(found)
+
+    try:
+        records[:] = run_grid(grid, output, keep=keep, reporter=ConsoleReporter(), on_cell=on_cell)
+    finally:
+        report = write(records) if records else None
+    assert report is not None
     if json:
         print_json(report.to_dict())
     else:

@@ -19,7 +19,13 @@ from svdllm.tasks import TaskSuite
 
 
 def measure(
-    name: str | Path, measures: Measures, suite: TaskSuite | None, *, offline: bool, reporter: Reporter
+    name: str | Path,
+    measures: Measures,
+    suite: TaskSuite | None,
+    *,
+    offline: bool,
+    reporter: Reporter,
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """Everything asked for, of one model, which is in memory meanwhile; ``suite`` are the tasks, made ready.
 
@@ -28,7 +34,7 @@ def measure(
         NumericalError: a logit is not finite.
     """
     device = resolve_device(measures.device)
-    model = OpenedModel.of(str(name), device, measures.dtype, offline)
+    model = OpenedModel.of(str(name), device, measures.dtype, offline, revision)
     ids = {text: evaluation_tokens(text, model.tokenizer, offline=offline) for text in measures.texts}
     loaded = model.load(device, offline, reporter)
     found = evaluate_loaded(

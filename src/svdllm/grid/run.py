@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import time
@@ -20,8 +21,9 @@ from svdllm.compress import compress
 from svdllm.data import check_source
 from svdllm.data.specs import require_extra
 from svdllm.errors import InputError, ResourceError, SvdllmError, first_line
+from svdllm.evaluate import check_context
 from svdllm.grid.measure import measure
-from svdllm.grid.settings import Cell, Grid, Variant
+from svdllm.grid.settings import Cell, Grid, Variant, file_name_of
 from svdllm.grid.spectra import read_spectra
 from svdllm.plan import plan
 from svdllm.progress import Reporter, SubReporter
@@ -67,8 +69,10 @@ def run_grid(
         for _ in replace(run, suite=suite).execute():
             if on_cell is not None:
                 on_cell(run.records())
-    shutil.rmtree(run.work, ignore_errors=True)
-    return run.records()
+    records = run.records()
+    if all(record["status"] == "done" for record in records):
+        shutil.rmtree(run.work, ignore_errors=True)
+    return records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +99,14 @@ class _Run:
             raise InputError(
                 f"{self.folder} exists, is not empty, and is no report of an earlier run: name another folder."
             )
+        names = [cell.file_name for cell in grid.cells]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(f"Two models of the grid are called {twice[0]}: give each method and value once.")
         for text in grid.measures.texts:
             check_source(text)
+        if grid.measures.texts:
+            source = open_config(grid.model, offline=grid.offline, revision=grid.revision)
+            check_context(source.config, grid.measures.seqlen)
         for variant in grid.variants:
             sizes = variant.recipe.model_copy(update={"ratio": grid.ratios})
             plan(grid.model, sizes, offline=grid.offline, revision=grid.revision)
@@ -104,9 +114,21 @@ class _Run:
                 check_source(variant.recipe.calibration)
             if variant.recovery is not None:
                 check_data(variant.recovery, ())
+                if "sequential-lora" in variant.recovery.methods:
+                    require_extra("peft", f"method {variant.name}", extra="recover")
+                if grid.revision is not None and variant.recovery.teacher == grid.model:
+                    raise InputError(
+                        f"--revision is not known to the training of {variant.name}, whose teacher would be another model: "
+                        "download the revision and give its folder."
+                    )
         for cell in grid.cells:
             if (found := self._read(cell)) is not None and found["status"] == "done":
                 self._refuse_other(found["settings"], cell)
+                if self.keep and cell.variant is not None and found["checkpoint"] is None:
+                    self.reporter.warn(f"{cell.name} was measured before and not kept: --keep is too late for it.")
+            if self.keep and cell.variant is not None:
+                for made in (cell, cell.untrained):
+                    self._refuse_other_checkpoint(made)
 
     def _refuse_other(self, found: Record, cell: Cell) -> None:
         if different := differences(_flat(found), _flat(self._settings_of(cell))):
@@ -114,6 +136,27 @@ class _Run:
                 f"{self._file(cell)} holds '{cell.name}' made with other settings: {different}. Give the same settings to "
                 "go on, or name another folder."
             )
+
+    def _refuse_other_checkpoint(self, cell: Cell) -> None:
+        folder = self._checkpoint(cell)
+        if is_checkpoint(folder) and not self._is_of(folder, cell):
+            raise InputError(
+                f"{folder} was made with other settings than those of '{cell.name}'. Give the same settings to go on, or name "
+                "another folder."
+            )
+
+    def _is_of(self, folder: Path, cell: Cell) -> bool:
+        """Whether a checkpoint was made by the recipe of a cell, and trained as it shall be."""
+        report, wanted = read_report(folder), self._settings_of(cell)
+        trained = [entry["settings"] for entry in report.get("recovery", [])]
+        return report["recipe"] == wanted["recipe"] and trained == ([wanted["recovery"]] if cell.is_trained else [])
+
+    def _is_made(self, cell: Cell) -> bool:
+        """Whether the checkpoint of a cell is there; one that an earlier run left with other settings is removed."""
+        folder = self._checkpoint(cell)
+        if is_checkpoint(folder) and not self._is_of(folder, cell):
+            shutil.rmtree(folder)
+        return is_checkpoint(folder)
 
     def execute(self) -> Iterator[Cell]:
         """Yields every cell when its record is written: the dense model, then recipe by recipe and ratio by ratio."""
@@ -131,7 +174,8 @@ class _Run:
                     for cell in column:
                         shutil.rmtree(self._checkpoint(cell), ignore_errors=True)
                         shutil.rmtree(self._checkpoint(cell.untrained), ignore_errors=True)
-            shutil.rmtree(self._analysis(key), ignore_errors=True)
+            if all(map(self._is_done, (cell for cell in cells if cell.variant and cell.variant.analysis_key == key))):
+                shutil.rmtree(self._analysis(key), ignore_errors=True)
 
     def _attempt(self, cell: Cell) -> Cell:
         """Writes the record of a cell, whether it can be made or not."""
@@ -142,6 +186,8 @@ class _Run:
         try:
             record |= {"status": "done"} | self._make(cell, reporter)
         except Exception as error:  # whatever it is, the other cells shall be made
+            if cell.variant is None and isinstance(error, InputError):
+                raise  # what cannot be measured of the dense model cannot of any
             record |= {"status": "failed", "error": _described(error)}
             self.reporter.warn(f"{cell.name} failed: {first_line(error)}")
         record |= {"stages": dict(reporter.seconds), "total_seconds": time.perf_counter() - started}
@@ -152,7 +198,14 @@ class _Run:
         grid = self.grid
         if cell.variant is None:
             nothing: Record = {"linears": [], "recovery": None, "compression_seconds": {}}
-            return nothing | measure(grid.model, grid.measures, self.suite, offline=grid.offline, reporter=reporter)
+            return nothing | measure(
+                grid.model,
+                grid.measures,
+                self.suite,
+                offline=grid.offline,
+                revision=grid.revision,
+                reporter=reporter,
+            )
         folder = self._compressed(cell.untrained, reporter)
         if cell.variant.recovery is not None:
             folder = self._trained(cell, folder, reporter)
@@ -169,7 +222,7 @@ class _Run:
     def _compressed(self, cell: Cell, reporter: Reporter) -> Path:
         """Algorithm 1, once; every other ratio of the recipe finds its calibration and decomposition done."""
         folder = self._checkpoint(cell)
-        if not is_checkpoint(folder):
+        if not self._is_made(cell):
             assert cell.variant is not None
             assert cell.ratio is not None
             compress(
@@ -185,7 +238,7 @@ class _Run:
 
     def _trained(self, cell: Cell, compressed: Path, reporter: Reporter) -> Path:
         folder = self._checkpoint(cell)
-        if not is_checkpoint(folder):
+        if not self._is_made(cell):
             assert cell.variant is not None
             assert cell.variant.recovery is not None
             recover(compressed, folder, cell.variant.recovery, offline=self.grid.offline, reporter=reporter)
@@ -207,7 +260,7 @@ class _Run:
         return self.folder / "cells" / f"{cell.file_name}.json"
 
     def _spectra_file(self, variant: Variant) -> Path:
-        return self.folder / "spectra" / f"{variant.untrained.name}.json"
+        return self.folder / "spectra" / f"{file_name_of(variant.untrained.name)}.json"
 
     def _checkpoint(self, cell: Cell) -> Path:
         return (self.folder / "checkpoints" if self.keep else self.work) / cell.file_name
@@ -239,7 +292,11 @@ def _tasks(grid: Grid, reporter: Reporter) -> Iterator[TaskSuite | None]:
 def _described(error: Exception) -> Record:
     """What a record keeps of an error; of one that nobody expected, also where it arose."""
     known = isinstance(error, SvdllmError | torch.OutOfMemoryError | MemoryError | OSError)
-    kind = ResourceError if isinstance(error, torch.OutOfMemoryError | MemoryError) else type(error)
+    kind: type[Exception] = type(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        kind = ResourceError
+    elif isinstance(error, OSError):
+        kind = ResourceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else InputError
     described = {"type": kind.__name__, "message": str(error), "exit_code": getattr(kind, "exit_code", 1)}
     return described if known else described | {"traceback": traceback.format_exc()}
 

@@ -25,6 +25,10 @@ PROMPTS = (
 )
 
 
+def file_name_of(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.+=-]+", "-", name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """One way to compress, at any ratio, and perhaps to train afterwards. The recipe has no budget."""
@@ -96,7 +100,7 @@ class Cell:
 
     @property
     def file_name(self) -> str:
-        return re.sub(r"[^A-Za-z0-9.+=-]+", "-", self.name)
+        return file_name_of(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 from svdllm.config import make_recipe
 from svdllm.errors import InputError
 from svdllm.grid.settings import Variant
-from svdllm.grid.variants import METHOD_NAMES, variants_of
+from svdllm.grid.variants import variants_of
 from svdllm.recover.settings import ORDERS
 
 
@@ -88,6 +88,8 @@ def study(
         return _orders(values, method, calibration, recover, teacher)
     if recover is not None:
         raise InputError(f"Study {name} trains nothing: leave --recover out.")
+    if chosen.setting in calibration:
+        raise InputError(f"Study {name} varies {chosen.setting}: give its --values, and not the setting itself.")
     (base,) = variants_of([method], calibration, teacher=teacher)
     if chosen.setting == "calibration":
         return tuple(_with(base, "calibration", value, value) for value in values)
@@ -103,13 +105,15 @@ def _orders(
 ) -> tuple[Variant, ...]:
     if unknown := [value for value in values if value not in ORDERS]:
         raise InputError(f"Unknown order {unknown[0]!r}; known are {', '.join(ORDERS)}.")
-    if method not in METHOD_NAMES:
-        raise InputError(f"Unknown method {method!r}; known are {', '.join(METHOD_NAMES)}.")
+    if recover is not None and "order" in recover:
+        raise InputError("Study order varies the order: leave it out of --recover, and give --values.")
     variants = []
     for order in values:
         settings = None if recover is None else {**recover, "order": order}
         (variant,) = variants_of([f"{method}+sequential-lora"], calibration, settings, teacher=teacher)
-        variants.append(Variant(name=f"{method}+{order}", recipe=variant.recipe, recovery=variant.recovery))
+        variants.append(
+            Variant(name=f"{variant.untrained.name}+{order}", recipe=variant.recipe, recovery=variant.recovery)
+        )
     return tuple(variants)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from svdllm.config import PRESETS, load_settings, make_recipe, preset_settings
 from svdllm.errors import InputError
-from svdllm.grid.settings import Variant
+from svdllm.grid.settings import DENSE, Variant
 from svdllm.recover import Recovery, make_recovery
 from svdllm.recover.settings import DEFAULTS as TRAINING
 
@@ -55,6 +55,8 @@ def _variant(name: str, calibration: Mapping[str, Any], recover: Mapping[str, An
     elif Path(base).suffix in (".yaml", ".yml", ".json"):
         settings = load_settings(base)
         base = Path(base).stem
+        if base in (*METHOD_NAMES, DENSE):
+            raise InputError(f"Recipe {name} would be called {base}, which is another method: rename the file.")
         settings = {
             key: value for key, value in settings.items() if key not in ("ratio", "target_params", "target_size")
         }
@@ -75,6 +77,8 @@ def _recovery(name: str, training: list[str], recover: Mapping[str, Any] | None,
         raise InputError(_unknown(name, unknown[0], list(TRAINING)))
     if recover is None or "data" not in recover:
         raise InputError(f"Method {name} needs what to learn from: --recover 'data: alpaca.json', or another source.")
+    if "methods" in recover:
+        raise InputError("--recover: methods are written behind the method, as in svd-llm+sequential-lora.")
     taught = {"teacher": teacher} if {"distill", "blockwise"} & set(training) else {}
     return make_recovery({**taught, **recover, "methods": tuple(training)})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from svdllm.report.grid_table import text_names
@@ -24,7 +24,7 @@ def perplexity_figure(records: Sequence[Record], against: str) -> str:
     x_of = (lambda r: 100 * r["ratio"]) if against == "ratio" else (lambda r: r["weight_bytes"] / 1e6)
     for axis, (text, name) in zip(axes[0], names.items(), strict=False):
         for number, (variant, rows) in enumerate(_by_variant(done).items()):
-            points = sorted((x_of(row), row["perplexity"][text]) for row in rows if text in row["perplexity"])
+            points = _sorted((x_of(row), row["perplexity"][text]) for row in rows if text in row["perplexity"])
             axis.errorbar(
                 [x for x, _ in points],
                 [found["perplexity"] for _, found in points],
@@ -53,7 +53,7 @@ def study_figure(records: Sequence[Record], axis_name: str, numeric: bool) -> st
     ratios = sorted({record["ratio"] for record in done if record["ratio"] is not None})
     for axis, (text, name) in zip(axes[0], names.items(), strict=False):
         for number, ratio in enumerate(ratios):
-            points = sorted((positions[r["variant"]], r["perplexity"][text]) for r in done if r["ratio"] == ratio)
+            points = _sorted((positions[r["variant"]], r["perplexity"][text]) for r in done if r["ratio"] == ratio)
             axis.errorbar(
                 [x for x, _ in points],
                 [found["perplexity"] for _, found in points],
@@ -153,6 +153,10 @@ def time_figure(times: dict[str, dict[str, float]]) -> str:
     axis.grid(axis="y", visible=False)
     axis.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.35))
     return _svg(figure)
+
+
+def _sorted(points: Iterable[tuple[float, Record]]) -> list[tuple[float, Record]]:
+    return sorted(points, key=lambda point: point[0])
 
 
 def _errors(measured: Sequence[Record]) -> list[list[float]]:

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from svdllm.analysis import write_atomically
-from svdllm.grid.settings import Grid
+from svdllm.grid.settings import Grid, file_name_of
 from svdllm.grid.studies import Study
 from svdllm.grid.variants import BASELINES
 from svdllm.report import grid_plots
@@ -70,16 +70,21 @@ class GridReport:
     @property
     def findings(self) -> list[str]:
         """For every ratio, what is best on the first text, and by how much."""
-        if not self.columns:
+        if not any(record.get("perplexity") for record in self.records):
             return []
         column, lines = self.columns[0], []
         for group in self.groups[1:]:
             for row in group.rows:
                 if row.entries and row.entries[0].best:
                     entry = row.entries[0]
-                    gain = f", {entry.gain.strip('()')} against the best of SVD, FWSVD and ASVD" if entry.gain else ""
+                    gain = f", {entry.gain.strip('()')} against the best of {self.baselines}" if entry.gain else ""
                     lines.append(f"{group.title} removed: {row.method} has the lowest, {_full(entry)}{gain}")
         return [f"{column.title} perplexity. {line}." for line in lines]
+
+    @property
+    def baselines(self) -> str:
+        """Those that are in the grid."""
+        return ", ".join(variant.name for variant in self.grid.variants if variant.name in BASELINES)
 
     @property
     def protocol(self) -> list[str]:
@@ -95,14 +100,14 @@ class GridReport:
         if measures.tasks:
             limit = "all examples" if measures.limit is None else f"the first {measures.limit} examples"
             lines.append(f"Tasks: lm-evaluation-harness, {limit} of each; ± is the harness's standard error.")
-        texts = {row["recipe"]["calibration"]: row["recipe"] for row in self._settings() if row["recipe"]}
-        lines += [
-            f"Calibration: {recipe['samples']} windows of {recipe['seqlen']} tokens of {text}, seed {recipe['seed']}."
-            for text, recipe in texts.items()
-        ]
-        if {variant.name for variant in self.grid.variants} & set(BASELINES):
+        recipes = [variant.recipe for variant in self.grid.variants if variant.recipe.needs_tokens]
+        lines += dict.fromkeys(
+            f"Calibration: {recipe.samples} windows of {recipe.seqlen} tokens of {recipe.calibration}, seed {recipe.seed}."
+            for recipe in recipes
+        )
+        if self.baselines:
             lines.append(
-                "In brackets: change against the best of SVD, FWSVD and ASVD at the same ratio. Bold: best of the ratio, "
+                "In brackets: change against the best of {self.baselines} at the same ratio. Bold: best of the ratio, "
                 "whatever the standard errors."
             )
         return lines
@@ -175,15 +180,16 @@ class GridReport:
                 )
                 for quantity, title in (("params", "Where the parameters are"), ("kept_energy", "Kept energy"))
             ]
-        if self.spectra:
-            variant = "svd-llm" if "svd-llm" in self.spectra else next(iter(self.spectra))
+        shown = [v.untrained.name for v in self.grid.variants if file_name_of(v.untrained.name) in self.spectra]
+        if shown:
+            variant = "svd-llm" if "svd-llm" in shown else shown[0]
             figures.append(
                 Figure(
                     name="spectra",
                     title="Spectra",
                     caption=f"Singular values of every weight in the metric of {variant}: a line for each block, from the "
                     "first (dark) to the last (bright).",
-                    svg=grid_plots.spectra_figure(self.spectra[variant]),
+                    svg=grid_plots.spectra_figure(self.spectra[file_name_of(variant)]),
                 )
             )
         if times := self.times:
@@ -207,9 +213,6 @@ class GridReport:
             "measures": self.grid.measures.to_dict(),
             "cells": [_without_harness(record) for record in self.records],
         }
-
-    def _settings(self) -> list[Record]:
-        return [record["settings"] for record in self.records]
 
 
 def write_report(report: GridReport, folder: Path) -> None:

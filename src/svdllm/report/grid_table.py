@@ -66,7 +66,12 @@ class Group:
 def columns_of(records: Sequence[Record]) -> list[Column]:
     """Perplexities, then accuracies and their average, then what is left."""
     texts = dict.fromkeys(text for record in records for text in record.get("perplexity", {}))
-    scores = {score["task"]: score for record in records for score in record.get("tasks", {}).get("scores", [])}
+    scores = {
+        score["task"]: score
+        for record in records
+        for score in record.get("tasks", {}).get("scores", [])
+        if score.get("group") is None  # a group counts once, its members do not
+    }
     accuracies = [task for task, score in scores.items() if score["main"]["name"] == "acc"]
     others = [task for task in scores if task not in accuracies]
     names = text_names(texts)
@@ -160,7 +165,7 @@ def _perplexity(record: Record, text: str) -> Measurement | None:
 
 def _score(record: Record, task: str) -> Measurement | None:
     for score in record.get("tasks", {}).get("scores", []):
-        if score["task"] == task:
+        if score["task"] == task and score["main"]["value"] is not None:
             return Measurement(value=score["main"]["value"], stderr=score["main"]["stderr"])
     return None
 

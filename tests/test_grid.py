@@ -231,6 +231,7 @@ def test_the_report_is_one_page_without_a_network(made: Any, tmp_path: Path) -> 
     for figure in re.findall(r"\((figures/[^)]*)\)", markdown):
         assert (tmp_path / figure).read_text().lstrip().startswith("<?xml")
     assert markdown.count("figures/") == 5
+    assert "change against the best of svd at the same ratio" in page
 
 
 def test_tasks_are_those_of_the_model_alone(place: Path, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ class GridReport:
         )
         if self.baselines:
             lines.append(
-                "In brackets: change against the best of {self.baselines} at the same ratio. Bold: best of the ratio, "
+                f"In brackets: change against the best of {self.baselines} at the same ratio. Bold: best of the ratio, "
                 "whatever the standard errors."
             )
         return lines

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from svdllm.modeling import family_classes, low_rank_config
+
 _COMMON = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -83,6 +85,17 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:
                 if name.endswith("bias") or parameter.ndim == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def low_rank_model(family: str, seed: int = 0, dense: tuple[str, ...] = (), **overrides: Any) -> Any:
+    """A random low-rank model in eval mode, of ranks 5, 6 and 7 by turns; linears named like one of ``dense`` are left."""
+    base = tiny_model(family, seed, **overrides)
+    names = [name for name in linear_targets(base) if not name.endswith(dense or ("-",))]
+    ranks = {name: 5 + index % 3 for index, name in enumerate(names)}
+    settings = {"format_version": 1, "base_model_type": family, "ranks": ranks}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return family_classes(family).causal_lm(low_rank_config(base.config, settings)).eval()
 
 
 def tiny_tokens(batch: int = 2, length: int = 12, seed: int = 1) -> Tensor:

@@ -16,6 +16,7 @@ from svdllm.errors import (
 )
 from svdllm.evaluate import Perplexity, perplexity
 from svdllm.export import export_dense
+from svdllm.fuse import fuse_first_factors
 from svdllm.modeling import register_all
 from svdllm.plan import Plan, plan
 from svdllm.records import CompressionResult
@@ -47,6 +48,7 @@ __all__ = [
     "compress_many",
     "evaluate_tasks",
     "export_dense",
+    "fuse_first_factors",
     "load_model",
     "perplexity",
     "plan",

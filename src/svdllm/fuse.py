@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdllm.errors import UnsupportedModelError
 from svdllm.modeling import LowRankLinear
 from svdllm.structure import input_groups
 
@@ -123,9 +122,9 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Low-rank linears, and ordinary ones without a bias that are no part of one."""
     parts = {part for module in model.modules() if isinstance(module, LowRankLinear) for part in module.children()}
     for name, module in model.named_modules():
-        if type(module) is LowRankLinear and _is_plain(module.svd_v):
-            yield name, module
-        elif module not in parts and _is_plain(module) and module.bias is None:
+        if (type(module) is LowRankLinear and _is_plain(module.svd_v)) or (
+            module not in parts and _is_plain(module) and module.bias is None
+        ):
             yield name, module
 
 

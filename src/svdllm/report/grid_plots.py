@@ -105,7 +105,8 @@ def heat_map_figure(records: Sequence[Record], quantity: str) -> str:
             for side in axis.spines.values():
                 side.set_visible(False)
     title = "parameters kept (1: left dense)" if quantity == "params" else "energy kept, in the method's own metric"
-    figure.colorbar(image, ax=[axis for row in axes for axis in row], label=title, shrink=min(1.0, 3 / len(variants)))
+    everywhere = [axis for row in axes for axis in row]
+    figure.colorbar(image, ax=everywhere, label=title, location="bottom", shrink=min(1.0, 2 / len(ratios)), aspect=40)
     return _svg(figure)
 
 
@@ -151,7 +152,7 @@ def time_figure(times: dict[str, dict[str, float]]) -> str:
     axis.invert_yaxis()
     axis.set_xlabel("seconds")
     axis.grid(axis="y", visible=False)
-    axis.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.35))
+    _legend(figure, axis)
     return _svg(figure)
 
 

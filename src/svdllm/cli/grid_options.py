@@ -15,6 +15,7 @@ from rich.table import Table
 
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, console, print_json
+from svdllm.cli.options import option
 from svdllm.data.specs import split_specs
 from svdllm.errors import InputError
 from svdllm.grid import Grid, Measures, Study, Variant, run_grid
@@ -23,10 +24,6 @@ from svdllm.report.grid_report import GridReport, read_spectra_files, write_repo
 
 REPORT_EVERY = 120  # seconds, while the grid is made
 CALIBRATION, MEASURE, RUN = "Calibration", "Measuring", "Running"
-
-
-def _option(help: str, panel: str, default: str | bool = False, *names: str) -> Any:
-    return typer.Option(*names, help=help, show_default=default, rich_help_panel=panel)
 
 
 Output = Annotated[
@@ -41,29 +38,29 @@ Recover = Annotated[
         show_default=False,
     ),
 ]
-Calib = Annotated[str | None, _option("Calibration text of all methods.", CALIBRATION, "wikitext2")]
-Samples = Annotated[int | None, _option("Calibration windows.", CALIBRATION, "256")]
-Seqlen = Annotated[int | None, _option("Tokens of a calibration window.", CALIBRATION, "2048")]
-Seed = Annotated[int | None, _option("Seed of the random windows.", CALIBRATION, "3")]
+Calib = Annotated[str | None, option("Calibration text of all methods.", CALIBRATION, "wikitext2")]
+Samples = Annotated[int | None, option("Calibration windows.", CALIBRATION, "256")]
+Seqlen = Annotated[int | None, option("Tokens of a calibration window.", CALIBRATION, "2048")]
+Seed = Annotated[int | None, option("Seed of the random windows.", CALIBRATION, "3")]
 Ppl = Annotated[
     list[str] | None,
-    _option(
+    option(
         "Texts to measure perplexity on, as in wikitext2,c4; may be repeated; none for nothing.", MEASURE, "python-docs"
     ),
 ]
-PplSeqlen = Annotated[int, _option("Tokens of a window of it.", MEASURE, True)]
-PplWindows = Annotated[int | None, _option("Only the first windows of it.", MEASURE, "all")]
-Tasks = Annotated[str | None, _option("Tasks of lm-evaluation-harness, as in arc_easy,piqa.", MEASURE)]
-TaskData = Annotated[Path | None, _option("Folder with files of the tasks, instead of the hub.", MEASURE)]
-Limit = Annotated[int | None, _option("Only the first examples of every task.", MEASURE, "all")]
-NumFewshot = Annotated[int | None, _option("Examples shown to the model.", MEASURE, "the task's own")]
+PplSeqlen = Annotated[int, option("Tokens of a window of it.", MEASURE, True)]
+PplWindows = Annotated[int | None, option("Only the first windows of it.", MEASURE, "all")]
+Tasks = Annotated[str | None, option("Tasks of lm-evaluation-harness, as in arc_easy,piqa.", MEASURE)]
+TaskData = Annotated[Path | None, option("Folder with files of the tasks, instead of the hub.", MEASURE)]
+Limit = Annotated[int | None, option("Only the first examples of every task.", MEASURE, "all")]
+NumFewshot = Annotated[int | None, option("Examples shown to the model.", MEASURE, "the task's own")]
 Prompts = Annotated[
-    Path | None, _option("Text file with a prompt in each line, for the report to show what is written.", MEASURE)
+    Path | None, option("Text file with a prompt in each line, for the report to show what is written.", MEASURE)
 ]
-NewTokens = Annotated[int, _option("Tokens to write after each prompt; 0 for no prompts.", MEASURE, True)]
-Device = Annotated[str, _option("auto, cpu, cuda, ...", RUN, True)]
-Dtype = Annotated[str, _option("What is computed in: auto is float32 on a CPU, the model's own on a GPU.", RUN, True)]
-Keep = Annotated[bool, _option("Keep every checkpoint, in OUTPUT/checkpoints.", RUN, False, "--keep")]
+NewTokens = Annotated[int, option("Tokens to write after each prompt; 0 for no prompts.", MEASURE, True)]
+Device = Annotated[str, option("auto, cpu, cuda, ...", RUN, True)]
+Dtype = Annotated[str, option("What is computed in: auto is float32 on a CPU, the model's own on a GPU.", RUN, True)]
+Keep = Annotated[bool, option("Keep every checkpoint, in OUTPUT/checkpoints.", RUN, False, "--keep")]
 
 
 def calibration_settings(**settings: Any) -> dict[str, Any]:

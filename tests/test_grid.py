@@ -212,6 +212,24 @@ def test_a_cell_that_fails_fails_alone(place: Path, tmp_path: Path) -> None:
     assert "NumericalError" in page
 
 
+def test_a_full_disk_and_a_mistake_of_ours_are_told_apart(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(model: str, recipe: svdllm.Recipe, *_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", "f") if recipe.method == "svd" else ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(grid_run, "compress", fails)
+    cells = by_name(run_grid(make_grid(place, ["svd", "asvd"]), tmp_path / "r"))
+    assert cells["svd 0.3"]["error"] == {
+        "type": "ResourceError",
+        "message": "No space left on device: f",
+        "exit_code": 4,
+    }
+    error = cells["asvd 0.3"]["error"]
+    assert (error["type"], error["message"], error["exit_code"]) == ("ZeroDivisionError", "by zero", 1)
+    assert "in fails" in error["traceback"]
+
+
 def written(grid: Grid, records: list[dict[str, Any]], folder: Path) -> tuple[str, str, Any]:
     write_report(GridReport(grid=grid, records=records, command="svdllm compare ..."), folder)
     page, markdown, document = ((folder / f"report.{kind}").read_text() for kind in ("html", "md", "json"))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+
+import torch
+
 
 class SvdllmError(Exception):
     """Base of every error that this library raises on purpose; ``exit_code`` is the command line's."""
@@ -35,6 +39,18 @@ class NumericalError(SvdllmError):
 
 class CheckpointError(InputError):
     """A checkpoint is truncated, altered or incomplete; the message names the file."""
+
+
+def as_ours(error: Exception) -> SvdllmError | None:
+    """What an error means to the user, if it is ours or of memory, disk or files; None where nobody expected it."""
+    if isinstance(error, SvdllmError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return ResourceError(f"Out of memory: {first_line(error)}")
+    if isinstance(error, OSError):
+        kind = ResourceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else InputError
+        return kind(f"{error.strerror or error}: {error.filename or 'a file'}")
+    return None
 
 
 def first_line(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import time
@@ -13,14 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from svdllm.analysis import differences, write_atomically
 from svdllm.checkpoint import is_checkpoint, read_report
 from svdllm.compress import compress
 from svdllm.data import check_source
 from svdllm.data.specs import require_extra
-from svdllm.errors import InputError, ResourceError, SvdllmError, first_line
+from svdllm.errors import InputError, as_ours, first_line
 from svdllm.evaluate import check_context
 from svdllm.grid.measure import measure
 from svdllm.grid.settings import Cell, Grid, Variant, file_name_of
@@ -291,14 +288,9 @@ def _tasks(grid: Grid, reporter: Reporter) -> Iterator[TaskSuite | None]:
 
 def _described(error: Exception) -> Record:
     """What a record keeps of an error; of one that nobody expected, also where it arose."""
-    known = isinstance(error, SvdllmError | torch.OutOfMemoryError | MemoryError | OSError)
-    kind: type[Exception] = type(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        kind = ResourceError
-    elif isinstance(error, OSError):
-        kind = ResourceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else InputError
-    described = {"type": kind.__name__, "message": str(error), "exit_code": getattr(kind, "exit_code", 1)}
-    return described if known else described | {"traceback": traceback.format_exc()}
+    if (ours := as_ours(error)) is not None:
+        return {"type": type(ours).__name__, "message": str(ours), "exit_code": ours.exit_code}
+    return {"type": type(error).__name__, "message": str(error), "exit_code": 1, "traceback": traceback.format_exc()}
 
 
 def _flat(settings: Record, prefix: str = "") -> Record:

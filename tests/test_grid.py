@@ -386,9 +386,9 @@ def test_ablate_from_the_command_line(place: Path, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "svdllm"], "Unknown method 'svdllm'. Did you mean svd-llm?"),
+        (["--methods", "svdllm"], "Unknown method 'svdllm', did you mean 'svd-llm'? Known are svd,"),
         (["--methods", "svd,svd"], "Method 'svd' is given twice"),
-        (["--methods", "svd-llm+lora"], "Unknown method 'svd-llm+lora'. Did you mean sequential-lora?"),
+        (["--methods", "svd-llm+lora"], "Unknown method 'svd-llm+lora', did you mean 'sequential-lora'?"),
         (["--methods", LORA], "needs what to learn from"),
         (["--methods", "svd", "--recover", "data: x.txt"], "no method is trained"),
         (["--methods", LORA, "--recover", "data: python-docs, stps: 3"], "stps"),
@@ -447,4 +447,4 @@ def test_mistakes_in_studies(
 
 def test_unknown_studies_are_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("ablate", place / "dense", "-o", tmp_path / "r", "--study", "sample") == 2
-    assert "Unknown study 'sample'. Did you mean samples?" in " ".join(capsys.readouterr().err.split())
+    assert "Unknown study 'sample', did you mean 'samples'?" in " ".join(capsys.readouterr().err.split())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
+from collections.abc import Iterable
 
 import torch
 
@@ -56,3 +58,10 @@ def as_ours(error: Exception) -> SvdllmError | None:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, to be quoted in a message of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
+    """What to put behind a name that is not known: ``, did you mean 'a' or 'b'?``, or nothing where none is like it."""
+    known, name = list(known), name.lower()
+    like = difflib.get_close_matches(name, known, n=most) or [other for other in known if name and name in other][:most]
+    return f", did you mean {' or '.join(map(repr, like))}?" if like else ""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from svdllm.config import PRESETS, load_settings, make_recipe, preset_settings
-from svdllm.errors import InputError
+from svdllm.errors import InputError, did_you_mean
 from svdllm.grid.settings import DENSE, Variant
 from svdllm.recover import Recovery, make_recovery
 from svdllm.recover.settings import DEFAULTS as TRAINING
@@ -84,9 +83,7 @@ def _recovery(name: str, training: list[str], recover: Mapping[str, Any] | None,
 
 
 def _unknown(name: str, part: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(part, known, n=1) or [name for name in known if part and part in name]
-    hint = f" Did you mean {close[0]}?" if close else ""
     return (
-        f"Unknown method {name!r}.{hint} Known are {', '.join(METHOD_NAMES)}, a recipe file (.yaml), and each of these with "
-        f"+{', +'.join(TRAINING)} behind it."
+        f"Unknown method {name!r}{did_you_mean(part, known) or '.'} Known are {', '.join(METHOD_NAMES)}, a recipe file "
+        f"(.yaml), and each of these with +{', +'.join(TRAINING)} behind it."
     )

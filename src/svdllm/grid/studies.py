@@ -58,6 +58,13 @@ STUDIES = {
 }
 
 
+def find_study(name: str) -> Study:
+    """Raises InputError if there is no study of that name."""
+    if name not in STUDIES:
+        raise InputError(f"Unknown study {name!r}{did_you_mean(name, STUDIES) or '.'} Known are {', '.join(STUDIES)}.")
+    return STUDIES[name]
+
+
 def study(
     name: str,
     values: Sequence[str],
@@ -72,9 +79,7 @@ def study(
     Raises:
         InputError: no such study, or a value is not one of it.
     """
-    if name not in STUDIES:
-        raise InputError(f"Unknown study {name!r}{did_you_mean(name, STUDIES) or '.'} Known are {', '.join(STUDIES)}.")
-    chosen = STUDIES[name]
+    chosen = find_study(name)
     values = values or chosen.values
     if name == "parts":
         if method is not None:

@@ -20,6 +20,7 @@ from svdllm.errors import InputError
 from svdllm.grid import Grid, Measures, run_grid, study, variants_of
 from svdllm.grid import run as grid_run
 from svdllm.progress import Reporter
+from svdllm.recover.needs import require_memory
 from svdllm.report.grid_plots import _errors
 from svdllm.report.grid_report import GridReport, write_report
 from svdllm.report.grid_table import columns_of, groups_of, perplexity_text
@@ -228,6 +229,32 @@ def test_a_full_disk_and_a_mistake_of_ours_are_told_apart(
     error = cells["asvd 0.3"]["error"]
     assert (error["type"], error["message"], error["exit_code"]) == ("ZeroDivisionError", "by zero", 1)
     assert "in fails" in error["traceback"]
+
+
+def test_what_to_do_about_memory_is_what_a_grid_can_do(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from svdllm import calibration
+    from svdllm.recover import checks
+
+    monkeypatch.setattr(checks, "require_memory", lambda *_: require_memory({"distill": 2**60}, torch.device("cpu")))
+    grid = make_grid(place, ["svd-llm+distill"])
+    trained = by_name(run_grid(grid, tmp_path / "trained"))["svd-llm+distill 0.3"]["error"]
+
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(calibration, "decompose", no_memory)
+    compressed = by_name(run_grid(make_grid(place, ["svd"]), tmp_path / "compressed"))["svd 0.3"]["error"]
+    monkeypatch.setattr("svdllm.workspace.available_bytes", lambda: 0)
+    planned = by_name(run_grid(make_grid(place, ["svd"]), tmp_path / "planned"))["svd 0.3"]["error"]
+    assert compressed["message"].startswith("Out of memory (MemoryError). When there is more memory")
+    assert re.match(r"The run needs .* free\. When there is more memory", planned["message"])
+    assert re.match(r"--method distill needs more than .* cpu\. When there is more memory", trained["message"])
+    for error, setting in ((compressed, "batch_tokens"), (planned, "batch_tokens"), (trained, "micro_batch")):
+        assert (error["type"], error["exit_code"]) == ("ResourceError", 4)
+        assert setting in error["message"]
+        assert not re.search("--(no-resume|batch-tokens|micro-batch|samples)", error["message"])
 
 
 def written(grid: Grid, records: list[dict[str, Any]], folder: Path) -> tuple[str, str, Any]:

@@ -28,9 +28,13 @@ class UnsupportedModelError(SvdllmError):
 
 
 class ResourceError(SvdllmError):
-    """Memory or disk does not suffice."""
+    """Memory or disk does not suffice; ``advice`` says what to do by the options of a command."""
 
     exit_code = 4
+
+    def __init__(self, problem: str, advice: str = ""):
+        super().__init__(f"{problem} {advice}".rstrip())
+        self.problem, self.advice = problem, advice
 
 
 class NumericalError(SvdllmError):

@@ -17,7 +17,7 @@ from svdllm.checkpoint import is_checkpoint, read_report
 from svdllm.compress import compress
 from svdllm.data import check_source
 from svdllm.data.specs import require_extra
-from svdllm.errors import InputError, as_ours, first_line
+from svdllm.errors import InputError, ResourceError, as_ours, first_line
 from svdllm.evaluate import check_context
 from svdllm.grid.measure import measure
 from svdllm.grid.settings import Cell, Grid, Variant, file_name_of
@@ -32,6 +32,11 @@ from svdllm.workspace import require_writable
 
 Record = dict[str, Any]
 GRID_FILE = "grid.json"
+GO_ON = "When there is more memory, the same command goes on with what is finished."
+LESS_COMPRESSING = (
+    f"{GO_ON} A recipe file with a lower batch_tokens or probe_share needs less: name it among the methods."
+)
+LESS_TRAINING = f"{GO_ON} A lower micro_batch or seqlen, or gradient_checkpointing, needs less: give it in --recover, and another folder."
 
 
 def run_grid(
@@ -222,15 +227,16 @@ class _Run:
         if not self._is_made(cell):
             assert cell.variant is not None
             assert cell.ratio is not None
-            compress(
-                self.grid.model,
-                cell.variant.at(cell.ratio),
-                folder,
-                offline=self.grid.offline,
-                revision=self.grid.revision,
-                analysis_dir=self._analysis(cell.variant.analysis_key),
-                reporter=reporter,
-            )
+            with _advising(LESS_COMPRESSING):
+                compress(
+                    self.grid.model,
+                    cell.variant.at(cell.ratio),
+                    folder,
+                    offline=self.grid.offline,
+                    revision=self.grid.revision,
+                    analysis_dir=self._analysis(cell.variant.analysis_key),
+                    reporter=reporter,
+                )
         return folder
 
     def _trained(self, cell: Cell, compressed: Path, reporter: Reporter) -> Path:
@@ -238,7 +244,8 @@ class _Run:
         if not self._is_made(cell):
             assert cell.variant is not None
             assert cell.variant.recovery is not None
-            recover(compressed, folder, cell.variant.recovery, offline=self.grid.offline, reporter=reporter)
+            with _advising(LESS_TRAINING):
+                recover(compressed, folder, cell.variant.recovery, offline=self.grid.offline, reporter=reporter)
         return folder
 
     def _settings_of(self, cell: Cell) -> Record:
@@ -284,6 +291,17 @@ def _tasks(grid: Grid, reporter: Reporter) -> Iterator[TaskSuite | None]:
         source = open_config(grid.model, offline=grid.offline, revision=grid.revision)
         check_models(suite, {grid.model: source.config})
         yield suite
+
+
+@contextmanager
+def _advising(advice: str) -> Iterator[None]:
+    """Says what a grid can do about memory that is short, instead of what the command for one model can."""
+    try:
+        yield
+    except ResourceError as error:
+        if not error.advice:
+            raise
+        raise ResourceError(error.problem, advice) from error
 
 
 def _described(error: Exception) -> Record:

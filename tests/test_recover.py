@@ -566,6 +566,8 @@ def test_a_gradient_that_is_no_number_stops_before_the_weights(
         ({"order": "both"}, "order: .*u-first.*found 'both'"),
         ({"lr": -1.0}, "lr: .*greater than 0 .found -1"),
         ({"ranks": 3}, "ranks: Extra inputs"),
+        ({"methods": ("nonsense",)}, r"^Recovery: methods\.0: Input should be .* .found 'nonsense'.$"),
+        ({"methods": ()}, "methods: Tuple should have at least 1 item"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_is_done(

@@ -379,6 +379,24 @@ def test_studies_vary_one_thing() -> None:
     assert [variant.name for variant in parts] == ["asvd", "svd-llm", "svd+sequential-lora", LORA]
 
 
+def test_models_are_trained_where_they_are_compressed(place: Path, tmp_path: Path) -> None:
+    def devices(calibration: dict[str, Any], **settings: Any) -> list[str]:
+        methods = [LORA, "svd-llm+blockwise+distill"]
+        variants = variants_of(methods, calibration, {"data": "python-docs", **settings}, teacher="x")
+        variants += study("order", ["joint"], None, calibration, {"data": "python-docs", **settings}, teacher="x")
+        return [variant.recovery.device for variant in variants if variant.recovery]
+
+    assert devices({}) == ["auto"] * 3
+    assert devices({"device": "cuda:1"}) == ["cuda:1"] * 3
+    assert devices({"device": "cuda:1"}, device="cpu") == ["cpu"] * 3
+    text = place / "text.txt"
+    asked = ["--calib", text, "--samples", 8, "--seqlen", 16, "--ppl", text, "--ppl-seqlen", 16, "--ppl-windows", 2]
+    asked += ["--methods", LORA, "--recover", f"data: {text}, steps: 1, seqlen: 16, batch: 2", "--device", "cpu"]
+    assert cli("compare", place / "dense", "-o", tmp_path / "r", "--ratios", 0.3, "--new-tokens", 0, *asked) == 0
+    (record,) = (json.loads(file.read_text()) for file in (tmp_path / "r" / "cells").glob(f"{LORA}*"))
+    assert record["recovery"][0]["settings"]["device"] == "cpu"
+
+
 def test_texts_may_be_paths(place: Path, tmp_path: Path) -> None:
     text = str(place / "text.txt")
     variants = study("data", [text], None, {"samples": 4, "seqlen": 16}, None, teacher="x")

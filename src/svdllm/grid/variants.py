@@ -31,7 +31,8 @@ def variants_of(
 
     A name is one of ``METHOD_NAMES`` or a recipe file, and ``NAME+TRAINING`` is the same model trained afterwards, as in
     ``svd-llm+sequential-lora`` or ``balanced+blockwise+distill``. ``calibration`` are settings of all recipes,
-    ``recover`` those of all training, in which ``teacher`` is the dense model unless they say otherwise.
+    ``recover`` those of all training, in which ``teacher`` is the dense model, and the device that of the recipe, unless
+    they say otherwise.
 
     Raises:
         InputError: a name is not known, given twice, or its settings make no sense; names it.
@@ -64,12 +65,13 @@ def _variant(name: str, calibration: Mapping[str, Any], recover: Mapping[str, An
     else:
         raise InputError(_unknown(name, base, [*METHOD_NAMES, *TRAINING]))
     recipe = make_recipe({**settings, **calibration}, f"method {name}")
-    return Variant(
-        name="+".join([base, *training]), recipe=recipe, recovery=_recovery(name, training, recover, teacher)
-    )
+    recovery = _recovery(name, training, recover, teacher, recipe.device)
+    return Variant(name="+".join([base, *training]), recipe=recipe, recovery=recovery)
 
 
-def _recovery(name: str, training: list[str], recover: Mapping[str, Any] | None, teacher: str) -> Recovery | None:
+def _recovery(
+    name: str, training: list[str], recover: Mapping[str, Any] | None, teacher: str, device: str
+) -> Recovery | None:
     if not training:
         return None
     if unknown := [method for method in training if method not in TRAINING]:
@@ -79,7 +81,7 @@ def _recovery(name: str, training: list[str], recover: Mapping[str, Any] | None,
     if "methods" in recover:
         raise InputError("--recover: methods are written behind the method, as in svd-llm+sequential-lora.")
     taught = {"teacher": teacher} if {"distill", "blockwise"} & set(training) else {}
-    return make_recovery({**taught, **recover, "methods": tuple(training)})
+    return make_recovery({"device": device, **taught, **recover, "methods": tuple(training)})
 
 
 def _unknown(name: str, part: str, known: list[str]) -> str:

@@ -438,6 +438,7 @@ def test_ablate_from_the_command_line(place: Path, tmp_path: Path, capsys: pytes
         (["--methods", "svd", "--recover", "data: x.txt"], "no method is trained"),
         (["--methods", LORA, "--recover", "data: python-docs, stps: 3"], "stps"),
         (["--methods", LORA, "--recover", "data: nowhere.json"], "nowhere.json"),
+        (["--methods", LORA, "--recover", "data: python-docs, device: cuda:77"], "cuda:77"),
         (["--ratios", "0.2,2"], "--ratios '2' is not a ratio"),
         (["--ratios", "0.2,0.2"], "names a ratio twice"),
         (["--ppl", "nowhere.txt"], "nowhere.txt"),

@@ -26,6 +26,7 @@ from svdllm.plan import plan
 from svdllm.progress import Reporter, SubReporter
 from svdllm.recover import recover
 from svdllm.recover.checks import check_data
+from svdllm.recover.processes import own_device
 from svdllm.source import open_config
 from svdllm.tasks import TaskSuite, check_models, open_tasks
 from svdllm.workspace import require_writable
@@ -115,6 +116,7 @@ class _Run:
             if variant.recipe.needs_tokens:
                 check_source(variant.recipe.calibration)
             if variant.recovery is not None:
+                own_device(variant.recovery.device)
                 check_data(variant.recovery, ())
                 if "sequential-lora" in variant.recovery.methods:
                     require_extra("peft", f"method {variant.name}", extra="recover")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,27 @@ def test_more_methods_are_added_and_other_settings_refused(place: Path, tmp_path
     other = replace(grid, measures=replace(grid.measures, windows=5))
     with pytest.raises(InputError, match="'dense' made with other settings: measures: windows was 6, is now 5"):
         run_grid(other, tmp_path / "r")
+
+
+def test_another_model_at_the_same_place_is_refused(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "dense", tmp_path / "dense")
+    grid = replace(make_grid(place, ["svd"]), model=str(tmp_path / "dense"))
+    records = run_grid(grid, tmp_path / "r")
+    (digest,) = records[0]["settings"]["weights"]
+    assert digest == digests(tmp_path / "dense")["model.safetensors"]
+    assert run_grid(grid, tmp_path / "r") == records
+    half = replace(grid, measures=replace(grid.measures, dtype="float64"))
+    with pytest.raises(InputError, match=r"measured in was \"torch\.float32\", is now \"torch\.float64\""):
+        run_grid(half, tmp_path / "r")
+    save_dense(tmp_path / "dense", seed=5)
+    with pytest.raises(InputError, match="'dense' made with other settings: weights was"):
+        run_grid(grid, tmp_path / "r")
+    for file in (tmp_path / "r" / "cells").iterdir():  # as older versions wrote them
+        record = json.loads(file.read_text())
+        for name in ("weights", "commit", "measured in"):
+            del record["settings"][name]
+        file.write_text(json.dumps(record))
+    assert len(run_grid(grid, tmp_path / "r")) == 2
 
 
 def test_a_cell_that_fails_fails_alone(place: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from svdllm.data import check_source
 from svdllm.data.specs import require_extra
 from svdllm.errors import InputError, ResourceError, as_ours, first_line
 from svdllm.evaluate import check_context
+from svdllm.grid.identity import identity_of
 from svdllm.grid.measure import measure
 from svdllm.grid.settings import Cell, Grid, Variant, file_name_of
 from svdllm.grid.spectra import read_spectra
@@ -64,6 +65,8 @@ def run_grid(
     reporter = reporter or Reporter()
     run = _Run(grid=grid, folder=Path(folder), keep=keep, reporter=reporter)
     run.check()
+    run = replace(run, identity=identity_of(grid))
+    run.refuse_other_settings()
     with _tasks(grid, reporter) as suite:
         for name in ("cells", "spectra"):
             (run.folder / name).mkdir(parents=True, exist_ok=True)
@@ -84,6 +87,7 @@ class _Run:
     folder: Path
     keep: bool
     reporter: Reporter
+    identity: Record = field(default_factory=dict)
     suite: TaskSuite | None = None
 
     @property
@@ -125,7 +129,10 @@ class _Run:
                         f"--revision is not known to the training of {variant.name}, whose teacher would be another model: "
                         "download the revision and give its folder."
                     )
-        for cell in grid.cells:
+
+    def refuse_other_settings(self) -> None:
+        """Of finished cells and kept checkpoints."""
+        for cell in self.grid.cells:
             if (found := self._read(cell)) is not None and found["status"] == "done":
                 self._refuse_other(found["settings"], cell)
                 if self.keep and cell.variant is not None and found["checkpoint"] is None:
@@ -135,7 +142,9 @@ class _Run:
                     self._refuse_other_checkpoint(made)
 
     def _refuse_other(self, found: Record, cell: Cell) -> None:
-        if different := differences(_flat(found), _flat(self._settings_of(cell))):
+        # Records of older versions say less.
+        wanted = {key: value for key, value in self._settings_of(cell).items() if key in found}
+        if different := differences(_flat(found), _flat(wanted)):
             raise InputError(
                 f"{self._file(cell)} holds '{cell.name}' made with other settings: {different}. Give the same settings to "
                 "go on, or name another folder."
@@ -252,7 +261,7 @@ class _Run:
 
     def _settings_of(self, cell: Cell) -> Record:
         """As they are read again."""
-        return json.loads(json.dumps(self.grid.settings_of(cell)))
+        return json.loads(json.dumps(self.identity | self.grid.settings_of(cell)))
 
     def _is_done(self, cell: Cell) -> bool:
         found = self._read(cell)

@@ -40,7 +40,6 @@ def one_step(model: Any, task: Task, dtype: torch.dtype) -> Any:
 
 def main(checkpoint: str, out: str) -> None:
     meet(torch.device("cpu"))
-    sequential_lora.train = one_step
     rows = [(ids, ids) for ids in torch.arange(64).view(4, 16)]
     task = Task(
         file="step",
@@ -58,4 +57,5 @@ def main(checkpoint: str, out: str) -> None:
 
 
 if __name__ == "__main__":
+    sequential_lora.train = one_step
     main(*sys.argv[1:])

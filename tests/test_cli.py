@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,11 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import svdllm.cli
 from runs import TEXT, save_dense
 from svdllm.cli import main
+from svdllm.errors import NumericalError
 
 
 @pytest.fixture(scope="session")
@@ -424,6 +428,37 @@ def test_errors_are_json_where_json_was_asked_for(
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["type"] == "InputError"
     assert error["exit_code"] == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (MemoryError("no room"), 4, "Out of memory: no room"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nA second line"), 4, "Out of memory: CUDA out of memory."),
+        (OSError(errno.ENOSPC, "No space left on device", "out.bin"), 4, "No space left on device: out.bin"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 4, "Disk quota exceeded: a file"),
+        (PermissionError(errno.EACCES, "Permission denied", "x.json"), 2, "Permission denied: x.json"),
+        (NumericalError("a NaN"), 5, "a NaN"),
+    ],
+)
+def test_memory_disk_and_files_end_with_one_message(
+    error: Exception, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(svdllm.cli, "app", fails)
+    assert cli("inspect", "x") == code
+    assert capsys.readouterr().err == f"Error: {message}\n"
+
+
+def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(svdllm.cli, "app", fails)
+    with pytest.raises(ZeroDivisionError):
+        main(["inspect", "x"])
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

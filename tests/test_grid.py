@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from svdllm.errors import InputError
 from svdllm.grid import Grid, Measures, run_grid, study, variants_of
 from svdllm.grid import run as grid_run
 from svdllm.progress import Reporter
+from svdllm.recover.needs import require_memory
 from svdllm.report.grid_plots import _errors
 from svdllm.report.grid_report import GridReport, write_report
 from svdllm.report.grid_table import columns_of, groups_of, perplexity_text
@@ -193,6 +195,27 @@ def test_more_methods_are_added_and_other_settings_refused(place: Path, tmp_path
         run_grid(other, tmp_path / "r")
 
 
+def test_another_model_at_the_same_place_is_refused(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "dense", tmp_path / "dense")
+    grid = replace(make_grid(place, ["svd"]), model=str(tmp_path / "dense"))
+    records = run_grid(grid, tmp_path / "r")
+    (digest,) = records[0]["settings"]["weights"]
+    assert digest == digests(tmp_path / "dense")["model.safetensors"]
+    assert run_grid(grid, tmp_path / "r") == records
+    half = replace(grid, measures=replace(grid.measures, dtype="float64"))
+    with pytest.raises(InputError, match=r"measured in was \"torch\.float32\", is now \"torch\.float64\""):
+        run_grid(half, tmp_path / "r")
+    save_dense(tmp_path / "dense", seed=5)
+    with pytest.raises(InputError, match="'dense' made with other settings: weights was"):
+        run_grid(grid, tmp_path / "r")
+    for file in (tmp_path / "r" / "cells").iterdir():  # as older versions wrote them
+        record = json.loads(file.read_text())
+        for name in ("weights", "commit", "measured in"):
+            del record["settings"][name]
+        file.write_text(json.dumps(record))
+    assert len(run_grid(grid, tmp_path / "r")) == 2
+
+
 def test_a_cell_that_fails_fails_alone(place: Path, tmp_path: Path) -> None:
     grid = make_grid(place, [LORA, "svd", "svd-llm"], lr=1e30)
     reporter = Reporter()
@@ -210,6 +233,50 @@ def test_a_cell_that_fails_fails_alone(place: Path, tmp_path: Path) -> None:
     assert any(warning.startswith(f"{LORA} 0.3 failed: ") for warning in reporter.warnings)
     page = written(grid, list(records.values()), tmp_path / "r")[0]
     assert "NumericalError" in page
+
+
+def test_a_full_disk_and_a_mistake_of_ours_are_told_apart(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(model: str, recipe: svdllm.Recipe, *_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", "f") if recipe.method == "svd" else ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(grid_run, "compress", fails)
+    cells = by_name(run_grid(make_grid(place, ["svd", "asvd"]), tmp_path / "r"))
+    assert cells["svd 0.3"]["error"] == {
+        "type": "ResourceError",
+        "message": "No space left on device: f",
+        "exit_code": 4,
+    }
+    error = cells["asvd 0.3"]["error"]
+    assert (error["type"], error["message"], error["exit_code"]) == ("ZeroDivisionError", "by zero", 1)
+    assert "in fails" in error["traceback"]
+
+
+def test_what_to_do_about_memory_is_what_a_grid_can_do(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from svdllm import calibration
+    from svdllm.recover import checks
+
+    monkeypatch.setattr(checks, "require_memory", lambda *_: require_memory({"distill": 2**60}, torch.device("cpu")))
+    grid = make_grid(place, ["svd-llm+distill"])
+    trained = by_name(run_grid(grid, tmp_path / "trained"))["svd-llm+distill 0.3"]["error"]
+
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(calibration, "decompose", no_memory)
+    compressed = by_name(run_grid(make_grid(place, ["svd"]), tmp_path / "compressed"))["svd 0.3"]["error"]
+    monkeypatch.setattr("svdllm.workspace.available_bytes", lambda: 0)
+    planned = by_name(run_grid(make_grid(place, ["svd"]), tmp_path / "planned"))["svd 0.3"]["error"]
+    assert compressed["message"].startswith("Out of memory (MemoryError). When there is more memory")
+    assert re.match(r"The run needs .* free\. When there is more memory", planned["message"])
+    assert re.match(r"--method distill needs more than .* cpu\. When there is more memory", trained["message"])
+    for error, setting in ((compressed, "batch_tokens"), (planned, "batch_tokens"), (trained, "micro_batch")):
+        assert (error["type"], error["exit_code"]) == ("ResourceError", 4)
+        assert setting in error["message"]
+        assert not re.search("--(no-resume|batch-tokens|micro-batch|samples)", error["message"])
 
 
 def written(grid: Grid, records: list[dict[str, Any]], folder: Path) -> tuple[str, str, Any]:
@@ -334,6 +401,24 @@ def test_studies_vary_one_thing() -> None:
     assert [variant.name for variant in parts] == ["asvd", "svd-llm", "svd+sequential-lora", LORA]
 
 
+def test_models_are_trained_where_they_are_compressed(place: Path, tmp_path: Path) -> None:
+    def devices(calibration: dict[str, Any], **settings: Any) -> list[str]:
+        methods = [LORA, "svd-llm+blockwise+distill"]
+        variants = variants_of(methods, calibration, {"data": "python-docs", **settings}, teacher="x")
+        variants += study("order", ["joint"], None, calibration, {"data": "python-docs", **settings}, teacher="x")
+        return [variant.recovery.device for variant in variants if variant.recovery]
+
+    assert devices({}) == ["auto"] * 3
+    assert devices({"device": "cuda:1"}) == ["cuda:1"] * 3
+    assert devices({"device": "cuda:1"}, device="cpu") == ["cpu"] * 3
+    text = place / "text.txt"
+    asked = ["--calib", text, "--samples", 8, "--seqlen", 16, "--ppl", text, "--ppl-seqlen", 16, "--ppl-windows", 2]
+    asked += ["--methods", LORA, "--recover", f"data: {text}, steps: 1, seqlen: 16, batch: 2", "--device", "cpu"]
+    assert cli("compare", place / "dense", "-o", tmp_path / "r", "--ratios", 0.3, "--new-tokens", 0, *asked) == 0
+    (record,) = (json.loads(file.read_text()) for file in (tmp_path / "r" / "cells").glob(f"{LORA}*"))
+    assert record["recovery"][0]["settings"]["device"] == "cpu"
+
+
 def test_texts_may_be_paths(place: Path, tmp_path: Path) -> None:
     text = str(place / "text.txt")
     variants = study("data", [text], None, {"samples": 4, "seqlen": 16}, None, teacher="x")
@@ -368,13 +453,14 @@ def test_ablate_from_the_command_line(place: Path, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "svdllm"], "Unknown method 'svdllm'. Did you mean svd-llm?"),
+        (["--methods", "svdllm"], "Unknown method 'svdllm', did you mean 'svd-llm'? Known are svd,"),
         (["--methods", "svd,svd"], "Method 'svd' is given twice"),
-        (["--methods", "svd-llm+lora"], "Unknown method 'svd-llm+lora'. Did you mean sequential-lora?"),
+        (["--methods", "svd-llm+lora"], "Unknown method 'svd-llm+lora', did you mean 'sequential-lora'?"),
         (["--methods", LORA], "needs what to learn from"),
         (["--methods", "svd", "--recover", "data: x.txt"], "no method is trained"),
         (["--methods", LORA, "--recover", "data: python-docs, stps: 3"], "stps"),
         (["--methods", LORA, "--recover", "data: nowhere.json"], "nowhere.json"),
+        (["--methods", LORA, "--recover", "data: python-docs, device: cuda:77"], "cuda:77"),
         (["--ratios", "0.2,2"], "--ratios '2' is not a ratio"),
         (["--ratios", "0.2,0.2"], "names a ratio twice"),
         (["--ppl", "nowhere.txt"], "nowhere.txt"),
@@ -429,4 +515,4 @@ def test_mistakes_in_studies(
 
 def test_unknown_studies_are_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("ablate", place / "dense", "-o", tmp_path / "r", "--study", "sample") == 2
-    assert "Unknown study 'sample'. Did you mean samples?" in " ".join(capsys.readouterr().err.split())
+    assert "Unknown study 'sample', did you mean 'samples'?" in " ".join(capsys.readouterr().err.split())

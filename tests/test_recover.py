@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer
 
+import sharded_step
 from runs import TEXT, run, save_dense, small_recipe
 from svdllm import InputError, NumericalError, ResourceError, load_model, perplexity, recover, verify
 from svdllm.checkpoint import read_report
@@ -23,7 +24,7 @@ from svdllm.cli import main
 from svdllm.data import evaluation_tokens
 from svdllm.modeling.lowrank import write_hashes
 from svdllm.progress import Reporter
-from svdllm.recover import make_recovery
+from svdllm.recover import make_recovery, sequential_lora
 from svdllm.recover.distill import distillation_loss
 from svdllm.recover.settings import DEFAULTS
 
@@ -319,18 +320,18 @@ def test_held_out_loss_of_distillation_is_its_own(checkpoint: Path, dense: Path,
     assert stage.held_out[0][1] == pytest.approx(stage.losses[0][1], rel=0.3)
 
 
-def test_what_is_sharded_over_processes_is_put_together_again(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_what_is_sharded_over_processes_is_put_together_again(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """FSDP2 on two processes: a step of theirs, merged, is a step of one."""
-    script = Path(__file__).with_name("sharded_step.py")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, sharded_step.__file__, checkpoint, tmp_path / "two"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    results = []
-    for name, start in (("one", [sys.executable]), ("two", launcher)):
-        command = [*start, script, checkpoint, tmp_path / name]
-        done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
-        results.append(load_file(tmp_path / name))
-    one, two = results
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sequential_lora, "train", sharded_step.one_step)
+    sharded_step.main(str(checkpoint), str(tmp_path / "one"))
+    one, two = (load_file(tmp_path / name) for name in ("one", "two"))
     assert one.keys() == two.keys() == factors(checkpoint, "svd_u")
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-6)
@@ -566,6 +567,8 @@ def test_a_gradient_that_is_no_number_stops_before_the_weights(
         ({"order": "both"}, "order: .*u-first.*found 'both'"),
         ({"lr": -1.0}, "lr: .*greater than 0 .found -1"),
         ({"ranks": 3}, "ranks: Extra inputs"),
+        ({"methods": ("nonsense",)}, r"^Recovery: methods\.0: Input should be .* .found 'nonsense'.$"),
+        ({"methods": ()}, "methods: Tuple should have at least 1 item"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_is_done(

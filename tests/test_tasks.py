@@ -407,8 +407,8 @@ def test_no_such_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("arc_esay", "has no task 'arc_esay', did you mean arc_easy"),
-        ("PIQA", "did you mean piqa"),
+        ("arc_esay", "has no task 'arc_esay', did you mean 'arc_easy'"),
+        ("PIQA", "did you mean 'piqa'"),
         ("zzzz", "has no task 'zzzz': `lm-eval ls tasks` lists them all"),
     ],
 )

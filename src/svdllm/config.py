@@ -316,10 +316,12 @@ def parse_amount(text: str, *, what: str, bytes_allowed: bool) -> int:
 
 def problems_of(error: ValidationError) -> str:
     lines = []
-    for problem in error.errors():
-        where = ".".join(
-            str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "tuple", "float"))
-        )
+    problems = error.errors()
+    for problem in problems:
+        place = problem["loc"]
+        if any(len(other["loc"]) > len(place) and other["loc"][: len(place)] == place for other in problems):
+            continue  # a list is also called too short where it has items that are wrong
+        where = ".".join(str(part) for part in place if not str(part).startswith(("constrained", "tuple", "float")))
         message = problem["msg"].removeprefix("Value error, ")
         found = problem.get("input")
         shown = f" (found {found!r})" if isinstance(found, str | int | float) else ""

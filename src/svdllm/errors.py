@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import errno
+from collections.abc import Iterable
+
+import torch
+
 
 class SvdllmError(Exception):
     """Base of every error that this library raises on purpose; ``exit_code`` is the command line's."""
@@ -22,9 +28,13 @@ class UnsupportedModelError(SvdllmError):
 
 
 class ResourceError(SvdllmError):
-    """Memory or disk does not suffice."""
+    """Memory or disk does not suffice; ``advice`` says what to do by the options of a command."""
 
     exit_code = 4
+
+    def __init__(self, problem: str, advice: str = ""):
+        super().__init__(f"{problem} {advice}".rstrip())
+        self.problem, self.advice = problem, advice
 
 
 class NumericalError(SvdllmError):
@@ -37,6 +47,25 @@ class CheckpointError(InputError):
     """A checkpoint is truncated, altered or incomplete; the message names the file."""
 
 
+def as_ours(error: Exception) -> SvdllmError | None:
+    """What an error means to the user, if it is ours or of memory, disk or files; None where nobody expected it."""
+    if isinstance(error, SvdllmError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return ResourceError(f"Out of memory: {first_line(error)}")
+    if isinstance(error, OSError):
+        kind = ResourceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else InputError
+        return kind(f"{error.strerror or error}: {error.filename or 'a file'}")
+    return None
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, to be quoted in a message of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
+    """What to put behind a name that is not known: ``, did you mean 'a' or 'b'?``, or nothing where none is like it."""
+    known, name = list(known), name.lower()
+    like = difflib.get_close_matches(name, known, n=most) or [other for other in known if name and name in other][:most]
+    return f", did you mean {' or '.join(map(repr, like))}?" if like else ""

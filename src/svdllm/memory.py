@@ -66,4 +66,4 @@ def saying_what_to_lower(advice: str) -> Iterator[None]:
         if not known and "allocate memory" not in str(error):
             raise
         said = first_line(error)[:200]
-        raise ResourceError(f"Out of memory ({said}). {advice}") from error
+        raise ResourceError(f"Out of memory ({said}).", advice) from error

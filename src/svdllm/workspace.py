@@ -97,6 +97,6 @@ def require_room(output_dir: Path, work: Path, plan: Plan) -> None:
     if memory is not None and more > memory:
         stage = max(plan.ram_by_stage, key=lambda name: plan.ram_by_stage[name])
         raise ResourceError(
-            f"The run needs {more / 1e9:.2f} GB more memory at its peak (stage {stage!r}), {memory / 1e9:.2f} GB are free. "
-            f"Lower --{'probe-share' if stage == 'probe' else 'batch-tokens'}, or free some memory."
+            f"The run needs {more / 1e9:.2f} GB more memory at its peak (stage {stage!r}), {memory / 1e9:.2f} GB are free.",
+            f"Lower --{'probe-share' if stage == 'probe' else 'batch-tokens'}, or free some memory.",
         )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import sys
 
-import torch
 import typer
 
 from svdllm.cli import ablate, compare, compress, demo, evaluate, export, inspect, plan, recover, slicing, verify
 from svdllm.cli.console import error_console
-from svdllm.errors import InputError, ResourceError, SvdllmError, first_line
+from svdllm.errors import SvdllmError, as_ours
 
 # ClickException, of the click that typer uses: newer versions carry their own.
 UsageProblem: type[Exception] = typer.BadParameter.mro()[2]
@@ -51,13 +49,10 @@ def main(arguments: list[str] | None = None) -> None:
         elif arguments[:1] == ["recover"]:
             error_console.print("The same command goes on from the last saved step.")
         code = 130
-    except SvdllmError as error:
-        code = _show(error, as_json="--json" in arguments)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        code = _show(ResourceError(f"Out of memory: {first_line(error)}"), as_json="--json" in arguments)
-    except OSError as error:
-        kind = ResourceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else InputError
-        code = _show(kind(f"{error.strerror or error}: {error.filename or 'a file'}"), as_json="--json" in arguments)
+    except Exception as error:
+        if (ours := as_ours(error)) is None:
+            raise
+        code = _show(ours, as_json="--json" in arguments)
     sys.exit(code or 0)
 
 

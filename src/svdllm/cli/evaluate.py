@@ -10,6 +10,7 @@ import typer
 
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, console, print_json, show
+from svdllm.cli.options import option
 from svdllm.cli.tables import perplexity_table
 from svdllm.cli.task_tables import tasks_table
 from svdllm.data.specs import check_source, split_specs
@@ -25,10 +26,6 @@ PERPLEXITY, TASKS, MACHINE = "Perplexity", "Tasks", "Machine"
 
 def register(app: typer.Typer) -> None:
     app.command("eval")(evaluate)
-
-
-def option(help: str, panel: str, default: str | bool = False, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, show_default=default, rich_help_panel=panel, **more)
 
 
 def evaluate(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 import yaml
@@ -15,18 +16,16 @@ from rich.table import Table
 
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, console, print_json
+from svdllm.cli.options import option
 from svdllm.data.specs import split_specs
 from svdllm.errors import InputError
 from svdllm.grid import Grid, Measures, Study, Variant, run_grid
 from svdllm.grid.settings import PROMPTS
 from svdllm.report.grid_report import GridReport, read_spectra_files, write_report
 
+Command = TypeVar("Command", bound=Callable[..., None])
 REPORT_EVERY = 120  # seconds, while the grid is made
 CALIBRATION, MEASURE, RUN = "Calibration", "Measuring", "Running"
-
-
-def _option(help: str, panel: str, default: str | bool = False, *names: str) -> Any:
-    return typer.Option(*names, help=help, show_default=default, rich_help_panel=panel)
 
 
 Output = Annotated[
@@ -41,34 +40,30 @@ Recover = Annotated[
         show_default=False,
     ),
 ]
-Calib = Annotated[str | None, _option("Calibration text of all methods.", CALIBRATION, "wikitext2")]
-Samples = Annotated[int | None, _option("Calibration windows.", CALIBRATION, "256")]
-Seqlen = Annotated[int | None, _option("Tokens of a calibration window.", CALIBRATION, "2048")]
-Seed = Annotated[int | None, _option("Seed of the random windows.", CALIBRATION, "3")]
+Title = Annotated[str | None, typer.Option(help="Of the report.", show_default="by the model's name")]
+Calib = Annotated[str | None, option("Calibration text of all methods.", CALIBRATION, "wikitext2")]
+Samples = Annotated[int | None, option("Calibration windows.", CALIBRATION, "256")]
+Seqlen = Annotated[int | None, option("Tokens of a calibration window.", CALIBRATION, "2048")]
+Seed = Annotated[int | None, option("Seed of the random windows.", CALIBRATION, "3")]
 Ppl = Annotated[
     list[str] | None,
-    _option(
+    option(
         "Texts to measure perplexity on, as in wikitext2,c4; may be repeated; none for nothing.", MEASURE, "python-docs"
     ),
 ]
-PplSeqlen = Annotated[int, _option("Tokens of a window of it.", MEASURE, True)]
-PplWindows = Annotated[int | None, _option("Only the first windows of it.", MEASURE, "all")]
-Tasks = Annotated[str | None, _option("Tasks of lm-evaluation-harness, as in arc_easy,piqa.", MEASURE)]
-TaskData = Annotated[Path | None, _option("Folder with files of the tasks, instead of the hub.", MEASURE)]
-Limit = Annotated[int | None, _option("Only the first examples of every task.", MEASURE, "all")]
-NumFewshot = Annotated[int | None, _option("Examples shown to the model.", MEASURE, "the task's own")]
+PplSeqlen = Annotated[int, option("Tokens of a window of it.", MEASURE, True)]
+PplWindows = Annotated[int | None, option("Only the first windows of it.", MEASURE, "all")]
+Tasks = Annotated[str | None, option("Tasks of lm-evaluation-harness, as in arc_easy,piqa.", MEASURE)]
+TaskData = Annotated[Path | None, option("Folder with files of the tasks, instead of the hub.", MEASURE)]
+Limit = Annotated[int | None, option("Only the first examples of every task.", MEASURE, "all")]
+NumFewshot = Annotated[int | None, option("Examples shown to the model.", MEASURE, "the task's own")]
 Prompts = Annotated[
-    Path | None, _option("Text file with a prompt in each line, for the report to show what is written.", MEASURE)
+    Path | None, option("Text file with a prompt in each line, for the report to show what is written.", MEASURE)
 ]
-NewTokens = Annotated[int, _option("Tokens to write after each prompt; 0 for no prompts.", MEASURE, True)]
-Device = Annotated[str, _option("auto, cpu, cuda, ...", RUN, True)]
-Dtype = Annotated[str, _option("What is computed in: auto is float32 on a CPU, the model's own on a GPU.", RUN, True)]
-Keep = Annotated[bool, _option("Keep every checkpoint, in OUTPUT/checkpoints.", RUN, False, "--keep")]
-
-
-def calibration_settings(**settings: Any) -> dict[str, Any]:
-    """Those that are given, by their names in a recipe; auto is what recipes have where they say nothing."""
-    return {name: value for name, value in settings.items() if value not in (None, "auto")}
+NewTokens = Annotated[int, option("Tokens to write after each prompt; 0 for no prompts.", MEASURE, True)]
+Device = Annotated[str, option("auto, cpu, cuda, ...", RUN, True)]
+Dtype = Annotated[str, option("What is computed in: auto is float32 on a CPU, the model's own on a GPU.", RUN, True)]
+Keep = Annotated[bool, option("Keep every checkpoint, in OUTPUT/checkpoints.", RUN, False, "--keep")]
 
 
 def recover_settings(text: str | None) -> dict[str, Any] | None:
@@ -99,6 +94,121 @@ def different_ratios(text: str) -> tuple[float, ...]:
 
 def names_of(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def sharing_options(**defaults: Any) -> Callable[[Command], Command]:
+    """Makes typer see the options of ``run_and_report``, with these defaults, where a command has ``**shared``."""
+
+    def decorate(command: Command) -> Command:
+        own = inspect.signature(command, eval_str=True)
+        shared = inspect.signature(run_and_report, eval_str=True).parameters.values()
+        options = [option for option in shared if option.kind is option.KEYWORD_ONLY]
+        command.__signature__ = own.replace(  # type: ignore[attr-defined]
+            parameters=[
+                *(parameter for parameter in own.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD),
+                *(option.replace(default=defaults.get(option.name, option.default)) for option in options),
+            ]
+        )
+        return command
+
+    return decorate
+
+
+def run_and_report(
+    model: str,
+    output: Path,
+    variants: Callable[[dict[str, Any], dict[str, Any] | None], tuple[Variant, ...]],
+    study: Study | None = None,
+    *,
+    ratios: Ratios,
+    recover: Recover = None,
+    title: Title = None,
+    calib: Calib = None,
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    seed: Seed = None,
+    ppl: Ppl = None,
+    ppl_seqlen: PplSeqlen = 2048,
+    ppl_windows: PplWindows = None,
+    tasks: Tasks = None,
+    task_data: TaskData = None,
+    limit: Limit = None,
+    num_fewshot: NumFewshot = None,
+    prompts: Prompts = None,
+    new_tokens: NewTokens,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    keep: Keep = False,
+    revision: o.Revision = None,
+    offline: o.Offline = False,
+    json: o.Json = False,
+) -> None:
+    """Makes and measures the grid, shows its table and leaves its report; ends with the first failure's exit code.
+
+    ``variants`` are made of the settings of all calibration and of all training.
+    """
+    subject = "methods compared" if study is None else study.summary
+    given = {"calibration": calib, "samples": samples, "seqlen": seqlen, "seed": seed, "device": device, "dtype": dtype}
+    # auto is what recipes have where they say nothing
+    calibration = {name: value for name, value in given.items() if value not in (None, "auto")}
+    grid = Grid(
+        model=model,
+        variants=variants(calibration, recover_settings(recover)),
+        ratios=different_ratios(ratios),
+        measures=measures_of(
+            ppl=ppl,
+            seqlen=ppl_seqlen,
+            windows=ppl_windows,
+            tasks=tasks,
+            task_data=task_data,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            prompts=prompts,
+            new_tokens=new_tokens,
+            device=device,
+            dtype=dtype,
+        ),
+        title=title or f"{Path(model).name}: {subject}",
+        revision=revision,
+        offline=offline,
+    )
+    report = _reported(grid, output, keep, study)
+    if json:
+        print_json(report.to_dict())
+    else:
+        console.print(_table(report))
+        for record in report.failed:
+            console.print(f"{record['name']} failed: {record['error']['message']}", style="red", soft_wrap=True)
+        console.print(f"Report: {output / 'report.html'}", soft_wrap=True)
+    if report.failed:
+        raise typer.Exit(report.failed[0]["error"]["exit_code"])
+
+
+def _reported(grid: Grid, output: Path, keep: bool, study: Study | None) -> GridReport:
+    """Runs a grid; its report is written now and then, and when it ends, however it ends."""
+    command = shlex.join(["svdllm", *sys.argv[1:]])
+    records: list[dict[str, Any]] = []
+    written = time.monotonic()
+
+    def write() -> GridReport:
+        spectra = read_spectra_files(output)
+        report = GridReport(grid=grid, records=records, spectra=spectra, command=command, study=study)
+        write_report(report, output)
+        return report
+
+    def on_cell(found: list[dict[str, Any]]) -> None:
+        nonlocal records, written
+        records = found
+        if time.monotonic() - written > REPORT_EVERY:
+            write()
+            written = time.monotonic()
+
+    try:
+        records = run_grid(grid, output, keep=keep, reporter=ConsoleReporter(), on_cell=on_cell)
+    finally:
+        report = write() if records else None
+    assert report is not None
+    return report
 
 
 def measures_of(
@@ -140,47 +250,6 @@ def measures_of(
     return measures
 
 
-def run_and_report(grid: Grid, output: Path, *, keep: bool, study: Study | None, json: bool) -> None:
-    """Runs a grid, with its report written now and then; ends with the first failure's exit code."""
-    command = shlex.join(["svdllm", *sys.argv[1:]])
-
-    def write(records: list[dict[str, Any]]) -> GridReport:
-        report = GridReport(
-            grid=grid, records=records, spectra=read_spectra_files(output), command=command, study=study
-        )
-        write_report(report, output)
-        return report
-
-    written = time.monotonic()
-
-    def write_now_and_then(records: list[dict[str, Any]]) -> None:
-        nonlocal written
-        if time.monotonic() - written > REPORT_EVERY:
-            write(records)
-            written = time.monotonic()
-
-    records: list[dict[str, Any]] = []
-
-    def on_cell(found: list[dict[str, Any]]) -> None:
-        records[:] = found
-        write_now_and_then(found)
-
-    try:
-        records[:] = run_grid(grid, output, keep=keep, reporter=ConsoleReporter(), on_cell=on_cell)
-    finally:
-        report = write(records) if records else None
-    assert report is not None
-    if json:
-        print_json(report.to_dict())
-    else:
-        console.print(_table(report))
-        for record in report.failed:
-            console.print(f"{record['name']} failed: {record['error']['message']}", style="red", soft_wrap=True)
-        console.print(f"Report: {output / 'report.html'}", soft_wrap=True)
-    if report.failed:
-        raise typer.Exit(report.failed[0]["error"]["exit_code"])
-
-
 def _table(report: GridReport) -> Table:
     table = Table(header_style="bold", title=report.grid.title)
     for heading in ("ratio", "method", "files", *(column.heading for column in report.columns)):
@@ -202,23 +271,3 @@ def _prompts(file: Path) -> tuple[str, ...]:
     if not lines:
         raise InputError(f"--prompts {file} holds no prompt: write one in each line.")
     return lines
-
-
-def grid_of(
-    model: str,
-    variants: tuple[Variant, ...],
-    ratios: str,
-    measures: Measures,
-    title: str,
-    revision: str | None,
-    offline: bool,
-) -> Grid:
-    return Grid(
-        model=model,
-        variants=variants,
-        ratios=different_ratios(ratios),
-        measures=measures,
-        title=title,
-        revision=revision,
-        offline=offline,
-    )

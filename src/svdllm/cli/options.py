@@ -27,6 +27,12 @@ ONLY_WITH = {
 }
 BUDGETS = ("ratio", "target_params", "target_size", "ranks")
 
+
+def option(help: str, panel: str, default: str | bool = False, *names: str) -> Any:
+    """An option in a panel of the help; ``default`` says what holds without it (True: the value, False: nothing)."""
+    return typer.Option(*names, help=help, show_default=default, rich_help_panel=panel)
+
+
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or GGUF file.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub: local files and its cache only.")]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, console, print_json, show
+from svdllm.cli.options import option
 from svdllm.cli.tables import recovery_table
 from svdllm.recover import make_recovery, recover
 from svdllm.recover.processes import is_main
@@ -18,10 +19,6 @@ DATA, TRAINING, LORA, MEASURE = "Data", "Training", "Sequential LoRA", "Measurin
 
 def register(app: typer.Typer) -> None:
     app.command("recover")(recover_)
-
-
-def option(help: str, panel: str, default: str | bool = False, *names: str) -> Any:
-    return typer.Option(*names, help=help, show_default=default, rich_help_panel=panel)
 
 
 def recover_(

@@ -12,7 +12,6 @@ An existing path wins over every other reading.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import math
 import re
@@ -23,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from svdllm.errors import InputError
+from svdllm.errors import InputError, did_you_mean
 
 TEXT_SUFFIXES = (".txt", ".raw")
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -236,7 +235,7 @@ def _parse_single(spec: str) -> FileSpec | HubSpec | NamedSet:
         raise InputError(f"file not found: {name} (looked in {Path.cwd()})")
     if "/" in name:
         return _hub_spec(spec, [name, *rest])
-    raise InputError(f"unknown data set '{name}'{_did_you_mean(name)}: {_what_is_known()}")
+    raise InputError(f"unknown data set '{name}'{did_you_mean(name, NAMED_SETS)}: {_what_is_known()}")
 
 
 def _split_colons(spec: str) -> list[str]:
@@ -247,11 +246,6 @@ def _split_colons(spec: str) -> list[str]:
 def _looks_like_path(name: str) -> bool:
     anchored = name.startswith((".", "~", "/")) or "\\" in name
     return anchored or name.count("/") > 1 or Path(name).suffix.lower() in FILE_SUFFIXES
-
-
-def _did_you_mean(name: str) -> str:
-    close = difflib.get_close_matches(name.lower(), NAMED_SETS, n=1, cutoff=0.5)
-    return f", did you mean '{close[0]}'?" if close else ""
 
 
 def _what_is_known() -> str:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from svdllm.grid.run import run_grid
 from svdllm.grid.settings import Grid, Measures, Variant
-from svdllm.grid.studies import STUDIES, Study, study
+from svdllm.grid.studies import STUDIES, Study, find_study, study
 from svdllm.grid.variants import METHOD_NAMES, variants_of
 
-__all__ = ["METHOD_NAMES", "STUDIES", "Grid", "Measures", "Study", "Variant", "run_grid", "study", "variants_of"]
+__all__ = [
+    "METHOD_NAMES",
+    "STUDIES",
+    "Grid",
+    "Measures",
+    "Study",
+    "Variant",
+    "find_study",
+    "run_grid",
+    "study",
+    "variants_of",
+]

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from svdllm.analysis import differences, write_atomically
 from svdllm.checkpoint import is_checkpoint, read_report
 from svdllm.compress import compress
 from svdllm.data import check_source
 from svdllm.data.specs import require_extra
-from svdllm.errors import InputError, ResourceError, SvdllmError, first_line
+from svdllm.errors import InputError, ResourceError, as_ours, first_line
 from svdllm.evaluate import check_context
+from svdllm.grid.identity import identity_of
 from svdllm.grid.measure import measure
 from svdllm.grid.settings import Cell, Grid, Variant, file_name_of
 from svdllm.grid.spectra import read_spectra
@@ -29,12 +27,18 @@ from svdllm.plan import plan
 from svdllm.progress import Reporter, SubReporter
 from svdllm.recover import recover
 from svdllm.recover.checks import check_data
+from svdllm.recover.processes import own_device
 from svdllm.source import open_config
 from svdllm.tasks import TaskSuite, check_models, open_tasks
 from svdllm.workspace import require_writable
 
 Record = dict[str, Any]
 GRID_FILE = "grid.json"
+GO_ON = "When there is more memory, the same command goes on with what is finished."
+LESS_COMPRESSING = (
+    f"{GO_ON} A recipe file with a lower batch_tokens or probe_share needs less: name it among the methods."
+)
+LESS_TRAINING = f"{GO_ON} A lower micro_batch or seqlen, or gradient_checkpointing, needs less: give it in --recover, and another folder."
 
 
 def run_grid(
@@ -61,6 +65,8 @@ def run_grid(
     reporter = reporter or Reporter()
     run = _Run(grid=grid, folder=Path(folder), keep=keep, reporter=reporter)
     run.check()
+    run = replace(run, identity=identity_of(grid))
+    run.refuse_other_settings()
     with _tasks(grid, reporter) as suite:
         for name in ("cells", "spectra"):
             (run.folder / name).mkdir(parents=True, exist_ok=True)
@@ -81,6 +87,7 @@ class _Run:
     folder: Path
     keep: bool
     reporter: Reporter
+    identity: Record = field(default_factory=dict)
     suite: TaskSuite | None = None
 
     @property
@@ -113,6 +120,7 @@ class _Run:
             if variant.recipe.needs_tokens:
                 check_source(variant.recipe.calibration)
             if variant.recovery is not None:
+                own_device(variant.recovery.device)
                 check_data(variant.recovery, ())
                 if "sequential-lora" in variant.recovery.methods:
                     require_extra("peft", f"method {variant.name}", extra="recover")
@@ -121,7 +129,10 @@ class _Run:
                         f"--revision is not known to the training of {variant.name}, whose teacher would be another model: "
                         "download the revision and give its folder."
                     )
-        for cell in grid.cells:
+
+    def refuse_other_settings(self) -> None:
+        """Of finished cells and kept checkpoints."""
+        for cell in self.grid.cells:
             if (found := self._read(cell)) is not None and found["status"] == "done":
                 self._refuse_other(found["settings"], cell)
                 if self.keep and cell.variant is not None and found["checkpoint"] is None:
@@ -131,7 +142,9 @@ class _Run:
                     self._refuse_other_checkpoint(made)
 
     def _refuse_other(self, found: Record, cell: Cell) -> None:
-        if different := differences(_flat(found), _flat(self._settings_of(cell))):
+        # Records of older versions say less.
+        wanted = {key: value for key, value in self._settings_of(cell).items() if key in found}
+        if different := differences(_flat(found), _flat(wanted)):
             raise InputError(
                 f"{self._file(cell)} holds '{cell.name}' made with other settings: {different}. Give the same settings to "
                 "go on, or name another folder."
@@ -225,15 +238,16 @@ class _Run:
         if not self._is_made(cell):
             assert cell.variant is not None
             assert cell.ratio is not None
-            compress(
-                self.grid.model,
-                cell.variant.at(cell.ratio),
-                folder,
-                offline=self.grid.offline,
-                revision=self.grid.revision,
-                analysis_dir=self._analysis(cell.variant.analysis_key),
-                reporter=reporter,
-            )
+            with _advising(LESS_COMPRESSING):
+                compress(
+                    self.grid.model,
+                    cell.variant.at(cell.ratio),
+                    folder,
+                    offline=self.grid.offline,
+                    revision=self.grid.revision,
+                    analysis_dir=self._analysis(cell.variant.analysis_key),
+                    reporter=reporter,
+                )
         return folder
 
     def _trained(self, cell: Cell, compressed: Path, reporter: Reporter) -> Path:
@@ -241,12 +255,13 @@ class _Run:
         if not self._is_made(cell):
             assert cell.variant is not None
             assert cell.variant.recovery is not None
-            recover(compressed, folder, cell.variant.recovery, offline=self.grid.offline, reporter=reporter)
+            with _advising(LESS_TRAINING):
+                recover(compressed, folder, cell.variant.recovery, offline=self.grid.offline, reporter=reporter)
         return folder
 
     def _settings_of(self, cell: Cell) -> Record:
         """As they are read again."""
-        return json.loads(json.dumps(self.grid.settings_of(cell)))
+        return json.loads(json.dumps(self.identity | self.grid.settings_of(cell)))
 
     def _is_done(self, cell: Cell) -> bool:
         found = self._read(cell)
@@ -289,16 +304,22 @@ def _tasks(grid: Grid, reporter: Reporter) -> Iterator[TaskSuite | None]:
         yield suite
 
 
+@contextmanager
+def _advising(advice: str) -> Iterator[None]:
+    """Says what a grid can do about memory that is short, instead of what the command for one model can."""
+    try:
+        yield
+    except ResourceError as error:
+        if not error.advice:
+            raise
+        raise ResourceError(error.problem, advice) from error
+
+
 def _described(error: Exception) -> Record:
     """What a record keeps of an error; of one that nobody expected, also where it arose."""
-    known = isinstance(error, SvdllmError | torch.OutOfMemoryError | MemoryError | OSError)
-    kind: type[Exception] = type(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        kind = ResourceError
-    elif isinstance(error, OSError):
-        kind = ResourceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else InputError
-    described = {"type": kind.__name__, "message": str(error), "exit_code": getattr(kind, "exit_code", 1)}
-    return described if known else described | {"traceback": traceback.format_exc()}
+    if (ours := as_ours(error)) is not None:
+        return {"type": type(ours).__name__, "message": str(ours), "exit_code": ours.exit_code}
+    return {"type": type(error).__name__, "message": str(error), "exit_code": 1, "traceback": traceback.format_exc()}
 
 
 def _flat(settings: Record, prefix: str = "") -> Record:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from svdllm.config import make_recipe
-from svdllm.errors import InputError
+from svdllm.errors import InputError, did_you_mean
 from svdllm.grid.settings import Variant
 from svdllm.grid.variants import variants_of
 from svdllm.recover.settings import ORDERS
@@ -59,6 +58,13 @@ STUDIES = {
 }
 
 
+def find_study(name: str) -> Study:
+    """Raises InputError if there is no study of that name."""
+    if name not in STUDIES:
+        raise InputError(f"Unknown study {name!r}{did_you_mean(name, STUDIES) or '.'} Known are {', '.join(STUDIES)}.")
+    return STUDIES[name]
+
+
 def study(
     name: str,
     values: Sequence[str],
@@ -73,11 +79,7 @@ def study(
     Raises:
         InputError: no such study, or a value is not one of it.
     """
-    if name not in STUDIES:
-        close = difflib.get_close_matches(name, STUDIES, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise InputError(f"Unknown study {name!r}.{hint} Known are {', '.join(STUDIES)}.")
-    chosen = STUDIES[name]
+    chosen = find_study(name)
     values = values or chosen.values
     if name == "parts":
         if method is not None:

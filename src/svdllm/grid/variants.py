@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from svdllm.config import PRESETS, load_settings, make_recipe, preset_settings
-from svdllm.errors import InputError
+from svdllm.errors import InputError, did_you_mean
 from svdllm.grid.settings import DENSE, Variant
 from svdllm.recover import Recovery, make_recovery
 from svdllm.recover.settings import DEFAULTS as TRAINING
@@ -32,7 +31,8 @@ def variants_of(
 
     A name is one of ``METHOD_NAMES`` or a recipe file, and ``NAME+TRAINING`` is the same model trained afterwards, as in
     ``svd-llm+sequential-lora`` or ``balanced+blockwise+distill``. ``calibration`` are settings of all recipes,
-    ``recover`` those of all training, in which ``teacher`` is the dense model unless they say otherwise.
+    ``recover`` those of all training, in which ``teacher`` is the dense model, and the device that of the recipe, unless
+    they say otherwise.
 
     Raises:
         InputError: a name is not known, given twice, or its settings make no sense; names it.
@@ -65,12 +65,13 @@ def _variant(name: str, calibration: Mapping[str, Any], recover: Mapping[str, An
     else:
         raise InputError(_unknown(name, base, [*METHOD_NAMES, *TRAINING]))
     recipe = make_recipe({**settings, **calibration}, f"method {name}")
-    return Variant(
-        name="+".join([base, *training]), recipe=recipe, recovery=_recovery(name, training, recover, teacher)
-    )
+    recovery = _recovery(name, training, recover, teacher, recipe.device)
+    return Variant(name="+".join([base, *training]), recipe=recipe, recovery=recovery)
 
 
-def _recovery(name: str, training: list[str], recover: Mapping[str, Any] | None, teacher: str) -> Recovery | None:
+def _recovery(
+    name: str, training: list[str], recover: Mapping[str, Any] | None, teacher: str, device: str
+) -> Recovery | None:
     if not training:
         return None
     if unknown := [method for method in training if method not in TRAINING]:
@@ -80,13 +81,11 @@ def _recovery(name: str, training: list[str], recover: Mapping[str, Any] | None,
     if "methods" in recover:
         raise InputError("--recover: methods are written behind the method, as in svd-llm+sequential-lora.")
     taught = {"teacher": teacher} if {"distill", "blockwise"} & set(training) else {}
-    return make_recovery({**taught, **recover, "methods": tuple(training)})
+    return make_recovery({"device": device, **taught, **recover, "methods": tuple(training)})
 
 
 def _unknown(name: str, part: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(part, known, n=1) or [name for name in known if part and part in name]
-    hint = f" Did you mean {close[0]}?" if close else ""
     return (
-        f"Unknown method {name!r}.{hint} Known are {', '.join(METHOD_NAMES)}, a recipe file (.yaml), and each of these with "
-        f"+{', +'.join(TRAINING)} behind it."
+        f"Unknown method {name!r}{did_you_mean(part, known) or '.'} Known are {', '.join(METHOD_NAMES)}, a recipe file "
+        f"(.yaml), and each of these with +{', +'.join(TRAINING)} behind it."
     )

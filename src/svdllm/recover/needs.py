@@ -51,5 +51,6 @@ def require_memory(needed: dict[str, int], device: torch.device) -> None:
         )
         raise ResourceError(
             f"--method {method} needs more than {needed[method] / 1e9:.2f} GB of memory (weights, gradients, AdamW, logits), "
-            f"{free / 1e9:.2f} GB are free on {device}. Lower --micro-batch or --seqlen; {others}or free some memory."
+            f"{free / 1e9:.2f} GB are free on {device}.",
+            f"Lower --micro-batch or --seqlen; {others}or free some memory.",
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from svdllm.grid.settings import DENSE
 from svdllm.grid.variants import BASELINES
+from svdllm.tasks.record import mean_and_error
 
 Record = dict[str, Any]
 
@@ -172,12 +172,11 @@ def _score(record: Record, task: str) -> Measurement | None:
 
 def _average(record: Record, tasks: Sequence[str]) -> Measurement | None:
     found = [_score(record, task) for task in tasks]
-    known = [measured for measured in found if measured is not None]
+    known = [(measured.value, measured.stderr) for measured in found if measured is not None]
     if len(known) < len(tasks):
         return None
-    errors = [measured.stderr for measured in known if measured.stderr is not None]
-    stderr = math.sqrt(sum(error**2 for error in errors)) / len(tasks) if len(errors) == len(tasks) else None
-    return Measurement(value=sum(measured.value for measured in known) / len(tasks), stderr=stderr)
+    mean, stderr = mean_and_error(known)
+    return Measurement(value=mean, stderr=stderr)
 
 
 def _task(task: str, score: Record, gain: Callable[[float, float], str] | None) -> Column:

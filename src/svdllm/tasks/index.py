@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from svdllm.errors import InputError
+from svdllm.errors import InputError, did_you_mean
 
 
 def find_tasks(names: Sequence[str]) -> Any:
@@ -50,6 +49,5 @@ def _folder_named_like(name: str) -> Path | None:
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
-    guess = f", did you mean {' or '.join(close)}?" if close else ""
-    return f"lm-evaluation-harness has no task '{name}'{guess or ': `lm-eval ls tasks` lists them all'}"
+    guess = did_you_mean(name, known, most=3) or ": `lm-eval ls tasks` lists them all"
+    return f"lm-evaluation-harness has no task '{name}'{guess}"

@@ -103,12 +103,14 @@ def accuracy_average(scores: Sequence[TaskScore]) -> tuple[float, float | None] 
     A group counts once, its members do not.
     """
     metrics = [score.main for score in scores if score.main.name == "acc" and score.group is None]
-    if len(metrics) < 2:
-        return None
-    errors = [metric.stderr for metric in metrics]
-    squares = [error**2 for error in errors if error is not None]
-    mean = math.fsum(metric.value for metric in metrics) / len(metrics)
-    return mean, math.sqrt(math.fsum(squares)) / len(metrics) if len(squares) == len(metrics) else None
+    return mean_and_error([(metric.value, metric.stderr) for metric in metrics]) if len(metrics) > 1 else None
+
+
+def mean_and_error(figures: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
+    """Mean of independent figures and its standard error, which is None where that of a figure is not known."""
+    squares = [error**2 for _, error in figures if error is not None]
+    mean = math.fsum(value for value, _ in figures) / len(figures)
+    return mean, math.sqrt(math.fsum(squares)) / len(figures) if len(squares) == len(figures) else None
 
 
 def scores_of(harness: dict[str, Any], chances: dict[str, float]) -> list[TaskScore]:

@@ -1,0 +1,23 @@
+"""What a model is beyond its name: another one may lie at the same path later."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from svdllm.grid.settings import Grid
+from svdllm.modeling.lowrank import sha256_of
+from svdllm.plan import resolve_device, resolve_dtype
+from svdllm.source import open_config
+from svdllm.weights import weight_files
+
+
+def identity_of(grid: Grid) -> dict[str, Any]:
+    """SHA-256 of the weight files, or the commit of a hub model, and the dtype in which it is measured.
+
+    Raises:
+        InputError, UnsupportedModelError, CheckpointError: the model, device or dtype cannot be used.
+    """
+    source = open_config(grid.model, offline=grid.offline, revision=grid.revision)
+    files = [source.gguf] if source.gguf is not None else weight_files(source.folder) if source.weights else []
+    dtype = resolve_dtype(grid.measures.dtype, resolve_device(grid.measures.device), source.dtype)
+    return {"weights": [sha256_of(file) for file in files], "commit": source.revision, "measured in": str(dtype)}

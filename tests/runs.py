@@ -11,7 +11,7 @@ from torch import Tensor
 
 from families import tiny_model
 from svdllm import CompressionResult, Recipe, compress
-from svdllm.config import PLAIN
+from svdllm.config import BUDGETS, PLAIN
 from svdllm.structure import Target
 
 TEXT = " ".join(f"the quick brown fox {n} jumps over the lazy dog and {n * 7 % 13} more." for n in range(400))
@@ -32,7 +32,7 @@ def token_windows(samples: int = 8, seqlen: int = 16, vocab: int = 128, seed: in
 
 
 def small_recipe(**settings: Any) -> Recipe:
-    budget = {} if {"target_params", "target_size", "ranks"} & set(settings) else {"ratio": 0.3}
+    budget = {} if any(settings.get(name) for name in BUDGETS) else {"ratio": 0.3}
     return Recipe(**(PLAIN | {"samples": 8, "seqlen": 16, "seed": 1, **budget} | settings))
 
 

@@ -8,6 +8,7 @@ from math import floor
 
 from svdllm.allocation import (
     Allocation,
+    Cost,
     Evidence,
     Ranks,
     candidate_ranks,
@@ -25,6 +26,7 @@ from svdllm.allocation import (
 from svdllm.config import Recipe
 from svdllm.errors import InputError
 from svdllm.layout import Tensors, compressed_tensors, elastic_tensors, file_bytes, num_params, tensor_bytes
+from svdllm.linear_times import LinearTimes
 from svdllm.structure import Structure, Target, matches
 
 
@@ -39,9 +41,7 @@ def choose_ranks(recipe: Recipe, structure: Structure, stored: Tensors, evidence
     targets = structure.targets
     if recipe.ranks is not None:
         return Allocation(_explicit_ranks(recipe.ranks, targets))
-    overridden = _overrides(recipe, targets)
-    fixed = {t.name: uniform_rank(t, overridden[t.name], recipe.round_to) for t in targets if overridden.get(t.name)}
-    free = [target for target in targets if target.name not in overridden]
+    free, fixed = _free_and_fixed(recipe, targets)
     if recipe.allocation == "uniform":
         chosen = Allocation(_uniform(recipe, structure, stored, free, fixed))
     elif evidence is None:
@@ -57,6 +57,12 @@ def choose_ranks(recipe: Recipe, structure: Structure, stored: Tensors, evidence
         )
     ordered = {target.name: ranks[target.name] for target in targets if target.name in ranks}
     return replace(chosen, ranks=ordered)
+
+
+def require_fast_enough(recipe: Recipe, structure: Structure, times: LinearTimes) -> None:
+    """Raises InputError if not even the least ranks are as fast as ``target_speedup``; says what is."""
+    free, fixed = _free_and_fixed(recipe, structure.targets)
+    _time(recipe, structure, free, fixed, times).require_met(recipe, free)
 
 
 def spare_ranks(recipe: Recipe, structure: Structure, ranks: Mapping[str, int]) -> Ranks:
@@ -97,9 +103,10 @@ class _Unit:
     outside: int
     costs: dict[str, int]  # target -> cost of one rank
 
-    def cost(self, target: Target, rank: int) -> int:
-        """Of the factors, with the bias that a correction adds."""
-        return factor_cost(target, rank, self.costs[target.name])
+    def cost(self, target: Target, rank: int | None) -> int:
+        """Of the factors, with the bias that a correction adds, or of the dense matrix (None)."""
+        of_one = self.costs[target.name]
+        return dense_cost(target, of_one) if rank is None else factor_cost(target, rank, of_one)
 
     def left_for_ranks(self, free: Sequence[Target]) -> int:
         """What all targets together may spend on ranks, if each is factorised."""
@@ -107,13 +114,11 @@ class _Unit:
 
     def total(self, free: Sequence[Target], ranks: Mapping[str, int]) -> int:
         """With these ranks; a target that has none stays dense."""
-        return self.outside + sum(
-            self.cost(t, ranks[t.name]) if t.name in ranks else dense_cost(t, self.costs[t.name]) for t in free
-        )
+        return self.outside + sum(self.cost(t, ranks.get(t.name)) for t in free)
 
     def require_met(self, recipe: Recipe, free: Sequence[Target]) -> None:
         """Raises InputError if not even the least ranks that the allocation may choose fit."""
-        least = self.total(free, _least_ranks(recipe, free))
+        least = self.total(free, _least_ranks(recipe, free, self.cost))
         if least > self.budget:
             raise self.cannot_be_met(recipe, least)
 
@@ -127,6 +132,26 @@ class _Unit:
         )
 
 
+@dataclass(frozen=True)
+class _Time(_Unit):
+    """Nanoseconds of all linears: a rank has no cost of its own, and factors may take longer than the dense matrix."""
+
+    times: LinearTimes
+    dense: int  # of all linears
+
+    def cost(self, target: Target, rank: int | None) -> int:
+        return self.times.of(target, rank)
+
+    def cannot_be_met(self, recipe: Recipe, least: int) -> InputError:
+        possible = floor(100 * self.dense / least) / 100
+        advice = f"Ask for {possible:.2f} or less" if possible > 1 else "Give another budget"
+        return InputError(
+            f"{self.what} cannot be met: of the dense linears' time for {self.times.tokens:,} tokens at once, "
+            f"{self.outside / self.dense:.0%} lie outside the compressed linears, and with every rank at its least "
+            f"({recipe.round_to}), or dense where that is faster, {least / self.dense:.0%} are left. {advice}."
+        )
+
+
 def _uniform(
     recipe: Recipe, structure: Structure, stored: Tensors, free: Sequence[Target], fixed: Mapping[str, int]
 ) -> Ranks:
@@ -136,14 +161,15 @@ def _uniform(
     unit = _unit(recipe, structure, stored, free, fixed)
     ranks = fill_budget(free, unit.costs, unit.left_for_ranks(free), recipe.round_to)
     if ranks is None:
-        raise unit.cannot_be_met(recipe, unit.total(free, _least_ranks(recipe, free)))
+        raise unit.cannot_be_met(recipe, unit.total(free, _least_ranks(recipe, free, unit.cost)))
     return ranks
 
 
-def _least_ranks(recipe: Recipe, free: Sequence[Target]) -> Ranks:
-    """The least that an allocation may choose; a target without one has to stay dense."""
+def _least_ranks(recipe: Recipe, free: Sequence[Target], cost: Cost) -> Ranks:
+    """The least that an allocation may choose; a target without one, or that gains nothing by it, stays dense."""
+    least = recipe.round_to
     if recipe.allocation != "strs":
-        return {t.name: recipe.round_to for t in free if recipe.round_to <= t.break_even_rank}
+        return {t.name: least for t in free if least <= t.break_even_rank and cost(t, least) < cost(t, None)}
     candidates = {t.name: candidate_ranks(t, recipe.strs_ratios, recipe.round_to) for t in free}
     return {name: ranks[0] for name, ranks in candidates.items() if ranks}
 
@@ -151,7 +177,13 @@ def _least_ranks(recipe: Recipe, free: Sequence[Target]) -> Ranks:
 def _stand_in(
     recipe: Recipe, structure: Structure, stored: Tensors, free: Sequence[Target], fixed: Mapping[str, int]
 ) -> Ranks:
-    """Uniform ranks in single steps, of the size that the allocation will have; its budget is known to suffice."""
+    """Uniform ranks in single steps, of the size that the allocation will have; its budget is known to suffice.
+
+    Where time is the budget, ranks of about the size: as if time were parameters.
+    """
+    if recipe.target_speedup is not None:
+        ratio = 1 - 1 / recipe.target_speedup
+        return {t.name: max(1, uniform_rank(t, ratio)) for t in free if t.break_even_rank > 0}
     if recipe.allocation != "v2":
         _unit(recipe, structure, stored, free, fixed).require_met(recipe, free)
         recipe = recipe.model_copy(update={"round_to": 1})
@@ -169,7 +201,10 @@ def _by_evidence(
     if recipe.allocation == "v2":
         assert isinstance(recipe.ratio, float)
         return Allocation(v2_ranks(free, evidence.energies, recipe.ratio, recipe.round_to))
-    unit = _unit(recipe, structure, stored, free, fixed)
+    if evidence.times is None:
+        unit = _unit(recipe, structure, stored, free, fixed)
+    else:
+        unit = _time(recipe, structure, free, fixed, evidence.times)
     unit.require_met(recipe, free)
     budget = unit.budget - unit.outside
     if recipe.allocation == "effective-rank":
@@ -179,10 +214,20 @@ def _by_evidence(
         assert found is not None  # the least ranks fit
         return Allocation(found[0], threshold=found[1])
     losses = {target.name: evidence.losses(target) for target in free}
-    solution = loss_ranks(free, losses, unit.costs, budget, recipe.round_to)
+    solution = loss_ranks(free, losses, unit.cost, budget, recipe.round_to)
     assert solution is not None
     ranks = {name: choice.rank for name, choice in solution.choices.items() if choice.rank is not None}
     return Allocation(ranks, predicted_loss=solution.loss, gap=solution.gap)
+
+
+def _time(
+    recipe: Recipe, structure: Structure, free: Sequence[Target], fixed: Mapping[str, int], times: LinearTimes
+) -> _Time:
+    assert recipe.target_speedup is not None
+    dense = times.total(structure.targets, {})
+    outside = times.total(structure.targets, fixed) - sum(times.of(target, None) for target in free)
+    budget = floor(dense / recipe.target_speedup)
+    return _Time(f"--target-speedup {recipe.target_speedup:g}", budget, outside, {}, times, dense)
 
 
 def _unit(
@@ -226,6 +271,13 @@ def _explicit_ranks(ranks: Mapping[str, int | str], targets: Sequence[Target]) -
                 )
             chosen.setdefault(target.name, target.full_rank if rank == "full" else rank)
     return {name: rank for name, rank in chosen.items() if isinstance(rank, int)}
+
+
+def _free_and_fixed(recipe: Recipe, targets: Sequence[Target]) -> tuple[list[Target], Ranks]:
+    """The targets whose ranks the allocation chooses, and the ranks that overrides give to others."""
+    overridden = _overrides(recipe, targets)
+    fixed = {t.name: uniform_rank(t, overridden[t.name], recipe.round_to) for t in targets if overridden.get(t.name)}
+    return [target for target in targets if target.name not in overridden], fixed
 
 
 def _overrides(recipe: Recipe, targets: Sequence[Target]) -> dict[str, float]:

@@ -124,6 +124,8 @@ def report_of(plan: Plan, recipe: Recipe, provenance: Provenance, linears: list[
             "gap": plan.allocation_gap,
             "threshold": plan.allocation_threshold,
         },
+        "speed": None if plan.speed is None else asdict(plan.speed),
+        "linear_times": None if plan.linear_times is None else asdict(plan.linear_times),
         "ratio": plan.achieved_ratio,
         "params": plan.params,
         "dense_params": plan.dense_params,

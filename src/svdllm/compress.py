@@ -16,12 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from svdllm.allocation import Evidence, Probes
-from svdllm.analysis import Analysis, FinalFactors, read_settings, refuse_other_settings
+from svdllm.analysis import Analysis, FinalFactors, read_settings, refuse_other_settings, write_atomically
+from svdllm.budget import require_fast_enough
 from svdllm.calibration import Calibration
 from svdllm.checkpoint import REPORT_FILE, write_checkpoint
 from svdllm.config import Recipe
 from svdllm.data import TokenWindows, calibration_windows, check_source
 from svdllm.errors import InputError, SvdllmError
+from svdllm.linear_times import LinearTimes, measure_linears
 from svdllm.memory import device_peak_bytes, peak_bytes, saying_what_to_lower
 from svdllm.methods import METHODS
 from svdllm.plan import Plan, calibration_warnings, look_at, plans_of, resolve_device, resolve_dtype
@@ -49,6 +51,8 @@ NOT_OF_THE_ANALYSIS = (
     "ratio",
     "target_params",
     "target_size",
+    "target_speedup",
+    "speedup_tokens",
     "allocation",
     "strs_ratios",
     "overrides",
@@ -58,6 +62,7 @@ NOT_OF_THE_ANALYSIS = (
     "sequential_samples",
     "beta",
 )
+LINEAR_TIMES_FILE = "linear-times.json"
 # A part of the batches is held out to choose beta.
 LEAST_SEQUENTIAL_BATCHES = 8
 
@@ -206,8 +211,9 @@ class _Run:
         else:
             analysis = Analysis(self.analysis_dir, analysis_settings(settings))
         analysis.open()
+        times = self._linear_times(source, skeleton, structure)
         self._analyze(source, structure, plans, windows, analysis)
-        if evidence := self._evidence(source, skeleton, structure, windows, analysis):
+        if evidence := self._evidence(source, skeleton, structure, windows, analysis, times):
             with self.reporter.stage("allocate", 1):
                 known = plans_of(source, skeleton, structure, self.recipe, self.hidden_states_limit, evidence)
                 plans = [plan.with_ranks_of(other) for plan, other in zip(plans, known, strict=True)]
@@ -263,6 +269,27 @@ class _Run:
             "transformers version": transformers.__version__,
         }
 
+    def _linear_times(self, source: Source, skeleton: PreTrainedModel, structure: Structure) -> LinearTimes | None:
+        """Where time is the budget, how long linears take here; an unfinished run's, so that the ranks are the same."""
+        if self.recipe.target_speedup is None:
+            return None
+        file = self.work / "analysis" / LINEAR_TIMES_FILE
+        if not file.is_file():
+            device = resolve_device(self.recipe.device)
+            measured = measure_linears(
+                skeleton,
+                structure,
+                tokens=self.recipe.speedup_tokens,
+                round_to=self.recipe.round_to,
+                device=device,
+                dtype=resolve_dtype(self.recipe.dtype, device, source.dtype),
+                reporter=self.reporter,
+            )
+            write_atomically(file, measured.to_json().encode())
+        times = LinearTimes.read(file)
+        require_fast_enough(self.recipe, structure, times)
+        return times
+
     def _analyze(
         self, source: Source, structure: Structure, plans: list[Plan], windows: TokenWindows | None, analysis: Analysis
     ) -> None:
@@ -291,6 +318,7 @@ class _Run:
         structure: Structure,
         windows: TokenWindows | None,
         analysis: Analysis,
+        times: LinearTimes | None,
     ) -> Evidence | None:
         """What the allocation is chosen by; None where shapes are enough."""
         if self.recipe.allocation == "uniform":
@@ -299,7 +327,7 @@ class _Run:
         if not self.recipe.needs_probes:
             return Evidence(energies)
         assert windows is not None
-        return Evidence(energies, self._probes(source, skeleton, structure, windows, analysis))
+        return Evidence(energies, self._probes(source, skeleton, structure, windows, analysis), times)
 
     def _probes(
         self,

@@ -18,6 +18,7 @@ PRESETS = ("paper", "balanced", "best")
 ALLOCATIONS = ("uniform", "v2", "effective-rank", "loss", "strs")
 # Those that truncate linears on trial and measure what that does on the calibration text.
 PROBING = ("loss", "strs")
+BUDGETS = ("ratio", "target_params", "target_size", "target_speedup", "ranks")
 # The loss reaches queries and keys only through a softmax: their gradients are small and few, and left out.
 QUERY_AND_KEY = (r"\.(q|k)_proj$", r"\.(query|key)$")
 # What a method without Grams of its own, or explicit ranks, cannot use and are not given by default.
@@ -30,7 +31,8 @@ class Recipe(BaseModel):
     """Settings that decide the numbers of a run; keyword-only, frozen, unknown keys are errors.
 
     The defaults are the preset ``balanced``; with another method than svd-llm, or explicit ranks, they are plain.
-    Exactly one budget is needed to compress: ``ratio``, ``target_params``, ``target_size`` or explicit ``ranks``.
+    Exactly one budget is needed to compress: ``ratio``, ``target_params``, ``target_size``, ``target_speedup`` or
+    explicit ``ranks``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -54,6 +56,15 @@ class Recipe(BaseModel):
     )
     target_params: int | None = Field(None, gt=0, description="Parameters of the whole compressed model.")
     target_size: int | None = Field(None, gt=0, description="Bytes of the weight files of the whole compressed model.")
+    target_speedup: float | None = Field(
+        None,
+        gt=1,
+        allow_inf_nan=False,
+        description="How many times as fast all linears together shall be, by times measured on the device of the run.",
+    )
+    speedup_tokens: int = Field(
+        1, ge=1, description="Tokens at once that target_speedup is for: 1 is decoding, 1024 a prompt."
+    )
     ranks: dict[str, int | Literal["full", "dense"]] | None = Field(
         None,
         description="Explicit ranks by regular expression, the first match wins; other linears stay dense. 'full' "
@@ -135,11 +146,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Recipe:
-        budgets = {
-            name: getattr(self, name)
-            for name in ("ratio", "target_params", "target_size", "ranks")
-            if getattr(self, name) is not None
-        }
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(budgets) > 1:
             raise ValueError(f"{' and '.join(budgets)} are given together; give exactly one budget")
         if self.ranks is not None and (self.overrides or self.round_to > 1):
@@ -183,6 +190,13 @@ class Recipe(BaseModel):
             raise ValueError(f"allocation {self.allocation} chooses ranks, and ranks are given; drop one of them")
         if self.allocation == "v2" and (self.target_params or self.target_size):
             raise ValueError("allocation v2 spreads a ratio over the linears of a kind; give a ratio")
+        if self.target_speedup is not None and self.allocation != "loss":
+            raise ValueError(
+                f"target_speedup is a budget of measured time, which allocation {self.allocation} does not count; use "
+                "allocation loss"
+            )
+        if self.speedup_tokens > 1 and self.target_speedup is None:
+            raise ValueError("speedup_tokens does nothing without target_speedup")
         return self
 
     @model_validator(mode="after")
@@ -195,7 +209,7 @@ class Recipe(BaseModel):
         """Why a run at another ratio would not give the first columns and rows of these factors; None where it would."""
         if isinstance(self.ratio, tuple) and len(self.ratio) > 1:
             return f"{len(self.ratio)} ratios are given; give the smallest ({min(self.ratio)}) and slice the others"
-        for budget in ("target_params", "target_size", "ranks"):
+        for budget in BUDGETS[1:]:
             if getattr(self, budget) is not None:
                 return f"the budget is {budget}; give a ratio, which a smaller size can have another of"
         if self.bias_correction:
@@ -221,10 +235,10 @@ class Recipe(BaseModel):
 
     def require_budget(self) -> None:
         """Raises InputError unless a budget is given."""
-        if self.ratio is None and self.target_params is None and self.target_size is None and self.ranks is None:
+        if all(getattr(self, budget) is None for budget in BUDGETS):
             raise InputError(
                 "No budget: give exactly one of --ratio (say 0.2: 20 % of the linears' parameters removed), "
-                "--target-params (say 100M) or --target-size (say 300MB)."
+                "--target-params (say 100M), --target-size (say 300MB) or --target-speedup (say 1.3)."
             )
 
     def single(self) -> list[Recipe]:

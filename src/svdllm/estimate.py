@@ -9,12 +9,13 @@ from transformers import PreTrainedModel
 
 from svdllm.config import Recipe
 from svdllm.layout import SHARD_BYTES, Tensors, file_bytes, shard_names, tensor_bytes
+from svdllm.linear_times import SECONDS, work_bytes
 from svdllm.memory import available_bytes, resident_bytes
 from svdllm.methods import METHODS
 from svdllm.probing import WINDOW as PROBE_WINDOW
 from svdllm.probing import probe_ranks, probe_tokens
 from svdllm.statistics import Gram
-from svdllm.structure import Structure, Target
+from svdllm.structure import Structure, Target, linear_shape, linears_of
 
 # Share of the free memory that hidden states may take before they go to disk.
 HIDDEN_STATES_SHARE = 0.5
@@ -42,6 +43,7 @@ class Needs:
         self.stored, self.written, self.gguf_bytes = stored, written, gguf_bytes
         inside = tuple(f"{block}." for block in structure.blocks)
         numel = {name: torch.Size(shape).numel() for name, (shape, _) in stored.items()}
+        self.linear_shapes = {linear_shape(module) for _, module in linears_of(skeleton)}
         self.outside = sum(size for name, size in numel.items() if not name.startswith(inside)) * dtype.itemsize
         self.block = max(
             sum(size for name, size in numel.items() if name.startswith(prefix)) * dtype.itemsize for prefix in inside
@@ -78,6 +80,8 @@ class Needs:
             )
         if self.probe_tokens:
             stages["probe"] = base + self._streams() + (max(self._head(PROBE_WINDOW), self.block) if on_cpu else 0)
+        if self.recipe.target_speedup is not None:
+            stages["time linears"] = base + (self._timing() if on_cpu else 0)
         if self.sequential:
             stages["sequential"] = base + hidden + (self._sequential_needs() if on_cpu else 0)
         shard = max(tensor_bytes(self.written, names) for names in shard_names(self.written, SHARD_BYTES))
@@ -93,6 +97,8 @@ class Needs:
             needs += [self._head(self.recipe.seqlen), self._reverse_needs()]
         if self.probe_tokens:
             needs.append(self._head(PROBE_WINDOW))
+        if self.recipe.target_speedup is not None:
+            needs.append(self._timing())
         if self.sequential:
             needs.append(self._sequential_needs())
         return max(needs)
@@ -137,6 +143,7 @@ class Needs:
         # eigh takes about as long as 18 n^3 operations of a product (48 ms at n = 576 where products make 70 GFLOP/s).
         eigh = sum(18 * t.full_rank**3 + 4 * t.full_rank * t.num_weights for t in self.structure.targets)
         return {
+            "time linears": 0.0 if self.recipe.target_speedup is None else SECONDS * len(self.linear_shapes),
             "forward": 1.25 * forward,  # attention and element-wise work beside the products
             "grams": grams,
             "gradients": 1.25 * backward,
@@ -174,6 +181,9 @@ class Needs:
         work = max(3 * self._batch(), self._decomposition() + 2 * self._bases())
         inputs = self.gradient_tokens * self.hidden_size * self.dtype.itemsize
         return self.block + inputs + max(lefts.values()) + work
+
+    def _timing(self) -> int:
+        return work_bytes(self.linear_shapes, self.recipe.speedup_tokens, self.dtype)
 
     def _streams(self) -> int:
         """Hidden states of every probe."""

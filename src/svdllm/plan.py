@@ -15,6 +15,7 @@ from svdllm.config import Recipe
 from svdllm.errors import InputError
 from svdllm.estimate import Needs
 from svdllm.layout import compressed_tensors, file_bytes, num_params, stored_tensors
+from svdllm.linear_times import LinearTimes, Speed
 from svdllm.methods import METHODS
 from svdllm.probing import WINDOW, probe_ranks, probe_tokens
 from svdllm.source import Source, build_skeleton, context_length, open_config
@@ -50,6 +51,9 @@ class Plan:
     predicted_loss: float | None  # nats per token, of an allocation by loss
     allocation_gap: float | None  # how far that may be above the least possible, as a share of it
     allocation_threshold: float | None  # nats per token, of an allocation by STRS
+    target_speedup: float | None
+    speed: Speed | None  # predicted, where time is the budget and the times are measured
+    linear_times: LinearTimes | None  # by which it is predicted
     num_blocks: int
     num_groups: int
     targets: list[PlannedTarget]
@@ -172,8 +176,11 @@ def make_plan(
     allocation = choose_ranks(recipe, structure, stored, evidence)
     ranks = allocation.ranks
     written = compressed_tensors(stored, structure.targets, ranks)
-    needs = Needs(structure, skeleton, recipe, stored, written, device, dtype, gguf_bytes, hidden_states_limit)
     ranks_known = recipe.allocation == "uniform" or evidence is not None
+    times = None if evidence is None else evidence.times
+    # Of an unknown allocation by time it is only known that the model will not be larger than the dense one.
+    most = stored if recipe.target_speedup is not None and not ranks_known else written
+    needs = Needs(structure, skeleton, recipe, stored, most, device, dtype, gguf_bytes, hidden_states_limit)
     elastic = elastic_bytes(recipe, structure, stored, ranks, ranks_known)
     dense_linear = structure.num_target_params
     kept = sum(_params(target, ranks) for target in structure.targets)
@@ -189,6 +196,9 @@ def make_plan(
         predicted_loss=allocation.predicted_loss,
         allocation_gap=allocation.gap,
         allocation_threshold=allocation.threshold,
+        target_speedup=recipe.target_speedup,
+        speed=None if times is None else times.speed(structure.targets, ranks),
+        linear_times=times,
         num_blocks=len(structure.blocks),
         num_groups=len({target.group for target in structure.targets}),
         targets=[

@@ -119,6 +119,7 @@ class CompressionResult:
             "peak_ram_bytes": self.peak_ram_bytes,
             "planned_ram_bytes": self.plan.peak_ram_bytes,
             "peak_device_bytes": self.peak_device_bytes,
+            "speed": None if self.plan.speed is None else asdict(self.plan.speed),
             "warnings": self.warnings,
             "recipe": self.recipe.to_dict(),
         }

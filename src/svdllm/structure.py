@@ -124,6 +124,12 @@ def linears_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mo
             yield name, child
 
 
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """``(out_features, in_features)`` of a linear."""
+    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+    return (int(columns), int(rows)) if isinstance(module, Conv1D) else (int(rows), int(columns))
+
+
 def find_blocks(skeleton: nn.Module) -> list[str]:
     """Names of the repeated decoder layers: the items of the one outermost ``ModuleList`` that holds the linears."""
     stacks: dict[str, int] = {}
@@ -253,15 +259,14 @@ def _zeros_outside(skeleton: nn.Module, blocks: list[str]):
 
 
 def _as_target(name: str, block: int, module: nn.Module, group: str) -> Target:
-    is_conv1d = isinstance(module, Conv1D)
-    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+    out_features, in_features = linear_shape(module)
     return Target(
         name=name,
         block=block,
-        in_features=int(rows if is_conv1d else columns),
-        out_features=int(columns if is_conv1d else rows),
+        in_features=in_features,
+        out_features=out_features,
         has_bias=module.bias is not None,
-        is_conv1d=is_conv1d,
+        is_conv1d=isinstance(module, Conv1D),
         group=group,
     )
 

@@ -2,13 +2,14 @@
 
 from svdllm.allocation.effective_rank import effective_ranks
 from svdllm.allocation.evidence import Allocation, Evidence, Probes
-from svdllm.allocation.loss import dense_cost, factor_cost, loss_ranks
+from svdllm.allocation.loss import Cost, dense_cost, factor_cost, loss_ranks
 from svdllm.allocation.strs import candidate_ranks, strs_ranks
 from svdllm.allocation.uniform import Ranks, exact_floor, fill_budget, uniform_rank, uniform_ranks
 from svdllm.allocation.v2 import v2_ranks
 
 __all__ = [
     "Allocation",
+    "Cost",
     "Evidence",
     "Probes",
     "Ranks",

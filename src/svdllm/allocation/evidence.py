@@ -9,6 +9,7 @@ from torch import Tensor
 
 from svdllm.allocation.loss import predicted_losses
 from svdllm.allocation.uniform import Ranks
+from svdllm.linear_times import LinearTimes
 from svdllm.structure import Target
 
 # Target -> rank -> what truncation of this target alone to this rank was measured to do, nats per token.
@@ -20,11 +21,12 @@ class Evidence:
     """Of every target: its eigenvalues (descending) and, if it was probed, its probes.
 
     A probe for ``loss`` is the divergence from the dense model's predictions, one per target; for ``strs`` it is the
-    loss of the text, at several ranks.
+    loss of the text, at several ranks. ``times`` are there where time is the budget.
     """
 
     energies: Mapping[str, Tensor]
     probes: Probes = field(default_factory=dict)
+    times: LinearTimes | None = None
 
     def losses(self, target: Target) -> Tensor:
         """The predicted loss of a target at every rank (nats per token), by its one probe."""

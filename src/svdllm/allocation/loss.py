@@ -6,13 +6,16 @@ The loss of linear ``i`` at rank ``r`` is ``c_i tail_i(r) / tail_i(r0)``: its sp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
 from svdllm.allocation.knapsack import Choice, Solution, solve
 from svdllm.linalg import tail_energies
 from svdllm.structure import Target
+
+# Of a target: what its factors of a rank cost, or the dense matrix (None), in the unit of the budget.
+Cost = Callable[[Target, int | None], int]
 
 
 def predicted_losses(energies_K: Tensor, rank: int, divergence: float) -> Tensor:
@@ -21,17 +24,17 @@ def predicted_losses(energies_K: Tensor, rank: int, divergence: float) -> Tensor
     return tails * (max(divergence, 0.0) / float(tails[rank])) if tails[rank] > 0 else tails * 0
 
 
-def loss_choices(target: Target, losses: Tensor, cost_of_rank: int, round_to: int) -> list[Choice]:
+def loss_choices(target: Target, losses: Tensor, cost: Cost, round_to: int) -> list[Choice]:
     """Multiples of ``round_to`` below break-even, and dense."""
     ranks = range(round_to, target.break_even_rank + 1, round_to)
-    factorised = [Choice(rank, factor_cost(target, rank, cost_of_rank), float(losses[rank])) for rank in ranks]
-    return [*factorised, Choice(None, dense_cost(target, cost_of_rank), 0.0)]
+    factorised = [Choice(rank, cost(target, rank), float(losses[rank])) for rank in ranks]
+    return [*factorised, Choice(None, cost(target, None), 0.0)]
 
 
 def loss_ranks(
     targets: Sequence[Target],
     losses: Mapping[str, Tensor],
-    costs: Mapping[str, int],
+    cost: Cost,
     budget: int,
     round_to: int,
 ) -> Solution | None:
@@ -40,11 +43,11 @@ def loss_ranks(
     Args:
         targets: what is compressed.
         losses: target -> loss at every rank.
-        costs: target -> cost of one rank, in the unit of the budget (parameters or bytes).
+        cost: of a target's factors, or of its dense matrix, in the unit of the budget (parameters, bytes or nanoseconds).
         budget: what may be spent on all targets.
         round_to: ranks are multiples of this.
     """
-    choices = {t.name: loss_choices(t, losses[t.name], costs[t.name], round_to) for t in targets}
+    choices = {t.name: loss_choices(t, losses[t.name], cost, round_to) for t in targets}
     return solve(choices, budget)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from svdllm.config import (
     ALLOCATIONS,
+    BUDGETS,
     PROBING,
     Recipe,
     allocation_file,
@@ -25,7 +26,6 @@ ONLY_WITH = {
     "probe_share": ("allocation", PROBING),
     "strs_ratios": ("allocation", ("strs",)),
 }
-BUDGETS = ("ratio", "target_params", "target_size", "ranks")
 
 
 def option(help: str, panel: str, default: str | bool = False, *names: str) -> Any:
@@ -60,6 +60,23 @@ TargetSize = Annotated[
     typer.Option(
         help="Bytes of the compressed model's weight files, like 300MB.",
         show_default=False,
+        rich_help_panel="Budget (exactly one)",
+    ),
+]
+TargetSpeedup = Annotated[
+    float | None,
+    typer.Option(
+        help="How many times as fast all linears (the head and what stays dense included) shall be, like 1.3, by times "
+        "measured on this machine. Attention, norms and Python are outside.",
+        show_default=False,
+        rich_help_panel="Budget (exactly one)",
+    ),
+]
+SpeedupTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens at once that --target-speedup is for: 1 is decoding of one text, 1024 a prompt.",
+        show_default="1",
         rich_help_panel="Budget (exactly one)",
     ),
 ]
@@ -282,7 +299,7 @@ def build_recipe(
         given["ranks"] = allocation_file(given.pop("allocation"))
         settings = {name: value for name, value in settings.items() if name not in ("allocation", "round_to")}
     if any(name in given for name in BUDGETS):
-        settings = {name: value for name, value in settings.items() if name not in BUDGETS}
+        settings = {name: value for name, value in settings.items() if name not in (*BUDGETS, "speedup_tokens")}
     recipe = make_recipe(settings | given, origin=f"Recipe {recipe_file}" if recipe_file else "The options")
     for flag, (setting, values) in ONLY_WITH.items():
         if flag in given and getattr(recipe, setting) not in values:

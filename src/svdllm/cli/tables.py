@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -29,9 +30,15 @@ def plan_table(plan: Plan) -> Titled:
         + (f"; {dense_left} stay dense" if dense_left else "")
         + (f"; {len(plan.ignored)} ignored" if plan.ignored else ""),
     )
-    if not plan.ranks_known:
+    if not plan.ranks_known and plan.target_speedup is None:
         summary.add_row(
             "allocation", f"{plan.allocation}: ranks follow from the analysis; uniform ones are shown, of the same size"
+        )
+    elif not plan.ranks_known:
+        summary.add_row(
+            "allocation",
+            f"{plan.allocation}, linears {plan.target_speedup:g} times as fast: ranks and size follow from the analysis and "
+            "from times measured then; uniform ranks are shown, as if time were parameters",
         )
     summary.add_row("removed of the linears", f"{plan.achieved_ratio:.2%}")
     summary.add_row("parameters", f"{count(plan.dense_params)} -> {count(plan.params)}")
@@ -70,6 +77,8 @@ def result_table(result: CompressionResult) -> Titled:
         table.add_row("elastic files", f"{size(plan.elastic_bytes)} beside them, for `svdllm slice`")
     factorised = [linear for linear in result.linears if linear.rank is not None]
     table.add_row("allocation", allocation_text(plan, len(result.linears) - len(factorised)))
+    if plan.speed is not None:
+        table.add_row("linears, predicted", speed_text(asdict(plan.speed)))
     if factorised:
         worst = min(factorised, key=lambda linear: linear.kept_energy)
         mean = sum(linear.kept_energy for linear in factorised) / len(factorised)
@@ -152,6 +161,8 @@ def report_table(report: dict[str, Any]) -> Titled:
     loss = "" if chosen["predicted_loss"] is None else f"; predicted loss {chosen['predicted_loss']:.3f} nats per token"
     loss += threshold_text(chosen.get("threshold"))
     table.add_row("allocation", f"{chosen['name']}, {len(report['linears']) - dense} factorised, {dense} dense{loss}")
+    if speed := report.get("speed"):
+        table.add_row("linears, predicted", speed_text(speed))
     table.add_row("metric", f"{recipe['metric']}, {recipe['calibration_mode']} calibration")
     table.add_row("source weights", f"{source['weights_fingerprint'][:16]}, revision {source['revision'] or 'none'}")
     if source["calibration"]:
@@ -200,6 +211,14 @@ def allocation_text(plan: Plan, dense: int) -> str:
 def threshold_text(threshold: float | None) -> str:
     """What the ranks of STRS have in common."""
     return "" if threshold is None else f"; none alone takes the loss above {threshold:.3f} nats per token"
+
+
+def speed_text(speed: dict[str, Any]) -> str:
+    """How fast all linears together are, by an allocation that counts time."""
+    dense, compressed = speed["dense_ns"] / 1e6, speed["compressed_ns"] / 1e6
+    at_once = "a token" if speed["tokens"] == 1 else f"{speed['tokens']:,} tokens at once"
+    where = f"on {speed['device']} in {speed['dtype']}"
+    return f"{speed['speedup']:.2f} times as fast: {dense:.3g} -> {compressed:.3g} ms for {at_once}, {where}"
 
 
 def kind_of(name: str) -> str:

@@ -188,4 +188,4 @@ def _finding(cells: Sequence[CellRecord], name: str, base: str) -> str:
     if not any(found.values()):
         return f"{name} could be compared with {base} nowhere."
     parts = [f"{verdict} in {len(rows)}: {', '.join(rows)}" for verdict, rows in found.items() if rows]
-    return f"{name} against {base}: {'; '.join(parts)}."
+    return f"{name} against {base}, at batch x prompt: {'; '.join(parts)}."

@@ -21,10 +21,11 @@ def speed_table(record: BenchmarkRecord, name: str) -> Table:
     """Prefill and decode of a compressed model in every cell, and beside them the dense model's."""
     compared = record.base is not None
     machine = record.machine
-    table = Table(header_style="bold", title=f"{name} against {record.base}" if compared else name)
+    title = f"{name} against {record.base}" if compared else name
+    table = Table(header_style="bold", box=None, padding=(0, 1, 0, 0), title=title)
     headings = ["batch", "prompt", "phase", "tokens/s", "ms"]
     if compared:
-        headings[3:4] = ["dense tokens/s", "tokens/s"]
+        headings[3:4] = ["dense\ntokens/s", "\ntokens/s"]
         headings += ["speed-up", "ideal", "reached"]
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "phase" else "right")
@@ -39,7 +40,6 @@ def speed_table(record: BenchmarkRecord, name: str) -> Table:
                 row.append("" if beside is None or beside.error else f"{beside.phases[phase].tokens_per_second:,.0f}")
             row += [f"{found.tokens_per_second:,.0f}", f"{_milliseconds(cell, phase):.1f}"]
             table.add_row(*row, *(_against_dense(found) if compared else []))
-        table.add_section()
     table.caption = (
         f"{machine['device']}, {machine['threads']} threads, {machine['dtype']}; ms: to the first token, or of one decode "
         f"step; median of {record.settings['repeats']} turns"
@@ -50,7 +50,7 @@ def speed_table(record: BenchmarkRecord, name: str) -> Table:
 
 def memory_table(record: BenchmarkRecord) -> Table:
     """Where the highest memory of every model went."""
-    table = Table(header_style="bold", title="Memory")
+    table = Table(header_style="bold", box=None, padding=(0, 1, 0, 0), title="Memory")
     for heading in ("batch", "prompt", "model", "weights", "cache", "activations", "peak"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for cell in sorted(record.cells, key=lambda cell: (cell.batch, cell.prompt)):

@@ -3,6 +3,7 @@
 Importing it registers the low-rank model types, so that ``AutoModelForCausalLM.from_pretrained`` loads checkpoints.
 """
 
+from svdllm.bench import BenchmarkRecord, BenchSettings, benchmark
 from svdllm.checkpoint import load_model
 from svdllm.compress import compress, compress_many
 from svdllm.config import Recipe
@@ -30,6 +31,8 @@ from svdllm.version import __version__
 register_all()
 
 __all__ = [
+    "BenchSettings",
+    "BenchmarkRecord",
     "CheckpointError",
     "CompressionResult",
     "InputError",
@@ -44,6 +47,7 @@ __all__ = [
     "TaskResults",
     "UnsupportedModelError",
     "__version__",
+    "benchmark",
     "compress",
     "compress_many",
     "evaluate_tasks",

@@ -1,0 +1,156 @@
+"""The benchmark: models are looked at, loaded side by side, and measured in turns."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from svdllm.bench.checks import check_alike, check_context, check_room, different_names, open_base, open_compressed
+from svdllm.bench.ideal import shape_of
+from svdllm.bench.measure import measure_cell
+from svdllm.bench.memory import weight_bytes
+from svdllm.bench.records import BenchmarkRecord, CellRecord, ModelRecord
+from svdllm.bench.settings import BenchSettings
+from svdllm.checkpoint import load_model
+from svdllm.errors import InputError
+from svdllm.fuse import fuse_first_factors
+from svdllm.memory import saying_what_to_lower
+from svdllm.modeling import LowRankLinear
+from svdllm.plan import resolve_device, resolve_dtype
+from svdllm.progress import Reporter
+from svdllm.version import __version__
+
+
+def benchmark(
+    models: Sequence[str | Path],
+    base: str | Path | None = None,
+    settings: BenchSettings | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    offline: bool = False,
+    reporter: Reporter | None = None,
+) -> BenchmarkRecord:
+    """Speed and memory of compressed models, and of the dense one beside them; all are in memory together.
+
+    Args:
+        models: checkpoints of this library, folders or hub ids.
+        base: the dense model that they were made of; without it there are no speed-ups and no ideals.
+        dtype: of all models; auto is float32 on a CPU, else the dense model's own (the first one's without it).
+        threads: of the processor; by default as torch has it.
+
+    Raises:
+        InputError, UnsupportedModelError, CheckpointError: a model cannot be used, or they do not belong together.
+        ResourceError: the models do not fit into memory. Where only a batch does not, its record says so.
+    """
+    settings, reporter = settings or BenchSettings(), reporter or Reporter()
+    if threads is not None and threads < 1:
+        raise InputError(f"--threads must be at least 1, found {threads}.")
+    place = resolve_device(device)
+    if place.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {device}: speed and memory are measured on cpu and cuda.")
+    names = different_names(models, base)
+    dense = None if base is None else next(iter(names))
+    sources = {
+        name: open_base(model, offline) if name == dense else open_compressed(model, offline)
+        for name, model in names.items()
+    }
+    if dense is not None:
+        check_alike(sources[dense], [source for name, source in sources.items() if name != dense])
+    check_context(sources, settings)
+    chosen = resolve_dtype(dtype, place, next(iter(sources.values())).dtype)
+    check_room(sources.values(), chosen, place)
+    loaded = {}
+    for name, model in names.items():
+        with reporter.stage(f"load {name}", 1), saying_what_to_lower("Measure fewer models at once."):
+            loaded[name] = load_model(model, dtype=chosen, local_files_only=offline).to(place)  # type: ignore[arg-type]
+    with _threads(threads):
+        return benchmark_loaded(loaded, dense, settings, reporter=reporter)
+
+
+def benchmark_loaded(
+    models: Mapping[str, PreTrainedModel],
+    base: str | None,
+    settings: BenchSettings | None = None,
+    *,
+    reporter: Reporter | None = None,
+) -> BenchmarkRecord:
+    """Like ``benchmark``, of models in memory by name, all on one device and in one dtype.
+
+    ``base`` is the name of the dense one among them, if any. They are put in evaluation mode, and the settings ``fuse``
+    and ``compile`` change them.
+
+    Raises:
+        UnsupportedModelError: a model keeps no keys and values by layer.
+    """
+    settings, reporter = settings or BenchSettings(), reporter or Reporter()
+    shapes = {name: shape_of(model.eval()) for name, model in models.items()}
+    fused = {name: _prepare(model, settings) for name, model in models.items()}
+    cells: list[CellRecord] = []
+    for batch, prompt in settings.cells:
+        with reporter.stage(f"batch {batch}, prompt {prompt}", len(models) + settings.repeats):
+            cells += measure_cell(models, shapes, base, batch, prompt, settings, reporter)
+    records = tuple(
+        ModelRecord(
+            name=name,
+            params=model.num_parameters(),
+            weight_bytes=weight_bytes(model),
+            linears=shapes[name].block_linears,
+            fused_groups=fused[name],
+        )
+        for name, model in models.items()
+    )
+    machine = machine_facts(next(iter(models.values())))
+    return BenchmarkRecord(base=base, models=records, cells=tuple(cells), settings=settings.to_dict(), machine=machine)
+
+
+def machine_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """What a speed depends on beside the model and the settings."""
+    on_cuda = model.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(model.device) if on_cuda else _processor(),
+        "device_type": model.device.type,
+        "threads": torch.get_num_threads(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if on_cuda else None,
+        "transformers": transformers.__version__,
+        "svdllm": __version__,
+    }
+
+
+def _prepare(model: PreTrainedModel, settings: BenchSettings) -> int:
+    """Makes the model as fast as the settings allow; returns how many groups were fused."""
+    is_low_rank = any(isinstance(module, LowRankLinear) for module in model.modules())
+    fused = fuse_first_factors(model) if settings.fuse and is_low_rank else 0
+    if settings.compile:
+        model.compile(dynamic=True)
+    return fused
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()

@@ -1,0 +1,60 @@
+"""What is measured, and how often."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+from svdllm.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """Every batch size with every length of a prompt.
+
+    Args:
+        batch_sizes: sequences at once.
+        prompts: tokens of a prompt.
+        gen: decode steps after it, of one token each.
+        repeats: measured turns of every model.
+        warmup: turns before them that are not.
+        fuse: make one product of the first factors that read the same tensor (``svdllm.fuse``).
+        compile: compile all models with torch.compile.
+        seed: of the random token ids.
+
+    Raises:
+        InputError: a number below 1, or the same one twice.
+    """
+
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    prompts: tuple[int, ...] = (128, 512)
+    gen: int = 64
+    repeats: int = 5
+    warmup: int = 1
+    fuse: bool = True
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        lists = {"--batch": self.batch_sizes, "--prompt": self.prompts}
+        counts = {"--gen": (self.gen,), "--repeats": (self.repeats,), "--warmup": (self.warmup,)}
+        for option, numbers in (lists | counts).items():
+            if not numbers or min(numbers) < 1:
+                raise InputError(f"{option} must be at least 1, found {', '.join(map(str, numbers)) or 'nothing'}.")
+            if len(set(numbers)) < len(numbers):
+                raise InputError(f"{option} {','.join(map(str, numbers))} names a number twice.")
+
+    @property
+    def cells(self) -> Iterator[tuple[int, int]]:
+        """Batch size and prompt length of every measurement."""
+        return product(self.batch_sizes, self.prompts)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a sequence."""
+        return max(self.prompts) + self.gen
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

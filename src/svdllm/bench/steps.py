@@ -1,0 +1,51 @@
+"""A prefill and the decode steps after it, by the model's own forward and cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from svdllm.bench.ideal import takes_logits_to_keep
+
+T = TypeVar("T")
+
+
+@torch.inference_mode()
+def prefill(model: Any, ids_BT: Tensor) -> Any:
+    """Runs the prompts; returns the filled cache. Logits are made of the last position, where the model can do that."""
+    only_last = {"logits_to_keep": 1} if takes_logits_to_keep(type(model)) else {}
+    return model(input_ids=ids_BT, use_cache=True, **only_last).past_key_values
+
+
+@torch.inference_mode()
+def decode(model: Any, cache: Any, ids_BG: Tensor) -> Any:
+    """Runs ``G`` steps of one token each; the tokens are given, so that every model has the same."""
+    for ids_B1 in ids_BG.split(1, dim=1):
+        cache = model(input_ids=ids_B1, past_key_values=cache, use_cache=True).past_key_values
+    return cache
+
+
+def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What it returns and its seconds: on CUDA by events on the device's own clock, else by the processor's."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        result = work()
+        end.record()
+        end.synchronize()
+        return result, begin.elapsed_time(end) / 1000
+    started = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - started
+
+
+def turn(model: Any, ids_BS: Tensor, prompt: int) -> tuple[float, float]:
+    """Seconds of the prefill of the first ``prompt`` tokens, and of decoding the others one by one."""
+    cache, prefill_seconds = timed(lambda: prefill(model, ids_BS[:, :prompt]), ids_BS.device)
+    _, decode_seconds = timed(lambda: decode(model, cache, ids_BS[:, prompt:]), ids_BS.device)
+    return prefill_seconds, decode_seconds

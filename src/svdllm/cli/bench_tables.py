@@ -1,0 +1,75 @@
+"""Speed and memory as tables."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from svdllm.bench import BenchmarkRecord, CellRecord, ModelRecord, PhaseRecord
+from svdllm.cli.console import count, size
+
+
+def model_line(model: ModelRecord, record: BenchmarkRecord) -> str:
+    """Its size, and what the size alone would make of it."""
+    text = f"{model.name}: {count(model.params)} parameters, {size(model.weight_bytes)}"
+    dense = next((other for other in record.models if other.name == record.base), None)
+    if dense is not None and model is not dense:
+        text += f"; ideal of the linears alone {dense.linears / model.linears:.2f}"
+    return text + (f"; first factors fused in {model.fused_groups} groups" if model.fused_groups else "")
+
+
+def speed_table(record: BenchmarkRecord, name: str) -> Table:
+    """Prefill and decode of a compressed model in every cell, and beside them the dense model's."""
+    compared = record.base is not None
+    machine = record.machine
+    title = f"{name} against {record.base}" if compared else name
+    table = Table(header_style="bold", box=None, padding=(0, 1, 0, 0), title=title)
+    headings = ["batch", "prompt", "phase", "tokens/s", "ms"]
+    if compared:
+        headings[3:4] = ["dense\ntokens/s", "\ntokens/s"]
+        headings += ["speed-up", "ideal", "reached"]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "phase" else "right")
+    dense = {(cell.batch, cell.prompt): cell for cell in record.of(record.base)} if record.base is not None else {}
+    for cell in record.of(name):
+        beside = dense.get((cell.batch, cell.prompt))
+        if cell.error is not None:
+            table.add_row(str(cell.batch), str(cell.prompt), "out of memory")
+        for phase, found in cell.phases.items():
+            row = [str(cell.batch), str(cell.prompt), phase]
+            if compared:
+                row.append("" if beside is None or beside.error else f"{beside.phases[phase].tokens_per_second:,.0f}")
+            row += [f"{found.tokens_per_second:,.0f}", f"{_milliseconds(cell, phase):.1f}"]
+            table.add_row(*row, *(_against_dense(found) if compared else []))
+    table.caption = (
+        f"{machine['device']}, {machine['threads']} threads, {machine['dtype']}; ms: to the first token, or of one decode "
+        f"step; median of {record.settings['repeats']} turns"
+        + ("; speed-up: median [quartiles]; ideal of the whole model, share of it reached" if compared else "")
+    )
+    return table
+
+
+def memory_table(record: BenchmarkRecord) -> Table:
+    """Where the highest memory of every model went."""
+    table = Table(header_style="bold", box=None, padding=(0, 1, 0, 0), title="Memory")
+    for heading in ("batch", "prompt", "model", "weights", "cache", "activations", "peak"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for cell in sorted(record.cells, key=lambda cell: (cell.batch, cell.prompt)):
+        row = [str(cell.batch), str(cell.prompt), cell.model]
+        if cell.memory is None:
+            table.add_row(*row, "out of memory")
+        else:
+            used = cell.memory
+            table.add_row(*row, *map(size, (used.weights, used.cache, used.activations, used.peak)))
+    return table
+
+
+def _milliseconds(cell: CellRecord, phase: str) -> float:
+    seconds = cell.phases[phase].seconds.median
+    return 1000 * (seconds if phase == "prefill" else seconds / cell.gen)
+
+
+def _against_dense(phase: PhaseRecord) -> list[str]:
+    assert phase.ideal is not None
+    if phase.speed_up is None or phase.reached is None:
+        return ["dense out of memory", f"{phase.ideal.model:.2f}", ""]
+    return [str(phase.speed_up), f"{phase.ideal.model:.2f}", f"{phase.reached.model:.0%}"]

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from svdllm.allocation import uniform_ranks
 from svdllm.bench import BenchmarkRecord, BenchSettings, benchmark_loaded
-from svdllm.cli.bench_tables import memory_table, model_line, speed_table
+from svdllm.cli.bench_tables import show_benchmark
 from svdllm.cli.console import ConsoleReporter
 from svdllm.modeling import FORMAT_VERSION, low_rank_config
 from svdllm.plan import resolve_device
@@ -95,22 +94,11 @@ def main(arguments: list[str] | None = None) -> BenchmarkRecord:
     ratios = list(map(float, args.ratios.split(",")))
     models = random_models(config, ratios, getattr(torch, args.dtype), resolve_device(args.device), args.seed)
     record = benchmark_loaded(models, "dense", settings, reporter=ConsoleReporter())
-    report(record, args.output)
-    return record
-
-
-def report(record: BenchmarkRecord, output: Path | None) -> None:
-    console = Console(width=140, markup=False, highlight=False)
-    for model in record.models:
-        console.print(model_line(model, record))
-    for name in record.compressed:
-        console.print(speed_table(record, name))
-    console.print(memory_table(record))
-    for finding in record.findings:
-        console.print(finding)
-    if output is not None:
-        store_benchmark(record, output)
+    show_benchmark(record)
+    if args.output is not None:
+        store_benchmark(record, args.output)
     print(json.dumps(record.to_dict()))
+    return record
 
 
 if __name__ == "__main__":

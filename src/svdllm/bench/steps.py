@@ -33,10 +33,11 @@ def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
     """What it returns and its seconds: on CUDA by events on the device's own clock, else by the processor's."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        stream = torch.cuda.current_stream(device)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+        begin.record(stream)
         result = work()
-        end.record()
+        end.record(stream)
         end.synchronize()
         return result, begin.elapsed_time(end) / 1000
     started = time.perf_counter()

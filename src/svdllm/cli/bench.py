@@ -9,7 +9,7 @@ import typer
 
 from svdllm.bench import BenchSettings, benchmark
 from svdllm.cli import options as o
-from svdllm.cli.bench_tables import memory_table, model_line, speed_table
+from svdllm.cli.bench_tables import show_benchmark
 from svdllm.cli.console import ConsoleReporter, console, print_json
 from svdllm.errors import InputError
 from svdllm.report.bench import check_output, store_benchmark
@@ -95,13 +95,7 @@ def bench(
     if json:
         print_json(record.to_dict())
         return
-    for model in record.models:
-        console.print(model_line(model, record), soft_wrap=True)
-    for name in record.compressed:
-        console.print(speed_table(record, name))
-    console.print(memory_table(record))
-    for finding in record.findings:
-        console.print(finding, soft_wrap=True)
+    show_benchmark(record)
     if output is not None:
         console.print(f"Kept in {output}", soft_wrap=True)
 

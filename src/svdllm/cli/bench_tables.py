@@ -5,7 +5,19 @@ from __future__ import annotations
 from rich.table import Table
 
 from svdllm.bench import BenchmarkRecord, CellRecord, ModelRecord, PhaseRecord
-from svdllm.cli.console import count, size
+from svdllm.cli.console import console, count, size
+
+
+def show_benchmark(record: BenchmarkRecord) -> None:
+    """Everything that a person wants to see of it."""
+    for model in record.models:
+        console.print(model_line(model, record), soft_wrap=True)
+    for name in record.compressed:
+        console.print(speed_table(record, name))
+    console.print(memory_table(record))
+    failed = [f"{cell.model} at {cell.batch} x {cell.prompt}: {cell.error}" for cell in record.cells if cell.error]
+    for line in [*failed, *record.findings]:
+        console.print(line, soft_wrap=True)
 
 
 def model_line(model: ModelRecord, record: BenchmarkRecord) -> str:
@@ -20,7 +32,6 @@ def model_line(model: ModelRecord, record: BenchmarkRecord) -> str:
 def speed_table(record: BenchmarkRecord, name: str) -> Table:
     """Prefill and decode of a compressed model in every cell, and beside them the dense model's."""
     compared = record.base is not None
-    machine = record.machine
     title = f"{name} against {record.base}" if compared else name
     table = Table(header_style="bold", box=None, padding=(0, 1, 0, 0), title=title)
     headings = ["batch", "prompt", "phase", "tokens/s", "ms"]
@@ -41,8 +52,7 @@ def speed_table(record: BenchmarkRecord, name: str) -> Table:
             row += [f"{found.tokens_per_second:,.0f}", f"{_milliseconds(cell, phase):.1f}"]
             table.add_row(*row, *(_against_dense(found) if compared else []))
     table.caption = (
-        f"{machine['device']}, {machine['threads']} threads, {machine['dtype']}; ms: to the first token, or of one decode "
-        f"step; median of {record.settings['repeats']} turns"
+        f"{_machine(record)}; ms: to the first token, or of one decode step; median of {record.settings['repeats']} turns"
         + ("; speed-up: median [quartiles]; ideal of the whole model, share of it reached" if compared else "")
     )
     return table
@@ -61,6 +71,12 @@ def memory_table(record: BenchmarkRecord) -> Table:
             used = cell.memory
             table.add_row(*row, *map(size, (used.weights, used.cache, used.activations, used.peak)))
     return table
+
+
+def _machine(record: BenchmarkRecord) -> str:
+    machine = record.machine
+    threads = f", {machine['threads']} threads" if machine["device_type"] == "cpu" else ""
+    return f"{machine['device']}{threads}, {machine['dtype']}"
 
 
 def _milliseconds(cell: CellRecord, phase: str) -> float:

@@ -326,7 +326,7 @@ def test_compiling_compiles_every_model(monkeypatch: pytest.MonkeyPatch) -> None
     models = {"dense": tiny_model("llama"), "small": low_rank_model("llama")}
     benchmark_loaded(models, "dense", BenchSettings(**QUICK, compile=True))
     assert [call.__self__ for call, _ in compiled] == list(models.values())
-    assert all(options == {"dynamic": True} for _, options in compiled)
+    assert all(options == {"dynamic": False} for _, options in compiled)
 
 
 def test_a_benchmark_of_folders(dense: Path, compressed: Path) -> None:

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from svdllm.bench.ideal import ModelShape
 from svdllm.bench.records import MemoryUse
-from svdllm.bench.steps import decode, prefill
+from svdllm.bench.steps import decode, fixed_length, prefill
 from svdllm.errors import ResourceError
 from svdllm.memory import available_bytes
 
@@ -66,7 +66,7 @@ def require_room(shape: ModelShape, batch: int, prompt: int, gen: int) -> None:
 
 
 def _run(model: Any, ids_BS: Tensor, prompt: int) -> Any:
-    return decode(model, prefill(model, ids_BS[:, :prompt]), ids_BS[:, prompt:])
+    return decode(model, prefill(model, ids_BS[:, :prompt], fixed_length(model, ids_BS)), ids_BS[:, prompt:])
 
 
 def _peak_on_cuda(model: Any, ids_BS: Tensor, prompt: int) -> tuple[Any, int]:

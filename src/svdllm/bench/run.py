@@ -99,7 +99,8 @@ def benchmark_loaded(
     cells: list[CellRecord] = []
     for batch, prompt in settings.cells:
         with reporter.stage(f"batch {batch}, prompt {prompt}", len(models) + settings.repeats):
-            cells += measure_cell(models, shapes, base, batch, prompt, settings, reporter)
+            with _compiled_for_one_shape(settings, len(models)):
+                cells += measure_cell(models, shapes, base, batch, prompt, settings, reporter)
     records = tuple(
         ModelRecord(
             name=name,
@@ -136,8 +137,23 @@ def _prepare(model: PreTrainedModel, settings: BenchSettings) -> int:
     is_low_rank = any(isinstance(module, LowRankLinear) for module in model.modules())
     fused = fuse_first_factors(model) if settings.fuse and is_low_rank else 0
     if settings.compile:
-        model.compile(dynamic=True)
+        model.compile(dynamic=False)
     return fused
+
+
+@contextmanager
+def _compiled_for_one_shape(settings: BenchSettings, num_models: int) -> Iterator[None]:
+    """Compiled code of other shapes is let go; running uncompiled because there is too much of it is an error.
+
+    Models share the code that is counted: each needs it for its prefill and for its decode, with a cache that is new and
+    with one that is not.
+    """
+    if not settings.compile:
+        yield
+        return
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=4 * num_models, fail_on_recompile_limit_hit=True):
+        yield
 
 
 @contextmanager

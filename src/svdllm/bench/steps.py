@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 from svdllm.bench.ideal import takes_logits_to_keep
 
@@ -15,10 +16,15 @@ T = TypeVar("T")
 
 
 @torch.inference_mode()
-def prefill(model: Any, ids_BT: Tensor) -> Any:
-    """Runs the prompts; returns the filled cache. Logits are made of the last position, where the model can do that."""
-    only_last = {"logits_to_keep": 1} if takes_logits_to_keep(type(model)) else {}
-    return model(input_ids=ids_BT, use_cache=True, **only_last).past_key_values
+def prefill(model: Any, ids_BT: Tensor, length: int | None = None) -> Any:
+    """Runs the prompts; returns the filled cache. Logits are made of the last position, where the model can do that.
+
+    ``length`` makes the cache one of so many tokens from the start, whose shape never changes; else it grows.
+    """
+    settings: dict[str, Any] = {"logits_to_keep": 1} if takes_logits_to_keep(type(model)) else {}
+    if length is not None:
+        settings["past_key_values"] = StaticCache(config=model.config, max_cache_len=length)
+    return model(input_ids=ids_BT, use_cache=True, **settings).past_key_values
 
 
 @torch.inference_mode()
@@ -27,6 +33,11 @@ def decode(model: Any, cache: Any, ids_BG: Tensor) -> Any:
     for ids_B1 in ids_BG.split(1, dim=1):
         cache = model(input_ids=ids_B1, past_key_values=cache, use_cache=True).past_key_values
     return cache
+
+
+def fixed_length(model: Any, ids_BS: Tensor) -> int | None:
+    """Length of the cache of a compiled model, which is compiled anew for every other shape; None for a growing one."""
+    return ids_BS.shape[1] if getattr(model, "_compiled_call_impl", None) is not None else None
 
 
 def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
@@ -47,6 +58,6 @@ def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
 
 def turn(model: Any, ids_BS: Tensor, prompt: int) -> tuple[float, float]:
     """Seconds of the prefill of the first ``prompt`` tokens, and of decoding the others one by one."""
-    cache, prefill_seconds = timed(lambda: prefill(model, ids_BS[:, :prompt]), ids_BS.device)
+    cache, prefill_seconds = timed(lambda: prefill(model, ids_BS[:, :prompt], fixed_length(model, ids_BS)), ids_BS.device)
     _, decode_seconds = timed(lambda: decode(model, cache, ids_BS[:, prompt:]), ids_BS.device)
     return prefill_seconds, decode_seconds

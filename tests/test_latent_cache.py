@@ -19,8 +19,20 @@ from svdllm.latent_cache import cache_bytes, cache_size, use_latent_cache, use_o
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "opt", "stablelm", *ATTENTIONS]
 
 
+def random_model(family: str, **settings: Any) -> Any:
+    """A low-rank model of which biases and norms are random, too, and scores differ much."""
+    model, generator = low_rank_model(family, **settings), torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            elif ".svd_" in name:
+                parameter.mul_(2)
+    return model
+
+
 def latent_model(family: str = "llama", **settings: Any) -> Any:
-    model = low_rank_model(family, **settings)
+    model = random_model(family, **settings)
     assert use_latent_cache(model) == 2
     return model
 
@@ -54,7 +66,7 @@ def test_logits_are_those_of_the_ordinary_cache(family: str, implementation: str
     """A prompt, single tokens, few tokens (which work with the latents), many (which rebuild)."""
     ids, lengths = tiny_tokens(2, 26), [7, 1, 1, 2, 14, 1]
     settings = {"attn_implementation": implementation}
-    ordinary, latent = low_rank_model(family, **settings), latent_model(family, **settings)
+    ordinary, latent = random_model(family, **settings), latent_model(family, **settings)
     assert ordinary.config._attn_implementation == latent.config._attn_implementation == implementation
     assert_same(in_parts(latent, ids, lengths), in_parts(ordinary, ids, lengths))
 
@@ -70,7 +82,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma3_text"])
 def test_generates_the_same(family: str, way: str) -> None:
-    ordinary, latent = generated(low_rank_model(family), **WAYS[way]), generated(latent_model(family), **WAYS[way])
+    ordinary, latent = generated(random_model(family), **WAYS[way]), generated(latent_model(family), **WAYS[way])
     assert torch.equal(latent.sequences, ordinary.sequences)
     assert_same(latent.logits, ordinary.logits)
     assert cache_bytes(latent.past_key_values) < cache_bytes(ordinary.past_key_values)
@@ -81,7 +93,7 @@ def test_a_cache_that_is_cut_back() -> None:
     """Prompt lookup tries several tokens at once, and takes those back that are wrong."""
     ids = tiny_tokens(1, 4).repeat(1, 5)
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "prompt_lookup_num_tokens": 3}
-    found = [model.generate(ids, **settings) for model in (latent_model(), low_rank_model("llama"))]
+    found = [model.generate(ids, **settings) for model in (latent_model(), random_model("llama"))]
     assert torch.equal(*found)
 
 
@@ -90,7 +102,7 @@ def test_a_cache_that_is_cut_back() -> None:
 def test_windows(static: bool, lengths: list[int]) -> None:
     """A layer with a window of 8 slots, over three times as many tokens."""
     ids, logits = tiny_tokens(2, 24), []
-    for model in (latent_model("gemma3_text"), low_rank_model("gemma3_text")):
+    for model in (latent_model("gemma3_text"), random_model("gemma3_text")):
         cache = StaticCache(config=model.config, max_cache_len=32) if static else None
         logits.append(in_parts(model, ids, lengths, cache))
     assert_same(*logits)
@@ -100,7 +112,7 @@ def test_windows(static: bool, lengths: list[int]) -> None:
 @pytest.mark.parametrize("static", [False, True])
 def test_a_projection_left_dense_is_kept_as_ever(dense: str, static: bool) -> None:
     ids, logits, sizes = tiny_tokens(2, 12), [], []
-    for model in (latent_model(dense=(dense,)), low_rank_model("llama", dense=(dense,))):
+    for model in (latent_model(dense=(dense,)), random_model("llama", dense=(dense,))):
         cache: Any = StaticCache(config=model.config, max_cache_len=12) if static else DynamicCache()
         logits.append(in_parts(model, ids, [5, 1, 1, 5], cache))
         sizes.append(cache_bytes(cache) // (2 * 12))
@@ -109,21 +121,21 @@ def test_a_projection_left_dense_is_kept_as_ever(dense: str, static: bool) -> No
 
 
 def test_values_alone() -> None:
-    model, cache = low_rank_model("llama"), DynamicCache()
+    model, cache = random_model("llama"), DynamicCache()
     assert use_latent_cache(model, keys=False) == 2
     found = in_parts(model, tiny_tokens(), [5, 1, 1, 5], cache)
-    assert_same(found, in_parts(low_rank_model("llama"), tiny_tokens(), [12]))
+    assert_same(found, in_parts(random_model("llama"), tiny_tokens(), [12]))
     assert cache_bytes(cache) == 2 * 12 * 4 * (16 + 7 + 16 + 5)
 
 
 def test_layers_with_neither_are_left_alone() -> None:
-    model = low_rank_model("llama", dense=("0.self_attn.k_proj", "0.self_attn.v_proj"))
+    model = random_model("llama", dense=("0.self_attn.k_proj", "0.self_attn.v_proj"))
     assert use_latent_cache(model) == 1
     assert_same(
         in_parts(model, tiny_tokens(), [5, 1, 6]),
-        in_parts(low_rank_model("llama", dense=("0.self_attn.k_proj", "0.self_attn.v_proj")), tiny_tokens(), [12]),
+        in_parts(random_model("llama", dense=("0.self_attn.k_proj", "0.self_attn.v_proj")), tiny_tokens(), [12]),
     )
-    assert use_latent_cache(low_rank_model("llama", dense=("k_proj", "v_proj"))) == 0
+    assert use_latent_cache(random_model("llama", dense=("k_proj", "v_proj"))) == 0
 
 
 def test_bytes_by_hand() -> None:
@@ -138,7 +150,7 @@ def test_bytes_by_hand() -> None:
     assert cache_size(model.config, torch.float32) == (4 * 64, 4 * 25)
     assert cache_size(model.config, torch.bfloat16) == (2 * 64, 2 * 25)
     caches = [DynamicCache(), DynamicCache()]
-    for cache, each in zip(caches, (low_rank_model("llama"), model), strict=True):
+    for cache, each in zip(caches, (random_model("llama"), model), strict=True):
         in_parts(each, tiny_tokens(3, 10), [6, 1, 1, 1, 1], cache)
     assert [cache_bytes(cache) for cache in caches] == [30 * 4 * 64, 30 * 4 * 25]
 
@@ -167,7 +179,7 @@ def test_operations_of_a_step(family: str, per_slot: int) -> None:
 
 
 def test_with_first_factors_fused() -> None:
-    model = low_rank_model("qwen2")
+    model = random_model("qwen2")
     expected = in_parts(model, tiny_tokens(), [12])
     assert fuse_first_factors(model) > 0
     assert use_latent_cache(model) == 2
@@ -177,7 +189,7 @@ def test_with_first_factors_fused() -> None:
 
 
 def test_there_and_back() -> None:
-    model, plain = low_rank_model("llama"), low_rank_model("llama")
+    model, plain = random_model("llama"), random_model("llama")
     classes, state = [type(module) for module in model.modules()], list(model.state_dict())
     assert use_latent_cache(model) == 2
     assert use_latent_cache(model) == 0
@@ -193,7 +205,7 @@ def test_there_and_back() -> None:
 
 
 def test_without_a_cache_and_with_another_implementation() -> None:
-    model, plain = latent_model(), low_rank_model("llama")
+    model, plain = latent_model(), random_model("llama")
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
         with torch.no_grad():
@@ -204,14 +216,14 @@ def test_without_a_cache_and_with_another_implementation() -> None:
 
 def test_moved_to_another_dtype() -> None:
     model = latent_model()
-    expected = in_parts(low_rank_model("llama").double(), tiny_tokens(), [12])
+    expected = in_parts(random_model("llama").double(), tiny_tokens(), [12])
     torch.testing.assert_close(in_parts(model.double(), tiny_tokens(), [5, 1, 6]), expected, atol=1e-6, rtol=1e-6)
-    assert use_latent_cache(low_rank_model("llama").bfloat16()) == 2
+    assert use_latent_cache(random_model("llama").bfloat16()) == 2
 
 
 def test_compiled_steps_of_a_static_cache() -> None:
     """One graph for all steps."""
-    model, plain = (low_rank_model("llama", num_hidden_layers=1) for _ in range(2))
+    model, plain = (random_model("llama", num_hidden_layers=1) for _ in range(2))
     use_latent_cache(model)
     graphs = []
 
@@ -233,7 +245,7 @@ def test_compiled_steps_of_a_static_cache() -> None:
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3"])
 def test_fused_projections_are_refused(family: str) -> None:
     with pytest.raises(UnsupportedModelError, match=r"has a k_proj and a v_proj \(.*Attention"):
-        use_latent_cache(low_rank_model(family))
+        use_latent_cache(random_model(family))
 
 
 def test_angles_that_change_with_the_length_are_refused() -> None:
@@ -241,12 +253,12 @@ def test_angles_that_change_with_the_length_are_refused() -> None:
     with pytest.raises(
         UnsupportedModelError, match=r"LlamaAttention \(model\.layers\.0\.self_attn\).*rope_type dynamic"
     ):
-        use_latent_cache(low_rank_model("llama", rope_parameters=rope))
+        use_latent_cache(random_model("llama", rope_parameters=rope))
 
 
 def test_training_mode_is_refused() -> None:
     with pytest.raises(InputError, match="training mode"):
-        use_latent_cache(low_rank_model("llama").train())
+        use_latent_cache(random_model("llama").train())
 
 
 @pytest.mark.parametrize(
@@ -266,7 +278,7 @@ def test_unknown_ways_to_make_keys_and_values_are_refused(
         return forward(self, hidden_states, *args, past_key_values=Scaling(), **kwargs)
 
     monkeypatch.setattr(LlamaAttention, "forward", scaled)
-    model = low_rank_model("llama")
+    model = random_model("llama")
     classes = [type(module) for module in model.modules()]
     with pytest.raises(UnsupportedModelError, match=why):
         use_latent_cache(model)
@@ -288,7 +300,7 @@ def test_other_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return forward(self, hidden_states, *args, past_key_values=Scaling(), **kwargs)
 
-    model = low_rank_model("llama")
+    model = random_model("llama")
     monkeypatch.setattr(LlamaAttention, "forward", scaled)
     expected = in_parts(model, tiny_tokens(), [5, 1, 6])
     with pytest.raises(UnsupportedModelError, match=r"logits differ by .* of their size"):

@@ -112,7 +112,7 @@ class LatentAttention:
     def _turns_of_new(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         new = hidden_states.shape[1]
         if isinstance(self.past, Tensor):
-            cos, sin = self._turns(self.cache.get_max_length(self.layer.layer_idx), hidden_states)
+            cos, sin = self._turns(self.cache.layers[self.layer.layer_idx].max_cache_len, hidden_states)
             slots = torch.arange(new, device=cos.device) + self.past
             return cos[slots][None], sin[slots][None]
         cos, sin = self._turns(self.past + new, hidden_states)

@@ -2,7 +2,8 @@
 
 One token after ``--context`` others, at batch ``--batch``: the cache is cut back after every step, so that all steps are
 alike. Models take turns, the first of a turn changing with every repeat; times are medians with quartiles, and only their
-ratio means anything elsewhere. ``fused`` are the same with the first factors of q, k and v as one product.
+ratio means anything elsewhere. ``values`` keeps the values alone as latents; ``fused`` have the first factors of q, k and v as
+one product.
 
     python benchmarks/latent_cache.py CHECKPOINT --context 1024 --repeats 40
 """
@@ -28,11 +29,11 @@ from svdllm.latent_cache import cache_bytes, cache_size, use_latent_cache
 class Contender:
     """A model with its cache of the context; ``seconds`` of every step so far."""
 
-    def __init__(self, args: argparse.Namespace, latent: bool, fused: bool):
+    def __init__(self, args: argparse.Namespace, latent: bool = False, keys: bool = True, fused: bool = False):
         self.model: Any = load_model(args.checkpoint).to(args.device, args.dtype).eval()
         if fused:
             fuse_first_factors(self.model)
-        self.layers = use_latent_cache(self.model) if latent else 0
+        self.layers = use_latent_cache(self.model, keys=keys) if latent else 0
         self.cache = DynamicCache(config=self.model.config)
         self.seconds: list[float] = []
 
@@ -59,9 +60,10 @@ def synchronise(device: torch.device) -> None:
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     contenders = {
-        "ordinary": Contender(args, latent=False, fused=False),
-        "latent": Contender(args, latent=True, fused=False),
-        "ordinary fused": Contender(args, latent=False, fused=True),
+        "ordinary": Contender(args),
+        "latent": Contender(args, latent=True),
+        "values": Contender(args, latent=True, keys=False),
+        "ordinary fused": Contender(args, fused=True),
         "latent fused": Contender(args, latent=True, fused=True),
     }
     config = contenders["ordinary"].model.config
@@ -90,6 +92,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "prefill_seconds": prefill,
         "step_milliseconds": {name: [1e3 * second for second in each] for name, each in quartiles.items()},
         "step_ratio": quartiles["latent"][1] / quartiles["ordinary"][1],
+        "step_ratio_values": quartiles["values"][1] / quartiles["ordinary"][1],
         "step_ratio_fused": quartiles["latent fused"][1] / quartiles["ordinary fused"][1],
     }
 

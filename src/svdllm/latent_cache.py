@@ -29,7 +29,7 @@ def use_latent_cache(model: Any, *, keys: bool = True) -> int:
     A cache that was filled before is of no use afterwards. For inference: call it after ``fuse_first_factors``.
 
     Keys of models that rotate them are rebuilt at every step, for all slots of the cache; values never are. With
-    ``keys=False`` keys are kept as ever, which saves less memory and takes no longer than the ordinary cache.
+    ``keys=False`` keys are kept as ever, which saves less memory and costs little time.
 
     Raises:
         InputError: the model is in training mode.

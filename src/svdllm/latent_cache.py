@@ -28,7 +28,7 @@ def use_latent_cache(model: Any, *, keys: bool = True) -> int:
     implementations. The logits are those of the ordinary cache but for rounding, which is tried on a few tokens.
     A cache that was filled before is of no use afterwards. For inference: call it after ``fuse_first_factors``.
 
-    Keys of models that rotate them are rebuilt at every step, for all slots of the cache; values never are. With
+    Keys of models that rotate them are rebuilt at every step, for all slots of the cache; values are not. With
     ``keys=False`` keys are kept as ever, which saves less memory and costs little time.
 
     Raises:

@@ -68,11 +68,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "stablelm": {**_GQA, "use_qkv_bias": True},
 }
+# Families that differ in how they make keys: no rotation in some layers, neighbours in pairs, a part of each head, a norm of
+# all heads, a norm after the rotation.
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "smollm3": {**_GQA, "no_rope_layers": [1, 0]},
+    "cohere": _GQA,
+    "glm": {**_GQA, "head_dim": 8},
+    "olmo2": _GQA,
+    "hunyuan_v1_dense": {**_GQA, "head_dim": 8},
+}
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """A config of ``family`` with two layers of width 32 and 128 tokens."""
-    return CONFIG_MAPPING[family](**{**FAMILIES[family], **overrides})
+    return CONFIG_MAPPING[family](**{**(FAMILIES | ATTENTIONS)[family], **overrides})
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:

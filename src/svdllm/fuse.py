@@ -73,10 +73,14 @@ class _Member(nn.Module):
 class FusedLowRankLinear(_Member, LowRankLinear):
     """``U (V x) + b`` with ``V x`` out of a product that others take part in."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def latent(self, x: Tensor) -> Tensor:
+        """``V x`` (..., rank)."""
         if torch.is_grad_enabled() and self.svd_v.weight.requires_grad:
-            return super().forward(x)
-        return F.linear(self.shared.part(self.index, x), self.svd_u.weight, self.svd_u.bias)
+            return self.svd_v(x)
+        return self.shared.part(self.index, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.latent(x), self.svd_u.weight, self.svd_u.bias)
 
 
 class FusedLinear(_Member, nn.Linear):
@@ -122,13 +126,13 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Low-rank linears, and ordinary ones without a bias that are no part of one."""
     parts = {part for module in model.modules() if isinstance(module, LowRankLinear) for part in module.children()}
     for name, module in model.named_modules():
-        if (type(module) is LowRankLinear and _is_plain(module.svd_v)) or (
-            module not in parts and _is_plain(module) and module.bias is None
+        if (type(module) is LowRankLinear and is_plain(module.svd_v)) or (
+            module not in parts and is_plain(module) and module.bias is None
         ):
             yield name, module
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """A linear of numbers in memory: not quantised, sharded, adapted or offloaded."""
     return (
         type(module) is nn.Linear

@@ -1,0 +1,308 @@
+"""Latents in the cache: the logits of the ordinary cache, in the bytes that the ranks say."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, StaticCache
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from families import ATTENTIONS, low_rank_model, tiny_tokens
+from svdllm import InputError, UnsupportedModelError, fuse_first_factors
+from svdllm.latent_cache import cache_bytes, cache_size, use_latent_cache, use_ordinary_cache
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "opt", "stablelm", *ATTENTIONS]
+
+
+def random_model(family: str, **settings: Any) -> Any:
+    """A low-rank model of which biases and norms are random, too, and scores differ much."""
+    model, generator = low_rank_model(family, **settings), torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            elif ".svd_" in name:
+                parameter.mul_(2)
+    return model
+
+
+def latent_model(family: str = "llama", **settings: Any) -> Any:
+    model = random_model(family, **settings)
+    assert use_latent_cache(model) == 2
+    return model
+
+
+@torch.no_grad()
+def in_parts(model: Any, ids: Tensor, lengths: list[int], cache: Any = None) -> Tensor:
+    """Logits of all ``ids``, of which ``lengths`` are given at a time."""
+    cache, logits = DynamicCache(config=model.config) if cache is None else cache, []
+    for part in ids.split(lengths, dim=1):
+        logits.append(model(input_ids=part, past_key_values=cache).logits)
+    return torch.cat(logits, dim=1)
+
+
+@torch.no_grad()
+def generated(model: Any, **settings: Any) -> Any:
+    """Tokens and scores of a greedy generation after two prompts, of which the first is padded on the left."""
+    ids = tiny_tokens(2, 9)
+    mask = torch.ones_like(ids)
+    ids[0, :4], mask[0, :4] = 0, 0
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None} | settings
+    return model.generate(ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **settings)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_ordinary_cache(family: str, implementation: str) -> None:
+    """A prompt, single tokens, few tokens (which work with the latents), many (which rebuild)."""
+    ids, lengths = tiny_tokens(2, 26), [7, 1, 1, 2, 14, 1]
+    settings = {"attn_implementation": implementation}
+    ordinary, latent = random_model(family, **settings), latent_model(family, **settings)
+    assert ordinary.config._attn_implementation == latent.config._attn_implementation == implementation
+    assert_same(in_parts(latent, ids, lengths), in_parts(ordinary, ids, lengths))
+
+
+WAYS = {
+    "padded": {},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "static": {"cache_implementation": "static"},
+    "static beams": {"cache_implementation": "static", "num_beams": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3_text"])
+def test_generates_the_same(family: str, way: str) -> None:
+    ordinary, latent = generated(random_model(family), **WAYS[way]), generated(latent_model(family), **WAYS[way])
+    assert torch.equal(latent.sequences, ordinary.sequences)
+    assert_same(latent.logits, ordinary.logits)
+    assert cache_bytes(latent.past_key_values) < cache_bytes(ordinary.past_key_values)
+
+
+@torch.no_grad()
+def test_a_cache_that_is_cut_back() -> None:
+    """Prompt lookup tries several tokens at once, and takes those back that are wrong."""
+    ids = tiny_tokens(1, 4).repeat(1, 5)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "prompt_lookup_num_tokens": 3}
+    found = [model.generate(ids, **settings) for model in (latent_model(), random_model("llama"))]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("lengths", [[1] * 24, [20, 1, 3], [5, 14, 5]])
+@pytest.mark.parametrize("static", [False, True])
+def test_windows(static: bool, lengths: list[int]) -> None:
+    """A layer with a window of 8 slots, over three times as many tokens."""
+    ids, logits = tiny_tokens(2, 24), []
+    for model in (latent_model("gemma3_text"), random_model("gemma3_text")):
+        cache = StaticCache(config=model.config, max_cache_len=32) if static else None
+        logits.append(in_parts(model, ids, lengths, cache))
+    assert_same(*logits)
+
+
+@pytest.mark.parametrize("dense", ["k_proj", "v_proj"])
+@pytest.mark.parametrize("static", [False, True])
+def test_a_projection_left_dense_is_kept_as_ever(dense: str, static: bool) -> None:
+    ids, logits, sizes = tiny_tokens(2, 12), [], []
+    for model in (latent_model(dense=(dense,)), random_model("llama", dense=(dense,))):
+        cache: Any = StaticCache(config=model.config, max_cache_len=12) if static else DynamicCache()
+        logits.append(in_parts(model, ids, [5, 1, 1, 5], cache))
+        sizes.append(cache_bytes(cache) // (2 * 12))
+    assert_same(*logits)
+    assert tuple(sizes[::-1]) == cache_size(model.config, torch.float32)
+
+
+def test_values_alone() -> None:
+    model, cache = random_model("llama"), DynamicCache()
+    assert use_latent_cache(model, keys=False) == 2
+    found = in_parts(model, tiny_tokens(), [5, 1, 1, 5], cache)
+    assert_same(found, in_parts(random_model("llama"), tiny_tokens(), [12]))
+    assert cache_bytes(cache) == 2 * 12 * 4 * (16 + 7 + 16 + 5)
+
+
+def test_layers_with_neither_are_left_alone() -> None:
+    model = random_model("llama", dense=("0.self_attn.k_proj", "0.self_attn.v_proj"))
+    assert use_latent_cache(model) == 1
+    assert_same(
+        in_parts(model, tiny_tokens(), [5, 1, 6]),
+        in_parts(random_model("llama", dense=("0.self_attn.k_proj", "0.self_attn.v_proj")), tiny_tokens(), [12]),
+    )
+    assert use_latent_cache(random_model("llama", dense=("k_proj", "v_proj"))) == 0
+
+
+def test_bytes_by_hand() -> None:
+    """Two layers of two heads of width 8: 2 * 2 * 16 floats a token. Ranks run 5, 6, 7 over the linears of a block."""
+    model = latent_model()
+    assert [model.config.svdllm["ranks"][f"model.layers.{i}.self_attn.{p}_proj"] for i in (0, 1) for p in "kv"] == [
+        6,
+        7,
+        7,
+        5,
+    ]
+    assert cache_size(model.config, torch.float32) == (4 * 64, 4 * 25)
+    assert cache_size(model.config, torch.bfloat16) == (2 * 64, 2 * 25)
+    caches = [DynamicCache(), DynamicCache()]
+    for cache, each in zip(caches, (random_model("llama"), model), strict=True):
+        in_parts(each, tiny_tokens(3, 10), [6, 1, 1, 1, 1], cache)
+    assert [cache_bytes(cache) for cache in caches] == [30 * 4 * 64, 30 * 4 * 25]
+
+
+def operations_of_a_step(model: Any, past: int) -> int:
+    cache = DynamicCache()
+    in_parts(model, tiny_tokens(1, past), [past], cache)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=tiny_tokens(1, 1), past_key_values=cache)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("family", "per_slot"),
+    [
+        ("opt", 2 * 4 * (5 + 6)),  # neither keys nor values are rebuilt: all four heads read the latents
+        ("llama", (16 * 6 + 4 * 8 + 4 * 7) + (16 * 7 + 4 * 8 + 4 * 5)),  # keys are, for the rotation
+    ],
+)
+def test_operations_of_a_step(family: str, per_slot: int) -> None:
+    model = latent_model(family)
+    ranks = model.config.svdllm["ranks"]
+    kept = [rank for name, rank in ranks.items() if name.endswith(("k_proj", "v_proj"))]
+    assert sorted(kept) == sorted([5, 6, 5, 6] if family == "opt" else [6, 7, 7, 5])
+    assert operations_of_a_step(model, 21) - operations_of_a_step(model, 20) == 2 * per_slot
+
+
+def test_with_first_factors_fused() -> None:
+    model = random_model("qwen2")
+    expected = in_parts(model, tiny_tokens(), [12])
+    assert fuse_first_factors(model) > 0
+    assert use_latent_cache(model) == 2
+    assert_same(in_parts(model, tiny_tokens(), [5, 1, 1, 5]), expected)
+    assert use_ordinary_cache(model) == 2
+    assert_same(in_parts(model, tiny_tokens(), [5, 1, 1, 5]), expected)
+
+
+def test_there_and_back() -> None:
+    model, plain = random_model("llama"), random_model("llama")
+    classes, state = [type(module) for module in model.modules()], list(model.state_dict())
+    assert use_latent_cache(model) == 2
+    assert use_latent_cache(model) == 0
+    assert list(model.state_dict()) == state
+    assert_same(in_parts(copy.deepcopy(model), tiny_tokens(), [5, 1, 6]), in_parts(plain, tiny_tokens(), [12]))
+    assert use_ordinary_cache(model) == 2
+    assert use_ordinary_cache(model) == 0
+    assert [type(module) for module in model.modules()] == classes
+    assert all(layer.self_attn.config is model.config for layer in model.model.layers)
+    cache = DynamicCache()
+    assert torch.equal(in_parts(model, tiny_tokens(), [5, 1, 6], cache), in_parts(plain, tiny_tokens(), [5, 1, 6]))
+    assert cache_bytes(cache) == 2 * 12 * cache_size(model.config, torch.float32).ordinary
+
+
+def test_without_a_cache_and_with_another_implementation() -> None:
+    model, plain = latent_model(), random_model("llama")
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            found = model(input_ids=tiny_tokens(), use_cache=False).logits
+        assert_same(found, in_parts(plain, tiny_tokens(), [12]))
+        assert_same(in_parts(model, tiny_tokens(), [5, 1, 6]), in_parts(plain, tiny_tokens(), [12]))
+
+
+def test_moved_to_another_dtype() -> None:
+    model = latent_model()
+    expected = in_parts(random_model("llama").double(), tiny_tokens(), [12])
+    torch.testing.assert_close(in_parts(model.double(), tiny_tokens(), [5, 1, 6]), expected, atol=1e-6, rtol=1e-6)
+    assert use_latent_cache(random_model("llama").bfloat16()) == 2
+
+
+def test_compiled_steps_of_a_static_cache() -> None:
+    """One graph for all steps."""
+    model, plain = (random_model("llama", num_hidden_layers=1) for _ in range(2))
+    use_latent_cache(model)
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    ids = tiny_tokens(1, 10)
+    expected = in_parts(plain, ids, [10])
+    logits = [in_parts(model, ids[:, :6], [6], cache)]
+    model.forward = torch.compile(model.forward, backend=backend, fullgraph=True)
+    logits += [in_parts(model, ids[:, slot : slot + 1], [1], cache) for slot in range(6, 10)]
+    assert_same(torch.cat(logits, dim=1), expected)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3"])
+def test_fused_projections_are_refused(family: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"has a k_proj and a v_proj \(.*Attention"):
+        use_latent_cache(random_model(family))
+
+
+def test_angles_that_change_with_the_length_are_refused() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(
+        UnsupportedModelError, match=r"LlamaAttention \(model\.layers\.0\.self_attn\).*rope_type dynamic"
+    ):
+        use_latent_cache(random_model("llama", rope_parameters=rope))
+
+
+def test_training_mode_is_refused() -> None:
+    with pytest.raises(InputError, match="training mode"):
+        use_latent_cache(random_model("llama").train())
+
+
+@pytest.mark.parametrize(
+    ("factors", "why"),
+    [((2.0, 1.0), "its keys are not what k_proj gives"), ((1.0, 2.0), "its values are not what v_proj gives")],
+)
+def test_unknown_ways_to_make_keys_and_values_are_refused(
+    factors: tuple[float, float], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = LlamaAttention.forward
+
+    def scaled(self: Any, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        class Scaling:
+            def update(self, keys: Tensor, values: Tensor, *rest: Any) -> Any:
+                return past_key_values.update(factors[0] * keys, factors[1] * values, *rest)
+
+        return forward(self, hidden_states, *args, past_key_values=Scaling(), **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", scaled)
+    model = random_model("llama")
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(UnsupportedModelError, match=why):
+        use_latent_cache(model)
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_other_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something after the cache that nobody knows: the model is as it was."""
+    forward = LlamaAttention.forward
+
+    def scaled(self: Any, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        class Scaling:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(past_key_values, name)
+
+            def update(self, *given: Any) -> Any:
+                keys, values = past_key_values.update(*given)
+                return 1.5 * keys, values
+
+        return forward(self, hidden_states, *args, past_key_values=Scaling(), **kwargs)
+
+    model = random_model("llama")
+    monkeypatch.setattr(LlamaAttention, "forward", scaled)
+    expected = in_parts(model, tiny_tokens(), [5, 1, 6])
+    with pytest.raises(UnsupportedModelError, match=r"logits differ by .* of their size"):
+        use_latent_cache(model)
+    assert torch.equal(in_parts(model, tiny_tokens(), [5, 1, 6]), expected)

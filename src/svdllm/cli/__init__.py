@@ -9,7 +9,20 @@ import sys
 import torch
 import typer
 
-from svdllm.cli import ablate, compare, compress, demo, evaluate, export, inspect, plan, recover, slicing, verify
+from svdllm.cli import (
+    ablate,
+    compare,
+    compress,
+    demo,
+    evaluate,
+    export,
+    inspect,
+    plan,
+    quantize,
+    recover,
+    slicing,
+    verify,
+)
 from svdllm.cli.console import error_console
 from svdllm.errors import InputError, ResourceError, SvdllmError, first_line
 
@@ -29,7 +42,7 @@ app = typer.Typer(
     ),
     epilog="Exit codes: 0 done, 2 bad input, 3 unsupported model, 4 out of memory or disk, 5 NaN or infinity, 130 interrupted.",
 )
-for module in (plan, compress, slicing, recover, evaluate, compare, ablate, inspect, verify, export, demo):
+for module in (plan, compress, slicing, recover, evaluate, compare, ablate, inspect, verify, quantize, export, demo):
     module.register(app)
 
 

@@ -181,7 +181,7 @@ def load_model(model: str | Path, *, ratio: float | None = None, **kwargs: Any) 
         path = path.parent
     try:
         with unpacking_one_by_one():
-            loaded = AutoModelForCausalLM.from_pretrained(str(path) if path.exists() else str(model), **kwargs)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(str(path) if path.exists() else str(model), **kwargs)
     except SafetensorError as error:
         raise CheckpointError(f"The weights of {model} are truncated or damaged: {error}.") from error
     except (ValueError, OSError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,7 +158,9 @@ def quantization_config(linears: Sequence[QuantizedLinear]) -> Any:
     for linear in linears:
         by_scheme.setdefault(linear.scheme, []).append(linear.name)
     return TorchAoConfig(
-        FqnToConfig({weights_pattern(names): scheme.torchao_config() for scheme, names in by_scheme.items()})
+        FqnToConfig(
+            OrderedDict((weights_pattern(names), scheme.torchao_config()) for scheme, names in by_scheme.items())
+        )
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -258,10 +259,10 @@ def unpacking_one_by_one() -> Iterator[None]:
     put together; here it is told of that one only.
     """
     try:
-        from transformers.integrations import torchao
+        integration: Any = importlib.import_module("transformers.integrations.torchao")
     except ImportError:
-        torchao = None
-    unflatten = getattr(torchao, "unflatten_tensor_state_dict", None)
+        integration = None
+    unflatten = getattr(integration, "unflatten_tensor_state_dict", None)
     if unflatten is None:
         yield
         return
@@ -271,11 +272,11 @@ def unpacking_one_by_one() -> Iterator[None]:
         own = {name: entry for name, entry in metadata.items() if name.rpartition(".")[0] in owners}
         return unflatten(tensors, {**own, "tensor_names": json.dumps(list(own))})
 
-    torchao.unflatten_tensor_state_dict = of_one_module
+    integration.unflatten_tensor_state_dict = of_one_module
     try:
         yield
     finally:
-        torchao.unflatten_tensor_state_dict = unflatten
+        integration.unflatten_tensor_state_dict = unflatten
 
 
 def _check_loading_info(model: Any, info: dict[str, Any], source: Any) -> None:

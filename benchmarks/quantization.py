@@ -51,7 +51,10 @@ def measure(folder: Path, is_dense: bool, texts: list[str], seqlen: int, windows
             "file_bytes": count.files,
             "file_bytes_at_16_bits": count.files_at_16_bits,
             "quantized_bytes": count.quantized,
-            "perplexity": {text: found.to_dict() for text, found in measured.perplexity.items()},
+            "perplexity": {
+                Path(text).name: found.to_dict() | {"source": Path(text).name}
+                for text, found in measured.perplexity.items()
+            },
         }
 
 
@@ -93,28 +96,22 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("-o", "--output", type=Path, required=True, help="two files: this name with .json and .md")
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    document: dict[str, Any] = {
+        "dense": arguments.dense.name,
+        "dtype": str(open_config(arguments.dense).dtype).removeprefix("torch."),
+        "texts": [Path(text).name for text in arguments.text],
+        "seqlen": arguments.seqlen,
+        "windows": arguments.windows,
+        "rows": [],
+    }
     with tempfile.TemporaryDirectory() as work:
         for folder in (arguments.dense, *arguments.checkpoints):
             dense = folder == arguments.dense
             for row in measure(folder, dense, arguments.text, arguments.seqlen, arguments.windows, Path(work)):
-                rows.append(row)
-                print(
-                    row["model"], row["kind"], row["file_bytes"], *(p["perplexity"] for p in row["perplexity"].values())
-                )
-    names = [Path(text).name for text in arguments.text]
-    for row in rows:
-        row["perplexity"] = dict(zip(names, row["perplexity"].values(), strict=True))
-    document = {
-        "dense": arguments.dense.name,
-        "dtype": str(open_config(arguments.dense).dtype).removeprefix("torch."),
-        "texts": names,
-        "seqlen": arguments.seqlen,
-        "windows": arguments.windows,
-        "rows": rows,
-    }
-    arguments.output.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
-    arguments.output.with_suffix(".md").write_text(markdown(document))
+                document["rows"].append(row)
+                arguments.output.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
+                arguments.output.with_suffix(".md").write_text(markdown(document))
+                print(row["model"], row["kind"], row["file_bytes"], flush=True)
     print(markdown(document))
 
 

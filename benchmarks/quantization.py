@@ -4,7 +4,7 @@ Every checkpoint given is measured as it is, in 8 bits and in 4 bits, and so is 
 weight files; a second column counts what they would be if every tensor that is not quantised were stored in 16 bits. At
 every budget of bytes the best model that fits is marked.
 
-    python benchmarks/quantization.py DENSE CHECKPOINT... --text FILE FILE -o RESULTS
+    python benchmarks/quantization.py DENSE CHECKPOINT... --text FILE... -o RESULTS
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def markdown(document: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense", type=Path)
-    parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("checkpoints", type=Path, nargs="*")
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)

@@ -3,7 +3,9 @@
 Importing it registers the low-rank model types, so that ``AutoModelForCausalLM.from_pretrained`` loads checkpoints.
 """
 
+from svdllm import quiet  # noqa: F401
 from svdllm.bench import BenchmarkRecord, BenchSettings, benchmark
+from svdllm.byte_count import WeightBytes, weight_bytes
 from svdllm.checkpoint import load_model
 from svdllm.compress import compress, compress_many
 from svdllm.config import Recipe
@@ -20,6 +22,7 @@ from svdllm.export import export_dense
 from svdllm.fuse import fuse_first_factors
 from svdllm.modeling import register_all
 from svdllm.plan import Plan, plan
+from svdllm.quantize import QuantizationResult, quantize
 from svdllm.records import CompressionResult
 from svdllm.recover import Recovery, RecoveryResult, recover
 from svdllm.side_by_side import evaluate_tasks
@@ -39,6 +42,7 @@ __all__ = [
     "NumericalError",
     "Perplexity",
     "Plan",
+    "QuantizationResult",
     "Recipe",
     "Recovery",
     "RecoveryResult",
@@ -46,6 +50,7 @@ __all__ = [
     "SvdllmError",
     "TaskResults",
     "UnsupportedModelError",
+    "WeightBytes",
     "__version__",
     "benchmark",
     "compress",
@@ -56,7 +61,9 @@ __all__ = [
     "load_model",
     "perplexity",
     "plan",
+    "quantize",
     "recover",
     "slice_checkpoint",
     "verify",
+    "weight_bytes",
 ]

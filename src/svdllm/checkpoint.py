@@ -34,7 +34,7 @@ from svdllm.layout import (
 )
 from svdllm.linalg import corrected_bias, factorise
 from svdllm.modeling import FORMAT_VERSION, HASHES_FILE, family_classes, low_rank_config, write_hashes
-from svdllm.modeling.lowrank import sha256_of
+from svdllm.modeling.lowrank import sha256_of, unpacking_one_by_one
 from svdllm.plan import Plan, resolve_device
 from svdllm.progress import Reporter
 from svdllm.records import LinearRecord, Provenance
@@ -100,7 +100,7 @@ def finish_checkpoint(
     partial: Path, recipe: Recipe, report: dict[str, Any], device: torch.device, reporter: Reporter
 ) -> None:
     """Everything that follows from what is in the folder already: recipe, card, reference logits, report, hashes."""
-    config = load_config(partial, partial.name)
+    config = load_config(partial, partial.name, allow_quantized=True)
     (partial / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     (partial / "README.md").write_text(model_card(report, config), encoding="utf-8")
     _write_reference(partial, config, device)
@@ -182,12 +182,23 @@ def load_model(model: str | Path, *, ratio: float | None = None, **kwargs: Any) 
         kwargs["gguf_file"] = path.name
         path = path.parent
     try:
-        return AutoModelForCausalLM.from_pretrained(str(path) if path.exists() else str(model), **kwargs)
+        with unpacking_one_by_one():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(str(path) if path.exists() else str(model), **kwargs)
     except SafetensorError as error:
         raise CheckpointError(f"The weights of {model} are truncated or damaged: {error}.") from error
     except (ValueError, OSError) as error:
         kind = CheckpointError if path.is_dir() else InputError
         raise kind(f"{model} cannot be loaded: {error}") from error
+    dtype = kwargs.get("dtype")
+    if isinstance(dtype, torch.dtype) and is_torchao(loaded):
+        loaded.to(dtype)  # a weight of 4 bits unpacks to the dtype that it was stored with
+    return loaded
+
+
+def is_torchao(model: PreTrainedModel) -> bool:
+    """Whether weights of a model are tensors of torchao, in few bits."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer is not None and quantizer.quantization_config.quant_method == "torchao"
 
 
 class _Factors:
@@ -321,8 +332,17 @@ def copy_companions(folder: Path, partial: Path) -> None:
 
 
 def _write_reference(folder: Path, config: PreTrainedConfig, device: torch.device) -> None:
-    """Logits of a few fixed tokens, computed from the written files with one block resident."""
+    """Logits of a few fixed tokens, computed from the written files."""
     ids = (torch.arange(REFERENCE_TOKENS).unsqueeze(0) * 7919 + 11) % config.get_text_config().vocab_size
+    logits_of = _loaded_logits if getattr(config, "quantization_config", None) else _walked_logits
+    logits = logits_of(folder, config, ids, device)[:, -REFERENCE_POSITIONS:].float().cpu().contiguous()
+    if not bool(torch.isfinite(logits).all()):
+        raise NumericalError("The compressed model's logits are not finite.")
+    save_tensors({"token_ids": ids, "logits": logits}, folder / REFERENCE_FILE)
+
+
+def _walked_logits(folder: Path, config: PreTrainedConfig, ids: Tensor, device: torch.device) -> Tensor:
+    """With one block resident."""
     skeleton = build_skeleton(config)
     weights = SafetensorsWeights(folder, skeleton)
     walk = Walk(
@@ -330,10 +350,14 @@ def _write_reference(folder: Path, config: PreTrainedConfig, device: torch.devic
     )
     for block in walk.blocks():
         block.run()
-    logits = walk.logits()[:, -REFERENCE_POSITIONS:].contiguous()
-    if not bool(torch.isfinite(logits).all()):
-        raise NumericalError("The compressed model's logits are not finite.")
-    save_tensors({"token_ids": ids, "logits": logits}, folder / REFERENCE_FILE)
+    return walk.logits()
+
+
+@torch.no_grad()
+def _loaded_logits(folder: Path, config: PreTrainedConfig, ids: Tensor, device: torch.device) -> Tensor:
+    """Of weights in few bits, which only the loaded model can read."""
+    model = load_model(folder, dtype=torch.float32).to(device)  # type: ignore[arg-type]
+    return model.eval()(input_ids=ids.to(device)).logits
 
 
 def _as(tensor: Tensor, like: Tensor) -> Tensor:

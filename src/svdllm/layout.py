@@ -17,7 +17,7 @@ Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and dt
 SHARD_BYTES = 2 * 10**9
 
 # The dtypes of safetensors, in the order in which its writer lays tensors out.
-_CODES = {
+SAFETENSORS_CODES = {
     torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
@@ -113,13 +113,13 @@ def _units(tensors: Tensors) -> list[list[str]]:
 
 def _header_bytes(tensors: Tensors, names: Sequence[str]) -> int:
     """Length of a safetensors header: the format pads the JSON to a multiple of eight."""
-    order = list(_CODES)
+    order = list(SAFETENSORS_CODES)
     names_by_layout = sorted(names, key=lambda name: (order.index(tensors[name][1]), name))
     entries, offset = {}, 0
     for name in names_by_layout:
         shape, dtype = tensors[name]
         end = offset + torch.Size(shape).numel() * dtype.itemsize
-        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        entries[name] = {"dtype": SAFETENSORS_CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"))
     return 8 + -(-len(text.encode()) // 8) * 8

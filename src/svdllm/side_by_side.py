@@ -60,7 +60,7 @@ class OpenedModel:
 
     @classmethod
     def of(cls, name: str, place: torch.device, dtype: str, offline: bool, revision: str | None = None) -> OpenedModel:
-        source = open_config(name, offline=offline, revision=revision)
+        source = open_config(name, offline=offline, revision=revision, allow_quantized=True)
         return cls(name, source, source.load_tokenizer(offline), resolve_dtype(dtype, place, source.dtype), revision)
 
     def load(self, place: torch.device, offline: bool, reporter: Reporter) -> PreTrainedModel:

@@ -169,12 +169,13 @@ def _open(folder: str | Path, ratio: float, device: str | None, *, check_integri
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; of a model on the hub, download the whole repository first.")
-    report, index = read_report(folder), ElasticIndex.read(folder)
+    report = read_report(folder)
+    config = load_config(folder, str(folder))
+    index = ElasticIndex.read(folder)
     if check_integrity:
         _require_as_written(folder, index)
     whole = make_recipe(load_settings(folder / RECIPE_FILE), f"{RECIPE_FILE} in {folder}")
     recipe = _recipe_at(whole, ratio, folder)
-    config = load_config(folder, str(folder))
     source = Source(
         name=report["source"]["model"],
         revision=report["source"]["revision"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from svdllm.data.specs import require_extra
 from svdllm.errors import InputError, UnsupportedModelError, first_line
 from svdllm.weights import MemoryWeights, SafetensorsWeights, Weights, weight_files
 
@@ -100,6 +102,7 @@ def open_source(
     """
     if isinstance(model, PreTrainedModel):
         require_causal_lm(model.config, type(model).__name__)
+        _check_quantization(model.config, type(model).__name__, allowed=False)
         name = getattr(model, "name_or_path", "") or type(model).__name__
         return Source(
             name=_display_name(name),
@@ -118,20 +121,31 @@ def open_source(
     return Source(name=_display_name(text), revision=_revision(folder), config=config, folder=folder, weights=weights)
 
 
-def open_config(model: str | Path | PreTrainedModel, *, offline: bool = False, revision: str | None = None) -> Source:
-    """Like ``open_source``, but reads no weights: of a hub id, only its config is fetched."""
+def open_config(
+    model: str | Path | PreTrainedModel,
+    *,
+    offline: bool = False,
+    revision: str | None = None,
+    allow_quantized: bool = False,
+) -> Source:
+    """Like ``open_source``, but reads no weights: of a hub id, only its config is fetched.
+
+    With ``allow_quantized``, also of a model that ``svdllm quantize`` wrote: it can be run, and nothing else.
+    """
     text = "" if isinstance(model, PreTrainedModel) else _as_text(model)
-    if isinstance(model, PreTrainedModel) or Path(text).is_dir():
-        return open_source(model, offline=offline)
     if Path(text).is_file():
         return _open_gguf(Path(text), None)
-    folder = _from_hub(text, revision, offline, weights=False)
-    config = load_config(folder, name=text)
-    return Source(name=text, revision=_revision(folder), config=config, folder=folder, weights=None)
+    is_folder = Path(text).is_dir()
+    if isinstance(model, PreTrainedModel) or (is_folder and not (allow_quantized and is_quantized(Path(text)))):
+        return open_source(model, offline=offline)
+    folder = Path(text) if is_folder else _from_hub(text, revision, offline, weights=False)
+    config = load_config(folder, name=text, allow_quantized=allow_quantized)
+    name = _display_name(text) if is_folder else text
+    return Source(name=name, revision=_revision(folder), config=config, folder=folder, weights=None)
 
 
-def load_config(folder: Path, name: str) -> PreTrainedConfig:
-    """The config of a folder, which must be a causal language model's."""
+def load_config(folder: Path, name: str, *, allow_quantized: bool = False) -> PreTrainedConfig:
+    """The config of a folder, which must be a causal language model's, and not quantised unless that is allowed."""
     if not (folder / "config.json").is_file():
         found = sorted(path.name for path in folder.iterdir())[:6]
         raise InputError(
@@ -145,7 +159,16 @@ def load_config(folder: Path, name: str) -> PreTrainedConfig:
             f"The config of {name} cannot be read by transformers: {first_line(error)}"
         ) from error
     require_causal_lm(config, name)
+    _check_quantization(config, name, allow_quantized)
     return config
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether the config of a folder says that its weights are stored in few bits."""
+    try:
+        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config"))
+    except (OSError, ValueError, AttributeError):
+        return False  # which ``load_config`` tells
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -154,7 +177,7 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 
 def require_causal_lm(config: PreTrainedConfig, name: str) -> None:
-    """Raises UnsupportedModelError unless the config is a decoder-only language model's, not quantised."""
+    """Raises UnsupportedModelError unless the config is a decoder-only language model's."""
     family = getattr(config, "svdllm", None) and config.svdllm["base_model_type"]
     model_type = family or config.model_type
     expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
@@ -170,11 +193,21 @@ def require_causal_lm(config: PreTrainedConfig, name: str) -> None:
         raise UnsupportedModelError(
             f"{name} is not a causal language model: its architecture is {architectures[0]}, expected {expected}."
         )
-    if getattr(config, "quantization_config", None):
-        method = dict(config.quantization_config).get("quant_method", "unknown")
+
+
+def _check_quantization(config: PreTrainedConfig, name: str, allowed: bool) -> None:
+    """Raises UnsupportedModelError if the weights are in few bits and something else than to run them is meant."""
+    settings = getattr(config, "quantization_config", None)
+    if not settings:
+        return
+    method = (settings if isinstance(settings, dict) else settings.to_dict()).get("quant_method", "unknown")
+    if not allowed:
         raise UnsupportedModelError(
-            f"{name} is quantised ({method}). Compress the unquantised model, then quantise the result."
+            f"{name} is quantised ({method}). Quantisation comes last: such a model can be run and measured, but not "
+            "compressed, sliced, trained, exported or quantised again. Use the model that it was made of."
         )
+    if method == "torchao":
+        require_extra("torchao", f"{name}, which is quantised,", extra="quantize")
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

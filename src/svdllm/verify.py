@@ -12,6 +12,7 @@ from svdllm.checkpoint import REFERENCE_FILE, REFERENCE_POSITIONS, REPORT_FILE, 
 from svdllm.errors import CheckpointError, NumericalError
 from svdllm.modeling import HASHES_FILE, LowRankLinear, compare_hashes
 from svdllm.plan import resolve_device
+from svdllm.source import load_config
 
 # Logits of two processes, computed in float32 with other products, relative to the largest logit.
 REFERENCE_TOLERANCE = 1e-3
@@ -33,6 +34,7 @@ def verify(folder: str | Path, device: str = "auto") -> list[tuple[str, str]]:
     problems = compare_hashes(folder)
     if problems:
         raise CheckpointError(f"{folder} is not as it was written: {' '.join(problems)} Fetch or write it again.")
+    load_config(folder, str(folder), allow_quantized=True)
     checks = [("hashes", "every file is as it was written")]
     model = load_model(folder, dtype=torch.float32, check_integrity=False)
     ranks = {name: m.svd_v.out_features for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
@@ -44,7 +46,8 @@ def verify(folder: str | Path, device: str = "auto") -> list[tuple[str, str]]:
         raise CheckpointError(f"{folder}: {report['params']:,} parameters expected, {model.num_parameters():,} found.")
     checks.append(("shapes", f"{len(ranks)} low-rank linears, {report['params']:,} parameters"))
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        values = parameter.dequantize() if hasattr(parameter, "tensor_data_names") else parameter  # of torchao
+        if not bool(torch.isfinite(values).all()):
             raise NumericalError(f"{folder}: {name} has NaN or infinite values.")
     checks.append(("finite", "every weight"))
     checks.append(

@@ -98,9 +98,9 @@ def benchmark_loaded(
     fused = {name: _prepare(model, settings) for name, model in models.items()}
     cells: list[CellRecord] = []
     for batch, prompt in settings.cells:
-        with reporter.stage(f"batch {batch}, prompt {prompt}", len(models) + settings.repeats):
-            with _compiled_for_one_shape(settings, len(models)):
-                cells += measure_cell(models, shapes, base, batch, prompt, settings, reporter)
+        stage = reporter.stage(f"batch {batch}, prompt {prompt}", len(models) + settings.repeats)
+        with stage, _compiled_for_one_shape(settings, len(models)):
+            cells += measure_cell(models, shapes, base, batch, prompt, settings, reporter)
     records = tuple(
         ModelRecord(
             name=name,

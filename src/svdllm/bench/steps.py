@@ -58,6 +58,8 @@ def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
 
 def turn(model: Any, ids_BS: Tensor, prompt: int) -> tuple[float, float]:
     """Seconds of the prefill of the first ``prompt`` tokens, and of decoding the others one by one."""
-    cache, prefill_seconds = timed(lambda: prefill(model, ids_BS[:, :prompt], fixed_length(model, ids_BS)), ids_BS.device)
+    cache, prefill_seconds = timed(
+        lambda: prefill(model, ids_BS[:, :prompt], fixed_length(model, ids_BS)), ids_BS.device
+    )
     _, decode_seconds = timed(lambda: decode(model, cache, ids_BS[:, prompt:]), ids_BS.device)
     return prefill_seconds, decode_seconds

@@ -7,7 +7,21 @@ import sys
 
 import typer
 
-from svdllm.cli import ablate, bench, compare, compress, demo, evaluate, export, inspect, plan, recover, slicing, verify
+from svdllm.cli import (
+    ablate,
+    bench,
+    compare,
+    compress,
+    demo,
+    evaluate,
+    export,
+    inspect,
+    plan,
+    quantize,
+    recover,
+    slicing,
+    verify,
+)
 from svdllm.cli.console import error_console
 from svdllm.errors import SvdllmError, as_ours
 
@@ -27,7 +41,21 @@ app = typer.Typer(
     ),
     epilog="Exit codes: 0 done, 2 bad input, 3 unsupported model, 4 out of memory or disk, 5 NaN or infinity, 130 interrupted.",
 )
-for module in (plan, compress, slicing, recover, evaluate, bench, compare, ablate, inspect, verify, export, demo):
+for module in (
+    plan,
+    compress,
+    slicing,
+    recover,
+    quantize,
+    evaluate,
+    bench,
+    compare,
+    ablate,
+    inspect,
+    verify,
+    export,
+    demo,
+):
     module.register(app)
 
 

@@ -89,7 +89,9 @@ def evaluate(
         require_new(output)
     models = [model] if base is None else [model, base]
     for name in models:
-        open_config(name, offline=offline)  # a name that is wrong shall not cost a download of data
+        open_config(
+            name, offline=offline, allow_quantized=True
+        )  # a name that is wrong shall not cost a download of data
     reporter = ConsoleReporter()
     suite_of_tasks = open_tasks(
         task_names, limit=limit, num_fewshot=num_fewshot, task_data=task_data, offline=offline, reporter=reporter

@@ -11,9 +11,10 @@ from rich.table import Table
 from svdllm.cli.console import count, duration, size
 from svdllm.demo import DemoResult
 from svdllm.plan import Plan
+from svdllm.quantize import QuantizationResult
 from svdllm.records import CompressionResult
 from svdllm.recover import RecoveryResult
-from svdllm.report.card import recovery_text
+from svdllm.report.card import quantization_text, recovery_text
 from svdllm.side_by_side import ModelPerplexity
 
 Titled = tuple[str, list[Table]]  # a line of its own, never cut or wrapped, and what stands below it
@@ -131,6 +132,23 @@ def recovery_table(result: RecoveryResult) -> Titled:
     return str(result.output_dir), [table, measured] if result.perplexity else [table]
 
 
+def quantization_table(result: QuantizationResult) -> Titled:
+    """What was stored in how many bits, and what was not."""
+    table = _summary()
+    for scheme, number in result.by_scheme().items():
+        table.add_row("linears", f"{number} in {scheme}")
+    others = [linear for linear in result.linears if linear.reason]
+    if others:
+        table.add_row("", f"{len(others)} of them for their shape, as {others[0].name}: {others[0].reason}")
+    for reason in dict.fromkeys(result.left.values()):
+        names = [name for name, why in result.left.items() if why == reason]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        table.add_row("left as it was", f"{', '.join(names[:3])}{more} ({reason})")
+    table.add_row("weight files", f"{size(result.bytes_before)} -> {size(result.bytes_after)}")
+    table.add_row("time", duration(sum(result.seconds.values())))
+    return str(result.output_dir), [table]
+
+
 def demo_table(result: DemoResult) -> Table:
     """Dense, plain SVD, SVD-LLM as published and the default preset side by side."""
     table = Table(title="SmolLM2-135M-Instruct on held-out Python documentation", header_style="bold")
@@ -154,6 +172,8 @@ def report_table(report: dict[str, Any]) -> Titled:
     table.add_row("weight files", f"{size(report['dense_file_bytes'])} -> {size(report['file_bytes'])}")
     if report.get("elastic_bytes"):
         table.add_row("elastic files", f"{size(report['elastic_bytes'])} beside them, for `svdllm slice`")
+    if quantized := report.get("quantization"):
+        table.add_row("quantised", quantization_text(quantized))
     if sliced := report.get("sliced_from"):
         table.add_row("sliced from", f"an elastic checkpoint of ratio {sliced['ratio']}")
     chosen = report["allocation"]

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import json
 import os
 import re
 import struct
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +172,10 @@ class LowRankMixin(_Model):
                 check_weight_files(folder)
         _share_weight_conversions(cls)
         kwargs["ignore_mismatched_sizes"] = True  # raised for below, by name, where transformers only logs the names
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        with unpacking_one_by_one():
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         model, info = loaded
         _check_loading_info(model, info, pretrained_model_name_or_path)
         return (model, info) if want_info else model
@@ -179,7 +184,8 @@ class LowRankMixin(_Model):
         """Save as transformers does, and the code files and the hashes too, so that the folder is complete."""
         push_to_hub = kwargs.pop("push_to_hub", False)
         hub_kwargs = {key: kwargs.pop(key) for key in _HUB_KEYS if key in kwargs} if push_to_hub else {}
-        if not hasattr(self, "_weight_conversions"):  # never loaded, so there is no other layout to go back to
+        # Of a model that was never loaded there is no other layout to go back to; of a quantised one, no way back.
+        if not hasattr(self, "_weight_conversions") or getattr(self, "hf_quantizer", None) is not None:
             kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process and _is_first_process() and not getattr(self, "_hf_peft_config_loaded", False):
@@ -243,6 +249,34 @@ def _share_weight_conversions(cls: type) -> None:
     for own, theirs in ((cls.__name__, base.__name__), (config_class.model_type, base_config.model_type)):
         if mapping := conversions.get_checkpoint_conversion_mapping(theirs):
             conversions.register_checkpoint_conversion_mapping(own, mapping, overwrite=True)
+
+
+@contextmanager
+def unpacking_one_by_one() -> Iterator[None]:
+    """Lets quantised weights load in time that grows with their number, not with its cube.
+
+    torchao 0.18 looks through what it knows of all weights, by all of their names, for each one that transformers has it
+    put together; here it is told of that one only.
+    """
+    try:
+        integration: Any = importlib.import_module("transformers.integrations.torchao")
+    except ImportError:
+        integration = None
+    unflatten = getattr(integration, "unflatten_tensor_state_dict", None)
+    if unflatten is None:
+        yield
+        return
+
+    def of_one_module(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Any:
+        owners = {key.rpartition(".")[0] for key in tensors}
+        own = {name: entry for name, entry in metadata.items() if name.rpartition(".")[0] in owners}
+        return unflatten(tensors, {**own, "tensor_names": json.dumps(list(own))})
+
+    integration.unflatten_tensor_state_dict = of_one_module
+    try:
+        yield
+    finally:
+        integration.unflatten_tensor_state_dict = unflatten
 
 
 def _check_loading_info(model: Any, info: dict[str, Any], source: Any) -> None:

@@ -32,6 +32,15 @@ The files `svdllm/elastic*` are for this only.
     trained = "It was not trained after compression."
     if history := report.get("recovery"):
         trained = "After compression it was trained: " + "; ".join(map(recovery_text, history)) + "."
+    quantized, plain = "", " A plain\nmodel of the original architecture and size: `svdllm export FOLDER -o DENSE`."
+    if entry := report.get("quantization"):
+        quantized = f"""
+## In few bits
+
+Its linears are stored as {quantization_text(entry)}. Loading them needs the package torchao, on a CPU or a
+GPU. Before that the weight files had {entry["unquantized_file_bytes"] / 1e6:,.1f} MB.
+"""
+        plain = ""
     streams = "compressed" if recipe["calibration_mode"] == "sequential" else "dense"
     worst = sorted(factorised, key=lambda row: row["kept_energy"])[:5]
     worst_rows = "\n".join(
@@ -68,9 +77,8 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
-Without svdllm installed, pass `trust_remote_code=True`: the code files in this folder are self-contained. A plain
-model of the original architecture and size: `svdllm export FOLDER -o DENSE`.
-{smaller}
+Without svdllm installed, pass `trust_remote_code=True`: the code files in this folder are self-contained.{plain}
+{quantized}{smaller}
 ## How it was made
 
 - Source: {source["model"]}{f", revision {source['revision']}" if source["revision"] else ""}, weights `{source["weights_fingerprint"][:16]}`
@@ -86,6 +94,12 @@ The layers that lost most (share of the output's energy kept over the calibratio
 |---|---|---|---|
 {worst_rows}
 """
+
+
+def quantization_text(entry: dict[str, Any]) -> str:
+    """One line on a quantisation: schemes with the number of linears, and what was left."""
+    schemes = "; ".join(f"{scheme} ({number} linears)" for scheme, number in entry["by_scheme"].items())
+    return f"{schemes}; {len(entry['left'])} left as they were; torchao {entry['versions']['torchao']}"
 
 
 def recovery_text(entry: dict[str, Any]) -> str:

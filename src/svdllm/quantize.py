@@ -1,0 +1,203 @@
+"""A model in fewer bits: the factors (or dense linears) stored in 8 or 4 bits each by torchao, in a folder like any other."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from svdllm.byte_count import weight_bytes
+from svdllm.checkpoint import RECIPE_FILE, REPORT_FILE, finish_checkpoint, is_checkpoint, load_model, read_report
+from svdllm.config import load_settings, make_recipe
+from svdllm.data.specs import require_extra
+from svdllm.elastic import ELASTIC_STEM
+from svdllm.errors import InputError, ResourceError
+from svdllm.layout import SHARD_BYTES, stored_tensors, tensor_bytes
+from svdllm.memory import available_bytes
+from svdllm.plan import resolve_device
+from svdllm.progress import Reporter
+from svdllm.schemes import QuantizedLinear, choose_schemes, make_scheme, quantization_config, quantized_tensors
+from svdllm.source import Source, build_skeleton, companion_files, open_config
+from svdllm.version import __version__
+from svdllm.workspace import DISK_RESERVE, named_folder, require_empty, require_writable
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationResult:
+    """What was written. Sizes in bytes of weight files."""
+
+    output_dir: Path
+    model: str
+    bits: int
+    group_size: int | None
+    linears: list[QuantizedLinear]
+    left: dict[str, str]  # linears and embeddings that are as they were, and why
+    bytes_before: int
+    bytes_after: int
+    seconds: dict[str, float]
+
+    def by_scheme(self) -> dict[str, int]:
+        """How many linears have each scheme."""
+        names = [str(linear.scheme) for linear in self.linears]
+        return {name: names.count(name) for name in dict.fromkeys(names)}
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"by_scheme": self.by_scheme()}
+
+
+def quantize(
+    model: str | Path,
+    output_dir: str | Path,
+    *,
+    bits: int = 8,
+    group_size: int | None = None,
+    skip: Sequence[str] = (),
+    device: str = "auto",
+    offline: bool = False,
+    revision: str | None = None,
+    reporter: Reporter | None = None,
+) -> QuantizationResult:
+    """Stores the linears of a model's blocks in few bits, and writes a folder that ``from_pretrained`` loads.
+
+    Of a checkpoint of this library, report, recipe, card and hashes are carried over; of a dense model, weights and
+    tokenizer. Embeddings, ``lm_head``, norms and biases are left in their dtype.
+
+    Args:
+        model: a checkpoint, or a dense model (folder or hub id).
+        output_dir: made by this call; must not exist, or be empty.
+        bits: 8, symmetric integers; or 4, NVFP4 (numbers of four bits, a scale of eight for every 16). A linear whose
+            shape is not in groups gets 8 bits and a scale per row.
+        group_size: inputs that share a scale, with 8 bits; by default all of a row.
+        skip: regular expressions of linears that are left as they are.
+        device: where the weights are rounded: auto, cpu, cuda, ...
+        offline, revision: of a hub id.
+        reporter: is told about stages.
+
+    Raises:
+        InputError: torchao is missing, an option is wrong, or the output exists; nothing is left behind.
+        UnsupportedModelError: the model is quantised already, or of no kind that can be.
+        ResourceError: memory or disk does not suffice.
+        CheckpointError: a file is missing or altered.
+    """
+    reporter = reporter or Reporter()
+    output_dir = named_folder(output_dir)
+    require_extra("torchao", "quantising", extra="quantize")
+    scheme = make_scheme(bits, group_size)
+    require_empty(output_dir)
+    partial = output_dir.with_name(f"{output_dir.name}.writing")
+    if partial.exists():
+        raise InputError(f"{partial} is in the way, perhaps of a run that was killed. Remove it first.")
+    with reporter.stage("check", 1):
+        source = open_config(model, offline=offline, revision=revision)
+        place = resolve_device(device)
+        _require_quantizable(source, bits)
+        skeleton = build_skeleton(source.config)
+        linears, left = choose_schemes(skeleton, scheme, skip)
+        needed = tensor_bytes(quantized_tensors(stored_tensors(source, skeleton), linears))
+        _require_room(output_dir, needed, place)
+    if source.folder is not None and any(source.folder.glob(f"{ELASTIC_STEM}*")):
+        reporter.warn("The smaller sizes of this elastic checkpoint are not carried over; slice before you quantise.")
+    try:
+        with reporter.stage("quantise", 1):
+            options: dict[str, Any] = {} if place.type == "cpu" else {"device_map": {"": str(place)}}
+            if revision is not None:
+                options["revision"] = revision
+            loaded = load_model(
+                model,
+                dtype=source.dtype,
+                quantization_config=quantization_config(linears),
+                local_files_only=offline,
+                **options,
+            )
+        with reporter.stage("write", 1):
+            _write(loaded, partial, source)
+            del loaded
+        result = QuantizationResult(
+            output_dir=output_dir,
+            model=source.name,
+            bits=bits,
+            group_size=scheme.group_size,
+            linears=linears,
+            left=left,
+            bytes_before=source.weight_bytes,
+            bytes_after=weight_bytes(partial).files,
+            seconds=reporter.seconds,
+        )
+        if source.folder is not None and is_checkpoint(source.folder):
+            with reporter.stage("finish", 1):
+                recipe = make_recipe(load_settings(source.folder / RECIPE_FILE) | {"elastic": False})
+                report = _report(source.folder, result) | {"recipe": recipe.to_dict()}
+                finish_checkpoint(partial, recipe, report, place, reporter)
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        partial.replace(output_dir)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return result
+
+
+def _require_quantizable(source: Source, bits: int) -> None:
+    if source.gguf is not None:
+        raise InputError(
+            f"{source.gguf} is a GGUF file, whose weights are in few bits already. Quantise a folder of safetensors."
+        )
+    assert source.folder is not None
+    if getattr(source.config, "svdllm", None) and not is_checkpoint(source.folder):
+        raise InputError(
+            f"{source.name} is a compressed model without {REPORT_FILE}; of a checkpoint on the hub, download the whole "
+            "repository first."
+        )
+    if bits == 4 and source.dtype not in (torch.bfloat16, torch.float32):
+        raise InputError(
+            f"{source.name} is stored in {str(source.dtype).removeprefix('torch.')}; 4 bits can be made of bfloat16 and "
+            "float32 only. Use --bits 8, or re-save the model in bfloat16."
+        )
+
+
+def _require_room(output_dir: Path, needed: int, place: torch.device) -> None:
+    """Raises ResourceError unless the disk holds the result, and the memory, where the weights are rounded there."""
+    free = shutil.disk_usage(require_writable(output_dir)).free
+    if needed + DISK_RESERVE > free:
+        raise ResourceError(
+            f"The disk of {output_dir} has {free / 1e9:.2f} GB free, the weights need {needed / 1e9:.2f} GB. Free some, "
+            "or choose an output elsewhere."
+        )
+    memory = available_bytes()
+    if place.type == "cpu" and memory is not None and needed > memory:
+        raise ResourceError(
+            f"The quantised weights need {needed / 1e9:.2f} GB of memory, {memory / 1e9:.2f} GB are free."
+        )
+
+
+def _write(loaded: PreTrainedModel, folder: Path, source: Source) -> None:
+    loaded.generation_config = GenerationConfig()  # the source's file is copied; saving may refuse what is in it
+    loaded.save_pretrained(folder, max_shard_size=SHARD_BYTES, save_original_format=False)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    for path in companion_files(source.folder) if source.folder is not None else ():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.folder / path, folder / path)  # type: ignore[operator]
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)  # the library makes them readable by their owner only
+
+
+def _report(folder: Path, result: QuantizationResult) -> dict[str, Any]:
+    """The report of the checkpoint with what quantisation changed in it."""
+    import torchao
+
+    report = read_report(folder)
+    report["quantization"] = {
+        "bits": result.bits,
+        "group_size": result.group_size,
+        "by_scheme": result.by_scheme(),
+        "other_schemes": {linear.name: linear.reason for linear in result.linears if linear.reason},
+        "left": result.left,
+        "unquantized_file_bytes": report["file_bytes"],
+        "versions": {"svdllm": __version__, "torch": torch.__version__, "torchao": torchao.__version__},
+    }
+    return report | {"file_bytes": result.bytes_after, "elastic_bytes": 0}

@@ -9,7 +9,21 @@ import sys
 import torch
 import typer
 
-from svdllm.cli import ablate, compare, compress, demo, evaluate, export, inspect, plan, recover, slicing, verify
+from svdllm.cli import (
+    ablate,
+    chat,
+    compare,
+    compress,
+    demo,
+    evaluate,
+    export,
+    inspect,
+    plan,
+    recover,
+    serve,
+    slicing,
+    verify,
+)
 from svdllm.cli.console import error_console
 from svdllm.errors import InputError, ResourceError, SvdllmError, first_line
 
@@ -29,7 +43,7 @@ app = typer.Typer(
     ),
     epilog="Exit codes: 0 done, 2 bad input, 3 unsupported model, 4 out of memory or disk, 5 NaN or infinity, 130 interrupted.",
 )
-for module in (plan, compress, slicing, recover, evaluate, compare, ablate, inspect, verify, export, demo):
+for module in (plan, compress, slicing, recover, evaluate, compare, ablate, inspect, verify, export, serve, chat, demo):
     module.register(app)
 
 

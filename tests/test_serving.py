@@ -64,8 +64,10 @@ def server(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[in
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"})
         try:
+            begun = time.monotonic()
             while not answers(port):
                 assert process.poll() is None, log.read_text()
+                assert time.monotonic() - begun < 120, log.read_text()
                 time.sleep(0.1)
             yield port
         finally:

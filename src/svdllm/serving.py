@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from svdllm.data.specs import require_extra
@@ -164,6 +165,6 @@ def _run_transformers(service: Service) -> None:
     model_manager.ModelManager.get_gen_models = staticmethod(lambda cache_dir=None: listed)  # type: ignore[assignment]
     try:
         Serve(service.model, host=service.host, port=service.port, device=service.device, dtype=service.dtype)
-    except ValueError as error:
+    except (ValueError, SafetensorError) as error:
         kind = CheckpointError if Path(service.model).is_dir() else UnsupportedModelError
         raise kind(f"{service.model} cannot be served: {error}") from error

@@ -51,7 +51,8 @@ class Service:
         """
         if self.backend == "vllm":
             os.execv(self.vllm_command[0], self.vllm_command)
-        _run_transformers(self)
+        else:
+            _run_transformers(self)
 
 
 def prepare_service(

@@ -1,8 +1,10 @@
-"""Other forms of a checkpoint: the factors multiplied out to a plain model."""
+"""Other forms of a checkpoint: the factors multiplied out to a plain model. Graphs of other runtimes: ``graphs.py``."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -16,7 +18,7 @@ from svdllm.modeling import HASHES_FILE, compare_hashes
 from svdllm.modeling.factory import base_classes
 from svdllm.source import build_skeleton, companion_files, load_config
 from svdllm.weights import SafetensorsWeights
-from svdllm.workspace import named_folder
+from svdllm.workspace import named_folder, require_writable
 
 
 def export_dense(folder: str | Path, output_dir: str | Path) -> None:
@@ -26,32 +28,68 @@ def export_dense(folder: str | Path, output_dir: str | Path) -> None:
         InputError: ``folder`` is no checkpoint, or ``output_dir`` is not empty.
         CheckpointError: a file is truncated or altered.
     """
-    folder, output_dir = Path(folder), Path(output_dir)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is no svdllm checkpoint: it has no config.json.")
-    output_dir = named_folder(output_dir)
-    config = load_config(folder, str(folder))
+    folder = Path(folder)
+    config = config_to_export(folder)
     if not getattr(config, "svdllm", None):
         raise InputError(f"{folder} is a dense model already ({config.model_type}); there is nothing to multiply out.")
-    if output_dir.exists() and (output_dir.is_file() or any(output_dir.iterdir())):
-        raise InputError(f"{output_dir} exists and is not empty; nothing is overwritten. Choose another path.")
-    problems = compare_hashes(folder, weights_only=True) if (folder / HASHES_FILE).is_file() else []
-    if problems:
-        raise CheckpointError(f"{folder} is not as it was written: {' '.join(problems)}")
+    output_dir = place_to_export(output_dir)
+    require_intact(folder)
     base = dense_config(config)
     weights = SafetensorsWeights(folder, build_skeleton(config))
     dense = _Products(weights, build_skeleton(base), config.svdllm["ranks"])
-    partial = output_dir.with_name(f"{output_dir.name}.writing")
+    with new_folder(output_dir) as partial:
+        write_shards(partial, dense, dense.tensors)
+        base.save_pretrained(partial)
+        copy_companion_files(folder, partial)
+
+
+def config_to_export(folder: Path) -> PreTrainedConfig:
+    """The config of a model's folder. Raises InputError if there is none."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no svdllm checkpoint: it has no config.json.")
+    return load_config(folder, str(folder))
+
+
+def place_to_export(output_dir: str | Path) -> Path:
+    """The path, if a folder can be made there. Raises InputError if anything is in the way."""
+    output_dir = named_folder(output_dir)
+    if output_dir.exists() and (output_dir.is_file() or any(output_dir.iterdir())):
+        raise InputError(f"{output_dir} exists and is not empty; nothing is overwritten. Choose another path.")
+    partial = _partial(output_dir)
     if partial.exists():
         raise InputError(f"{partial} is in the way, perhaps of an export that was killed. Remove it first.")
+    require_writable(output_dir)
+    return output_dir
+
+
+def require_intact(folder: Path) -> None:
+    """Raises CheckpointError if the weights are not those that the hashes in the folder tell of."""
+    problems = compare_hashes(folder, weights_only=True) if (folder / HASHES_FILE).is_file() else []
+    if problems:
+        raise CheckpointError(f"{folder} is not as it was written: {' '.join(problems)}")
+
+
+@contextmanager
+def new_folder(output_dir: Path) -> Iterator[Path]:
+    """A folder to write into, which gets the name ``output_dir`` when everything is in it, and goes if anything fails."""
+    partial = _partial(output_dir)
     partial.mkdir(parents=True)
-    write_shards(partial, dense, dense.tensors)
-    base.save_pretrained(partial)
-    for path in companion_files(folder):
-        (partial / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / path, partial / path)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
     partial.replace(output_dir)
+
+
+def _partial(output_dir: Path) -> Path:
+    return output_dir.with_name(f"{output_dir.name}.writing")
+
+
+def copy_companion_files(folder: Path, partial: Path) -> None:
+    """Tokenizer, chat template and generation config, as they are."""
+    for path in companion_files(folder):
+        shutil.copyfile(folder / path, partial / path)
 
 
 def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:

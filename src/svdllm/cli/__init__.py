@@ -10,6 +10,7 @@ import typer
 from svdllm.cli import (
     ablate,
     bench,
+    chat,
     compare,
     compress,
     demo,
@@ -19,6 +20,7 @@ from svdllm.cli import (
     plan,
     quantize,
     recover,
+    serve,
     slicing,
     verify,
 )
@@ -54,6 +56,8 @@ for module in (
     inspect,
     verify,
     export,
+    serve,
+    chat,
     demo,
 ):
     module.register(app)

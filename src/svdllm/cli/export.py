@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,8 @@ from svdllm.export import export_dense
 
 class Format(str, Enum):
     dense = "dense"
+    onnx = "onnx"
+    openvino = "openvino"
 
 
 def register(app: typer.Typer) -> None:
@@ -25,13 +27,33 @@ def export(
     folder: Annotated[Path, typer.Argument(help="A checkpoint made by svdllm.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make.", show_default=False)],
     format: Annotated[
-        Format, typer.Option(help="dense: the factors multiplied out, a plain model of the original architecture.")
+        Format,
+        typer.Option(
+            help="dense: the factors multiplied out, a plain model of the original architecture. onnx, openvino: the "
+            "pairs of factors as they are, in a float32 graph for ONNX Runtime or OpenVINO."
+        ),
     ] = Format.dense,
     json: o.Json = False,
 ) -> None:
-    """Writes a plain model that loads everywhere, GGUF converters included, but is as large as the original."""
-    export_dense(folder, output)
+    """Writes another form of a checkpoint.
+
+    dense loads everywhere, GGUF converters included, but is as large as the original. A graph is run beside the model
+    on random tokens, in other numbers than it was traced with, and kept if the logits agree.
+    """
+    document: dict[str, Any] = {"output_dir": str(output), "format": format.value}
+    if format is Format.dense:
+        export_dense(folder, output)
+        said = "a plain model, as large as the original."
+    else:
+        from svdllm.graphs import export_graph
+
+        difference, cached = export_graph(folder, output, format.value)
+        document |= {"largest_difference": difference, "past_key_values": cached}
+        said = (
+            f"a float32 graph {'with' if cached else 'without'} past_key_values; largest difference from the model "
+            f"{difference:.1e} of the largest logit."
+        )
     if json:
-        print_json({"output_dir": str(output), "format": format.value})
+        print_json(document)
         return
-    console.print(f"Wrote {output}: a plain model, as large as the original.", soft_wrap=True)
+    console.print(f"Wrote {output}: {said}", soft_wrap=True)

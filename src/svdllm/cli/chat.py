@@ -1,0 +1,86 @@
+"""``svdllm chat``: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from typing import Annotated
+
+import torch
+import typer
+
+from svdllm.chat import Chat
+from svdllm.checkpoint import load_model
+from svdllm.cli import options as o
+from svdllm.cli.console import error_console, print_warning
+from svdllm.errors import InputError
+from svdllm.plan import resolve_device, resolve_dtype
+from svdllm.source import open_config
+
+
+def register(app: typer.Typer) -> None:
+    app.command("chat")(chat)
+
+
+def chat(
+    model: o.Model,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Of sampling; 0 is greedy.", show_default="the model's own settings")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampling.", show_default="another one each time")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto is float32 on a CPU, the model's own on a GPU.")] = "auto",
+    offline: o.Offline = False,
+) -> None:
+    """Talks with a model, compressed or not, by its chat template.
+
+    Ctrl-C stops an answer, /reset begins anew, /exit ends. A file or pipe on standard input has one message in a line.
+    """
+    place = resolve_device(device)
+    source = open_config(model, offline=offline)
+    tokenizer = source.load_tokenizer(offline)
+    computed_in = resolve_dtype(dtype, place, source.dtype)
+    if system is not None and not tokenizer.chat_template:
+        raise InputError(f"{model} has no chat template, so --system has no place in what it is told.")
+    loaded = load_model(model, dtype=computed_in, local_files_only=offline).to(place)  # type: ignore[arg-type]
+    conversation = Chat(loaded, tokenizer, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+    if not conversation.has_template:
+        print_warning(f"{model} has no chat template: each message is continued as plain text, by itself.")
+    with nullcontext() if seed is None else torch.random.fork_rng():
+        if seed is not None:
+            torch.manual_seed(seed)
+        _talk(conversation, interactive=sys.stdin.isatty())
+
+
+def _talk(conversation: Chat, *, interactive: bool) -> None:
+    if interactive:
+        error_console.print("Ctrl-C stops an answer, /reset begins anew, /exit ends.")
+    while True:
+        try:
+            message = input("> " if interactive else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            error_console.print("\n/exit ends.")
+            continue
+        if message == "/exit":
+            return
+        if message == "/reset":
+            conversation.reset()
+        elif message:
+            _answer(conversation, message, interactive=interactive)
+
+
+def _answer(conversation: Chat, message: str, *, interactive: bool) -> None:
+    try:
+        for piece in conversation.answer(message):
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        error_console.print(" (stopped)", end="")
+    except InputError as error:
+        if not interactive:
+            raise
+        print_warning(str(error))
+    print(flush=True)

@@ -40,13 +40,11 @@ def compressed(tmp_path_factory: pytest.TempPathFactory, dense: Path) -> Path:
 
 
 def layer(**sizes: Any) -> CachedLayer:
-    return CachedLayer(
-        **{"query_heads": 4, "cached_heads": 2, "head_features": 16, "window": None, "itemsize": 2} | sizes
-    )
+    return CachedLayer(**{"query_heads": 4, "head_features": 16, "token_bytes": 2 * 16 * 2, "window": None} | sizes)
 
 
 def shape(**sizes: Any) -> ModelShape:
-    given = {"block_linears": 1000, "other_linears": 10, "head": 300, "read_bytes": 2700, "widest": 40}
+    given = {"block_linears": 1000, "other_linears": 10, "head": 300, "read_bytes": 2700, "widest_bytes": 80}
     return ModelShape(**given | {"last_logits": True, "layers": (layer(), layer(window=3))} | sizes)
 
 

@@ -103,6 +103,8 @@ def fuse_first_factors(model: nn.Module) -> int:
         UnsupportedModelError: a linear does not always share its input with the same others.
     """
     linears = dict(_linears(model))
+    if not any(isinstance(linear, LowRankLinear) for linear in linears.values()):
+        return 0
     first_factors = {name: getattr(linear, "svd_v", linear) for name, linear in linears.items()}
     groups: dict[str, list[str]] = {}
     for name, leader in _groups(model, list(linears.items())).items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -24,19 +24,13 @@ class CachedLayer:
     """The attention of one layer, as its cache shows it."""
 
     query_heads: int
-    cached_heads: int
     head_features: int  # of a key and a value together
+    token_bytes: int  # of the cache, for each token of a sequence
     window: int | None  # keys that a token sees, itself among them; None for all before it
-    itemsize: int
 
     def keys(self, position: int) -> int:
         """Keys that the token at ``position`` (from 1) sees, which is also what is cached then."""
         return position if self.window is None else min(position, self.window)
-
-    @property
-    def token_bytes(self) -> int:
-        """Of the cache, for each token of a sequence."""
-        return self.cached_heads * self.head_features * self.itemsize
 
     def prefill_operations(self, prompt: int) -> int:
         """Products of one sequence's queries with the keys that they may see, and of the shares with the values."""
@@ -51,9 +45,14 @@ class ModelShape:
     other_linears: int  # outside the blocks, the head apart
     head: int  # the matrix that makes logits
     read_bytes: int  # parameters that a decode step reads: all but embeddings that are looked up
-    widest: int  # features of the widest output of a linear in the blocks
+    widest_bytes: int  # of a token in the widest output of a linear in the blocks
     last_logits: bool  # a prefill makes the logits of the last position only
     layers: tuple[CachedLayer, ...]
+
+    def with_cache_of(self, model: PreTrainedModel) -> ModelShape:
+        """The same with the bytes that the model's cache has now."""
+        pairs = zip(self.layers, _cached_layers(model), strict=True)
+        return replace(self, layers=tuple(replace(layer, token_bytes=now.token_bytes) for layer, now in pairs))
 
     def prefill_operations(self, batch: int, prompt: int) -> int:
         products = prompt * (self.block_linears + self.other_linears) + (1 if self.last_logits else prompt) * self.head
@@ -106,7 +105,7 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
         other_linears=_weights(others),
         head=head.weight.numel(),
         read_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in looked_up),
-        widest=max(_out_features(linear) for linear in blocks),
+        widest_bytes=max(_out_features(linear) for linear in blocks) * model.dtype.itemsize,
         last_logits=takes_logits_to_keep(type(model)),
         layers=_cached_layers(model),
     )
@@ -139,10 +138,9 @@ def _cached_layers(model: PreTrainedModel) -> tuple[CachedLayer, ...]:
     return tuple(
         CachedLayer(
             query_heads=model.config.get_text_config().num_attention_heads,
-            cached_heads=layer.keys.shape[1],
             head_features=layer.keys.shape[-1] + layer.values.shape[-1],
+            token_bytes=layer.keys.nbytes + layer.values.nbytes,
             window=getattr(layer, "sliding_window", None),
-            itemsize=layer.keys.element_size(),
         )
         for layer in layers
     )

@@ -58,8 +58,7 @@ def require_room(shape: ModelShape, batch: int, prompt: int, gen: int) -> None:
 
     Linux would end the process without a word instead.
     """
-    itemsize = shape.layers[0].itemsize
-    least = shape.cache_bytes(batch, prompt + gen) + 2 * batch * prompt * shape.widest * itemsize
+    least = shape.cache_bytes(batch, prompt + gen) + 2 * batch * prompt * shape.widest_bytes
     free = available_bytes()
     if free is not None and least > free:
         raise ResourceError(f"Out of memory: at least {least / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free.")

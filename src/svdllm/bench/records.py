@@ -144,6 +144,7 @@ class ModelRecord:
     weight_bytes: int
     linears: int
     fused_groups: int
+    latent_layers: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from svdllm.bench.records import BenchmarkRecord, CellRecord, ModelRecord
 from svdllm.bench.settings import BenchSettings
 from svdllm.checkpoint import load_model
 from svdllm.errors import InputError
-from svdllm.fuse import fuse_first_factors
+from svdllm.inference import Prepared, prepare
 from svdllm.memory import saying_what_to_lower
 from svdllm.modeling import LowRankLinear
 from svdllm.plan import resolve_device, resolve_dtype
@@ -95,7 +95,10 @@ def benchmark_loaded(
     """
     settings, reporter = settings or BenchSettings(), reporter or Reporter()
     shapes = {name: shape_of(model.eval()) for name, model in models.items()}
-    fused = {name: _prepare(model, settings) for name, model in models.items()}
+    prepared = {name: _prepare(model, settings) for name, model in models.items()}
+    shapes = {name: shape.with_cache_of(models[name]) for name, shape in shapes.items()}
+    for model in models.values() if settings.compile else ():
+        model.compile(dynamic=False)
     cells: list[CellRecord] = []
     for batch, prompt in settings.cells:
         stage = reporter.stage(f"batch {batch}, prompt {prompt}", len(models) + settings.repeats)
@@ -107,7 +110,7 @@ def benchmark_loaded(
             params=model.num_parameters(),
             weight_bytes=weight_bytes(model),
             linears=shapes[name].block_linears,
-            fused_groups=fused[name],
+            **prepared[name]._asdict(),
         )
         for name, model in models.items()
     )
@@ -132,13 +135,9 @@ def machine_facts(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _prepare(model: PreTrainedModel, settings: BenchSettings) -> int:
-    """Makes the model as fast as the settings allow; returns how many groups were fused."""
+def _prepare(model: PreTrainedModel, settings: BenchSettings) -> Prepared:
     is_low_rank = any(isinstance(module, LowRankLinear) for module in model.modules())
-    fused = fuse_first_factors(model) if settings.fuse and is_low_rank else 0
-    if settings.compile:
-        model.compile(dynamic=False)
-    return fused
+    return prepare(model, fuse=settings.fuse, kv_cache=settings.kv_cache) if is_low_rank else Prepared(0, 0)
 
 
 @contextmanager

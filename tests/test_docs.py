@@ -60,7 +60,8 @@ def problems_of_command(words: list[str]) -> list[str]:
         return []
     if command not in OPTIONS:
         return [f"no command {command!r}"]
-    options = [word.partition("=")[0] for word in words[1:] if re.match(r"--?[a-zA-Z]", word)]
+    ours = words[1 : words.index("--")] if "--" in words else words[1:]  # what follows is another program's
+    options = [word.partition("=")[0] for word in ours if re.match(r"--?[a-zA-Z]", word)]
     return [f"{command} has no option {option}" for option in options if option not in OPTIONS[command]]
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from families import FAMILIES, low_rank_model, tiny_tokens
-from svdllm import fuse_first_factors
+from svdllm import fuse_factors
 from svdllm.fuse import FusedLinear
 
 
@@ -46,7 +46,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 def test_logits_and_names_stay(family: str) -> None:
     model = low_rank_model(family)
     expected, state = logits(model), {name: weight.clone() for name, weight in model.state_dict().items()}
-    fuse_first_factors(model)
+    fuse_factors(model)
     assert_close(logits(model), expected)
     assert_close(logits(model, tiny_tokens(1, 1)), logits(low_rank_model(family), tiny_tokens(1, 1)))
     after = model.state_dict()
@@ -58,15 +58,15 @@ def test_three_products_less_in_every_block() -> None:
     """q, k, v: one instead of three; gate, up: one instead of two."""
     model = low_rank_model("llama")
     before = products(model)
-    assert fuse_first_factors(model) == 2 * 2
+    assert fuse_factors(model) == 2 * 2
     assert products(model) == before - 2 * 3
-    assert fuse_first_factors(model) == 0
+    assert fuse_factors(model) == 0
 
 
 def test_a_linear_left_dense_takes_part() -> None:
     model = low_rank_model("llama", dense=("k_proj", "0.mlp.gate_proj", "0.mlp.up_proj"))
     expected, before = logits(model), products(model)
-    assert fuse_first_factors(model) == 3  # gate and up of block 0 are both dense: nothing of ours to speed up
+    assert fuse_factors(model) == 3  # gate and up of block 0 are both dense: nothing of ours to speed up
     assert products(model) == before - (2 + 2 + 1)
     assert isinstance(model.model.layers[0].self_attn.k_proj, FusedLinear)
     assert_close(logits(model), expected)
@@ -74,7 +74,7 @@ def test_a_linear_left_dense_takes_part() -> None:
 
 def test_moved_cast_copied_and_loaded_into() -> None:
     model, other = low_rank_model("llama"), low_rank_model("llama", seed=3)
-    fuse_first_factors(model)
+    fuse_factors(model)
     expected = logits(model)
     copied = copy.deepcopy(model)
     assert_close(logits(model.double()).float(), expected)
@@ -89,7 +89,7 @@ def test_moved_cast_copied_and_loaded_into() -> None:
 def test_saved_as_before(tmp_path: Path) -> None:
     model = low_rank_model("llama")
     model.save_pretrained(tmp_path / "a")
-    fuse_first_factors(model)
+    fuse_factors(model)
     model.save_pretrained(tmp_path / "b")
     assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "b")), logits(model))
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
@@ -97,7 +97,7 @@ def test_saved_as_before(tmp_path: Path) -> None:
 
 def test_gradients_are_the_ordinary_ones() -> None:
     model, plain = low_rank_model("llama"), low_rank_model("llama")
-    fuse_first_factors(model)
+    fuse_factors(model)
     for each in (model, plain):
         each(input_ids=tiny_tokens(), labels=tiny_tokens()).loss.backward()
     expected = dict(plain.named_parameters())
@@ -108,7 +108,7 @@ def test_gradients_are_the_ordinary_ones() -> None:
 def test_the_same_tensor_twice_with_other_numbers() -> None:
     """A tensor that is filled anew between calls, as static buffers are, is multiplied anew."""
     model, plain = low_rank_model("llama"), low_rank_model("llama")
-    fuse_first_factors(model)
+    fuse_factors(model)
     ours, theirs = model.model.layers[0].mlp, plain.model.layers[0].mlp
     x = torch.ones(1, 2, 32)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from families import ATTENTIONS, low_rank_model, tiny_tokens
-from svdllm import InputError, UnsupportedModelError, fuse_first_factors
+from svdllm import InputError, UnsupportedModelError, fuse_factors
 from svdllm.latent_cache import cache_bytes, cache_size, use_latent_cache, use_ordinary_cache
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "opt", "stablelm", *ATTENTIONS]
@@ -181,7 +181,7 @@ def test_operations_of_a_step(family: str, per_slot: int) -> None:
 def test_with_first_factors_fused() -> None:
     model = random_model("qwen2")
     expected = in_parts(model, tiny_tokens(), [12])
-    assert fuse_first_factors(model) > 0
+    assert fuse_factors(model) > 0
     assert use_latent_cache(model) == 2
     assert_same(in_parts(model, tiny_tokens(), [5, 1, 1, 5]), expected)
     assert use_ordinary_cache(model) == 2

@@ -19,7 +19,8 @@ from svdllm.errors import (
 )
 from svdllm.evaluate import Perplexity, perplexity
 from svdllm.export import export_dense
-from svdllm.fuse import fuse_first_factors
+from svdllm.fuse import fuse_factors
+from svdllm.latent_cache import use_latent_cache, use_ordinary_cache
 from svdllm.modeling import register_all
 from svdllm.plan import Plan, plan
 from svdllm.quantize import QuantizationResult, quantize
@@ -57,13 +58,15 @@ __all__ = [
     "compress_many",
     "evaluate_tasks",
     "export_dense",
-    "fuse_first_factors",
+    "fuse_factors",
     "load_model",
     "perplexity",
     "plan",
     "quantize",
     "recover",
     "slice_checkpoint",
+    "use_latent_cache",
+    "use_ordinary_cache",
     "verify",
     "weight_bytes",
 ]

@@ -1,13 +1,17 @@
-"""One product for the first factors of linears that read the same tensor, for inference.
+"""The factors as products like them best, for inference: joined, aligned and laid out; what is saved stays as it is.
 
-q, k and v read one tensor, and so do gate and up: ``V_q x``, ``V_k x`` and ``V_v x`` are one product with the rows of all
-three, which is read once, starts once and is large enough to keep a device busy. Parameters, their names and what is
-saved stay as they are.
+1. q, k and v read one tensor, and so do gate and up: ``V_q x``, ``V_k x`` and ``V_v x`` are one product with the rows of all
+   three, which starts once and is large enough to keep a device busy.
+2. Ranks are filled up with zeros to multiples of 16, which products are several per cent faster with.
+3. In full precision on a CPU, ``U`` is kept column by column: ``U z`` for one token then adds up long columns in place of
+   many short products of rows.
+
+Each was measured to help (docs/speed.md). Parameters become views of what is computed with, of the same shapes and names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -18,28 +22,31 @@ from torch import Tensor, nn
 from svdllm.modeling import LowRankLinear
 from svdllm.structure import input_groups
 
+ALIGNMENT = 16
+
 
 class SharedProduct:
-    """``W x`` for the rows of several matrices at once, handed out matrix by matrix.
+    """``V x`` for several linears at once, handed out linear by linear.
 
-    The first member that is called with a tensor computes the product for all; the others are called with the same
-    tensor (the same object, not an equal one) and take their rows.
+    The first that is called with a tensor computes the product for all; the others are called with the same tensor (the
+    same object, not an equal one) and take their rows.
     """
 
-    def __init__(self, members: list[nn.Linear]):
-        self.members = members
-        self.rows = [member.out_features for member in members]
-        self.weight: Tensor | None = None
+    def __init__(self, linears: Sequence[nn.Module]):
+        self.linears = list(linears)
+        self.weight: Tensor | None = None  # None: to be put together from the parameters
         self._given: Tensor | None = None
         self._parts: list[Tensor | None] = []
 
     def part(self, index: int, x: Tensor) -> Tensor:
-        """Rows of member ``index`` of the product with ``x`` (..., in_features)."""
+        """The product with ``x`` (..., in_features) of linear ``index``, as wide as its rank filled up with zeros."""
         if self.weight is None:
             self.join()
         assert self.weight is not None
+        if len(self.widths) == 1:
+            return F.linear(x, self.weight)
         if self._given is not x or self._parts[index] is None:
-            self._given, self._parts = x, list(F.linear(x, self.weight).split(self.rows, dim=-1))
+            self._given, self._parts = x, list(F.linear(x, self.weight).split(self.widths, dim=-1))
         part, self._parts[index] = self._parts[index], None
         assert part is not None
         if all(other is None for other in self._parts):
@@ -48,19 +55,27 @@ class SharedProduct:
 
     @torch.no_grad()
     def join(self) -> None:
-        """Puts the members' weights below each other in one matrix, of which they are parts from then on."""
-        self.weight = torch.cat([member.weight for member in self.members])
-        for member, rows in zip(self.members, self.weight.split(self.rows), strict=True):
-            member.weight.data = rows
+        """Puts the factors together; the parameters are parts of the result from then on."""
+        firsts = [_first(linear) for linear in self.linears]
+        self.widths = [
+            _aligned(first.out_features) if isinstance(linear, LowRankLinear) else first.out_features
+            for linear, first in zip(self.linears, firsts, strict=True)
+        ]
+        self.weight = firsts[0].weight.new_zeros(sum(self.widths), firsts[0].in_features)
+        for first, rows in zip(firsts, self.weight.split(self.widths), strict=True):
+            _move(first.weight, rows[: first.out_features])
+        for linear in self.linears:
+            if isinstance(linear, FusedLowRankLinear):
+                linear.__dict__["u_OR"] = _filled_up(linear.svd_u.weight)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedProduct:
         copied = memo[id(self)] = SharedProduct([])
-        copied.members, copied.rows = deepcopy(self.members, memo), list(self.rows)
+        copied.linears = deepcopy(self.linears, memo)
         return copied
 
 
 class _Member(nn.Module):
-    """What the two kinds of members have in common: they are moved and cast one by one, which parts their weights."""
+    """Linears are moved and cast one by one, which parts their weights."""
 
     shared: SharedProduct
     index: int
@@ -73,14 +88,19 @@ class _Member(nn.Module):
 class FusedLowRankLinear(_Member, LowRankLinear):
     """``U (V x) + b`` with ``V x`` out of a product that others take part in."""
 
+    u_OR: Tensor  # with zero columns up to the aligned rank
+
     def latent(self, x: Tensor) -> Tensor:
         """``V x`` (..., rank)."""
         if torch.is_grad_enabled() and self.svd_v.weight.requires_grad:
             return self.svd_v(x)
-        return self.shared.part(self.index, x)
+        return self.shared.part(self.index, x)[..., : self.svd_v.out_features]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.latent(x), self.svd_u.weight, self.svd_u.bias)
+        if torch.is_grad_enabled() and (self.svd_v.weight.requires_grad or self.svd_u.weight.requires_grad):
+            return super().forward(x)
+        latent = self.shared.part(self.index, x)
+        return F.linear(latent, self.u_OR, self.svd_u.bias)
 
 
 class FusedLinear(_Member, nn.Linear):
@@ -92,12 +112,12 @@ class FusedLinear(_Member, nn.Linear):
         return self.shared.part(self.index, x)
 
 
-def fuse_first_factors(model: nn.Module) -> int:
-    """Makes one product of the first factors of every group, in place. Returns the number of groups.
+def fuse_factors(model: nn.Module) -> int:
+    """Joins, aligns and lays out the factors of a low-rank model, in place. Returns how many products became one.
 
-    A group is what reads the same tensor, seen in one forward pass over two tokens; linears without a bias that were
-    left dense beside factored ones take part. The results differ from the ordinary ones by rounding. Weights keep
-    their names and may be saved, moved, cast and loaded into. With gradients the ordinary products are used.
+    Linears that read the same tensor, seen in one forward pass over two tokens, become one product; those without a bias
+    that were left dense beside factored ones take part. Results differ from the ordinary ones by rounding. Weights keep
+    their names and shapes and may be saved, moved, cast and loaded into. With gradients the ordinary products are used.
 
     Raises:
         UnsupportedModelError: a linear does not always share its input with the same others.
@@ -105,33 +125,18 @@ def fuse_first_factors(model: nn.Module) -> int:
     linears = dict(_linears(model))
     if not any(isinstance(linear, LowRankLinear) for linear in linears.values()):
         return 0
-    first_factors = {name: getattr(linear, "svd_v", linear) for name, linear in linears.items()}
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[nn.Module]] = {}
     for name, leader in _groups(model, list(linears.items())).items():
-        groups.setdefault(leader, []).append(name)
-    fused = [
-        names
-        for names in groups.values()
-        if len(names) > 1 and any(isinstance(linears[name], LowRankLinear) for name in names)
-    ]
-    for names in fused:
-        shared = SharedProduct([first_factors[name] for name in names])
-        shared.join()
-        for index, name in enumerate(names):
-            linear = linears[name]
-            linear.__class__ = FusedLowRankLinear if isinstance(linear, LowRankLinear) else FusedLinear
+        groups.setdefault(leader, []).append(linears[name])
+    factored = [group for group in groups.values() if any(isinstance(linear, LowRankLinear) for linear in group)]
+    for group in factored:
+        shared = SharedProduct(group)
+        for index, linear in enumerate(group):
+            kind: Any = FusedLowRankLinear if isinstance(linear, LowRankLinear) else FusedLinear
+            linear.__class__ = kind
             linear.__dict__.update(shared=shared, index=index)
-    return len(fused)
-
-
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Low-rank linears, and ordinary ones without a bias that are no part of one."""
-    parts = {part for module in model.modules() if isinstance(module, LowRankLinear) for part in module.children()}
-    for name, module in model.named_modules():
-        if (type(module) is LowRankLinear and is_plain(module.svd_v)) or (
-            module not in parts and is_plain(module) and module.bias is None
-        ):
-            yield name, module
+        shared.join()
+    return sum(len(group) > 1 for group in factored)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -144,8 +149,44 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Low-rank linears, and ordinary ones without a bias that are no part of one."""
+    factors = {part for module in model.modules() if isinstance(module, LowRankLinear) for part in module.children()}
+    for name, module in model.named_modules():
+        if (type(module) is LowRankLinear and is_plain(module.svd_v) and is_plain(module.svd_u)) or (
+            module not in factors and is_plain(module) and module.bias is None
+        ):
+            yield name, module
+
+
 def _groups(model: nn.Module, linears: list[tuple[str, nn.Module]]) -> dict[str, str]:
     device = next(model.parameters()).device
     with input_groups(linears) as (groups, _), torch.no_grad():
         model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
     return groups
+
+
+def _first(linear: Any) -> nn.Linear:
+    return linear.svd_v if isinstance(linear, LowRankLinear) else linear
+
+
+def _aligned(rank: int) -> int:
+    return -(-rank // ALIGNMENT) * ALIGNMENT
+
+
+def _filled_up(weight_OR: Tensor) -> Tensor:
+    """``U`` with zero columns up to the aligned rank, laid out for its device and dtype; the parameter is part of it."""
+    out_features, rank = weight_OR.shape
+    by_column = weight_OR.device.type == "cpu" and weight_OR.dtype in (torch.float32, torch.float64)
+    if by_column:
+        filled_OR = weight_OR.new_zeros(_aligned(rank), out_features).mT
+    else:
+        filled_OR = weight_OR.new_zeros(out_features, _aligned(rank))
+    _move(weight_OR, filled_OR[:, :rank])
+    return filled_OR
+
+
+def _move(parameter: Tensor, place: Tensor) -> None:
+    """Copies a parameter to where it is a view of what is computed with."""
+    place.copy_(parameter)
+    parameter.data = place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import warnings
@@ -82,8 +83,7 @@ def _check_packages(format: str) -> None:
 
 
 def _traced(model: PreTrainedModel, past: DynamicCache | None, format: str) -> Any:
-    from transformers import exporters
-
+    exporters: Any = importlib.import_module("transformers.exporters")
     exporter, settings = {
         "onnx": (exporters.OnnxExporter, exporters.OnnxConfig(dynamic=True)),
         # Not stateful: the same inputs and outputs in both formats.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel
 
 from svdllm.errors import InputError
-from svdllm.fuse import fuse_first_factors
+from svdllm.fuse import fuse_factors
 from svdllm.latent_cache import use_latent_cache
 
 KV_CACHES = ("ordinary", "latent", "latent-values")
@@ -36,6 +36,6 @@ def prepare(model: PreTrainedModel, *, fuse: bool = True, kv_cache: str = "ordin
         UnsupportedModelError: the model cannot have it.
     """
     check_kv_cache(kv_cache)
-    fused = fuse_first_factors(model) if fuse else 0
+    fused = fuse_factors(model) if fuse else 0
     latent = 0 if kv_cache == "ordinary" else use_latent_cache(model.eval(), keys=kv_cache == "latent")
     return Prepared(fused, latent)

@@ -26,7 +26,7 @@ def use_latent_cache(model: Any, *, keys: bool = True) -> int:
     A projection of keys or values is kept as a latent if it is factorised at a rank below its width; others, and keys
     and values of layers with neither, are kept as ever. Caches are those of transformers, and so are the attention
     implementations. The logits are those of the ordinary cache but for rounding, which is tried on a few tokens.
-    A cache that was filled before is of no use afterwards. For inference: call it after ``fuse_first_factors``.
+    A cache that was filled before is of no use afterwards. For inference: call it after ``fuse_factors``.
 
     Keys of models that rotate them are rebuilt at every step, for all slots of the cache; values are not. With
     ``keys=False`` keys are kept as ever, which saves less memory and costs little time.

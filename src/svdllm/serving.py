@@ -160,7 +160,7 @@ def _run_transformers(service: Service) -> None:
     if base := getattr(service.config, "svdllm", None):
         # It looks a model's class up by its name in the package, where none of another package's is.
         causal_lm = family_classes(base["base_model_type"]).causal_lm
-        setattr(model_manager.transformers, causal_lm.__name__, causal_lm)
+        setattr(vars(model_manager)["transformers"], causal_lm.__name__, causal_lm)
     # It lists what is in the hub's cache, whatever it serves.
     listed = [{"id": service.model, "object": "model", "created": int(time.time()), "owned_by": "svdllm"}]
     model_manager.ModelManager.get_gen_models = staticmethod(lambda cache_dir=None: listed)  # type: ignore[assignment]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -97,7 +98,7 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
         UnsupportedModelError: it keeps no keys and values by layer.
     """
     blocks = [linear for name in find_blocks(model) for _, linear in linears_of(model.get_submodule(name))]
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     others = [linear for _, linear in linears_of(model) if linear is not head and linear not in blocks]
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - {id(head.weight)}
     return ModelShape(

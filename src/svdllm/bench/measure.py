@@ -53,8 +53,8 @@ def measure_cell(
                 with _noting_lack_of_memory(errors, name):
                     seconds[name].append(turn(models[name], ids_BS, prompt))
         reporter.advance(len(models) + repeat + 1, len(models) + settings.repeats)
-    where = {"batch": batch, "prompt": prompt, "gen": settings.gen}
-    taken = {
+    where: dict[str, Any] = {"batch": batch, "prompt": prompt, "gen": settings.gen}
+    taken: dict[str, Any] = {
         name: dict(zip(PHASES, zip(*seconds[name], strict=True), strict=True)) for name in models if name not in errors
     }
     return [
@@ -85,7 +85,7 @@ def _phases(
     base: str | None,
     shapes: Mapping[str, ModelShape],
     where: Mapping[str, int],
-) -> dict[str, PhaseRecord]:
+) -> dict[str, Any]:
     records = {}
     for phase, tokens in zip(PHASES, (where["prompt"], where["gen"]), strict=True):
         seconds, compared = taken[name][phase], {}

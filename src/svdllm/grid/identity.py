@@ -18,6 +18,12 @@ def identity_of(grid: Grid) -> dict[str, Any]:
         InputError, UnsupportedModelError, CheckpointError: the model, device or dtype cannot be used.
     """
     source = open_config(grid.model, offline=grid.offline, revision=grid.revision)
-    files = [source.gguf] if source.gguf is not None else weight_files(source.folder) if source.weights else []
+    files = (
+        [source.gguf]
+        if source.gguf is not None
+        else weight_files(source.folder)
+        if source.weights and source.folder
+        else []
+    )
     dtype = resolve_dtype(grid.measures.dtype, resolve_device(grid.measures.device), source.dtype)
     return {"weights": [sha256_of(file) for file in files], "commit": source.revision, "measured in": str(dtype)}

@@ -47,7 +47,7 @@ def bench(
     seed: Annotated[int, option("Seed of the random token ids.", WHAT)] = 0,
     fuse: Annotated[
         bool,
-        option("Make one product of the first factors of q, k, v and of gate, up.", WHAT, "fuse", "--fuse/--no-fuse"),
+        option("Lay the factors out for speed (svdllm.fuse_factors).", WHAT, "fuse", "--fuse/--no-fuse"),
     ] = True,
     kv_cache: Annotated[
         str, option("Of the compressed models: ordinary, latent (docs/kv-cache.md) or latent-values.", WHAT)

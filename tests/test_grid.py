@@ -24,7 +24,7 @@ from svdllm.progress import Reporter
 from svdllm.recover.needs import require_memory
 from svdllm.report.grid_plots import _errors
 from svdllm.report.grid_report import GridReport, write_report
-from svdllm.report.grid_table import columns_of, groups_of, perplexity_text
+from svdllm.report.grid_table import _relative, columns_of, groups_of, perplexity_text
 
 LORA = "svd-llm+sequential-lora"
 
@@ -298,7 +298,7 @@ def test_the_report_is_one_page_without_a_network(made: Any, tmp_path: Path) -> 
     for figure in re.findall(r"\((figures/[^)]*)\)", markdown):
         assert (tmp_path / figure).read_text().lstrip().startswith("<?xml")
     assert markdown.count("figures/") == 5
-    assert "change against the best of svd at the same ratio" in page
+    assert "change against the best of svd at the same ratio, or what part of it is left" in page
 
 
 def test_tasks_are_those_of_the_model_alone(place: Path, tmp_path: Path) -> None:
@@ -516,3 +516,10 @@ def test_mistakes_in_studies(
 def test_unknown_studies_are_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("ablate", place / "dense", "-o", tmp_path / "r", "--study", "sample") == 2
     assert "Unknown study 'sample', did you mean 'samples'?" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(30.0, "(↓70%)"), (120.0, "(↑20%)"), (100.2, "(0%)"), (1.0, "(↓99%)"), (0.02, "(1/5,000)")]
+)
+def test_changes_in_words(value: float, words: str) -> None:
+    assert _relative(value, 100.0) == words

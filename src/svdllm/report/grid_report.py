@@ -77,7 +77,11 @@ class GridReport:
             for row in group.rows:
                 if row.entries and row.entries[0].best:
                     entry = row.entries[0]
-                    gain = f", {entry.gain.strip('()')} against the best of {self.baselines}" if entry.gain else ""
+                    gain = (
+                        f", {entry.gain.strip('()')} {'of' if '/' in entry.gain else 'against'} the best of {self.baselines}"
+                        if entry.gain
+                        else ""
+                    )
                     lines.append(f"{group.title} removed: {row.method} has the lowest, {_full(entry)}{gain}")
         return [f"{column.title} perplexity. {line}." for line in lines]
 
@@ -107,7 +111,7 @@ class GridReport:
         )
         if self.baselines:
             lines.append(
-                f"In brackets: change against the best of {self.baselines} at the same ratio. Bold: best of the ratio, "
+                f"In brackets: change against the best of {self.baselines} at the same ratio, or what part of it is left. Bold: best of the ratio, "
                 "whatever the standard errors."
             )
         return lines

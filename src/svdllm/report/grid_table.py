@@ -197,6 +197,10 @@ def _relative(value: float, baseline: float) -> str:
     if baseline <= 0:
         return ""
     change = value / baseline - 1
+    if change < -0.99 and value > 0:  # a share of 100 % would say nothing
+        return f"(1/{baseline / value:,.0f})"
+    if abs(change) < 0.005:
+        return "(0%)"
     return f"({'↓' if change < 0 else '↑'}{abs(change) * 100:.0f}%)"
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import svdllm
+from families import tiny_model
 from runs import TEXT, save_dense, small_recipe
 from svdllm import side_by_side
 from svdllm.cli import main
@@ -672,3 +673,13 @@ def test_the_table(data: Path, dense: Path, tmp_path: Path, capsys: pytest.Captu
 def test_bad_options(arguments: list[str], said: str, dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("eval", dense, *arguments) == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_choice_beyond_the_context_is_no_traceback(tokenizer: Any) -> None:
+    from svdllm.tasks.harness_model import HarnessModel
+
+    model = HarnessModel(tiny_model("llama", vocab_size=300), tokenizer, 1, Reporter(), "small")
+    requests = [(("", ""), [1], [3] * 64), (("", ""), [1], [3] * 65)]
+    assert len(model._loglikelihood_tokens(requests[:1])) == 1
+    with pytest.raises(InputError, match="small takes 64 tokens, and a choice of the tasks has 65"):
+        model._loglikelihood_tokens(requests)

@@ -7,6 +7,7 @@ from typing import Any
 from lm_eval.models import huggingface
 from transformers import PreTrainedModel
 
+from svdllm.errors import InputError
 from svdllm.progress import Reporter
 
 HFLM: Any = huggingface.HFLM  # its decorator hides its type
@@ -29,6 +30,12 @@ class HarnessModel(HFLM):
         return self._counted("answers", super().generate_until, requests)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None) -> Any:
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise InputError(
+                f"{self._name} takes {self.max_length} tokens, and a choice of the tasks has {longest}: they cannot be "
+                "measured with this model. Leave the tasks with long choices out, or use a model with a longer context."
+            )
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
     def _counted(self, kind: str, run: Any, requests: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 from svdllm.analysis import differences, write_atomically
 from svdllm.checkpoint import is_checkpoint, read_report
 from svdllm.compress import compress
+from svdllm.config import make_recipe
 from svdllm.data import check_source
 from svdllm.data.specs import require_extra
 from svdllm.errors import InputError, ResourceError, as_ours, first_line
@@ -144,6 +145,7 @@ class _Run:
     def _refuse_other(self, found: Record, cell: Cell) -> None:
         # Records of older versions say less.
         wanted = {key: value for key, value in self._settings_of(cell).items() if key in found}
+        found = found | {"recipe": _with_new_fields(found["recipe"])}
         if different := differences(_flat(found), _flat(wanted)):
             raise InputError(
                 f"{self._file(cell)} holds '{cell.name}' made with other settings: {different}. Give the same settings to "
@@ -162,7 +164,9 @@ class _Run:
         """Whether a checkpoint was made by the recipe of a cell, and trained as it shall be."""
         report, wanted = read_report(folder), self._settings_of(cell)
         trained = [entry["settings"] for entry in report.get("recovery", [])]
-        return report["recipe"] == wanted["recipe"] and trained == ([wanted["recovery"]] if cell.is_trained else [])
+        return _with_new_fields(report["recipe"]) == wanted["recipe"] and trained == (
+            [wanted["recovery"]] if cell.is_trained else []
+        )
 
     def _is_made(self, cell: Cell) -> bool:
         """Whether the checkpoint of a cell is there; one that an earlier run left with other settings is removed."""
@@ -320,6 +324,11 @@ def _described(error: Exception) -> Record:
     if (ours := as_ours(error)) is not None:
         return {"type": type(ours).__name__, "message": str(ours), "exit_code": ours.exit_code}
     return {"type": type(error).__name__, "message": str(error), "exit_code": 1, "traceback": traceback.format_exc()}
+
+
+def _with_new_fields(recipe: Record | None) -> Record | None:
+    """A stored recipe, with what recipes did not have when it was stored at its default."""
+    return None if recipe is None else make_recipe(recipe, "a stored recipe").to_dict()
 
 
 def _flat(settings: Record, prefix: str = "") -> Record:

@@ -17,11 +17,12 @@ from runs import run, save_dense
 from svdllm.bench import BenchSettings, Spread, benchmark, benchmark_loaded, ideal, measure, memory, shape_of
 from svdllm.bench.ideal import CachedLayer, ModelShape
 from svdllm.bench.measure import measure_cell, order_of_turns
-from svdllm.bench.memory import cache_bytes, measure_memory, weight_bytes
+from svdllm.bench.memory import cache_bytes, measure_memory
 from svdllm.bench.records import CellRecord, PhaseRecord
 from svdllm.bench.steps import decode, prefill
 from svdllm.cli import main
 from svdllm.errors import InputError, ResourceError, UnsupportedModelError
+from svdllm.memory import parameter_bytes
 from svdllm.progress import Reporter
 from svdllm.report.bench_plots import memory_figure, throughput_figure
 from svdllm.source import build_skeleton
@@ -117,7 +118,7 @@ def test_a_step_reads_the_head_and_not_the_embeddings(tied: bool) -> None:
     assert model.num_parameters() == sum(p.numel() for p in model.parameters())
     read = model.num_parameters() - (0 if tied else embeddings)
     assert shape_of(model).read_bytes == 4 * read
-    assert weight_bytes(model) == 4 * model.num_parameters()
+    assert parameter_bytes(model) == 4 * model.num_parameters()
 
 
 def test_linears_of_a_low_rank_model_are_its_factors() -> None:

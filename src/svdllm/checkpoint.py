@@ -39,7 +39,7 @@ from svdllm.plan import Plan, resolve_device
 from svdllm.progress import Reporter
 from svdllm.records import LinearRecord, Provenance
 from svdllm.report.card import model_card
-from svdllm.source import Source, build_skeleton, companion_files, load_config
+from svdllm.source import Source, build_skeleton, copy_companion_files, load_config
 from svdllm.stream import Walk
 from svdllm.structure import Structure, Target, discover
 from svdllm.version import __version__
@@ -310,9 +310,7 @@ def _config_entry(source: Source, plan: Plan, recipe: Recipe, provenance: Proven
 
 def _copy_companions(folder: Path, source: Source, tokenizer: Any) -> None:
     if source.folder is not None:
-        for path in companion_files(source.folder):
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.folder / path, folder / path)
+        copy_companion_files(source.folder, folder)
     elif source.model is not None and source.model.generation_config is not None:
         # As it is: save_pretrained refuses settings that generate only warns about.
         (folder / "generation_config.json").write_text(

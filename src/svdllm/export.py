@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -16,9 +13,9 @@ from svdllm.errors import CheckpointError, InputError
 from svdllm.layout import Tensors
 from svdllm.modeling import HASHES_FILE, compare_hashes
 from svdllm.modeling.factory import base_classes
-from svdllm.source import build_skeleton, companion_files, load_config
+from svdllm.source import build_skeleton, copy_companion_files, load_config
 from svdllm.weights import SafetensorsWeights
-from svdllm.workspace import named_folder, require_writable
+from svdllm.workspace import new_folder, place_for, require_writable
 
 
 def export_dense(folder: str | Path, output_dir: str | Path) -> None:
@@ -32,7 +29,8 @@ def export_dense(folder: str | Path, output_dir: str | Path) -> None:
     config = config_to_export(folder)
     if not getattr(config, "svdllm", None):
         raise InputError(f"{folder} is a dense model already ({config.model_type}); there is nothing to multiply out.")
-    output_dir = place_to_export(output_dir)
+    output_dir = place_for(output_dir, "an export")
+    require_writable(output_dir)
     require_intact(folder)
     base = dense_config(config)
     weights = SafetensorsWeights(folder, build_skeleton(config))
@@ -50,46 +48,11 @@ def config_to_export(folder: Path) -> PreTrainedConfig:
     return load_config(folder, str(folder))
 
 
-def place_to_export(output_dir: str | Path) -> Path:
-    """The path, if a folder can be made there. Raises InputError if anything is in the way."""
-    output_dir = named_folder(output_dir)
-    if output_dir.exists() and (output_dir.is_file() or any(output_dir.iterdir())):
-        raise InputError(f"{output_dir} exists and is not empty; nothing is overwritten. Choose another path.")
-    partial = _partial(output_dir)
-    if partial.exists():
-        raise InputError(f"{partial} is in the way, perhaps of an export that was killed. Remove it first.")
-    require_writable(output_dir)
-    return output_dir
-
-
 def require_intact(folder: Path) -> None:
     """Raises CheckpointError if the weights are not those that the hashes in the folder tell of."""
     problems = compare_hashes(folder, weights_only=True) if (folder / HASHES_FILE).is_file() else []
     if problems:
         raise CheckpointError(f"{folder} is not as it was written: {' '.join(problems)}")
-
-
-@contextmanager
-def new_folder(output_dir: Path) -> Iterator[Path]:
-    """A folder to write into, which gets the name ``output_dir`` when everything is in it, and goes if anything fails."""
-    partial = _partial(output_dir)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    partial.replace(output_dir)
-
-
-def _partial(output_dir: Path) -> Path:
-    return output_dir.with_name(f"{output_dir.name}.writing")
-
-
-def copy_companion_files(folder: Path, partial: Path) -> None:
-    """Tokenizer, chat template and generation config, as they are."""
-    for path in companion_files(folder):
-        shutil.copyfile(folder / path, partial / path)
 
 
 def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -20,7 +20,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from svdllm.checkpoint import load_model
 from svdllm.data.specs import require_extra
 from svdllm.errors import InputError, NumericalError, UnsupportedModelError, first_line
-from svdllm.export import config_to_export, copy_companion_files, dense_config, new_folder, place_to_export
+from svdllm.export import config_to_export, dense_config
+from svdllm.source import copy_companion_files
+from svdllm.workspace import new_folder, place_for, require_writable
 
 GRAPH_FORMATS = ("onnx", "openvino")
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
@@ -50,7 +52,8 @@ def export_graph(folder: str | Path, output_dir: str | Path, format: str) -> tup
     if format not in GRAPH_FORMATS:
         raise InputError(f"There is no graph format {format!r}; use {' or '.join(GRAPH_FORMATS)}.")
     config = config_to_export(folder)
-    output_dir = place_to_export(output_dir)
+    output_dir = place_for(output_dir, "an export")
+    require_writable(output_dir)
     _check_packages(format)
     model = load_model(folder, dtype=torch.float32).eval()
     past = _past(model, _token_ids(model, TRACED))

@@ -10,8 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from svdllm.errors import ResourceError, first_line
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Of the parameters of a model, tied ones counted once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def resident_bytes() -> int:

@@ -22,9 +22,9 @@ from svdllm.memory import available_bytes
 from svdllm.plan import resolve_device
 from svdllm.progress import Reporter
 from svdllm.schemes import QuantizedLinear, choose_schemes, make_scheme, quantization_config, quantized_tensors
-from svdllm.source import Source, build_skeleton, companion_files, open_config
+from svdllm.source import Source, build_skeleton, copy_companion_files, open_config
 from svdllm.version import __version__
-from svdllm.workspace import DISK_RESERVE, named_folder, require_empty, require_writable
+from svdllm.workspace import DISK_RESERVE, new_folder, place_for, require_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +85,9 @@ def quantize(
         CheckpointError: a file is missing or altered.
     """
     reporter = reporter or Reporter()
-    output_dir = named_folder(output_dir)
     require_extra("torchao", "quantising", extra="quantize")
     scheme = make_scheme(bits, group_size)
-    require_empty(output_dir)
-    partial = output_dir.with_name(f"{output_dir.name}.writing")
-    if partial.exists():
-        raise InputError(f"{partial} is in the way, perhaps of a run that was killed. Remove it first.")
+    output_dir = place_for(output_dir, "a run")
     with reporter.stage("check", 1):
         source = open_config(model, offline=offline, revision=revision)
         place = resolve_device(device)
@@ -102,18 +98,18 @@ def quantize(
         _require_room(output_dir, needed, place)
     if source.folder is not None and any(source.folder.glob(f"{ELASTIC_STEM}*")):
         reporter.warn("The smaller sizes of this elastic checkpoint are not carried over; slice before you quantise.")
-    try:
-        with reporter.stage("quantise", 1):
-            options: dict[str, Any] = {} if place.type == "cpu" else {"device_map": {"": str(place)}}
-            if revision is not None:
-                options["revision"] = revision
-            loaded = load_model(
-                model,
-                dtype=source.dtype,
-                quantization_config=quantization_config(linears),
-                local_files_only=offline,
-                **options,
-            )
+    with reporter.stage("quantise", 1):
+        options: dict[str, Any] = {} if place.type == "cpu" else {"device_map": {"": str(place)}}
+        if revision is not None:
+            options["revision"] = revision
+        loaded = load_model(
+            model,
+            dtype=source.dtype,
+            quantization_config=quantization_config(linears),
+            local_files_only=offline,
+            **options,
+        )
+    with new_folder(output_dir) as partial:
         with reporter.stage("write", 1):
             _write(loaded, partial, source)
             del loaded
@@ -133,11 +129,6 @@ def quantize(
                 recipe = make_recipe(load_settings(source.folder / RECIPE_FILE) | {"elastic": False})
                 report = _report(source.folder, result) | {"recipe": recipe.to_dict()}
                 finish_checkpoint(partial, recipe, report, place, reporter)
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
-        partial.replace(output_dir)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return result
 
 
@@ -178,9 +169,8 @@ def _write(loaded: PreTrainedModel, folder: Path, source: Source) -> None:
     loaded.generation_config = GenerationConfig()  # the source's file is copied; saving may refuse what is in it
     loaded.save_pretrained(folder, max_shard_size=SHARD_BYTES, save_original_format=False)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    for path in companion_files(source.folder) if source.folder is not None else ():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.folder / path, folder / path)  # type: ignore[operator]
+    assert source.folder is not None
+    copy_companion_files(source.folder, folder)
     mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)  # the library makes them readable by their owner only

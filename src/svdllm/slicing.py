@@ -7,7 +7,6 @@ first columns and rows of those stored, which is bit for bit what such a run wri
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from svdllm.records import CompressionResult, LinearRecord, Provenance, linear_r
 from svdllm.source import Source, build_skeleton, load_config
 from svdllm.structure import Structure, discover
 from svdllm.weights import weight_files
-from svdllm.workspace import named_folder, require_empty, require_room
+from svdllm.workspace import new_folder, place_for, require_room
 
 
 def slice_checkpoint(
@@ -61,32 +60,22 @@ def slice_checkpoint(
         ResourceError: the disk does not suffice.
     """
     reporter = reporter or Reporter()
-    output_dir = named_folder(output_dir)
-    require_empty(output_dir)
-    partial = output_dir.with_name(f"{output_dir.name}.writing")
-    if partial.exists():
-        raise InputError(f"{partial} is in the way, perhaps of a slice that was killed. Remove it first.")
+    output_dir = place_for(output_dir, "a slice")
     with reporter.stage("check", 1):
         cut = _open(folder, ratio, device)
-        require_room(output_dir, partial, cut.plan)
+        require_room(output_dir, output_dir, cut.plan)
     linears = cut.linears()
-    try:
-        with reporter.stage("write", 1):
-            (partial / "svdllm").mkdir(parents=True)
-            write_shards(partial, cut.tensors, cut.layout)
-            copy_companions(cut.folder, partial)
-            (partial / "config.json").write_text(
-                json.dumps(cut.config_fields, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-            )
-            report = report_of(cut.plan, cut.recipe, cut.provenance, linears)
-            # It is the run's, and says by which versions that was made.
-            report |= {"versions": cut.report["versions"], "sliced_from": {"ratio": cut.report["recipe"]["ratio"]}}
-            finish_checkpoint(partial, cut.recipe, report, torch.device(cut.plan.device), reporter)
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
-        partial.replace(output_dir)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with new_folder(output_dir) as partial, reporter.stage("write", 1):
+        (partial / "svdllm").mkdir()
+        write_shards(partial, cut.tensors, cut.layout)
+        copy_companions(cut.folder, partial)
+        (partial / "config.json").write_text(
+            json.dumps(cut.config_fields, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
+        report = report_of(cut.plan, cut.recipe, cut.provenance, linears)
+        # It is the run's, and says by which versions that was made.
+        report |= {"versions": cut.report["versions"], "sliced_from": {"ratio": cut.report["recipe"]["ratio"]}}
+        finish_checkpoint(partial, cut.recipe, report, torch.device(cut.plan.device), reporter)
     return CompressionResult(
         output_dir=output_dir,
         recipe=cut.recipe,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,6 +229,12 @@ def companion_files(folder: Path) -> Iterator[Path]:
             if path.is_file() and path not in seen:
                 seen.add(path)
                 yield path.relative_to(folder)
+
+
+def copy_companion_files(folder: Path, target: Path) -> None:
+    """Tokenizer, chat template and generation config of a folder, as they are."""
+    for path in companion_files(folder):
+        shutil.copyfile(folder / path, target / path)
 
 
 def _open_gguf(path: Path, folder: Path | None) -> Source:

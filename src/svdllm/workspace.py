@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from svdllm.checkpoint import is_checkpoint
@@ -37,6 +39,36 @@ def named_folder(path: str | Path) -> Path:
     if place.resolve() in (Path.cwd(), *Path.cwd().parents) or place.name == "..":
         raise InputError(f"{path} is the folder you are in, or one above it: name a folder to make, such as ./out.")
     return Path(path)
+
+
+def place_for(output_dir: str | Path, what: str) -> Path:
+    """The path of an output that is written at once, with ``new_folder``; ``what`` writes it: an export, a slice, ...
+
+    Raises:
+        InputError: something is there, or at the place where it is written.
+    """
+    place = named_folder(output_dir)
+    require_empty(place)
+    if (partial := _partial(place)).exists():
+        raise InputError(f"{partial} is in the way, perhaps of {what} that was killed. Remove it first.")
+    return place
+
+
+@contextmanager
+def new_folder(output_dir: Path) -> Iterator[Path]:
+    """A folder to write into, which gets the name ``output_dir`` when everything is in it, and goes if anything fails."""
+    partial = _partial(output_dir)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(output_dir)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _partial(output_dir: Path) -> Path:
+    return output_dir.with_name(f"{output_dir.name}.writing")
 
 
 def is_work_folder(work: Path) -> bool:

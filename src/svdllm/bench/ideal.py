@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from svdllm.errors import UnsupportedModelError
-from svdllm.structure import find_blocks, linears_of
+from svdllm.structure import find_blocks, linear_shape, linears_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
         other_linears=_weights(others),
         head=head.weight.numel(),
         read_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in looked_up),
-        widest_bytes=max(_out_features(linear) for linear in blocks) * model.dtype.itemsize,
+        widest_bytes=max(linear_shape(linear)[0] for linear in blocks) * model.dtype.itemsize,
         last_logits=takes_logits_to_keep(type(model)),
         layers=_cached_layers(model),
     )
@@ -120,10 +120,6 @@ def takes_logits_to_keep(model_class: type[nn.Module]) -> bool:
 
 def _weights(linears: list[nn.Module]) -> int:
     return sum(linear.weight.numel() for linear in linears)  # type: ignore[union-attr, operator, misc]
-
-
-def _out_features(linear: nn.Module) -> int:
-    return linear.out_features if isinstance(linear, nn.Linear) else linear.nf  # type: ignore[return-value]
 
 
 @torch.inference_mode()

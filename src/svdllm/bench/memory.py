@@ -10,19 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from svdllm.bench.ideal import ModelShape
 from svdllm.bench.records import MemoryUse
 from svdllm.bench.steps import decode, fixed_length, prefill
 from svdllm.errors import ResourceError
-from svdllm.memory import available_bytes
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Of the parameters, tied ones counted once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+from svdllm.memory import available_bytes, parameter_bytes
 
 
 def cache_bytes(cache: Any) -> int:
@@ -46,7 +41,7 @@ def measure_memory(model: Any, shape: ModelShape, ids_BS: Tensor, prompt: int) -
     cache, peak = measure(model, ids_BS, prompt)
     held = cache_bytes(cache)
     return MemoryUse(
-        weights=weight_bytes(model),
+        weights=parameter_bytes(model),
         cache=held,
         cache_by_formula=shape.cache_bytes(*ids_BS.shape),
         activations=peak - held,

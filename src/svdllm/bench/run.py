@@ -17,13 +17,12 @@ from transformers import PreTrainedModel
 from svdllm.bench.checks import check_alike, check_context, check_room, different_names, open_base, open_compressed
 from svdllm.bench.ideal import shape_of
 from svdllm.bench.measure import measure_cell
-from svdllm.bench.memory import weight_bytes
 from svdllm.bench.records import BenchmarkRecord, CellRecord, ModelRecord
 from svdllm.bench.settings import BenchSettings
 from svdllm.checkpoint import load_model
 from svdllm.errors import InputError
 from svdllm.inference import Prepared, prepare
-from svdllm.memory import saying_what_to_lower
+from svdllm.memory import parameter_bytes, saying_what_to_lower
 from svdllm.modeling import LowRankLinear
 from svdllm.plan import resolve_device, resolve_dtype
 from svdllm.progress import Reporter
@@ -108,7 +107,7 @@ def benchmark_loaded(
         ModelRecord(
             name=name,
             params=model.num_parameters(),
-            weight_bytes=weight_bytes(model),
+            weight_bytes=parameter_bytes(model),
             linears=shapes[name].block_linears,
             **prepared[name]._asdict(),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,6 +11,7 @@ from svdllm.bench import BenchSettings, benchmark
 from svdllm.cli import options as o
 from svdllm.cli.bench_tables import show_benchmark
 from svdllm.cli.console import ConsoleReporter, console, print_json
+from svdllm.cli.options import option
 from svdllm.errors import InputError
 from svdllm.report.bench import check_output, store_benchmark
 
@@ -19,10 +20,6 @@ WHAT, MACHINE = "What is measured", "Machine"
 
 def register(app: typer.Typer) -> None:
     app.command("bench")(bench)
-
-
-def option(help: str, panel: str, default: str | bool = True, *names: str) -> Any:
-    return typer.Option(*names, help=help, show_default=default, rich_help_panel=panel)
 
 
 def bench(
@@ -39,26 +36,26 @@ def bench(
             show_default=False,
         ),
     ] = None,
-    batch: Annotated[str, option("Sequences at once.", WHAT)] = "1,8,32",
-    prompt: Annotated[str, option("Tokens of the prompt, with every batch size.", WHAT)] = "128,512",
-    gen: Annotated[int, option("Decode steps after it.", WHAT)] = 64,
-    repeats: Annotated[int, option("Measured turns of every model.", WHAT)] = 5,
-    warmup: Annotated[int, option("Turns before them that are not measured.", WHAT)] = 1,
-    seed: Annotated[int, option("Seed of the random token ids.", WHAT)] = 0,
+    batch: Annotated[str, option("Sequences at once.", WHAT, True)] = "1,8,32",
+    prompt: Annotated[str, option("Tokens of the prompt, with every batch size.", WHAT, True)] = "128,512",
+    gen: Annotated[int, option("Decode steps after it.", WHAT, True)] = 64,
+    repeats: Annotated[int, option("Measured turns of every model.", WHAT, True)] = 5,
+    warmup: Annotated[int, option("Turns before them that are not measured.", WHAT, True)] = 1,
+    seed: Annotated[int, option("Seed of the random token ids.", WHAT, True)] = 0,
     fuse: Annotated[
         bool,
         option("Lay the factors out for speed (svdllm.fuse_factors).", WHAT, "fuse", "--fuse/--no-fuse"),
     ] = True,
     kv_cache: Annotated[
-        str, option("Of the compressed models: ordinary, latent (docs/kv-cache.md) or latent-values.", WHAT)
+        str, option("Of the compressed models: ordinary, latent (docs/kv-cache.md) or latent-values.", WHAT, True)
     ] = "ordinary",
     compile: Annotated[bool, option("Compile all models with torch.compile.", WHAT, False, "--compile")] = False,
     output: Annotated[
         Path | None, option("Folder for bench.json and plots.", "Output", False, "-o", "--output")
     ] = None,
-    device: Annotated[str, option("auto, cpu, cuda, cuda:1, ...", MACHINE)] = "auto",
+    device: Annotated[str, option("auto, cpu, cuda, cuda:1, ...", MACHINE, True)] = "auto",
     dtype: Annotated[
-        str, option("Of all models: auto is float32 on a CPU, the model's own on a GPU.", MACHINE)
+        str, option("Of all models: auto is float32 on a CPU, the model's own on a GPU.", MACHINE, True)
     ] = "auto",
     threads: Annotated[int | None, option("Threads of the processor.", MACHINE, "as torch has it")] = None,
     offline: o.Offline = False,

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from svdllm.errors import ResourceError
-from svdllm.memory import available_bytes
+from svdllm.memory import available_bytes, parameter_bytes
 from svdllm.recover.distill import open_for_training
 from svdllm.recover.task import Task
 
@@ -18,7 +18,7 @@ LOGITS, TEACHERS_LOGITS = 3, 2
 def weight_bytes(skeleton: PreTrainedModel) -> int:
     """Of a model without data, what is tied counted once."""
     skeleton.tie_weights()
-    return sum(p.numel() * p.element_size() for p in skeleton.parameters())
+    return parameter_bytes(skeleton)
 
 
 def least_bytes(task: Task, skeleton: PreTrainedModel, vocab_size: int, teacher_bytes: int) -> int:

@@ -251,7 +251,8 @@ def _without_harness(record: Record) -> Record:
     """The harness's own document of every model is in its cell."""
     if "tasks" not in record:
         return record
-    return record | {"tasks": {key: value for key, value in record["tasks"].items() if key != "harness"}}
+    left_out = ("harness", "model")  # long; and where the model was while it was measured
+    return record | {"tasks": {key: value for key, value in record["tasks"].items() if key not in left_out}}
 
 
 def _full(entry: Entry) -> str:

@@ -14,13 +14,14 @@ from families import FAMILIES, tiny_model
 from runs import token_windows
 from svdllm import NumericalError, Recipe
 from svdllm.analysis import Analysis
-from svdllm.calibration import Calibration, weight_of
+from svdllm.calibration import Calibration
 from svdllm.linalg import factorise
+from svdllm.plan import structure_for
 from svdllm.probing import MEASURES, probe, probe_ids, probe_rank, probe_ranks, probe_tokens
 from svdllm.progress import Reporter
 from svdllm.source import build_skeleton
 from svdllm.stream import Walk
-from svdllm.structure import discover
+from svdllm.structure import discover, weight_of
 from svdllm.weights import MemoryWeights
 
 ROUND_ROBIN = ("llama", "gpt2", "opt", "gemma3_text", "phi3", "gpt_neox")
@@ -30,8 +31,8 @@ def analysed(model: Any, folder: Path, ids: Tensor, **settings: Any) -> SimpleNa
     """A model, analysed in float64; batches of two windows."""
     model = model.double().eval()
     skeleton = build_skeleton(model.config, torch.float64)
-    structure = discover(skeleton)
     recipe = Recipe(**({"ratio": 0.3, "shrinkage": 0.0, "round_to": 1, "input_only": ()} | settings))
+    structure = structure_for(skeleton, recipe)
     walk = Walk(
         weights=MemoryWeights(model, skeleton),
         skeleton=skeleton,
@@ -94,7 +95,7 @@ def test_two_sided_spectra_are_those_of_the_whole_models_gradients(family: str, 
         left_OO = vectors * values.sqrt() @ vectors.T
         values, vectors = torch.linalg.eigh(c_II)
         right_II = vectors * values.clamp_min(0).sqrt() @ vectors.T
-        weight_OI = weight_of(run.model.get_submodule(target.name), target)
+        weight_OI = weight_of(run.model, target)
         sigma = torch.linalg.svdvals(left_OO @ weight_OI @ right_II)
         spectrum = run.analysis.spectrum(target)
         scale = float(sigma[0]) ** 2
@@ -121,7 +122,7 @@ def test_fisher_weights_are_those_of_the_whole_models_gradients(family: str, tmp
             gradient = model.get_submodule(target.name).weight.grad
             squares[target.name] += (gradient.T if target.is_conv1d else gradient).pow(2).sum(1)
     for target in run.structure.targets:
-        weight_OI = weight_of(run.model.get_submodule(target.name), target).double()
+        weight_OI = weight_of(run.model, target).double()
         fisher_O = squares[target.name]
         fisher_O[fisher_O == 0] = fisher_O[fisher_O > 0].min()  # rows that a ReLU keeps silent
         fisher_O = fisher_O / fisher_O.mean()
@@ -143,16 +144,20 @@ def test_shrinkage_mixes_in_the_diagonal(tmp_path: Path):
     run = analysed(tiny_model("llama"), tmp_path, ids, metric="input", shrinkage=0.25)
     target = run.structure.targets[0]
     c_II, _ = grams_by_autograd(run.model, [target.name], ids, ids)[target.name]
-    weight_OI = weight_of(run.model.get_submodule(target.name), target)
+    weight_OI = weight_of(run.model, target)
     shrunk_II = 0.75 * c_II + 0.25 * torch.diag(c_II.diagonal())
     expected = torch.linalg.eigvalsh(weight_OI @ shrunk_II @ weight_OI.T).flip(0)
     torch.testing.assert_close(run.analysis.energies(target), expected)
 
 
-@pytest.mark.parametrize("family", ROUND_ROBIN)
-def test_a_probe_is_the_divergence_of_the_whole_model_with_one_truncated_linear(family: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("family", "joint_kv"), [*((family, False) for family in ROUND_ROBIN), ("llama", True), ("qwen2", True)]
+)
+def test_a_probe_is_the_divergence_of_the_whole_model_with_one_truncated_linear(
+    family: str, joint_kv: bool, tmp_path: Path
+):
     ids = token_windows(samples=4, seqlen=12)
-    run = analysed(tiny_model(family), tmp_path, ids, metric="input")
+    run = analysed(tiny_model(family), tmp_path, ids, metric="input", joint_kv=joint_kv)
     probed, probes = probe_ids(ids, 20), probed_on(run, probe_ids(ids, 20))
     with torch.no_grad():
         dense = run.model(input_ids=probed, use_cache=False).logits.log_softmax(-1)
@@ -201,14 +206,17 @@ def probed_on(run: SimpleNamespace, ids: Tensor) -> Any:
 
 def truncated_logits(run: SimpleNamespace, target: Any, rank: int, ids: Tensor) -> Tensor:
     """Of the whole model with one linear's weight multiplied out of its factors."""
-    weight = run.model.get_submodule(target.name).weight
-    weight_OI = weight_of(run.model.get_submodule(target.name), target)
+    weights = [run.model.get_submodule(name).weight for name in target.linears]
+    weight_OI = weight_of(run.model, target)
     u_OR, v_RI = factorise(weight_OI, run.analysis.spectrum(target), rank)
-    kept = weight.detach().clone()
+    kept = [weight.detach().clone() for weight in weights]
+    rows = (u_OR @ v_RI).split([weight.shape[1 if target.is_conv1d else 0] for weight in weights])
     with torch.no_grad():
-        weight.copy_((u_OR @ v_RI).T if target.is_conv1d else u_OR @ v_RI)
+        for weight, product_OI in zip(weights, rows, strict=True):
+            weight.copy_(product_OI.T if target.is_conv1d else product_OI)
         logits = run.model(input_ids=ids, use_cache=False).logits
-        weight.copy_(kept)
+        for weight, dense in zip(weights, kept, strict=True):
+            weight.copy_(dense)
     return logits
 
 

@@ -27,7 +27,7 @@ from svdllm.config import Recipe
 from svdllm.errors import InputError
 from svdllm.layout import Tensors, compressed_tensors, elastic_tensors, file_bytes, num_params, tensor_bytes
 from svdllm.linear_times import LinearTimes
-from svdllm.structure import Structure, Target, matches
+from svdllm.structure import Structure, Target
 
 
 def choose_ranks(recipe: Recipe, structure: Structure, stored: Tensors, evidence: Evidence | None = None) -> Allocation:
@@ -88,7 +88,7 @@ def elastic_bytes(recipe: Recipe, structure: Structure, stored: Tensors, ranks: 
         return file_bytes(elastic_tensors(structure, stored, {}))
     assert isinstance(recipe.ratio, float)
     most = elastic_tensors(structure, stored, spare_ranks(recipe, structure, {}))
-    itemsize = max(stored[f"{target.name}.weight"][1].itemsize for target in structure.targets)
+    itemsize = max(stored[f"{target.linears[0]}.weight"][1].itemsize for target in structure.targets)
     budget = exact_floor((1 - recipe.ratio) * structure.num_target_params) * itemsize
     factors = tensor_bytes(most) - tensor_bytes(elastic_tensors(structure, stored, {}))
     return file_bytes(most) - max(0, factors - budget)
@@ -243,7 +243,8 @@ def _unit(
     else:
         assert recipe.target_size is not None
         what, budget = "--target-size", recipe.target_size
-        costs = {name: size * stored[f"{name}.weight"][1].itemsize for name, size in sizes.items()}
+        itemsizes = {t.name: stored[f"{t.linears[0]}.weight"][1].itemsize for t in structure.targets}
+        costs = {name: size * itemsizes[name] for name, size in sizes.items()}
         # Headers name every tensor with its shape and offsets; ranks have at most as many digits as here.
         widest = compressed_tensors(stored, structure.targets, {t.name: t.break_even_rank for t in structure.targets})
         dense = tensor_bytes(stored) + file_bytes(widest) - tensor_bytes(widest)
@@ -261,7 +262,7 @@ def _unit(
 def _explicit_ranks(ranks: Mapping[str, int | str], targets: Sequence[Target]) -> Ranks:
     chosen: dict[str, int | str] = {}
     for pattern, rank in ranks.items():
-        matched = [target for target in targets if matches(pattern, target.name)]
+        matched = [target for target in targets if target.matched_by(pattern)]
         if not matched:
             raise InputError(f"ranks: {pattern!r} matches none of the {len(targets)} linears ({targets[0].name}, ...).")
         for target in matched:
@@ -283,7 +284,7 @@ def _free_and_fixed(recipe: Recipe, targets: Sequence[Target]) -> tuple[list[Tar
 def _overrides(recipe: Recipe, targets: Sequence[Target]) -> dict[str, float]:
     chosen: dict[str, float] = {}
     for pattern, ratio in recipe.overrides.items():
-        matched = [target.name for target in targets if matches(pattern, target.name)]
+        matched = [target.name for target in targets if target.matched_by(pattern)]
         if not matched:
             raise InputError(
                 f"--override {pattern!r} matches none of the {len(targets)} compressed linears "

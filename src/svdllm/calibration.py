@@ -7,7 +7,7 @@ Gram of every output's gradient; the input Grams wait on disk until it reaches t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,15 @@ from torch import Tensor
 from svdllm.analysis import Analysis
 from svdllm.config import Recipe
 from svdllm.errors import InputError, NumericalError
-from svdllm.linalg import Spectrum, output_spectrum, shrunk_to_diagonal, shrunk_to_mean
+from svdllm.linalg import Spectrum, equal_energies, output_spectrum, shrunk_to_diagonal, shrunk_to_mean
 from svdllm.methods import METHODS, Method
 from svdllm.progress import Reporter
 from svdllm.statistics import Gram, RowFisher, Statistic
 from svdllm.stream import Block, Walk
-from svdllm.structure import Target, input_groups, matches
+from svdllm.structure import Target, input_groups, matches, weight_of
+
+# Keeps the left metric of several linears defined where one of them has no gradient.
+LEAST_SHARE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +119,19 @@ class Calibration:
         if self.method.left is not None:
             fishers = collect_fisher(block, targets)
             return {name: torch.diag(self.method.left(fisher.value())) for name, fisher in fishers.items()}
-        gradients = collect_gradients(
-            block, [t for t in targets if not any(matches(pattern, t.name) for pattern in self.recipe.input_only)]
-        )
+        input_only = {t.name: [name for name in t.linears if self._input_only(name)] for t in targets}
+        gradients = collect_gradients(block, [t for t in targets if len(input_only[t.name]) < len(t.linears)])
+        shrinkage = self.recipe.gradient_shrinkage
         return {
-            name: shrunk_to_mean(gradient.value(), self.recipe.gradient_shrinkage)
-            for name, gradient in gradients.items()
+            t.name: joint_left_metric(t, gradients[t.name].value(), input_only[t.name], shrinkage)
+            if t.parts
+            else shrunk_to_mean(gradients[t.name].value(), shrinkage)
+            for t in targets
+            if t.name in gradients
         }
+
+    def _input_only(self, linear: str) -> bool:
+        return any(matches(pattern, linear) for pattern in self.recipe.input_only)
 
     def _decompose(
         self,
@@ -156,7 +165,7 @@ def collect_statistics(block: Block, targets: list[Target], method: Method) -> d
 
     Returns a dict target -> statistic; targets that read the same tensor share the object.
     """
-    linears = [(target.name, block.walk.skeleton.get_submodule(target.name)) for target in targets]
+    linears = [(target.name, block.walk.skeleton.get_submodule(target.linears[0])) for target in targets]
     in_features = {target.name: target.in_features for target in targets}
     statistics: dict[str, Statistic] = {}
     assert method.statistic is not None
@@ -211,6 +220,28 @@ def collect_gradients(block: Block, targets: list[Target]) -> dict[str, Gram]:
     return grams
 
 
+def joint_left_metric(target: Target, gradient_OO: Tensor, input_only: Sequence[str], shrinkage: float) -> Tensor:
+    """Of several linears with one first factor: the left metric of each in its place, in proportion to its gradients.
+
+    A linear that is to be judged by its inputs alone keeps that proportion and no direction.
+    """
+    whole = gradient_OO.diagonal().mean().clamp_min(torch.finfo(gradient_OO.dtype).tiny)
+    blocks, start = [], 0
+    for name, size in target.parts:
+        own_OO = gradient_OO[start : start + size, start : start + size]
+        share = (own_OO.diagonal().mean() / whole).clamp_min(LEAST_SHARE)
+        blocks.append(share * shrunk_to_mean(own_OO, 1.0 if name in input_only else shrinkage))
+        start += size
+    return torch.block_diag(*blocks)
+
+
+def left_metric_of(target: Target, weight_OI: Tensor, metric: Tensor | None, left_OO: Tensor | None) -> Tensor | None:
+    """The left metric; several linears with one first factor that have none count for as much as each other."""
+    if left_OO is not None or not target.parts:
+        return left_OO
+    return equal_energies(list(target.split(weight_OI).values()), metric)
+
+
 def collect_fisher(block: Block, targets: list[Target]) -> dict[str, RowFisher]:
     """Runs a block backward over the kept batches and accumulates the Fisher information of each target's rows."""
     fishers: dict[str, RowFisher] = {}
@@ -234,15 +265,23 @@ def _by_window(tokens: Tensor, seqlen: int) -> Tensor:
 
 def _run_backward(block: Block, targets: list[Target], watch: Callable[[Target, Tensor, Tensor], None]) -> None:
     """``watch(target, inputs, gradients of the outputs)`` is called for every target and batch."""
+    arrived: dict[str, dict[str, Tensor]] = {}
 
-    def on(target: Target) -> Any:
+    def on(target: Target, linear: str) -> Any:
+        def after_backward(inputs: Tensor, gradients: Tensor) -> None:
+            parts = arrived.setdefault(target.name, {})
+            parts[linear] = gradients
+            if len(parts) == len(target.linears):
+                del arrived[target.name]
+                watch(target, inputs, torch.cat([parts[name] for name in target.linears], dim=-1))
+
         def after_forward(module: torch.nn.Module, args: Any, output: Tensor) -> None:
             inputs = args[0].detach()
-            output.register_hook(lambda gradients: watch(target, inputs, gradients))
+            output.register_hook(lambda gradients: after_backward(inputs, gradients))
 
-        return block.walk.skeleton.get_submodule(target.name).register_forward_hook(after_forward)
+        return block.walk.skeleton.get_submodule(linear).register_forward_hook(after_forward)
 
-    handles = [on(target) for target in targets]
+    handles = [on(target, linear) for target in targets for linear in target.linears]
     try:
         block.run_backward()
     finally:
@@ -267,20 +306,15 @@ def decompose(
         started = time.perf_counter()
         if target.group not in metrics:
             metrics = {target.group: metric_of(target)}  # the one before is not needed again
-        weight_OI = weight_of(block.walk.skeleton.get_submodule(target.name), target)
+        weight_OI = weight_of(block.walk.skeleton, target)
         metric = metrics[target.group]
         metric = metric if metric is None else metric.to(weight_OI.device)
         try:
-            spectrum = output_spectrum(weight_OI, metric, depths[target.name], left_gram_OO=lefts.get(target.name))
+            left_OO = left_metric_of(target, weight_OI, metric, lefts.get(target.name))
+            spectrum = output_spectrum(weight_OI, metric, depths[target.name], left_gram_OO=left_OO)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
         stored_dtype = torch.float64 if block.walk.dtype == torch.float64 else torch.float32
         spectra[target.name] = spectrum.to(dtype=stored_dtype)
         seconds[target.name] = time.perf_counter() - started
     return spectra, seconds
-
-
-def weight_of(module: torch.nn.Module, target: Target) -> Tensor:
-    """The weight as ``out x in``, whatever the module keeps."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.detach().mT if target.is_conv1d else weight.detach()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from svdllm.records import LinearRecord, Provenance
 from svdllm.report.card import model_card
 from svdllm.source import Source, build_skeleton, copy_companion_files, load_config
 from svdllm.stream import Walk
-from svdllm.structure import Structure, Target, discover
+from svdllm.structure import Structure, Target, discover, linear_ranks, shared_factors
 from svdllm.version import __version__
 from svdllm.weights import SafetensorsWeights, Weights, save_tensors, weight_files
 
@@ -79,7 +80,7 @@ def write_checkpoint(
     device, stored = resolve_device(recipe.device), stored_tensors(source, skeleton)
     factors = _Factors(source.weights, structure, plan.ranks, analysis, finals, device, reporter)
     write_shards(partial, factors, compressed_tensors(stored, structure.targets, plan.ranks))
-    config = low_rank_config(source.config, _config_entry(source, plan, recipe, provenance))
+    config = low_rank_config(source.config, _config_entry(source, structure, plan, recipe, provenance))
     config.dtype = plan.dtype
     config.save_pretrained(partial)
     for name, text in family_classes(source.config.model_type).causal_lm.code_files().items():
@@ -156,6 +157,12 @@ def read_report(folder: Path) -> dict[str, Any]:
     return report
 
 
+def ranks_of(report: Mapping[str, Any]) -> dict[str, int]:
+    """The rank of every factorised linear, by the report of a checkpoint."""
+    rows = [row for row in report["linears"] if row["rank"] is not None]
+    return {name: row["rank"] for row in rows for name in row.get("parts") or [row["name"]]}
+
+
 def is_checkpoint(folder: str | Path) -> bool:
     return (Path(folder) / REPORT_FILE).is_file()
 
@@ -217,47 +224,52 @@ class _Factors:
         self._weights, self._ranks, self._device = weights, ranks, device
         self._analysis, self._finals = analysis, finals
         self.targets = {target.name: target for target in structure.targets}
+        self._owners = {name: target for target in structure.targets for name in target.linears}
         self._made: tuple[str, dict[str, Tensor]] = ("", {})
         self._reporter, self._num_blocks = reporter, len(structure.blocks)
 
     def get(self, name: str) -> Tensor:
         for leaf in ("svd_v.weight", "svd_u.weight", "svd_u.bias"):
             if name.endswith(leaf):
-                target = self.targets[name.removesuffix(f".{leaf}")]
+                linear = name.removesuffix(f".{leaf}")
+                target = self._owners[linear]
                 if leaf == "svd_u.bias" and not target.bias_corrected:
-                    return self._weights.get(f"{target.name}.bias")
-                return self._factors_of(target)[leaf]
+                    return self._weights.get(f"{linear}.bias")
+                factor = self._factors_of(target)[leaf]
+                return factor if leaf == "svd_v.weight" else target.split(factor)[linear].contiguous()
         return self._refitted(name) if self._finals is not None else self._weights.get(name)
 
     def _refitted(self, name: str) -> Tensor:
         """A dense tensor as in the source, unless a sequential calibration has fitted it to the compressed stream."""
-        stored, target = self._weights.get(name), self.targets.get(name.removesuffix(".weight"))
+        linear = name.removesuffix(".weight")
+        stored, target = self._weights.get(name), self._owners.get(linear)
         if target is None or self._finals is None or "weight" not in (fitted := self._finals.of(target)):
             return stored
-        weight_OI = fitted["weight"]
+        weight_OI = target.split(fitted["weight"])[linear]
         return _as(weight_OI.mT if target.is_conv1d else weight_OI, stored)
 
     def _factors_of(self, target: Target) -> dict[str, Tensor]:
         if self._made[0] != target.name:
-            stored = self._weights.get(f"{target.name}.weight")
+            stored = [self._weights.get(f"{name}.weight") for name in target.linears]
             made = self._sliced(target, stored) if self._finals is None else self._finals.of(target)
-            self._made = (target.name, {leaf: _as(factor, stored) for leaf, factor in made.items()})
+            self._made = (target.name, {leaf: _as(factor, stored[0]) for leaf, factor in made.items()})
             for leaf, factor in self._made[1].items():
                 if not bool(torch.isfinite(factor).all()):
                     raise NumericalError(
-                        f"{target.name}.{leaf} overflows {stored.dtype}; leave it dense with --ignore."
+                        f"{target.name}.{leaf} overflows {stored[0].dtype}; leave it dense with --ignore."
                     )
             self._reporter.advance(target.block + 1, self._num_blocks)
         return self._made[1]
 
-    def _sliced(self, target: Target, stored: Tensor) -> dict[str, Tensor]:
-        weight_OI = (stored.mT if target.is_conv1d else stored).to(self._device)
+    def _sliced(self, target: Target, stored: Sequence[Tensor]) -> dict[str, Tensor]:
+        weight_OI = target.stacked(stored).to(self._device)
         spectrum = self._analysis.spectrum(target).to(self._device)
         u_OR, v_RI = factorise(weight_OI, spectrum, self._ranks[target.name])
         factors = {"svd_u.weight": u_OR, "svd_v.weight": v_RI}
         if target.bias_corrected:
             mean_I = self._analysis.mean(target).to(self._device)
-            bias_O = self._weights.get(f"{target.name}.bias").to(self._device) if target.has_bias else None
+            biases = [self._weights.get(f"{name}.bias") for name in target.linears if target.has_bias]
+            bias_O = torch.cat(biases).to(self._device) if biases else None
             factors["svd_u.bias"] = corrected_bias(weight_OI, u_OR, v_RI, mean_I, mean_I, bias_O)
         return factors
 
@@ -297,11 +309,19 @@ class _WithEnergies:
         return self._factors.get(name) if target is None else self._analysis.energies(target)
 
 
-def _config_entry(source: Source, plan: Plan, recipe: Recipe, provenance: Provenance) -> dict[str, Any]:
+def ranks_entry(structure: Structure, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """What ``config.json`` says of ranks by target: of every linear, and where several have one first factor."""
+    shared = shared_factors(structure.targets, ranks)
+    return {"ranks": linear_ranks(structure.targets, ranks), **({"shared_factors": shared} if shared else {})}
+
+
+def _config_entry(
+    source: Source, structure: Structure, plan: Plan, recipe: Recipe, provenance: Provenance
+) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "base_model_type": source.config.model_type,
-        "ranks": plan.ranks,
+        **ranks_entry(structure, plan.ranks),
         **({"bias_correction": True} if recipe.bias_correction else {}),
         "library_version": __version__,
         "source": {"id": source.name, "revision": source.revision, "fingerprint": provenance.weights_fingerprint},

@@ -107,6 +107,10 @@ class Recipe(BaseModel):
     bias_correction: bool = Field(
         False, description="Factor centred inputs and give every low-rank linear the bias that this leaves over."
     )
+    joint_kv: bool = Field(
+        False,
+        description="One first factor for k_proj and v_proj of a layer: a latent cache then keeps one latent for both.",
+    )
     seed: int = Field(3, ge=0, description="Seed of the random windows.")
 
     device: str = Field("auto", description="Where the blocks run: auto, cpu, cuda, cuda:1, ...")

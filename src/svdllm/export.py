@@ -34,7 +34,7 @@ def export_dense(folder: str | Path, output_dir: str | Path) -> None:
     require_intact(folder)
     base = dense_config(config)
     weights = SafetensorsWeights(folder, build_skeleton(config))
-    dense = _Products(weights, build_skeleton(base), config.svdllm["ranks"])
+    dense = _Products(weights, build_skeleton(base), config.svdllm["ranks"], config.svdllm.get("shared_factors", {}))
     with new_folder(output_dir) as partial:
         write_shards(partial, dense, dense.tensors)
         base.save_pretrained(partial)
@@ -67,8 +67,10 @@ def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
 class _Products:
     """The tensors of the dense model that a low-rank one multiplies out to."""
 
-    def __init__(self, weights: SafetensorsWeights, skeleton: PreTrainedModel, ranks: dict[str, int]):
-        self._weights, self._skeleton, self._ranks = weights, skeleton, ranks
+    def __init__(
+        self, weights: SafetensorsWeights, skeleton: PreTrainedModel, ranks: dict[str, int], shared: dict[str, str]
+    ):
+        self._weights, self._skeleton, self._ranks, self._shared = weights, skeleton, ranks, shared
         self.tensors: Tensors = {}
         for name in weights.names():
             shape, dtype = weights.shape_and_dtype(name)
@@ -87,7 +89,8 @@ class _Products:
             return self._weights.get(name)
         if leaf == "bias":
             return self._weights.get(f"{owner}.svd_u.bias")
-        u_OR, v_RI = self._weights.get(f"{owner}.svd_u.weight"), self._weights.get(f"{owner}.svd_v.weight")
+        u_OR = self._weights.get(f"{owner}.svd_u.weight")
+        v_RI = self._weights.get(f"{self._shared.get(owner, owner)}.svd_v.weight")
         product_OI = u_OR.double() @ v_RI.double()
         is_conv1d = isinstance(self._skeleton.get_submodule(owner), Conv1D)  # which keeps its weight as (in, out)
         return (product_OI.mT if is_conv1d else product_OI).to(u_OR.dtype)

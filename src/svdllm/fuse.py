@@ -43,10 +43,11 @@ class SharedProduct:
         if self.weight is None:
             self.join()
         assert self.weight is not None
-        if len(self.widths) == 1:
+        if len(self.linears) == 1:
             return F.linear(x, self.weight)
         if self._given is not x or self._parts[index] is None:
-            self._given, self._parts = x, list(F.linear(x, self.weight).split(self.widths, dim=-1))
+            product = F.linear(x, self.weight)
+            self._given, self._parts = x, [product[..., rows] for rows in self.rows]
         part, self._parts[index] = self._parts[index], None
         assert part is not None
         if all(other is None for other in self._parts):
@@ -56,14 +57,18 @@ class SharedProduct:
     @torch.no_grad()
     def join(self) -> None:
         """Puts the factors together; the parameters are parts of the result from then on."""
-        firsts = [_first(linear) for linear in self.linears]
-        self.widths = [
-            _aligned(first.out_features) if isinstance(linear, LowRankLinear) else first.out_features
-            for linear, first in zip(self.linears, firsts, strict=True)
-        ]
-        self.weight = firsts[0].weight.new_zeros(sum(self.widths), firsts[0].in_features)
-        for first, rows in zip(firsts, self.weight.split(self.widths), strict=True):
-            _move(first.weight, rows[: first.out_features])
+        places: dict[nn.Linear, slice] = {}  # two linears may have one first factor
+        stop = 0
+        for linear in self.linears:
+            first = _first(linear)
+            if first not in places:
+                width = _aligned(first.out_features) if isinstance(linear, LowRankLinear) else first.out_features
+                places[first] = slice(stop, stop + width)
+                stop += width
+        self.rows = [places[_first(linear)] for linear in self.linears]
+        self.weight = _first(self.linears[0]).weight.new_zeros(stop, _first(self.linears[0]).in_features)
+        for first, rows in places.items():
+            _move(first.weight, self.weight[rows][: first.out_features])
         for linear in self.linears:
             if isinstance(linear, FusedLowRankLinear):
                 linear.__dict__["u_OR"] = _filled_up(linear.svd_u.weight)

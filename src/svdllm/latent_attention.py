@@ -32,11 +32,12 @@ class _Tapped(LowRankLinear):
     gives_nothing: bool
 
     def forward(self, x: Tensor) -> Tensor:
+        nothing = x.new_zeros(()).expand(*x.shape[:-1], self.svd_u.out_features)
+        if self.gives_nothing and not self.keeps:
+            return nothing
         latent = self.latent(x) if isinstance(self, FusedLowRankLinear) else self.svd_v(x)
         self.kept = latent if self.keeps else None
-        if self.gives_nothing:
-            return latent.new_zeros(()).expand(*x.shape[:-1], self.svd_u.out_features)
-        return self.svd_u(latent)
+        return nothing if self.gives_nothing else self.svd_u(latent)
 
     def expect(self, keeps: bool, gives_nothing: bool) -> None:
         self.kept, self.keeps, self.gives_nothing = None, keeps, gives_nothing
@@ -56,7 +57,8 @@ def _tapped(cls: type[nn.Module]) -> type[nn.Module]:
 class LatentAttention:
     """What makes one attention layer keep latents: ``install`` and ``remove`` change the layer in place.
 
-    ``key_path`` and ``latent_values`` say what is kept as latents: without a key path, keys as they are ordinarily.
+    ``key_path`` and ``latent_values`` say what is kept as latents: without a key path, keys as they are ordinarily. If
+    both are and have one first factor, its latent is kept once, in the place of the keys.
     """
 
     def __init__(self, layer: Any, heads: int, key_path: KeyPath | None, latent_values: bool):
@@ -64,6 +66,7 @@ class LatentAttention:
         self.key_path = key_path
         self.taps = [layer.k_proj] * (key_path is not None) + [layer.v_proj] * latent_values
         self.latent_values = latent_values
+        self.joint = len(self.taps) == 2 and layer.k_proj.svd_v is layer.v_proj.svd_v
         self.config = layer.config
         self.cache: Any = None
         self.kept: tuple[Tensor, Tensor] | None = None
@@ -103,7 +106,8 @@ class LatentAttention:
         self.past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on in place
         self.empty = not isinstance(past, Tensor) and past == 0
         for linear in self.taps:
-            linear.expect(keeps=True, gives_nothing=not self.empty)
+            repeats = self.joint and linear is layer.v_proj
+            linear.expect(keeps=not repeats, gives_nothing=not self.empty)
         kwargs = {**kwargs, "past_key_values": self}
         if self.key_path is not None and self.key_path.positions is not None:
             kwargs["position_embeddings"] = self._turns_of_new(hidden_states)
@@ -127,13 +131,17 @@ class LatentAttention:
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Called by the layer in place of its cache's: ``keys`` and ``values`` (B, H, T, D) are those of new tokens.
 
-        Kept are one head of latents, or one head of the whole width: (B, 1, T, R) or (B, 1, T, H * D).
+        Kept are one head of latents, or one head of the whole width: (B, 1, T, R) or (B, 1, T, H * D). Of a joint latent
+        the cache has no values: (B, 1, T, 0).
         """
-        new = (
-            _as_one_head(keys) if self.key_path is None else self.layer.k_proj.take(),
-            self.layer.v_proj.take() if self.latent_values else _as_one_head(values),
-        )
-        kept = self.cache.update(*new, *args, **kwargs)
+        new_keys = _as_one_head(keys) if self.key_path is None else self.layer.k_proj.take()
+        if self.joint:
+            new_values = new_keys[..., :0]
+        else:
+            new_values = self.layer.v_proj.take() if self.latent_values else _as_one_head(values)
+        kept = self.cache.update(new_keys, new_values, *args, **kwargs)
+        if self.joint:
+            kept = kept[0], kept[0]
         self.cache = None
         if self.empty and kept[0].shape[-2] == keys.shape[-2]:
             return keys, values

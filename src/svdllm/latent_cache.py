@@ -24,7 +24,8 @@ def use_latent_cache(model: Any, *, keys: bool = True) -> int:
     """Make ``model`` keep latents in its key-value cache, in place. Returns the number of layers changed.
 
     A projection of keys or values is kept as a latent if it is factorised at a rank below its width; others, and keys
-    and values of layers with neither, are kept as ever. Caches are those of transformers, and so are the attention
+    and values of layers with neither, are kept as ever. Where both have one first factor (``joint_kv`` of a recipe), its
+    latent is kept once. Caches are those of transformers, and so are the attention
     implementations. The logits are those of the ordinary cache but for rounding, which is tried on a few tokens.
     A cache that was filled before is of no use afterwards. For inference: call it after ``fuse_factors``.
 
@@ -76,15 +77,20 @@ def cache_bytes(cache: Any) -> int:
 def cache_size(config: Any, dtype: torch.dtype | None = None) -> CacheSize:
     """What a token takes in the cache, ``layers * 2 * kv_dim`` elements or the sum of ``min(rank, kv_dim)``.
 
-    By the config of a checkpoint, whether its layers can be changed or not. ``dtype`` is the config's by default.
+    By the config of a checkpoint, whether its layers can be changed or not; a rank that keys and values share counts once.
+    ``dtype`` is the config's by default.
     """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     ranks = (getattr(config, "svdllm", None) or {}).get("ranks", {})
-    narrow = [min(rank, width) for name, rank in ranks.items() if name.endswith((".k_proj", ".v_proj"))]
+    shared = (getattr(config, "svdllm", None) or {}).get("shared_factors", {})
+    latents = {name: rank for name, rank in ranks.items() if name.endswith((".k_proj", ".v_proj"))}
+    kept = [
+        min(rank, width * (2 if name in shared.values() else 1)) for name, rank in latents.items() if name not in shared
+    ]
     elements = 2 * config.num_hidden_layers * width
     size = (dtype or config.dtype or torch.float32).itemsize
-    return CacheSize(elements * size, (elements - len(narrow) * width + sum(narrow)) * size)
+    return CacheSize(elements * size, (elements - len(latents) * width + sum(kept)) * size)
 
 
 def _layers_to_change(model: nn.Module, keys: bool) -> dict[str, Any]:
@@ -101,7 +107,8 @@ def _layers_to_change(model: nn.Module, keys: bool) -> dict[str, Any]:
     return {
         name: layer
         for name, layer in layers.items()
-        if not hasattr(layer, "latent_attention") and ((keys and _is_narrow(layer.k_proj)) or _is_narrow(layer.v_proj))
+        if not hasattr(layer, "latent_attention")
+        and ((keys and (_is_narrow(layer.k_proj) or _is_joint(layer))) or _is_narrow(layer.v_proj))
     }
 
 
@@ -112,6 +119,16 @@ def _rank(linear: Any) -> int | None:
 def _is_narrow(linear: Any) -> bool:
     rank = _rank(linear)
     return rank is not None and rank < linear.svd_u.out_features
+
+
+def _is_joint(layer: Any) -> bool:
+    """Whether one latent of keys and values is worth keeping."""
+    rank = _rank(layer.k_proj)
+    return (
+        rank is not None
+        and getattr(layer.v_proj, "svd_v", None) is layer.k_proj.svd_v
+        and rank < layer.k_proj.svd_u.out_features + layer.v_proj.svd_u.out_features
+    )
 
 
 def _latent_attentions(model: Any, layers: dict[str, Any], seen: dict[str, Seen], keys: bool) -> list[LatentAttention]:
@@ -130,11 +147,12 @@ def _latent_attention(name: str, layer: Any, seen: Seen, positions: list[Positio
         raise refused("it does not call the attention functions of transformers")
     if seen.keys is None or seen.values is None:
         raise refused("it does not hand its keys and values to `past_key_values`")
-    latent_values = _is_narrow(layer.v_proj)
+    joint = keys and _is_joint(layer)
+    latent_values = joint or _is_narrow(layer.v_proj)
     if latent_values and not torch.equal(seen.values.transpose(1, 2).flatten(-2), seen.projected["v_proj"]):
         raise refused("its values are not what v_proj gives")
     path = None
-    if keys and _is_narrow(layer.k_proj):
+    if joint or (keys and _is_narrow(layer.k_proj)):
         path = find_key_path(layer, seen, positions)
         if path is None:
             raise refused("its keys are not what k_proj gives, nor that with a norm and a rotation that are known here")

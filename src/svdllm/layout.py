@@ -46,19 +46,24 @@ def stored_tensors(source: Source, skeleton: PreTrainedModel) -> Tensors:
 
 
 def compressed_tensors(stored: Tensors, targets: Sequence[Target], ranks: Mapping[str, int]) -> Tensors:
-    """What the compressed model's files hold: ``weight`` becomes ``svd_v.weight`` and ``svd_u.weight``."""
-    by_name = {target.name: target for target in targets}
+    """What the compressed model's files hold: ``weight`` becomes ``svd_v.weight`` and ``svd_u.weight``.
+
+    Of several linears with one first factor the first has it.
+    """
+    owners = {name: target for target in targets if target.name in ranks for name in target.linears}
     result: Tensors = {}
     for name, (shape, dtype) in stored.items():
         owner, _, leaf = name.rpartition(".")
-        if owner not in ranks:
+        target = owners.get(owner)
+        if target is None:
             result[name] = (shape, dtype)
         elif leaf == "weight":
-            target, rank = by_name[owner], ranks[owner]
-            result[f"{owner}.svd_v.weight"] = ((rank, target.in_features), dtype)
-            result[f"{owner}.svd_u.weight"] = ((target.out_features, rank), dtype)
+            rank, out_features = ranks[target.name], shape[1] if target.is_conv1d else shape[0]
+            if owner == target.linears[0]:
+                result[f"{owner}.svd_v.weight"] = ((rank, target.in_features), dtype)
+            result[f"{owner}.svd_u.weight"] = ((out_features, rank), dtype)
             if target.added_params:
-                result[f"{owner}.svd_u.bias"] = ((target.out_features,), dtype)
+                result[f"{owner}.svd_u.bias"] = ((out_features,), dtype)
         else:
             result[f"{owner}.svd_u.{leaf}"] = (shape, dtype)
     return result
@@ -96,7 +101,7 @@ def file_bytes(tensors: Tensors, limit: int = SHARD_BYTES) -> int:
 def elastic_tensors(structure: Structure, stored: Tensors, spare: Mapping[str, int]) -> Tensors:
     """What the elastic files hold: the energies of every target, and factors of the ``spare`` ranks."""
     energies: Tensors = {f"{t.name}.energies": ((t.full_rank,), torch.float64) for t in structure.targets}
-    dense = {f"{name}.weight": stored[f"{name}.weight"] for name in spare}
+    dense = {f"{n}.weight": stored[f"{n}.weight"] for t in structure.targets if t.name in spare for n in t.linears}
     return energies | compressed_tensors(dense, structure.targets, spare)
 
 

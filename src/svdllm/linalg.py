@@ -11,7 +11,7 @@ which needs no inverse and is defined for a singular ``C`` as well. With a left 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -101,6 +101,17 @@ def shrunk_to_mean(gram_OO: Tensor, amount: float) -> Tensor:
     mean = gram_OO.diagonal().mean()
     identity_OO = torch.eye(len(gram_OO), dtype=gram_OO.dtype, device=gram_OO.device)
     return identity_OO if mean <= 0 else (1 - amount) / mean * gram_OO + amount * identity_OO
+
+
+def equal_energies(weights: Sequence[Tensor], gram: Tensor | None) -> Tensor:
+    """The left metric (``O x O``, diagonal) in which weights, one under the other, have outputs of energy 1 each."""
+    rows = []
+    for weight_OI in weights:
+        weight_OI = weight_OI.double()
+        weighted_OI = weight_OI if gram is None else weight_OI * gram if gram.ndim == 1 else weight_OI @ gram
+        energy = (weighted_OI * weight_OI).sum()
+        rows.append((1 / energy if energy > 0 else torch.ones_like(energy)).expand(len(weight_OI)))
+    return torch.diag(torch.cat(rows))
 
 
 def tail_energies(energies_K: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def measure_linears(
         dtype: of inputs and matrices.
         reporter: is told about progress.
     """
-    names = {target.name for target in structure.targets}
+    names = {name for target in structure.targets for name in target.linears}
     others = [module_shape(module) for name, module in linears_of(skeleton) if name not in names]
     highest: dict[Shape, int] = dict.fromkeys(others, 0)
     for target in structure.targets:

@@ -20,7 +20,7 @@ from svdllm.methods import METHODS
 from svdllm.probing import WINDOW, probe_ranks, probe_tokens
 from svdllm.source import Source, build_skeleton, context_length, open_config
 from svdllm.statistics import Gram
-from svdllm.structure import Structure, Target, bias_corrected, discover
+from svdllm.structure import Structure, Target, bias_corrected, discover, with_joint_keys_and_values
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -153,8 +153,15 @@ def look_at(source: Source, recipe: Recipe) -> tuple[PreTrainedModel, Structure]
             f"{source.name} is compressed already; compress its dense source ({source.config.svdllm['source']['id']})."
         )
     skeleton = build_skeleton(source.config)
+    return skeleton, structure_for(skeleton, recipe)
+
+
+def structure_for(skeleton: PreTrainedModel, recipe: Recipe) -> Structure:
+    """What a model is made of, as a recipe compresses it. Raises InputError, UnsupportedModelError as ``look_at``."""
     structure = discover(skeleton, recipe.ignore)
-    return skeleton, bias_corrected(structure) if recipe.bias_correction else structure
+    if recipe.joint_kv:
+        structure = with_joint_keys_and_values(structure)
+    return bias_corrected(structure) if recipe.bias_correction else structure
 
 
 def make_plan(

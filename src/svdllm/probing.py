@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from svdllm.allocation import Probes, candidate_ranks
 from svdllm.analysis import Analysis
-from svdllm.calibration import weight_of
 from svdllm.config import Recipe
 from svdllm.errors import NumericalError
 from svdllm.linalg import Spectrum
@@ -29,7 +28,7 @@ from svdllm.methods import METHODS
 from svdllm.progress import Reporter
 from svdllm.statistics import Gram
 from svdllm.stream import Walk
-from svdllm.structure import Structure, Target
+from svdllm.structure import Structure, Target, weight_of
 
 PROBE_SHARE_OF_BREAK_EVEN = 0.1
 WINDOW = 256
@@ -118,10 +117,10 @@ def probe(walk: Walk, analysis: Analysis, ranks: Ranks, measure: Measure, report
             for key, hidden in streams.items():
                 streams[key] = call.run(block.module, hidden.to(walk.device)).cpu()
             for target in walk.structure.block_targets(block.index):
-                module = walk.skeleton.get_submodule(target.name)
-                products = _truncations(weight_of(module, target), analysis.spectrum(target), ranks[target.name])
+                weight_OI = weight_of(walk.skeleton, target)
+                products = _truncations(weight_OI, analysis.spectrum(target), ranks[target.name])
                 for rank, product_OI in products:
-                    with _weight_replaced(module, product_OI.mT if target.is_conv1d else product_OI):
+                    with _weight_replaced(walk.skeleton, target, product_OI):
                         streams[target.name, rank] = call.run(block.module, walk.hidden.tensor.to(walk.device)).cpu()
                 reporter.advance(len(streams), num_streams)
             block.run()
@@ -145,13 +144,16 @@ def _truncations(weight_OI: Tensor, spectrum: Spectrum, ranks: Sequence[int]) ->
 
 
 @contextmanager
-def _weight_replaced(module: Any, weight: Tensor) -> Iterator[None]:
-    dense = module.weight.data
-    module.weight.data = weight.contiguous()
+def _weight_replaced(model: PreTrainedModel, target: Target, weight_OI: Tensor) -> Iterator[None]:
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in target.linears}
+    dense = {name: module.weight.data for name, module in modules.items()}
+    for name, rows in target.split(weight_OI).items():
+        modules[name].weight.data = (rows.mT if target.is_conv1d else rows).contiguous()
     try:
         yield
     finally:
-        module.weight.data = dense
+        for name, module in modules.items():
+            module.weight.data = dense[name]
 
 
 def _measured(walk: Walk, streams: list[Tensor], measure: Measure) -> list[float]:

@@ -22,6 +22,7 @@ class LinearRecord:
     """
 
     name: str
+    parts: list[str]  # names of the linears, where several have one first factor; else none
     block: int
     out_features: int
     in_features: int
@@ -41,6 +42,7 @@ def linear_record(target: Target, rank: int | None, energies_K: Any, seconds: fl
     share = squared_loss / total if total > 0 else 0.0
     return LinearRecord(
         name=target.name,
+        parts=[name for name, _ in target.parts],
         block=target.block,
         out_features=target.out_features,
         in_features=target.in_features,

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from svdllm.analysis import Analysis, FinalFactors
-from svdllm.calibration import weight_of
+from svdllm.calibration import left_metric_of
 from svdllm.config import Recipe
 from svdllm.errors import NumericalError
 from svdllm.linalg import anchored, corrected_bias, factorise, output_spectrum
 from svdllm.progress import Reporter
 from svdllm.statistics import CrossGram, Gram
 from svdllm.stream import Block, Walk
-from svdllm.structure import Target
+from svdllm.structure import Target, bias_of, weight_of
 
 # Candidates among which a group's beta is chosen by its error on tokens that it was not fitted to.
 BETAS = (0.0, 0.5, 1.0)
@@ -106,8 +106,7 @@ class Sequential:
                 beta = self._best_beta(group, fitted, held_out)
             products = fitted.plus(held_out)
             for target in group:
-                module: Any = self.walk.skeleton.get_submodule(target.name)
-                weight_OI = weight_of(module, target)
+                weight_OI = weight_of(self.walk.skeleton, target)
                 betas[target.name] = beta
                 if target.name not in self.ranks and beta == 0:
                     continue  # stays as it is
@@ -115,7 +114,8 @@ class Sequential:
                 if target.bias_corrected and target.name in self.ranks:
                     means = [total / products.num_tokens for total in (products.dense_sum_I, products.compressed_sum_I)]
                     u_OR, v_RI = tensors["svd_u.weight"], tensors["svd_v.weight"]
-                    tensors["svd_u.bias"] = corrected_bias(weight_OI, u_OR, v_RI, *means, bias_O=module.bias)
+                    bias_O = bias_of(self.walk.skeleton, target)
+                    tensors["svd_u.bias"] = corrected_bias(weight_OI, u_OR, v_RI, *means, bias_O=bias_O)
                 factors[target.name] = tensors
                 replaced[target.name] = self._effective(factors[target.name])
         dtype = torch.float64 if self.walk.dtype == torch.float64 else torch.float32
@@ -130,7 +130,10 @@ class Sequential:
         def note(name: str):
             return lambda *_: called.setdefault(name)
 
-        handles = [block.walk.skeleton.get_submodule(n).register_forward_pre_hook(note(n)) for n in targets]
+        handles = [
+            block.walk.skeleton.get_submodule(target.linears[0]).register_forward_pre_hook(note(target.name))
+            for target in targets.values()
+        ]
         block.output_of(self.walk.hidden, 0)
         for handle in handles:
             handle.remove()
@@ -142,7 +145,7 @@ class Sequential:
     def _products(self, block: Block, leader: Target, replaced: Mapping[str, Replacement]) -> tuple[Products, Products]:
         """Of the tokens to fit to and of those held out: every eighth batch or so, none where beta is given."""
         assert self.walk.compressed is not None
-        module = self.walk.skeleton.get_submodule(leader.name)
+        module = self.walk.skeleton.get_submodule(leader.linears[0])
         num_batches = len(self.walk.batches)
         num_held = 0 if self.recipe.beta is not None else max(1, round(HELD_OUT_SHARE * num_batches))
         sums = [_Sums(leader.in_features, self.walk.device) for _ in range(2)]
@@ -169,6 +172,7 @@ class Sequential:
             if dense:
                 return {"weight": star_OI}
             rank = self.ranks[target.name]
+            left_OO = left_metric_of(target, star_OI, products.compressed_II, left_OO)
             spectrum = output_spectrum(star_OI, products.compressed_II, rank, left_gram_OO=left_OO)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
@@ -179,7 +183,7 @@ class Sequential:
         """The candidate whose factors come nearest to the dense outputs on the held-out tokens, over the group."""
         errors = dict.fromkeys(BETAS, 0.0)
         for target in targets:
-            weight_OI = weight_of(self.walk.skeleton.get_submodule(target.name), target).double()
+            weight_OI = weight_of(self.walk.skeleton, target).double()
             judged = held_out.centred() if target.bias_corrected and target.name in self.ranks else held_out
             for beta in BETAS:
                 product_OI = _product(self._fit(target, weight_OI, fitted, beta))
@@ -211,15 +215,16 @@ class Sequential:
     @contextmanager
     def _weights(self, replaced: Mapping[str, Replacement]) -> Iterator[None]:
         """Targets of the resident block have other weights while the context lasts."""
-        conv1d = {target.name for target in self.walk.structure.targets if target.is_conv1d}
-        modules: dict[str, Any] = {name: self.walk.skeleton.get_submodule(name) for name in replaced}
+        targets = [target for target in self.walk.structure.targets if target.name in replaced]
+        modules: dict[str, Any] = {n: self.walk.skeleton.get_submodule(n) for t in targets for n in t.linears}
         dense = {name: (module.weight.data, module.bias) for name, module in modules.items()}
         try:
-            for name, module in modules.items():
-                weight_OI, bias_O = replaced[name]
-                module.weight.data = weight_OI.mT if name in conv1d else weight_OI
-                if bias_O is not None:
-                    module.bias = torch.nn.Parameter(bias_O, requires_grad=False)
+            for target in targets:
+                weight_OI, bias_O = replaced[target.name]
+                for name, rows in target.split(weight_OI).items():
+                    modules[name].weight.data = rows.mT if target.is_conv1d else rows
+                for name, values in ({} if bias_O is None else target.split(bias_O)).items():
+                    modules[name].bias = torch.nn.Parameter(values, requires_grad=False)
             yield
         finally:
             for name, module in modules.items():

@@ -18,7 +18,15 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from svdllm.allocation import Evidence
 from svdllm.budget import spare_ranks
-from svdllm.checkpoint import RECIPE_FILE, copy_companions, finish_checkpoint, read_report, report_of, write_shards
+from svdllm.checkpoint import (
+    RECIPE_FILE,
+    copy_companions,
+    finish_checkpoint,
+    ranks_entry,
+    read_report,
+    report_of,
+    write_shards,
+)
 from svdllm.config import Recipe, load_settings, make_recipe
 from svdllm.elastic import ELASTIC_STEM, ElasticIndex, SlicedTensors, TensorFiles
 from svdllm.errors import CheckpointError, InputError
@@ -26,11 +34,11 @@ from svdllm.export import dense_config
 from svdllm.layout import Tensors, compressed_tensors
 from svdllm.memory import device_peak_bytes, peak_bytes
 from svdllm.modeling import HASHES_FILE, compare_hashes, family_classes
-from svdllm.plan import Plan, make_plan
+from svdllm.plan import Plan, make_plan, structure_for
 from svdllm.progress import Reporter
 from svdllm.records import CompressionResult, LinearRecord, Provenance, linear_record
 from svdllm.source import Source, build_skeleton, load_config
-from svdllm.structure import Structure, discover
+from svdllm.structure import Structure, linear_ranks
 from svdllm.weights import weight_files
 from svdllm.workspace import new_folder, place_for, require_room
 
@@ -125,7 +133,8 @@ class _Slice:
     def config_fields(self) -> dict[str, Any]:
         """What ``config.json`` of the size holds: all as in the elastic one's but the ranks."""
         fields = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        fields["svdllm"] = fields["svdllm"] | {"ranks": self.plan.ranks}
+        settings = {key: value for key, value in fields["svdllm"].items() if key != "shared_factors"}
+        fields["svdllm"] = settings | ranks_entry(self.structure, self.plan.ranks)
         return fields
 
     @property
@@ -173,7 +182,7 @@ def _open(folder: str | Path, ratio: float, device: str | None, *, check_integri
         weights=_Shapes(index.stored),
     )
     skeleton = build_skeleton(source.config)
-    structure = discover(skeleton, recipe.ignore)
+    structure = structure_for(skeleton, recipe)
     elastic = TensorFiles(sorted((folder / ELASTIC_STEM).parent.glob(f"{Path(ELASTIC_STEM).name}*.safetensors")))
     evidence = Evidence({t.name: elastic.get(f"{t.name}.energies") for t in structure.targets}, index.probes)
     plan = make_plan(
@@ -183,8 +192,9 @@ def _open(folder: str | Path, ratio: float, device: str | None, *, check_integri
         recipe.model_copy(update={"device": device or recipe.device}),
         evidence=None if recipe.allocation == "uniform" else evidence,
     )
-    stored_ranks = config.svdllm["ranks"]  # type: ignore[attr-defined]
+    stored_ranks: dict[str, int] = config.svdllm["ranks"]  # type: ignore[attr-defined]
     _require_nested(folder, whole, structure, stored_ranks, plan.ranks, ratio)
+    ranks = linear_ranks(structure.targets, plan.ranks)
     needed = {stage: plan.ram_by_stage[stage] for stage in ("now", "write", "check")}
     return _Slice(
         folder=folder,
@@ -195,7 +205,7 @@ def _open(folder: str | Path, ratio: float, device: str | None, *, check_integri
         evidence=evidence,
         plan=replace(plan, ram_by_stage=needed, disk_bytes=plan.file_bytes, hidden_states_bytes=0, seconds_by_stage={}),
         layout=compressed_tensors(index.stored, structure.targets, plan.ranks),
-        tensors=SlicedTensors(TensorFiles(weight_files(folder)), elastic, stored_ranks, plan.ranks),
+        tensors=SlicedTensors(TensorFiles(weight_files(folder)), elastic, stored_ranks, ranks),
     )
 
 
@@ -242,12 +252,13 @@ def _require_nested(
     ratio: float,
 ) -> None:
     """Raises InputError where a rank is more than is stored: rare, and mostly at ratios very close."""
-    spare = spare_ranks(whole, structure, stored)
+    own = {target.name: stored[target.linears[0]] for target in structure.targets if target.linears[0] in stored}
+    spare = spare_ranks(whole, structure, own)
     lacking = []
     for target in structure.targets:
-        held = stored.get(target.name, spare.get(target.name, 0))
+        held = own.get(target.name, spare.get(target.name, 0))
         rank = wanted.get(target.name)
-        if (rank is None and target.name in stored) or (rank is not None and rank > held):
+        if (rank is None and target.name in own) or (rank is not None and rank > held):
             lacking.append(f"{target.name} is stored at rank {held}, wanted {'dense' if rank is None else rank}")
     if lacking:
         more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""

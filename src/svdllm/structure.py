@@ -23,7 +23,10 @@ from svdllm.errors import InputError, UnsupportedModelError
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One linear that may be compressed. ``group`` is the name of the first target that reads the same tensor."""
+    """One linear that may be compressed, or several that read the same tensor and are to share their first factor.
+
+    ``group`` is the name of the first target that reads the same tensor.
+    """
 
     name: str
     block: int
@@ -33,6 +36,25 @@ class Target:
     is_conv1d: bool  # GPT-2's Conv1D keeps its weight as (in, out)
     group: str
     bias_corrected: bool = False  # factorised, it has a bias that makes its mean output the dense one
+    parts: tuple[tuple[str, int], ...] = ()  # of several linears: name and out_features of each, the rows from the top
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of the modules."""
+        return tuple(name for name, _ in self.parts) or (self.name,)
+
+    def split(self, rows: Tensor) -> dict[str, Tensor]:
+        """The rows (``out_features`` of them) that belong to each linear."""
+        return dict(zip(self.linears, rows.split([size for _, size in self.parts] or len(rows)), strict=True))
+
+    def stacked(self, weights: Sequence[Tensor]) -> Tensor:
+        """Weights of the linears as they are kept, one under the other: ``out x in``."""
+        rows = [weight.mT if self.is_conv1d else weight for weight in weights]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def matched_by(self, pattern: str) -> bool:
+        """Whether the name of a linear of it matches."""
+        return any(matches(pattern, name) for name in self.linears)
 
     @property
     def num_weights(self) -> int:
@@ -104,6 +126,65 @@ def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure
         ignored=tuple(ignored),
         returns_tuple=tuple(returns_tuple),
     )
+
+
+def with_joint_keys_and_values(structure: Structure) -> Structure:
+    """The structure, if ``k_proj`` and ``v_proj`` of every layer are one target, as in multi-head latent attention.
+
+    A linear that is ignored, or that has a bias where the other has none, is left by itself.
+
+    Raises:
+        UnsupportedModelError: there is no such pair.
+    """
+    by_name = {target.name: target for target in structure.targets}
+    joint: dict[str, Target] = {}
+    for keys in structure.targets:
+        parent, _, leaf = keys.name.rpartition(".")
+        values = by_name.get(f"{parent}.v_proj")
+        if leaf == "k_proj" and values and (values.group, values.has_bias) == (keys.group, keys.has_bias):
+            joint[keys.name] = joint[values.name] = _joint(keys, values)
+    if not joint:
+        raise UnsupportedModelError(
+            "No layer has a k_proj and a v_proj that read the same tensor and may both be compressed, so there is nothing "
+            f"to give one first factor to; the linears are {_listing([target.name for target in structure.targets])}. "
+            "Leave out --joint-kv."
+        )
+    targets = dict.fromkeys(joint.get(target.name, target) for target in structure.targets)
+    renamed = {name: target.name for name, target in joint.items()}
+    groups = (replace(target, group=renamed.get(target.group, target.group)) for target in targets)
+    return replace(structure, targets=tuple(groups))
+
+
+def _joint(keys: Target, values: Target) -> Target:
+    return replace(
+        keys,
+        name=f"{keys.name}+{values.name.rpartition('.')[2]}",
+        out_features=keys.out_features + values.out_features,
+        parts=((keys.name, keys.out_features), (values.name, values.out_features)),
+    )
+
+
+def linear_ranks(targets: Sequence[Target], ranks: Mapping[str, int]) -> dict[str, int]:
+    """Ranks by linear, of ranks by target."""
+    return {name: ranks[target.name] for target in targets if target.name in ranks for name in target.linears}
+
+
+def shared_factors(targets: Sequence[Target], ranks: Mapping[str, int]) -> dict[str, str]:
+    """Factorised linears that have their first factor from another: linear -> that other."""
+    factorised = (target.linears for target in targets if target.name in ranks)
+    return {name: first for first, *others in factorised for name in others}
+
+
+def weight_of(model: nn.Module, target: Target) -> Tensor:
+    """The weight as ``out x in``, whatever the modules keep; of several linears one under the other."""
+    weights: list[Any] = [model.get_submodule(name).weight for name in target.linears]
+    return target.stacked([weight.detach() for weight in weights])
+
+
+def bias_of(model: nn.Module, target: Target) -> Tensor | None:
+    """The bias of a target, or None."""
+    biases: list[Any] = [model.get_submodule(name).bias for name in target.linears]
+    return torch.cat([bias.detach() for bias in biases]) if target.has_bias else None
 
 
 def bias_corrected(structure: Structure) -> Structure:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from svdllm.checkpoint import REFERENCE_FILE, REFERENCE_POSITIONS, REPORT_FILE, load_model, read_report
+from svdllm.checkpoint import REFERENCE_FILE, REFERENCE_POSITIONS, REPORT_FILE, load_model, ranks_of, read_report
 from svdllm.errors import CheckpointError, NumericalError
 from svdllm.modeling import HASHES_FILE, LowRankLinear, compare_hashes
 from svdllm.plan import resolve_device
@@ -38,7 +38,7 @@ def verify(folder: str | Path, device: str = "auto") -> list[tuple[str, str]]:
     checks = [("hashes", "every file is as it was written")]
     model = load_model(folder, dtype=torch.float32, check_integrity=False)
     ranks = {name: m.svd_v.out_features for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    wanted = {row["name"]: row["rank"] for row in report["linears"] if row["rank"] is not None}
+    wanted = ranks_of(report)
     if ranks != wanted:
         different = sorted(name for name in {**ranks, **wanted} if ranks.get(name) != wanted.get(name))
         raise CheckpointError(f"{folder}: the ranks of {', '.join(different[:3])} are not those of {REPORT_FILE}.")

@@ -150,6 +150,16 @@ BiasCorrection = Annotated[
         rich_help_panel="Method",
     ),
 ]
+JointKV = Annotated[
+    bool | None,
+    typer.Option(
+        "--joint-kv/--no-joint-kv",
+        help="One first factor for k_proj and v_proj of a layer, as in multi-head latent attention: `--kv-cache latent` "
+        "then keeps one latent for both. For a smaller cache.",
+        show_default="no",
+        rich_help_panel="Method",
+    ),
+]
 Shrinkage = Annotated[
     float | None,
     typer.Option(

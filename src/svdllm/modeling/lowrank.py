@@ -88,6 +88,13 @@ def swap_linears(model: nn.Module, ranks: Mapping[str, int], add_biases: bool = 
         _mark_factored(modules[parent_name])
 
 
+def share_first_factors(model: nn.Module, shared: Mapping[str, str]) -> None:
+    """Let low-rank linears have the first factor of others: linear -> that other. Both have one ``svd_v`` then."""
+    for name, first in shared.items():
+        linear, other = model.get_submodule(name), model.get_submodule(first)
+        linear.svd_v = other.svd_v
+
+
 def _shape(module: nn.Module) -> tuple[int, int] | None:
     """``(in_features, out_features)`` of a linear, or None for any other module."""
     if isinstance(module, nn.Linear):
@@ -148,11 +155,21 @@ class LowRankMixin(_Model):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         settings = getattr(config, "svdllm", None) or {}
-        ranks = settings.get("ranks", {})
+        ranks, shared = settings.get("ranks", {}), settings.get("shared_factors", {})
         if self.base_model is self:  # ranks are named as in the causal LM, whose base model this is
             prefix = f"{self.base_model_prefix}."
             ranks = {name.removeprefix(prefix): rank for name, rank in ranks.items() if name.startswith(prefix)}
+            shared = {name.removeprefix(prefix): first.removeprefix(prefix) for name, first in shared.items()}
         swap_linears(self, ranks, settings.get("bias_correction", False))
+        if shared:
+            share_first_factors(self, shared)
+            self._tied_weights_keys = {**(self._tied_weights_keys or {}), **_tied_factors(self)}
+            self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """As transformers has it, and the first factors that several linears share."""
+        tied = super().get_expanded_tied_weights_keys(all_submodels)
+        return tied | _tied_factors(self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -228,6 +245,19 @@ class LowRankMixin(_Model):
             if isinstance(module, LowRankLinear):
                 vars(module).pop("forward", None)
         return model
+
+
+def _tied_factors(model: nn.Module) -> dict[str, str]:
+    """Names of the weights that are another's, and that other's: all but the first of each shared first factor."""
+    firsts: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            weight = f"{name}.svd_v.weight"
+            first = firsts.setdefault(id(module.svd_v), weight)
+            if first != weight:
+                tied[weight] = first
+    return tied
 
 
 _HUB_KEYS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "token", "tags")

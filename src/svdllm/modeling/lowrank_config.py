@@ -21,7 +21,7 @@ def check_svdllm(settings: Any) -> dict[str, Any] | None:
 
     Raises:
         ValueError: the entry is no mapping, its format version is not the one known here, or a rank is not a
-            positive integer.
+            positive integer, or factors are shared that cannot be.
     """
     if settings is None:
         return None
@@ -39,6 +39,15 @@ def check_svdllm(settings: Any) -> dict[str, Any] | None:
     bad = {name: rank for name, rank in ranks.items() if not _is_positive_int(rank)}
     if bad:
         raise ValueError(f"config.svdllm.ranks: expected positive integers, found {bad}.")
+    shared = settings.get("shared_factors", {})
+    if not isinstance(shared, dict):
+        raise ValueError("config.svdllm.shared_factors: expected a mapping from module names to module names.")
+    for name, first in shared.items():
+        if name not in ranks or ranks.get(first) != ranks[name] or first in shared:
+            raise ValueError(
+                f"config.svdllm.shared_factors: {name} cannot have the first factor of {first}: expected two names of "
+                "config.svdllm.ranks with the same rank, the second with a first factor of its own."
+            )
     return settings
 
 
@@ -91,8 +100,8 @@ def legacy_rope_fields(rope: dict[str, Any]) -> dict[str, Any]:
 class LowRankConfigMixin(_Config):
     """Adds the ``svdllm`` entry to the config class of a family: ``class C(LowRankConfigMixin, LlamaConfig)``.
 
-    ``svdllm`` holds ``format_version``, ``base_model_type`` and ``ranks`` (names as in the causal LM's
-    ``named_modules``), and whatever else the writer recorded; it is checked when a config is built and kept as it is.
+    ``svdllm`` holds ``format_version``, ``base_model_type``, ``ranks`` (names as in the causal LM's ``named_modules``),
+    ``shared_factors`` where linears have the first factor of others, and whatever else the writer recorded; it is checked when a config is built and kept as it is.
     """
 
     svdllm: dict[str, Any] | None = None  # a plain attribute: this class is no dataclass

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, set_seed
 
 from svdllm.errors import NumericalError
 from svdllm.evaluate import evaluation_mode
+from svdllm.modeling.lowrank import share_first_factors
 from svdllm.recover.record import TrainingRecord
 from svdllm.recover.task import Task
 from svdllm.recover.training import is_sharded, train
@@ -58,6 +59,7 @@ def train_factors(
     _to_float32(adapted)
     with_adapters = _logits(adapted, example)
     adapted.merge_and_unload(safe_merge=True)
+    share_again(model)
     _require_same_answers(with_adapters, _logits(model, example))
     for name, parameter in model.requires_grad_(False).named_parameters():
         parameter.data = parameter.data.to(stored[name])
@@ -73,7 +75,14 @@ def _with_adapters(model: PreTrainedModel, config: Any) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # it asks for what transformers has given another name
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    share_again(model)
+    return adapted
+
+
+def share_again(model: PreTrainedModel) -> None:
+    """peft exchanges a module that stands in two places in the first of them only."""
+    share_first_factors(model, model.config.svdllm.get("shared_factors", {}))
 
 
 def _to_float32(adapted: nn.Module) -> None:
@@ -99,9 +108,10 @@ def _require_same_answers(with_adapters: Tensor, merged: Tensor) -> None:
         )
 
 
-def _digests(model: nn.Module) -> dict[str, bytes]:
-    """A hash of every tensor."""
+def _digests(model: PreTrainedModel) -> dict[str, bytes]:
+    """A hash of every tensor; of tied ones, of the first."""
     return {
         name: hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).digest()
         for name, tensor in model.state_dict().items()
+        if name not in model.all_tied_weights_keys
     }

@@ -124,6 +124,8 @@ def test_a_dense_model_is_padded_too(tmp_path: Path) -> None:
 
 OTHER_FAMILIES: dict[str, Any] = {
     "opt": (3, {}, "embed_dim must be divisible"),
+    "gpt2": (3, {}, "`embed_dim` must be divisible"),
+    "gpt_neox": (3, {}, "The hidden size is not divisible"),
     "stablelm": (4, {}, "the width of a head follows from their number"),
     "falcon": (3, {}, "the width of a head follows from their number"),
     "phi3": (3, {}, r"qkv_proj.weight \(Linear\) would grow from \(64, 32\) to \(96, 32\)"),

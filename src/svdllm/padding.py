@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -112,8 +113,8 @@ def _fields(config: PreTrainedConfig, heads: Heads) -> dict[str, int]:
 def _padded_skeleton(config: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedModel:
     try:
         return build_skeleton(type(config).from_dict(fields))
-    except (ValueError, TypeError) as error:
-        raise _refused(config, f"transformers makes no such model ({first_line(error)}).") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise _refused(config, f"transformers makes no such model ({first_line(error.__cause__ or error)}).") from error
 
 
 def _padded_shapes(skeleton: PreTrainedModel, padded: PreTrainedModel, before: Heads, after: Heads) -> dict[str, Any]:

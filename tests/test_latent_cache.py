@@ -12,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from families import ATTENTIONS, low_rank_model, tiny_tokens
+from families import ATTENTIONS, low_rank_model, tiny_model, tiny_tokens
 from svdllm import InputError, UnsupportedModelError, fuse_factors
+from svdllm.inference import prepare
 from svdllm.latent_cache import cache_bytes, cache_size, use_latent_cache, use_ordinary_cache
+from svdllm.progress import Reporter
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "opt", "stablelm", *ATTENTIONS]
 
@@ -136,6 +138,16 @@ def test_layers_with_neither_are_left_alone() -> None:
         in_parts(random_model("llama", dense=("0.self_attn.k_proj", "0.self_attn.v_proj")), tiny_tokens(), [12]),
     )
     assert use_latent_cache(random_model("llama", dense=("k_proj", "v_proj"))) == 0
+
+
+def test_who_asks_for_latents_where_none_can_be_kept_is_told() -> None:
+    for model, warned in ((tiny_model("llama"), True), (random_model("llama"), False)):
+        for kind in ("ordinary", "latent", "latent-values"):
+            reporter = Reporter()
+            made = prepare(model, kv_cache=kind, reporter=reporter)
+            assert bool(reporter.warnings) == (warned and kind != "ordinary")
+            assert made.latent_layers == (0 if warned or kind == "ordinary" else 2)
+            use_ordinary_cache(model)
 
 
 def test_bytes_by_hand() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,16 @@ def said_by_generate(folder: Path, messages: list[dict[str, str]], tokens: int) 
 @pytest.fixture(scope="module")
 def server(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of ``svdllm serve`` in a process of its own, ready to answer."""
+    with serving_process(small, tmp_path_factory.mktemp("log") / "server.txt", "--backend", "transformers") as port:
+        yield port
+
+
+@contextmanager
+def serving_process(folder: Path, log: Path, *options: str) -> Iterator[int]:
     for package in serving.SERVER_PACKAGES:
         pytest.importorskip(package)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("log") / "server.txt"
-    command = [sys.executable, "-m", "svdllm", "serve", str(small), "--port", str(port), "--backend", "transformers"]
+    port = free_port()
+    command = [sys.executable, "-m", "svdllm", "serve", str(folder), "--port", str(port), *options]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"})
         try:
@@ -102,6 +107,20 @@ def test_chat_completions_are_those_of_generate(server: int, small: Path, monkey
     assert len(list(filter(None, pieces))) > 1
 
 
+def test_with_latents_in_the_cache_it_says_the_same(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from openai import OpenAI
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving_process(small, tmp_path / "server.txt", "--kv-cache", "latent") as port:
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        request: dict[str, Any] = {"model": str(small), "messages": MESSAGES, "max_tokens": 8, "temperature": 0}
+        answers = [client.chat.completions.create(**request).choices[0].message.content for _ in range(2)]
+    assert answers == [said_by_generate(small, MESSAGES, 8)] * 2
+    assert "2 layers keep latents in their cache" in (tmp_path / "server.txt").read_text()
+
+
 def test_what_vllm_is_started_with(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[str, ...]] = []
     monkeypatch.setattr(serving, "vllm_program", lambda: "/opt/vllm")
@@ -139,6 +158,8 @@ def test_vllm_is_taken_where_it_is(small: Path, monkeypatch: pytest.MonkeyPatch)
     assert prepare_service(str(small), port=free_port()).backend == "vllm"
     chosen = prepare_service(str(small), port=free_port(), device="cpu")
     assert (chosen.backend, chosen.dtype) == ("transformers", "float32")
+    chosen = prepare_service(str(small), port=free_port(), kv_cache="latent-values")
+    assert (chosen.backend, chosen.kv_cache) == ("transformers", "latent-values")
     monkeypatch.setattr(serving, "vllm_program", lambda: None)
     assert prepare_service(str(small), port=free_port()).backend == "transformers"
     with pytest.raises(InputError, match="needs the program vllm, which is neither beside this Python nor on the PATH"):
@@ -161,6 +182,8 @@ def test_mistakes_are_found_before_anything_is_loaded(
             ("Cannot listen on nowhere.invalid", dense, {"host": "nowhere.invalid"}),
             ("--device cpu is for transformers", dense, {"backend": "vllm", "device": "cpu"}),
             ("--device 'abacus' is not available", dense, {"device": "abacus"}),
+            ("--kv-cache latent is for transformers: vLLM keeps", dense, {"backend": "vllm", "kv_cache": "latent"}),
+            ("--kv-cache 'tiny' is unknown; use ordinary, latent", dense, {"kv_cache": "tiny"}),
             ("--dtype 'int3' is unknown", dense, {"backend": "transformers", "dtype": "int3"}),
             ("--quick is for vLLM", dense, {"backend": "transformers", "vllm_options": ("--quick",)}),
         ):

@@ -22,6 +22,7 @@ from svdllm.export import export_dense
 from svdllm.fuse import fuse_factors
 from svdllm.latent_cache import use_latent_cache, use_ordinary_cache
 from svdllm.modeling import register_all
+from svdllm.padding import export_padded
 from svdllm.plan import Plan, plan
 from svdllm.quantize import QuantizationResult, quantize
 from svdllm.records import CompressionResult
@@ -58,6 +59,7 @@ __all__ = [
     "compress_many",
     "evaluate_tasks",
     "export_dense",
+    "export_padded",
     "fuse_factors",
     "load_model",
     "perplexity",

@@ -350,13 +350,22 @@ def copy_companions(folder: Path, partial: Path) -> None:
 
 
 def _write_reference(folder: Path, config: PreTrainedConfig, device: torch.device) -> None:
-    """Logits of a few fixed tokens, computed from the written files."""
+    ids, logits = reference_logits(folder, config, device)
+    save_tensors({"token_ids": ids, "logits": logits}, folder / REFERENCE_FILE)
+
+
+def reference_logits(folder: Path, config: PreTrainedConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A few fixed tokens, and the logits after the last of them: float32, computed from the files of a folder.
+
+    Raises:
+        NumericalError: they are not finite.
+    """
     ids = (torch.arange(REFERENCE_TOKENS).unsqueeze(0) * 7919 + 11) % config.get_text_config().vocab_size
     logits_of = _loaded_logits if getattr(config, "quantization_config", None) else _walked_logits
     logits = logits_of(folder, config, ids, device)[:, -REFERENCE_POSITIONS:].float().cpu().contiguous()
     if not bool(torch.isfinite(logits).all()):
         raise NumericalError("The compressed model's logits are not finite.")
-    save_tensors({"token_ids": ids, "logits": logits}, folder / REFERENCE_FILE)
+    return ids, logits
 
 
 def _walked_logits(folder: Path, config: PreTrainedConfig, ids: Tensor, device: torch.device) -> Tensor:

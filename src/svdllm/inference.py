@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from svdllm.errors import InputError
 from svdllm.fuse import fuse_factors
 from svdllm.latent_cache import use_latent_cache
+from svdllm.progress import Reporter
 
 KV_CACHES = ("ordinary", "latent", "latent-values")
 
@@ -26,10 +27,13 @@ def check_kv_cache(kind: str) -> None:
         raise InputError(f"--kv-cache {kind!r} is unknown; use {', '.join(KV_CACHES)}.")
 
 
-def prepare(model: PreTrainedModel, *, fuse: bool = True, kv_cache: str = "ordinary") -> Prepared:
+def prepare(
+    model: PreTrainedModel, *, fuse: bool = True, kv_cache: str = "ordinary", reporter: Reporter | None = None
+) -> Prepared:
     """Fuses first factors (``svdllm.fuse``) and chooses the key-value cache (``svdllm.latent_cache``), in place.
 
     ``kv_cache`` is ``ordinary``, ``latent`` (of keys and values) or ``latent-values``. Nothing is done to a dense model.
+    ``reporter`` is told if no layer can keep latents.
 
     Raises:
         InputError: there is no such cache.
@@ -38,4 +42,8 @@ def prepare(model: PreTrainedModel, *, fuse: bool = True, kv_cache: str = "ordin
     check_kv_cache(kv_cache)
     fused = fuse_factors(model) if fuse else 0
     latent = 0 if kv_cache == "ordinary" else use_latent_cache(model.eval(), keys=kv_cache == "latent")
+    if kv_cache != "ordinary" and latent == 0 and reporter is not None:
+        reporter.warn(
+            f"No layer of {model.name_or_path} has keys or values of a rank below their width: its cache stays ordinary."
+        )
     return Prepared(fused, latent)

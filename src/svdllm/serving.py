@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from svdllm.data.specs import require_extra
 from svdllm.errors import CheckpointError, InputError, UnsupportedModelError, first_line
+from svdllm.inference import check_kv_cache, prepare
 from svdllm.modeling import family_classes, render
 from svdllm.plan import resolve_device, resolve_dtype
+from svdllm.progress import Reporter
 from svdllm.source import Source, open_config
 
 BACKENDS = ("auto", "vllm", "transformers")
@@ -34,6 +36,7 @@ class Service:
     port: int
     device: str
     dtype: str
+    kv_cache: str
     config: PreTrainedConfig
     has_chat_template: bool
     vllm_command: tuple[str, ...] = ()
@@ -43,16 +46,17 @@ class Service:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}/v1"
 
-    def run(self) -> None:
+    def run(self, reporter: Reporter | None = None) -> None:
         """Serves until it is stopped. vLLM takes the place of this process.
 
         Raises:
             CheckpointError: the weights cannot be loaded.
+            UnsupportedModelError: the model cannot keep latents in its cache.
         """
         if self.backend == "vllm":
             os.execv(self.vllm_command[0], self.vllm_command)
         else:
-            _run_transformers(self)
+            _run_transformers(self, reporter or Reporter())
 
 
 def prepare_service(
@@ -63,6 +67,7 @@ def prepare_service(
     device: str = "auto",
     dtype: str = "auto",
     backend: str = "auto",
+    kv_cache: str = "ordinary",
     trust_remote_code: bool = False,
     vllm_options: tuple[str, ...] = (),
 ) -> Service:
@@ -70,9 +75,11 @@ def prepare_service(
 
     Args:
         model: a folder or a hub id; clients call the model by this name.
-        backend: ``vllm``, ``transformers``, or ``auto``: vLLM if its program is beside this Python or on the PATH.
+        backend: ``vllm``, ``transformers``, or ``auto``: vLLM if its program is beside this Python or on the PATH,
+            and neither a device nor a cache is asked of transformers.
         device: of transformers; vLLM has the one that it was built for.
         dtype: ``auto`` is float32 on a CPU and else the model's own; with vLLM, what vLLM chooses.
+        kv_cache: of transformers: ordinary, latent or latent-values (``svdllm.latent_cache``).
         trust_remote_code: let vLLM run code files of the folder that are not those of this version of the library.
         vllm_options: further options of ``vllm serve``.
 
@@ -82,6 +89,7 @@ def prepare_service(
     """
     if backend not in BACKENDS:
         raise InputError(f"--backend {backend!r} is unknown; use {', '.join(BACKENDS)}.")
+    check_kv_cache(kv_cache)
     if Path(model).is_file():
         raise InputError(f"{model} is a file; a server takes a model's folder or a hub id.")
     source = open_config(model)
@@ -89,12 +97,17 @@ def prepare_service(
     _require_free(host, port)
     program = vllm_program()
     if backend == "auto":
-        backend = "vllm" if program and device == "auto" else "transformers"
+        backend = "vllm" if program and device == "auto" and kv_cache == "ordinary" else "transformers"
     settings: dict[str, Any] = {"model": model, "backend": backend, "host": host, "port": port, "config": source.config}
-    settings["has_chat_template"] = bool(tokenizer.chat_template)
+    settings |= {"has_chat_template": bool(tokenizer.chat_template), "kv_cache": kv_cache}
     if backend == "vllm":
         if device != "auto":
             raise InputError(f"--device {device} is for transformers: vLLM runs on what it was built for.")
+        if kv_cache != "ordinary":
+            raise InputError(
+                f"--kv-cache {kv_cache} is for transformers: vLLM keeps keys and values in pages of its own. Use --backend "
+                "transformers, or leave the cache ordinary."
+            )
         command = (_required(program), "serve", model, "--host", host, "--port", str(port), "--dtype", dtype)
         trust = ("--trust-remote-code",) if _runs_code(source, trust_remote_code) else ()
         return Service(**settings, device=device, dtype=dtype, vllm_command=(*command, *trust, *vllm_options))
@@ -153,7 +166,7 @@ def _runs_code(source: Source, trusted: bool) -> bool:
     return True
 
 
-def _run_transformers(service: Service) -> None:
+def _run_transformers(service: Service, reporter: Reporter) -> None:
     from transformers.cli.serve import Serve
     from transformers.cli.serving import model_manager
 
@@ -163,7 +176,19 @@ def _run_transformers(service: Service) -> None:
         setattr(vars(model_manager)["transformers"], causal_lm.__name__, causal_lm)
     # It lists what is in the hub's cache, whatever it serves.
     listed = [{"id": service.model, "object": "model", "created": int(time.time()), "owned_by": "svdllm"}]
-    model_manager.ModelManager.get_gen_models = staticmethod(lambda cache_dir=None: listed)  # type: ignore[assignment]
+
+    class Manager(model_manager.ModelManager):
+        @staticmethod
+        def get_gen_models(cache_dir: str | None = None) -> list[dict[str, Any]]:
+            return listed
+
+        def _load_model(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+            model = super()._load_model(*args, **kwargs).eval()
+            if layers := prepare(model, kv_cache=service.kv_cache, reporter=reporter).latent_layers:
+                reporter.note(f"{layers} layers keep latents in their cache.")
+            return model
+
+    model_manager.ModelManager = Manager  # type: ignore[misc]
     try:
         Serve(service.model, host=service.host, port=service.port, device=service.device, dtype=service.dtype)
     except (ValueError, SafetensorError) as error:

@@ -12,7 +12,7 @@ import typer
 from svdllm.chat import Chat
 from svdllm.checkpoint import load_model
 from svdllm.cli import options as o
-from svdllm.cli.console import error_console, print_warning
+from svdllm.cli.console import ConsoleReporter, error_console, print_warning
 from svdllm.errors import InputError
 from svdllm.inference import check_kv_cache, prepare
 from svdllm.plan import resolve_device, resolve_dtype
@@ -33,9 +33,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Of sampling.", show_default="another one each time")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto is float32 on a CPU, the model's own on a GPU.")] = "auto",
-    kv_cache: Annotated[
-        str, typer.Option(help="ordinary, latent (less memory, see docs/kv-cache.md) or latent-values.")
-    ] = "ordinary",
+    kv_cache: o.KvCache = "ordinary",
     offline: o.Offline = False,
 ) -> None:
     """Talks with a model, compressed or not, by its chat template.
@@ -50,8 +48,7 @@ def chat(
     if system is not None and not tokenizer.chat_template:
         raise InputError(f"{model} has no chat template, so --system has no place in what it is told.")
     loaded = load_model(model, dtype=computed_in, local_files_only=offline).to(place)  # type: ignore[arg-type]
-    if prepare(loaded.eval(), kv_cache=kv_cache).latent_layers == 0 and kv_cache != "ordinary":
-        print_warning(f"No layer of {model} has keys or values of a rank below their width: its cache stays ordinary.")
+    prepare(loaded.eval(), kv_cache=kv_cache, reporter=ConsoleReporter())
     conversation = Chat(loaded, tokenizer, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
     if not conversation.has_template:
         print_warning(f"{model} has no chat template: each message is continued as plain text, by itself.")

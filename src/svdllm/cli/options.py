@@ -36,6 +36,7 @@ def option(help: str, panel: str, default: str | bool = False, *names: str) -> A
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or GGUF file.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub: local files and its cache only.")]
+KvCache = Annotated[str, typer.Option(help="ordinary, latent (less memory, see docs/kv-cache.md) or latent-values.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
 
 Ratio = Annotated[

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from svdllm.cli.console import error_console, print_warning
+from svdllm.cli import options as o
+from svdllm.cli.console import ConsoleReporter, error_console, print_warning
 from svdllm.serving import prepare_service
 
 
@@ -27,12 +28,16 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is open to the network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     backend: Annotated[
-        str, typer.Option(help="vllm, transformers, or auto: vLLM where it is installed and no --device is given.")
+        str,
+        typer.Option(
+            help="vllm, transformers, or auto: vLLM where it is installed, unless --device or --kv-cache is given."
+        ),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ... (transformers)")] = "auto",
     dtype: Annotated[
         str, typer.Option(help="auto is float32 on a CPU, the model's own on a GPU; with vLLM, what vLLM chooses.")
     ] = "auto",
+    kv_cache: o.KvCache = "ordinary",
     trust_remote_code: Annotated[
         bool,
         typer.Option(
@@ -51,6 +56,7 @@ def serve(
         device=device,
         dtype=dtype,
         backend=backend,
+        kv_cache=kv_cache,
         trust_remote_code=trust_remote_code,
         vllm_options=tuple(vllm_options or ()),
     )
@@ -60,6 +66,6 @@ def serve(
         f"Serving {model} by {service.backend} at {service.url}, once it is loaded. Ctrl-C stops it.", soft_wrap=True
     )
     try:
-        service.run()
+        service.run(ConsoleReporter())
     except KeyboardInterrupt:
         error_console.print("Stopped.")

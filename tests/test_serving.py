@@ -153,13 +153,17 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def test_vllm_is_taken_where_it_is(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_is_taken_where_it_is(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "vllm_program", lambda: "/opt/vllm")
     assert prepare_service(str(small), port=free_port()).backend == "vllm"
     chosen = prepare_service(str(small), port=free_port(), device="cpu")
     assert (chosen.backend, chosen.dtype) == ("transformers", "float32")
     chosen = prepare_service(str(small), port=free_port(), kv_cache="latent-values")
     assert (chosen.backend, chosen.kv_cache) == ("transformers", "latent-values")
+    joint = run(str(small.parent / "dense"), tmp_path / "joint", recipe=small_recipe(joint_kv=True)).output_dir
+    assert prepare_service(str(joint), port=free_port()).backend == "transformers"
+    with pytest.raises(InputError, match="made with --joint-kv, and vLLM wants .* Use --backend transformers"):
+        prepare_service(str(joint), port=free_port(), backend="vllm")
     monkeypatch.setattr(serving, "vllm_program", lambda: None)
     assert prepare_service(str(small), port=free_port()).backend == "transformers"
     with pytest.raises(InputError, match="needs the program vllm, which is neither beside this Python nor on the PATH"):

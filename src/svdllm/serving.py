@@ -96,18 +96,14 @@ def prepare_service(
     tokenizer = source.load_tokenizer()
     _require_free(host, port)
     program = vllm_program()
+    not_for_vllm = _not_for_vllm(source, device, kv_cache)
     if backend == "auto":
-        backend = "vllm" if program and device == "auto" and kv_cache == "ordinary" else "transformers"
+        backend = "vllm" if program and not_for_vllm is None else "transformers"
     settings: dict[str, Any] = {"model": model, "backend": backend, "host": host, "port": port, "config": source.config}
     settings |= {"has_chat_template": bool(tokenizer.chat_template), "kv_cache": kv_cache}
     if backend == "vllm":
-        if device != "auto":
-            raise InputError(f"--device {device} is for transformers: vLLM runs on what it was built for.")
-        if kv_cache != "ordinary":
-            raise InputError(
-                f"--kv-cache {kv_cache} is for transformers: vLLM keeps keys and values in pages of its own. Use --backend "
-                "transformers, or leave the cache ordinary."
-            )
+        if not_for_vllm is not None:
+            raise InputError(f"{not_for_vllm} Use --backend transformers.")
         command = (_required(program), "serve", model, "--host", host, "--port", str(port), "--dtype", dtype)
         trust = ("--trust-remote-code",) if _runs_code(source, trust_remote_code) else ()
         return Service(**settings, device=device, dtype=dtype, vllm_command=(*command, *trust, *vllm_options))
@@ -119,6 +115,17 @@ def prepare_service(
         raise InputError(f"{model}: transformers takes what follows an @ for a revision. Give the folder another name.")
     computed_in = str(resolve_dtype(dtype, resolve_device(device), source.dtype)).removeprefix("torch.")
     return Service(**settings, device=device, dtype=computed_in)
+
+
+def _not_for_vllm(source: Source, device: str, kv_cache: str) -> str | None:
+    """Why vLLM cannot do what is asked for, or None."""
+    if device != "auto":
+        return f"--device {device} is for transformers: vLLM runs on what it was built for."
+    if kv_cache != "ordinary":
+        return f"--kv-cache {kv_cache} is for transformers: vLLM keeps keys and values in pages of its own."
+    if (getattr(source.config, "svdllm", None) or {}).get("shared_factors"):
+        return f"{source.name} was made with --joint-kv, and vLLM wants a first factor for every linear in the files."
+    return None
 
 
 def vllm_program() -> str | None:

@@ -20,6 +20,7 @@ from svdllm.cli import main
 from svdllm.config import load_settings, make_recipe
 from svdllm.errors import InputError
 from svdllm.file_sizes import QuantizedFiles
+from svdllm.grid.variants import variants_of
 from svdllm.layout import empty_file_bytes, file_bytes, shard_names, share_of_files
 from svdllm.quantize import quantize
 from svdllm.source import build_skeleton, open_config
@@ -216,6 +217,13 @@ def test_one_analysis_serves_every_number_of_bits(tmp_path: Path) -> None:
         result = run(dense, tmp_path / f"{bits}", recipe=recipe, analysis_dir=tmp_path / "analysis")
         ranks.append(sum(result.plan.ranks.values()))
     assert ranks == sorted(set(ranks))
+
+
+def test_a_recipe_with_bits_is_one_method_of_a_comparison(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(small_recipe(target_size=10**6, factor_bits=8).to_yaml())
+    (variant,) = variants_of([str(file)], {}, teacher="dense")
+    assert variant.at(0.3).factor_bits is None
 
 
 # refusals

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import floor
 
 from svdllm.allocation import (
@@ -249,6 +250,7 @@ def _bytes(recipe: Recipe, budget: int, files: WrittenFiles, free: Sequence[Targ
     _require_below(what, budget, files.num_bytes({}), f"has{bits}")
     parts = {target.name: files.part(target) for target in free}
 
+    @cache
     def cost(target: Target, rank: int | None) -> int:
         return parts[target.name].share({} if rank is None else {target.name: rank}, budget)
 

@@ -19,6 +19,8 @@ ALLOCATIONS = ("uniform", "v2", "effective-rank", "loss", "strs")
 # Those that truncate linears on trial and measure what that does on the calibration text.
 PROBING = ("loss", "strs")
 BUDGETS = ("ratio", "target_params", "target_size", "target_speedup", "ranks")
+# Settings that say how a budget counts, and go with it.
+OF_A_BUDGET = ("factor_bits", "speedup_tokens")
 # Inputs that share a scale in NVFP4, the only form of four bits that torchao packs, saves and runs on every device.
 NVFP4_GROUP = 16
 # The loss reaches queries and keys only through a softmax: their gradients are small and few, and left out.

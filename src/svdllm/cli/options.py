@@ -11,6 +11,7 @@ from svdllm.config import (
     ALLOCATIONS,
     BUDGETS,
     NVFP4_GROUP,
+    OF_A_BUDGET,
     PROBING,
     Recipe,
     allocation_file,
@@ -27,8 +28,6 @@ ONLY_WITH = {
     "probe_share": ("allocation", PROBING),
     "strs_ratios": ("allocation", ("strs",)),
 }
-# Settings that say how a budget counts, and go with it.
-OF_A_BUDGET = ("factor_bits", "speedup_tokens")
 
 
 def option(help: str, panel: str, default: str | bool = False, *names: str) -> Any:

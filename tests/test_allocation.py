@@ -16,7 +16,7 @@ from runs import target
 from svdllm.allocation.effective_rank import SHIFT, effective_rank, effective_ranks
 from svdllm.allocation.knapsack import Choice, Solution, solve
 from svdllm.allocation.strs import candidate_ranks, strs_ranks
-from svdllm.allocation.uniform import uniform_ranks
+from svdllm.allocation.uniform import Cost, uniform_ranks
 from svdllm.allocation.v2 import spread_ratio, v2_ranks
 from svdllm.errors import InputError
 from svdllm.structure import Target
@@ -30,6 +30,10 @@ def size(linear: Target) -> int:
 
 def params(targets: list[Target], ranks: dict[str, int]) -> int:
     return sum(t.factor_params(ranks[t.name]) if t.name in ranks else t.num_weights for t in targets)
+
+
+def in_units_of(size: int) -> Cost:
+    return lambda linear, rank: size * linear.params(rank)
 
 
 def spectrum(generator: np.random.Generator, length: int) -> Tensor:
@@ -204,7 +208,6 @@ def test_strs_by_hand():
     """Two 20 x 20 linears at 40 a rank and 400 dense. Rank 2 of a loses less than its rank 4, and so is taken first."""
     targets = [target(20, 20, "a"), target(20, 20, "b")]
     losses = {"a": {2: 1.5, 4: 2.0, 8: 1.0}, "b": {2: 5.0, 4: 3.0, 8: 1.2}}
-    costs = {"a": 40, "b": 40}
     expected = [
         (800, {}, None),
         (799, {"a": 8}, 1.0),  # 320 + 400
@@ -216,12 +219,9 @@ def test_strs_by_hand():
         (160, {"a": 2, "b": 2}, 5.0),
     ]
     for budget, ranks, threshold in expected:
-        assert strs_ranks(targets, losses, costs, budget) == (ranks, threshold)
-    assert strs_ranks(targets, losses, costs, 159) is None
-    assert strs_ranks([*targets, target(3, 3, "c")], losses | {"c": {}}, costs | {"c": 6}, 408) == (
-        {"a": 2, "b": 4},
-        3.0,
-    )
+        assert strs_ranks(targets, losses, budget) == (ranks, threshold)
+    assert strs_ranks(targets, losses, 159) is None
+    assert strs_ranks([*targets, target(3, 3, "c")], losses | {"c": {}}, 408) == ({"a": 2, "b": 4}, 3.0)
 
 
 def by_scan(targets: list[Target], losses: dict[str, dict[int, float]], itemsize: int, budget: int) -> Any:
@@ -248,10 +248,9 @@ def test_strs_is_the_first_threshold_of_a_scan_that_fits(seed: int):
         t.name: {rank: round(float(generator.exponential()), decimals) for rank in candidate_ranks(t, ratios, round_to)}
         for t in targets
     }
-    costs = {t.name: itemsize * size(t) for t in targets}
     dense = itemsize * sum(t.num_weights for t in targets)
     budgets = np.linspace(0, dense, 40).astype(int).tolist()
-    found = [strs_ranks(targets, losses, costs, budget) for budget in budgets]
+    found = [strs_ranks(targets, losses, budget, in_units_of(itemsize)) for budget in budgets]
     assert found == [by_scan(targets, losses, itemsize, budget) for budget in budgets]
     assert found[-1] == ({}, None)
     assert all(itemsize * params(targets, f[0]) <= budget for f, budget in zip(found, budgets, strict=True) if f)
@@ -388,8 +387,7 @@ def test_effective_ranks_by_hand(budget: int, ranks: dict[str, int]):
     targets = [target(8, 8, "a"), target(8, 8, "b")]
     energies = {"a": torch.tensor([5.0, 5, 5, 5, 0, 0, 0, 0]), "b": torch.tensor([1.0] + [0.0] * 7)}
     assert effective_ranks(targets, energies, budget) == ranks
-    in_bytes = {"a": 32, "b": 32}
-    assert effective_ranks(targets, energies, 2 * budget, costs=in_bytes) == ranks
+    assert effective_ranks(targets, energies, 2 * budget, cost=in_units_of(2)) == ranks
     with pytest.raises(
         InputError, match=r"A budget of 31 does not pay for the least ranks \(1\) of 2 linears.*cost 32"
     ):
@@ -425,14 +423,14 @@ def test_effective_ranks_fit_every_budget_and_use_it(seed: int):
     ]
     energies = {t.name: spectrum(generator, t.full_rank) for t in targets}
     itemsize = int(generator.choice([1, 2]))
-    costs = {t.name: itemsize * size(t) for t in targets}
+    cost = in_units_of(itemsize)
     dense = itemsize * sum(t.num_weights for t in targets)
     least = itemsize * sum(min(t.factor_params(round_to), t.num_weights) for t in targets)
-    assert effective_ranks(targets, energies, dense, round_to, costs) == {}
+    assert effective_ranks(targets, energies, dense, round_to, cost) == {}
     with pytest.raises(InputError, match="does not pay for the least ranks"):
-        effective_ranks(targets, energies, least - 1, round_to, costs)
+        effective_ranks(targets, energies, least - 1, round_to, cost)
     for budget in [*generator.integers(least, dense, 12).tolist(), least, least + 1, dense - 1]:
-        ranks = effective_ranks(targets, energies, budget, round_to, costs)
+        ranks = effective_ranks(targets, energies, budget, round_to, cost)
         spent = itemsize * params(targets, ranks)
         assert spent <= budget
         for t in targets:

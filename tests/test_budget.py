@@ -22,6 +22,7 @@ from svdllm.allocation.uniform import exact_floor
 from svdllm.budget import choose_ranks
 from svdllm.config import PLAIN, Recipe
 from svdllm.errors import InputError
+from svdllm.file_sizes import WrittenFiles
 from svdllm.layout import compressed_tensors, file_bytes, num_params, shard_names, stored_tensors, tensor_bytes
 from svdllm.modeling import low_rank_config, register_all
 from svdllm.source import build_skeleton, open_source
@@ -34,8 +35,8 @@ def plain(**settings: Any) -> Recipe:
     return Recipe(**(PLAIN | settings))
 
 
-def ranks_of(*args: Any) -> dict[str, int]:
-    return choose_ranks(*args).ranks
+def ranks_of(recipe: Recipe, structure: Structure, stored: Any, evidence: Evidence | None = None) -> dict[str, int]:
+    return choose_ranks(recipe, structure, WrittenFiles(stored, structure.targets), evidence).ranks
 
 
 def made_up(
@@ -132,17 +133,16 @@ def test_uniform_ranks_names_every_target():
 def test_fill_budget_by_hand():
     """Two 8 x 8 targets at 16 parameters a rank: 80 buys 5 ranks, 3 of them for the first by name."""
     targets = [target(8, 8, "a"), target(8, 8, "b")]
-    costs = {"a": 16, "b": 16}
-    assert fill_budget(targets, costs, 80) == {"a": 3, "b": 2}
-    assert fill_budget(targets, costs, 79) == {"a": 2, "b": 2}
-    assert fill_budget(targets, costs, 32) == {"a": 1, "b": 1}
-    assert fill_budget(targets, costs, 31) is None
-    assert fill_budget(targets, costs, 10**6) == {"a": 3, "b": 3}
-    assert fill_budget(targets, costs, 79, round_to=2) == {"a": 2, "b": 2}
-    assert fill_budget(targets, costs, 63, round_to=2) is None
-    assert fill_budget(targets, costs, 10**6, round_to=3) == {"a": 3, "b": 3}
-    assert fill_budget(targets, costs, 95, round_to=3) is None
-    assert fill_budget(targets, costs, 10**6, round_to=4) == {"a": 0, "b": 0}
+    assert fill_budget(targets, 80) == {"a": 3, "b": 2}
+    assert fill_budget(targets, 79) == {"a": 2, "b": 2}
+    assert fill_budget(targets, 32) == {"a": 1, "b": 1}
+    assert fill_budget(targets, 31) is None
+    assert fill_budget(targets, 10**6) == {"a": 3, "b": 3}
+    assert fill_budget(targets, 79, round_to=2) == {"a": 2, "b": 2}
+    assert fill_budget(targets, 63, round_to=2) is None
+    assert fill_budget(targets, 10**6, round_to=3) == {"a": 3, "b": 3}
+    assert fill_budget(targets, 95, round_to=3) is None
+    assert fill_budget(targets, 10**6, round_to=4) == {"a": 0, "b": 0}
 
 
 def test_what_is_left_goes_to_the_target_that_rounding_took_most_from():
@@ -151,18 +151,16 @@ def test_what_is_left_goes_to_the_target_that_rounding_took_most_from():
     10 more buy no rank of the first (48), but one of the third, which lost 0.8.
     """
     targets = [target(24, 24, "a"), target(3, 7, "b"), target(4, 6, "c")]
-    costs = {"a": 48, "b": 10, "c": 10}
-    assert fill_budget(targets, costs, 404) == {"a": 8, "b": 1, "c": 1}
-    assert fill_budget(targets, costs, 414) == {"a": 8, "b": 1, "c": 2}
+    assert fill_budget(targets, 404) == {"a": 8, "b": 1, "c": 1}
+    assert fill_budget(targets, 414) == {"a": 8, "b": 1, "c": 2}
 
 
 @pytest.mark.parametrize("ratio", [0.05, 0.2, 0.33, 0.6, 0.85])
 def test_the_ranks_of_a_filled_budget_are_uniform(ratio: float):
     shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
     targets = [target(*shape, name=str(index)) for index, shape in enumerate(shapes)]
-    costs = {t.name: t.in_features + t.out_features for t in targets}
     uniform = uniform_ranks(targets, ratio)
-    filled = fill_budget(targets, costs, sum(costs[name] * rank for name, rank in uniform.items()))
+    filled = fill_budget(targets, sum(t.factor_params(uniform[t.name]) for t in targets))
     assert filled is not None
     assert max(abs(filled[name] - uniform[name]) for name in uniform) <= 1
 
@@ -183,9 +181,8 @@ def check_budget(recipe: Recipe, structure: Structure, stored: Any) -> bool:
     size, budget, slack = num_params, recipe.target_params, 0
     if recipe.target_size is not None:
         size, budget = file_bytes, recipe.target_size
-        widest = compressed_tensors(stored, structure.targets, {n: t.break_even_rank for n, t in by_name.items()})
-        slack = (file_bytes(widest) - tensor_bytes(widest)) - (file_bytes(written) - tensor_bytes(written))
-        assert 0 <= slack < 20 + 80 * len(stored)
+        slack = WrittenFiles(stored, structure.targets).most_bytes(ranks, budget) - file_bytes(written)
+        assert 0 <= slack < 60 + 16 * len(written)  # the digits of a few offsets
     assert budget is not None
     assert size(written) <= budget
     for name, rank in ranks.items():
@@ -481,7 +478,8 @@ def test_allocation_by_loss_spends_where_it_hurts_and_says_how_sure_it_is():
     structure, stored = made_up([(16, 16), (16, 16)])
     flat = torch.ones(16, dtype=torch.float64)
     evidence = Evidence({"b.0": flat, "b.1": flat}, {"b.0": {1: 9.0}, "b.1": {1: 0.1}})
-    found = choose_ranks(plain(ratio=0.4, allocation="loss"), structure, stored, evidence)
+    recipe = plain(ratio=0.4, allocation="loss")
+    found = choose_ranks(recipe, structure, WrittenFiles(stored, structure.targets), evidence)
     assert found.ranks == {"b.1": 1}  # 16 * 16 + 32 of 307: the other stays dense
     assert found.predicted_loss == pytest.approx(0.1)
     assert found.gap == 0.0

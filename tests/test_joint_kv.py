@@ -111,6 +111,10 @@ def test_a_latent_is_stored_and_counted_once(dense: Path, checkpoint: Path, tmp_
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
     attention = load_model(tmp_path / "again").model.layers[1].self_attn
     assert attention.k_proj.svd_v is attention.v_proj.svd_v
+    assert model.state_dict().keys() - {"lm_head.weight"} == tensors.keys()
+    model.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key.*k_proj\.svd_v"):
+        model.load_state_dict({name: t for name, t in model.state_dict().items() if "k_proj.svd_v" not in name})
 
 
 def test_multiplied_out_it_is_a_plain_model(checkpoint: Path, tmp_path: Path) -> None:
@@ -241,6 +245,7 @@ def test_in_few_bits_it_is_still_one(checkpoint: Path, tmp_path: Path) -> None:
     assert attention.k_proj.svd_v is attention.v_proj.svd_v
     names = load_file(tmp_path / "out" / "model.safetensors").keys()
     assert not any("v_proj.svd_v" in name for name in names)
+    assert "model.layers.0.self_attn.k_proj.svd_v._weight_qdata" in names
     verify(tmp_path / "out")
 
 

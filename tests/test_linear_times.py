@@ -23,6 +23,7 @@ from svdllm.budget import choose_ranks, require_fast_enough
 from svdllm.cli import main
 from svdllm.config import PLAIN, Recipe
 from svdllm.errors import InputError
+from svdllm.file_sizes import WrittenFiles
 from svdllm.grid.variants import variants_of
 from svdllm.linear_times import LinearTimes, Shape, ShapeTimes, measure_linears, measured_ranks, rising, shape_of
 from svdllm.progress import Reporter
@@ -72,7 +73,7 @@ def recipe_of(**settings: Any) -> Recipe:
 
 
 def allocate(recipe: Recipe, structure: Structure, evidence: Evidence | None) -> Allocation:
-    return choose_ranks(recipe, structure, {}, evidence)
+    return choose_ranks(recipe, structure, WrittenFiles({}, structure.targets), evidence)
 
 
 def test_times_between_measured_ranks_and_of_the_whole_by_hand() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import floor
 
 from svdllm.allocation import (
@@ -12,10 +13,8 @@ from svdllm.allocation import (
     Evidence,
     Ranks,
     candidate_ranks,
-    dense_cost,
     effective_ranks,
     exact_floor,
-    factor_cost,
     fill_budget,
     loss_ranks,
     strs_ranks,
@@ -23,16 +22,20 @@ from svdllm.allocation import (
     uniform_ranks,
     v2_ranks,
 )
-from svdllm.config import Recipe
+from svdllm.config import NVFP4_GROUP, Recipe
 from svdllm.errors import InputError
-from svdllm.layout import Tensors, compressed_tensors, elastic_tensors, file_bytes, num_params, tensor_bytes
+from svdllm.file_sizes import WrittenFiles
+from svdllm.layout import Tensors, elastic_tensors, file_bytes, num_params, tensor_bytes
 from svdllm.linear_times import LinearTimes
 from svdllm.structure import Structure, Target
 
 
-def choose_ranks(recipe: Recipe, structure: Structure, stored: Tensors, evidence: Evidence | None = None) -> Allocation:
+def choose_ranks(
+    recipe: Recipe, structure: Structure, files: WrittenFiles, evidence: Evidence | None = None
+) -> Allocation:
     """The rank of every factorised target; the others stay dense.
 
+    ``files`` tell the size for given ranks that a budget of bytes is for: as they are written, or once quantised.
     ``evidence`` is what an allocation other than uniform is chosen by; before it is there, uniform ranks stand in.
 
     Raises:
@@ -42,12 +45,13 @@ def choose_ranks(recipe: Recipe, structure: Structure, stored: Tensors, evidence
     if recipe.ranks is not None:
         return Allocation(_explicit_ranks(recipe.ranks, targets))
     free, fixed = _free_and_fixed(recipe, targets)
+    _require_ranks_above_zero(fixed, targets, recipe)
     if recipe.allocation == "uniform":
-        chosen = Allocation(_uniform(recipe, structure, stored, free, fixed))
+        chosen = Allocation(_uniform(recipe, files, free, fixed))
     elif evidence is None:
-        chosen = Allocation(_stand_in(recipe, structure, stored, free, fixed))
+        chosen = Allocation(_stand_in(recipe, files, free, fixed))
     else:
-        chosen = _by_evidence(recipe, structure, stored, free, fixed, evidence)
+        chosen = _by_evidence(recipe, structure, files, free, fixed, evidence)
     ranks = fixed | chosen.ranks
     _require_ranks_above_zero(ranks, targets, recipe)
     if not ranks:
@@ -101,16 +105,12 @@ class _Unit:
     what: str
     budget: int
     outside: int
-    costs: dict[str, int]  # target -> cost of one rank
+    cost: Cost
 
-    def cost(self, target: Target, rank: int | None) -> int:
-        """Of the factors, with the bias that a correction adds, or of the dense matrix (None)."""
-        of_one = self.costs[target.name]
-        return dense_cost(target, of_one) if rank is None else factor_cost(target, rank, of_one)
-
-    def left_for_ranks(self, free: Sequence[Target]) -> int:
-        """What all targets together may spend on ranks, if each is factorised."""
-        return self.budget - self.outside - sum(self.cost(target, 0) for target in free)
+    @property
+    def left(self) -> int:
+        """For the targets whose ranks are free."""
+        return self.budget - self.outside
 
     def total(self, free: Sequence[Target], ranks: Mapping[str, int]) -> int:
         """With these ranks; a target that has none stays dense."""
@@ -139,9 +139,6 @@ class _Time(_Unit):
     times: LinearTimes
     dense: int  # of all linears
 
-    def cost(self, target: Target, rank: int | None) -> int:
-        return self.times.of(target, rank)
-
     def cannot_be_met(self, recipe: Recipe, least: int) -> InputError:
         possible = floor(100 * self.dense / least) / 100
         advice = f"Ask for {possible:.2f} or less" if possible > 1 else "Give another budget"
@@ -152,14 +149,12 @@ class _Time(_Unit):
         )
 
 
-def _uniform(
-    recipe: Recipe, structure: Structure, stored: Tensors, free: Sequence[Target], fixed: Mapping[str, int]
-) -> Ranks:
+def _uniform(recipe: Recipe, files: WrittenFiles, free: Sequence[Target], fixed: Mapping[str, int]) -> Ranks:
     if recipe.ratio is not None:
         assert isinstance(recipe.ratio, float)
         return uniform_ranks(free, recipe.ratio, recipe.round_to)
-    unit = _unit(recipe, structure, stored, free, fixed)
-    ranks = fill_budget(free, unit.costs, unit.left_for_ranks(free), recipe.round_to)
+    unit = _unit(recipe, files, free, fixed)
+    ranks = fill_budget(free, unit.left, recipe.round_to, unit.cost)
     if ranks is None:
         raise unit.cannot_be_met(recipe, unit.total(free, _least_ranks(recipe, free, unit.cost)))
     return ranks
@@ -174,26 +169,33 @@ def _least_ranks(recipe: Recipe, free: Sequence[Target], cost: Cost) -> Ranks:
     return {name: ranks[0] for name, ranks in candidates.items() if ranks}
 
 
-def _stand_in(
-    recipe: Recipe, structure: Structure, stored: Tensors, free: Sequence[Target], fixed: Mapping[str, int]
-) -> Ranks:
-    """Uniform ranks in single steps, of the size that the allocation will have; its budget is known to suffice.
+def _stand_in(recipe: Recipe, files: WrittenFiles, free: Sequence[Target], fixed: Mapping[str, int]) -> Ranks:
+    """Uniform ranks in least steps, of the size that the allocation will have; its budget is known to suffice.
 
     Where time is the budget, ranks of about the size: as if time were parameters.
     """
     if recipe.target_speedup is not None:
         ratio = 1 - 1 / recipe.target_speedup
         return {t.name: max(1, uniform_rank(t, ratio)) for t in free if t.break_even_rank > 0}
-    if recipe.allocation != "v2":
-        _unit(recipe, structure, stored, free, fixed).require_met(recipe, free)
-        recipe = recipe.model_copy(update={"round_to": 1})
-    return _uniform(recipe, structure, stored, free, fixed)
+    if recipe.allocation == "v2":
+        return _uniform(recipe, files, free, fixed)
+    unit = _unit(recipe, files, free, fixed)
+    unit.require_met(recipe, free)
+    if recipe.ratio is not None:
+        assert isinstance(recipe.ratio, float)
+        return uniform_ranks(free, recipe.ratio)
+    able = _least_ranks(recipe, free, unit.cost)
+    dense = sum(unit.cost(target, None) for target in free if target.name not in able)
+    step = NVFP4_GROUP if recipe.factor_bits == 4 else 1
+    ranks = fill_budget([target for target in free if target.name in able], unit.left - dense, step, unit.cost)
+    assert ranks is not None  # the least ranks fit
+    return ranks
 
 
 def _by_evidence(
     recipe: Recipe,
     structure: Structure,
-    stored: Tensors,
+    files: WrittenFiles,
     free: Sequence[Target],
     fixed: Mapping[str, int],
     evidence: Evidence,
@@ -202,19 +204,18 @@ def _by_evidence(
         assert isinstance(recipe.ratio, float)
         return Allocation(v2_ranks(free, evidence.energies, recipe.ratio, recipe.round_to))
     if evidence.times is None:
-        unit = _unit(recipe, structure, stored, free, fixed)
+        unit = _unit(recipe, files, free, fixed)
     else:
         unit = _time(recipe, structure, free, fixed, evidence.times)
     unit.require_met(recipe, free)
-    budget = unit.budget - unit.outside
     if recipe.allocation == "effective-rank":
-        return Allocation(effective_ranks(free, evidence.energies, budget, recipe.round_to, unit.costs))
+        return Allocation(effective_ranks(free, evidence.energies, unit.left, recipe.round_to, unit.cost))
     if recipe.allocation == "strs":
-        found = strs_ranks(free, evidence.probes, unit.costs, budget)
+        found = strs_ranks(free, evidence.probes, unit.left, unit.cost)
         assert found is not None  # the least ranks fit
         return Allocation(found[0], threshold=found[1])
     losses = {target.name: evidence.losses(target) for target in free}
-    solution = loss_ranks(free, losses, unit.cost, budget, recipe.round_to)
+    solution = loss_ranks(free, losses, unit.cost, unit.left, recipe.round_to)
     assert solution is not None
     ranks = {name: choice.rank for name, choice in solution.choices.items() if choice.rank is not None}
     return Allocation(ranks, predicted_loss=solution.loss, gap=solution.gap)
@@ -227,36 +228,39 @@ def _time(
     dense = times.total(structure.targets, {})
     outside = times.total(structure.targets, fixed) - sum(times.of(target, None) for target in free)
     budget = floor(dense / recipe.target_speedup)
-    return _Time(f"--target-speedup {recipe.target_speedup:g}", budget, outside, {}, times, dense)
+    return _Time(f"--target-speedup {recipe.target_speedup:g}", budget, outside, times.of, times, dense)
 
 
-def _unit(
-    recipe: Recipe, structure: Structure, stored: Tensors, free: Sequence[Target], fixed: Mapping[str, int]
-) -> _Unit:
-    sizes = {target.name: target.in_features + target.out_features for target in structure.targets}
+def _unit(recipe: Recipe, files: WrittenFiles, free: Sequence[Target], fixed: Mapping[str, int]) -> _Unit:
     if recipe.ratio is not None:
         assert isinstance(recipe.ratio, float)
         weights = sum(target.num_weights for target in free)
-        return _Unit("The ratio's share of parameters,", exact_floor((1 - recipe.ratio) * weights), 0, sizes)
-    if recipe.target_params is not None:
-        what, budget, dense, costs = "--target-params", recipe.target_params, num_params(stored), sizes
-    else:
-        assert recipe.target_size is not None
-        what, budget = "--target-size", recipe.target_size
-        itemsizes = {t.name: stored[f"{t.linears[0]}.weight"][1].itemsize for t in structure.targets}
-        costs = {name: size * itemsizes[name] for name, size in sizes.items()}
-        # Headers name every tensor with its shape and offsets; ranks have at most as many digits as here.
-        widest = compressed_tensors(stored, structure.targets, {t.name: t.break_even_rank for t in structure.targets})
-        dense = tensor_bytes(stored) + file_bytes(widest) - tensor_bytes(widest)
+        return _Unit("The ratio's share of parameters,", exact_floor((1 - recipe.ratio) * weights), 0, Target.params)
+    if recipe.target_size is not None:
+        return _bytes(recipe, recipe.target_size, files, free, fixed)
+    assert recipe.target_params is not None
+    what, budget, dense = "--target-params", recipe.target_params, num_params(files.dense)
+    _require_below(what, budget, dense, "has")
+    outside = num_params(files.content(fixed)[0]) - sum(target.num_weights for target in free)
+    return _Unit(what, budget, outside, Target.params)
+
+
+def _bytes(recipe: Recipe, budget: int, files: WrittenFiles, free: Sequence[Target], fixed: Mapping[str, int]) -> _Unit:
+    what, bits = "--target-size", "" if recipe.factor_bits is None else f" in {recipe.factor_bits} bits"
+    _require_below(what, budget, files.num_bytes({}), f"has{bits}")
+    parts = {target.name: files.part(target) for target in free}
+
+    @cache
+    def cost(target: Target, rank: int | None) -> int:
+        return parts[target.name].share({} if rank is None else {target.name: rank}, budget)
+
+    outside = files.most_bytes(fixed, budget) - sum(cost(target, None) for target in free)
+    return _Unit(what, budget, outside, cost)
+
+
+def _require_below(what: str, budget: int, dense: int, has: str) -> None:
     if budget >= dense:
-        raise InputError(f"{what} {budget:,} is not below what the dense model has ({dense:,}): nothing to compress.")
-    saved = sum(
-        dense_cost(target, costs[target.name]) - factor_cost(target, fixed[target.name], costs[target.name])
-        for target in structure.targets
-        if target.name in fixed
-    )
-    outside = dense - sum(dense_cost(target, costs[target.name]) for target in free) - saved
-    return _Unit(what, budget, outside, costs)
+        raise InputError(f"{what} {budget:,} is not below what the dense model {has} ({dense:,}): nothing to compress.")
 
 
 def _explicit_ranks(ranks: Mapping[str, int | str], targets: Sequence[Target]) -> Ranks:

@@ -133,6 +133,7 @@ def report_of(plan: Plan, recipe: Recipe, provenance: Provenance, linears: list[
         "file_bytes": plan.file_bytes,
         "dense_file_bytes": plan.dense_file_bytes,
         "elastic_bytes": plan.elastic_bytes,
+        "quantized_file_bytes": plan.quantized_file_bytes,
         "versions": {"svdllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "warnings": plan.warnings,
         "linears": [asdict(record) for record in linears],

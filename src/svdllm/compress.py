@@ -51,6 +51,7 @@ NOT_OF_THE_ANALYSIS = (
     "ratio",
     "target_params",
     "target_size",
+    "factor_bits",
     "target_speedup",
     "speedup_tokens",
     "allocation",

@@ -19,6 +19,10 @@ ALLOCATIONS = ("uniform", "v2", "effective-rank", "loss", "strs")
 # Those that truncate linears on trial and measure what that does on the calibration text.
 PROBING = ("loss", "strs")
 BUDGETS = ("ratio", "target_params", "target_size", "target_speedup", "ranks")
+# Settings that say how a budget counts, and go with it.
+OF_A_BUDGET = ("factor_bits", "speedup_tokens")
+# Inputs that share a scale in NVFP4, the only form of four bits that torchao packs, saves and runs on every device.
+NVFP4_GROUP = 16
 # The loss reaches queries and keys only through a softmax: their gradients are small and few, and left out.
 QUERY_AND_KEY = (r"\.(q|k)_proj$", r"\.(query|key)$")
 # What a method without Grams of its own, or explicit ranks, cannot use and are not given by default.
@@ -56,6 +60,11 @@ class Recipe(BaseModel):
     )
     target_params: int | None = Field(None, gt=0, description="Parameters of the whole compressed model.")
     target_size: int | None = Field(None, gt=0, description="Bytes of the weight files of the whole compressed model.")
+    factor_bits: Literal[8, 4] | None = Field(
+        None,
+        description="Bits in which target_size counts the linears: the size is that of what `svdllm quantize` makes of the "
+        "compressed model.",
+    )
     target_speedup: float | None = Field(
         None,
         gt=1,
@@ -129,6 +138,8 @@ class Recipe(BaseModel):
             plain = PLAIN
         elif settings.get("ranks") is not None:
             plain = {"allocation": "uniform", "round_to": 1}
+        if settings.get("factor_bits") == 4:
+            plain = plain | {"round_to": NVFP4_GROUP}
         return plain | settings
 
     @field_validator("method")
@@ -198,6 +209,13 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"target_speedup is a budget of measured time, which allocation {self.allocation} does not count; use "
                 "allocation loss"
+            )
+        if self.factor_bits is not None and self.target_size is None:
+            raise ValueError("factor_bits does nothing without target_size, which it says how to count")
+        if self.factor_bits == 4 and self.round_to % NVFP4_GROUP:
+            raise ValueError(
+                f"factor_bits 4 shares a scale among {NVFP4_GROUP} inputs, and a factor of another rank gets 8 bits; use "
+                f"round_to {NVFP4_GROUP} or a multiple of it"
             )
         if self.speedup_tokens > 1 and self.target_speedup is None:
             raise ValueError("speedup_tokens does nothing without target_speedup")

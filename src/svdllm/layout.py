@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +13,9 @@ from svdllm.source import Source
 from svdllm.structure import Structure, Target
 
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and dtype
+# What headers say beside names, shapes and places: a text for each weight, the same in every file. Few bits have some.
+Notes = Mapping[str, str]
+NO_NOTES: Notes = {}
 
 # A shard is held in memory while it is written.
 SHARD_BYTES = 2 * 10**9
@@ -37,12 +41,22 @@ def stored_tensors(source: Source, skeleton: PreTrainedModel) -> Tensors:
     """What the source's files hold, or would hold if only its config is known (tied tensors once)."""
     if source.weights is not None:
         return {name: source.weights.shape_and_dtype(name) for name in source.weights.names()}
-    tied = set(getattr(skeleton, "all_tied_weights_keys", None) or ())
+    return loaded_tensors(skeleton, source.dtype)
+
+
+def loaded_tensors(skeleton: PreTrainedModel, dtype: torch.dtype) -> Tensors:
+    """What a file would hold of a model that is loaded in a dtype (tied tensors once)."""
+    tied = tied_names(skeleton)
     return {
-        name: (tuple(tensor.shape), source.dtype if tensor.is_floating_point() else tensor.dtype)
+        name: (tuple(tensor.shape), dtype if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in skeleton.state_dict().items()
         if name not in tied
     }
+
+
+def tied_names(skeleton: PreTrainedModel) -> set[str]:
+    """Tensors that are another's, and in no file."""
+    return set(getattr(skeleton, "all_tied_weights_keys", None) or ())
 
 
 def compressed_tensors(stored: Tensors, targets: Sequence[Target], ranks: Mapping[str, int]) -> Tensors:
@@ -93,9 +107,25 @@ def shard_names(tensors: Tensors, limit: int = SHARD_BYTES) -> list[list[str]]:
     return shards
 
 
-def file_bytes(tensors: Tensors, limit: int = SHARD_BYTES) -> int:
+def file_bytes(tensors: Tensors, limit: int = SHARD_BYTES, notes: Notes = NO_NOTES) -> int:
     """Exact size of the safetensors files, headers included."""
-    return sum(_header_bytes(tensors, names) + tensor_bytes(tensors, names) for names in shard_names(tensors, limit))
+    shards = shard_names(tensors, limit)
+    return sum(_header_bytes(tensors, names, notes) + tensor_bytes(tensors, names) for names in shards)
+
+
+def share_of_files(tensors: Tensors, total: int, notes: Notes = NO_NOTES) -> int:
+    """The most that some tensors, with what the headers say of them, take of files that have ``total`` bytes together.
+
+    Shares add up: those of all tensors and ``empty_file_bytes`` are no less than ``file_bytes``, and more by the digits
+    of a few offsets (and by the notes of a file or two where there are several).
+    """
+    entries = {name: _entry(shape, dtype, total, total) for name, (shape, dtype) in tensors.items()}
+    return tensor_bytes(tensors) + _added(entries) + _most_files(total) * (_added(notes) + _added_names(notes))
+
+
+def empty_file_bytes(total: int) -> int:
+    """The most that headers which name nothing take of files that have ``total`` bytes together."""
+    return _most_files(total) * (8 + len(_json({"__metadata__": _metadata({"": ""})})) + 7)
 
 
 def elastic_tensors(structure: Structure, stored: Tensors, spare: Mapping[str, int]) -> Tensors:
@@ -116,7 +146,7 @@ def _units(tensors: Tensors) -> list[list[str]]:
     return units
 
 
-def _header_bytes(tensors: Tensors, names: Sequence[str]) -> int:
+def _header_bytes(tensors: Tensors, names: Sequence[str], notes: Notes) -> int:
     """Length of a safetensors header: the format pads the JSON to a multiple of eight."""
     order = list(SAFETENSORS_CODES)
     names_by_layout = sorted(names, key=lambda name: (order.index(tensors[name][1]), name))
@@ -124,7 +154,35 @@ def _header_bytes(tensors: Tensors, names: Sequence[str]) -> int:
     for name in names_by_layout:
         shape, dtype = tensors[name]
         end = offset + torch.Size(shape).numel() * dtype.itemsize
-        entries[name] = {"dtype": SAFETENSORS_CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        entries[name] = _entry(shape, dtype, offset, end)
         offset = end
-    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"))
-    return 8 + -(-len(text.encode()) // 8) * 8
+    text = _json({"__metadata__": _metadata(notes), **entries})
+    return 8 + -(-len(text) // 8) * 8
+
+
+def _entry(shape: tuple[int, ...], dtype: torch.dtype, start: int, end: int) -> dict[str, Any]:
+    return {"dtype": SAFETENSORS_CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+
+
+def _metadata(notes: Notes) -> dict[str, str]:
+    """``tensor_names`` is torchao's: the weights that it has notes on."""
+    return {"format": "pt", **notes} | ({"tensor_names": json.dumps(list(notes))} if notes else {})
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _added(entries: Mapping[str, Any]) -> int:
+    """What entries add to the text of a map that has others."""
+    return len(_json(entries)) - len("{}") + len(",") if entries else 0
+
+
+def _added_names(names: Iterable[str]) -> int:
+    """What names add to a list of others, written as a string."""
+    return sum(len(_json(json.dumps([name, name]))) - len(_json(json.dumps([name]))) for name in names)
+
+
+def _most_files(total: int) -> int:
+    """Two files that follow each other hold more than the limit."""
+    return 1 if total <= SHARD_BYTES else 1 + 2 * total // SHARD_BYTES

@@ -14,13 +14,15 @@ from svdllm.budget import choose_ranks, elastic_bytes
 from svdllm.config import Recipe
 from svdllm.errors import InputError
 from svdllm.estimate import Needs
+from svdllm.file_sizes import QuantizedFiles, WrittenFiles
 from svdllm.layout import compressed_tensors, file_bytes, num_params, stored_tensors
 from svdllm.linear_times import LinearTimes, Speed
 from svdllm.methods import METHODS
 from svdllm.probing import WINDOW, probe_ranks, probe_tokens
+from svdllm.schemes import require_dtype
 from svdllm.source import Source, build_skeleton, context_length, open_config
 from svdllm.statistics import Gram
-from svdllm.structure import Structure, Target, bias_corrected, discover, with_joint_keys_and_values
+from svdllm.structure import Structure, bias_corrected, discover, with_joint_keys_and_values
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -63,6 +65,8 @@ class Plan:
     dense_params: int
     file_bytes: int
     dense_file_bytes: int
+    factor_bits: int | None  # in which the target size counts the linears
+    quantized_file_bytes: int | None  # of the files that `svdllm quantize` then makes
     elastic_bytes: int  # of the elastic files, beside file_bytes; the most it can be where ranks are not known
     ram_by_stage: dict[str, int]
     hidden_states_bytes: int
@@ -180,7 +184,8 @@ def make_plan(
     dtype = resolve_dtype(recipe.dtype, device, source.dtype)
     _require_context(source, recipe)
     stored = stored_tensors(source, skeleton)
-    allocation = choose_ranks(recipe, structure, stored, evidence)
+    quantized = _quantized_files(source, skeleton, structure, recipe)
+    allocation = choose_ranks(recipe, structure, quantized or WrittenFiles(stored, structure.targets), evidence)
     ranks = allocation.ranks
     written = compressed_tensors(stored, structure.targets, ranks)
     ranks_known = recipe.allocation == "uniform" or evidence is not None
@@ -190,7 +195,7 @@ def make_plan(
     needs = Needs(structure, skeleton, recipe, stored, most, device, dtype, gguf_bytes, hidden_states_limit)
     elastic = elastic_bytes(recipe, structure, stored, ranks, ranks_known)
     dense_linear = structure.num_target_params
-    kept = sum(_params(target, ranks) for target in structure.targets)
+    kept = sum(target.params(ranks.get(target.name)) for target in structure.targets)
     return Plan(
         model=source.name,
         model_type=source.config.model_type,
@@ -214,7 +219,7 @@ def make_plan(
                 out_features=target.out_features,
                 in_features=target.in_features,
                 rank=ranks.get(target.name),
-                params=_params(target, ranks),
+                params=target.params(ranks.get(target.name)),
             )
             for target in structure.targets
         ],
@@ -224,6 +229,8 @@ def make_plan(
         dense_params=num_params(stored),
         file_bytes=file_bytes(written),
         dense_file_bytes=file_bytes(stored),
+        factor_bits=recipe.factor_bits,
+        quantized_file_bytes=None if quantized is None else quantized.num_bytes(ranks),
         elastic_bytes=elastic,
         ram_by_stage=needs.ram_by_stage(),
         hidden_states_bytes=needs.hidden_states,
@@ -288,6 +295,11 @@ def resolve_dtype(name: str, device: torch.device, source_dtype: torch.dtype) ->
     return torch.float32 if device.type == "cpu" else source_dtype
 
 
-def _params(target: Target, ranks: dict[str, int]) -> int:
-    rank = ranks.get(target.name)
-    return target.num_weights if rank is None else target.factor_params(rank)
+def _quantized_files(
+    source: Source, skeleton: PreTrainedModel, structure: Structure, recipe: Recipe
+) -> QuantizedFiles | None:
+    """Of the model as it will be quantised; None where the recipe does not say that it will."""
+    if recipe.factor_bits is None:
+        return None
+    require_dtype(recipe.factor_bits, source.dtype, source.name)
+    return QuantizedFiles.of(skeleton, structure.targets, source.dtype, recipe.factor_bits)

@@ -21,7 +21,14 @@ from svdllm.layout import SHARD_BYTES, stored_tensors, tensor_bytes
 from svdllm.memory import available_bytes
 from svdllm.plan import resolve_device
 from svdllm.progress import Reporter
-from svdllm.schemes import QuantizedLinear, choose_schemes, make_scheme, quantization_config, quantized_tensors
+from svdllm.schemes import (
+    QuantizedLinear,
+    choose_schemes,
+    make_scheme,
+    quantization_config,
+    quantized_tensors,
+    require_dtype,
+)
 from svdllm.source import Source, build_skeleton, copy_companion_files, open_config
 from svdllm.version import __version__
 from svdllm.workspace import DISK_RESERVE, new_folder, place_for, require_writable
@@ -143,11 +150,7 @@ def _require_quantizable(source: Source, bits: int) -> None:
             f"{source.name} is a compressed model without {REPORT_FILE}; of a checkpoint on the hub, download the whole "
             "repository first."
         )
-    if bits == 4 and source.dtype not in (torch.bfloat16, torch.float32):
-        raise InputError(
-            f"{source.name} is stored in {str(source.dtype).removeprefix('torch.')}; 4 bits can be made of bfloat16 and "
-            "float32 only. Use --bits 8, or re-save the model in bfloat16."
-        )
+    require_dtype(bits, source.dtype, source.name)
 
 
 def _require_room(output_dir: Path, needed: int, place: torch.device) -> None:
@@ -190,4 +193,4 @@ def _report(folder: Path, result: QuantizationResult) -> dict[str, Any]:
         "unquantized_file_bytes": report["file_bytes"],
         "versions": {"svdllm": __version__, "torch": torch.__version__, "torchao": torchao.__version__},
     }
-    return report | {"file_bytes": result.bytes_after, "elastic_bytes": 0}
+    return report | {"file_bytes": result.bytes_after, "elastic_bytes": 0, "quantized_file_bytes": None}

@@ -47,7 +47,7 @@ def linear_record(target: Target, rank: int | None, energies_K: Any, seconds: fl
         out_features=target.out_features,
         in_features=target.in_features,
         rank=rank,
-        params=target.num_weights if rank is None else target.factor_params(rank),
+        params=target.params(rank),
         kept_energy=1 - share,
         loss=squared_loss**0.5,
         relative_loss=share**0.5,
@@ -111,6 +111,7 @@ class CompressionResult:
                 "dense_params",
                 "file_bytes",
                 "dense_file_bytes",
+                "quantized_file_bytes",
                 "ranks",
             )
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -13,12 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from svdllm.config import NVFP4_GROUP
 from svdllm.errors import InputError
-from svdllm.layout import Tensors
+from svdllm.layout import Notes, Tensors
 from svdllm.structure import find_blocks, matches
-
-# Inputs that share a scale in NVFP4, the only form of four bits that torchao packs, saves and runs on every device.
-NVFP4_GROUP = 16
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,17 @@ class Scheme:
             f"{start}zero_point": (groups, torch.int8),
         }
 
+    def note(self, in_features: int, dtype: torch.dtype) -> str:
+        """What torchao writes into the header of a file on such a weight, and reads again; ``dtype`` is of the source."""
+        kind = {"_type": "torch.dtype", "_data": str(dtype).removeprefix("torch.")}
+        if self.bits == 4:
+            form = {"is_swizzled_scales": True, "use_triton_kernel": False, "act_quant_kwargs": None}
+            form |= {"block_size": NVFP4_GROUP, "orig_dtype": kind}
+            return _note("NVFP4Tensor", form, ["per_tensor_scale", "qdata", "scale"])
+        form = {"act_quant_kwargs": None, "reduce_range": False}
+        form |= {"block_size": [1, self.group_size or in_features], "dtype": kind}
+        return _note("Int8Tensor", form, ["zero_point", "qdata", "scale"])
+
     def torchao_config(self) -> Any:
         from torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
         from torchao.quantization import Int8WeightOnlyConfig, PerGroup, PerRow
@@ -69,6 +79,8 @@ class Scheme:
 
 # What a linear gets that the scheme asked for does not fit: any shape has rows.
 FALLBACK = Scheme(8)
+# What torchao writes into the header of a file on a tensor that is as it was.
+PLAIN_NOTE = json.dumps({"_type": "Tensor"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +92,15 @@ class QuantizedLinear:
     in_features: int
     scheme: Scheme
     reason: str | None = None
+
+
+def quantized_linear(name: str, out_features: int, in_features: int, scheme: Scheme) -> QuantizedLinear:
+    """A linear with the scheme asked for, or with one that fits its shape."""
+    reason = None
+    if not scheme.fits(out_features, in_features):
+        reason = f"{out_features} x {in_features} is not in groups of {scheme.group_size}"
+        scheme = FALLBACK
+    return QuantizedLinear(name=name, out_features=out_features, in_features=in_features, scheme=scheme, reason=reason)
 
 
 def make_scheme(bits: int, group_size: int | None) -> Scheme:
@@ -96,6 +117,25 @@ def make_scheme(bits: int, group_size: int | None) -> Scheme:
     return Scheme(bits, NVFP4_GROUP if bits == 4 else group_size)
 
 
+def require_dtype(bits: int, dtype: torch.dtype, model: str) -> None:
+    """Raises InputError for 4 bits of what torchao makes none of."""
+    if bits == 4 and dtype not in (torch.bfloat16, torch.float32):
+        raise InputError(
+            f"{model} is stored in {str(dtype).removeprefix('torch.')}; 4 bits can be made of bfloat16 and float32 only. "
+            "Use 8 bits, or re-save the model in bfloat16."
+        )
+
+
+def linears_in_blocks(skeleton: PreTrainedModel, scheme: Scheme) -> list[QuantizedLinear]:
+    """All that torchao has a form of, if none is left as it is."""
+    blocks = _blocks(skeleton)
+    return [
+        quantized_linear(name, module.out_features, module.in_features, scheme)
+        for name, module in skeleton.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(blocks)
+    ]
+
+
 def choose_schemes(
     skeleton: PreTrainedModel, scheme: Scheme, skip: Sequence[str] = ()
 ) -> tuple[list[QuantizedLinear], dict[str, str]]:
@@ -107,7 +147,8 @@ def choose_schemes(
         InputError: a pattern of ``skip`` matches nothing, or everything.
         UnsupportedModelError: there are no blocks to be found.
     """
-    blocks = tuple(f"{block}." for block in find_blocks(skeleton))
+    blocks = _blocks(skeleton)
+    found = {linear.name: linear for linear in linears_in_blocks(skeleton, scheme)}
     chosen: list[QuantizedLinear] = []
     left: dict[str, str] = {}
     names: list[str] = []
@@ -120,10 +161,10 @@ def choose_schemes(
         names.append(name)
         if any(matches(pattern, name) for pattern in skip):
             left[name] = "--skip"
-        elif not isinstance(module, nn.Linear):
+        elif name not in found:
             left[name] = f"{type(module).__name__}, of which torchao has no form"
         else:
-            chosen.append(_quantized(name, module, scheme))
+            chosen.append(found[name])
     for pattern in skip:
         if not any(matches(pattern, name) for name in names):
             raise InputError(
@@ -134,6 +175,12 @@ def choose_schemes(
         reasons = sorted({left[name] for name in names})
         raise InputError(f"Nothing is left to quantise: {len(names)} linears in the blocks ({', '.join(reasons)}).")
     return chosen, left
+
+
+def file_notes(names: Iterable[str], linears: Iterable[QuantizedLinear], dtype: torch.dtype) -> Notes:
+    """What headers say of these tensors of a model in few bits, tied ones among them; ``dtype`` is of the source."""
+    notes = {f"{linear.name}.weight": linear.scheme.note(linear.in_features, dtype) for linear in linears}
+    return {name: notes.get(name, PLAIN_NOTE) for name in names}
 
 
 def quantized_tensors(stored: Tensors, linears: Iterable[QuantizedLinear]) -> Tensors:
@@ -177,10 +224,10 @@ def weights_pattern(linears: Sequence[str]) -> str:
     return rf"re:({'|'.join(kinds)})\.weight"
 
 
-def _quantized(name: str, module: nn.Linear, scheme: Scheme) -> QuantizedLinear:
-    out_features, in_features = module.out_features, module.in_features
-    reason = None
-    if not scheme.fits(out_features, in_features):
-        reason = f"{out_features} x {in_features} is not in groups of {scheme.group_size}"
-        scheme = FALLBACK
-    return QuantizedLinear(name=name, out_features=out_features, in_features=in_features, scheme=scheme, reason=reason)
+def _blocks(skeleton: PreTrainedModel) -> tuple[str, ...]:
+    """How the names of what is inside the blocks begin."""
+    return tuple(f"{block}." for block in find_blocks(skeleton))
+
+
+def _note(kind: str, form: dict[str, Any], parts: list[str]) -> str:
+    return json.dumps({"_type": kind, "_data": form, "_tensor_data_names": parts})

@@ -77,6 +77,10 @@ class Target:
     def factor_params(self, rank: int) -> int:
         return rank * (self.in_features + self.out_features) + self.added_params
 
+    def params(self, rank: int | None) -> int:
+        """Of the factors of a rank, with the bias that a correction adds, or of the dense matrix (None)."""
+        return self.num_weights if rank is None else self.factor_params(rank)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:

@@ -2,9 +2,9 @@
 
 from svdllm.allocation.effective_rank import effective_ranks
 from svdllm.allocation.evidence import Allocation, Evidence, Probes
-from svdllm.allocation.loss import Cost, dense_cost, factor_cost, loss_ranks
+from svdllm.allocation.loss import loss_ranks
 from svdllm.allocation.strs import candidate_ranks, strs_ranks
-from svdllm.allocation.uniform import Ranks, exact_floor, fill_budget, uniform_rank, uniform_ranks
+from svdllm.allocation.uniform import Cost, Ranks, exact_floor, fill_budget, uniform_rank, uniform_ranks
 from svdllm.allocation.v2 import v2_ranks
 
 __all__ = [
@@ -14,10 +14,8 @@ __all__ = [
     "Probes",
     "Ranks",
     "candidate_ranks",
-    "dense_cost",
     "effective_ranks",
     "exact_floor",
-    "factor_cost",
     "fill_budget",
     "loss_ranks",
     "strs_ranks",

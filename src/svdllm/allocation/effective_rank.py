@@ -9,8 +9,7 @@ from math import exp
 import torch
 from torch import Tensor
 
-from svdllm.allocation.loss import dense_cost, factor_cost
-from svdllm.allocation.uniform import Ranks
+from svdllm.allocation.uniform import Cost, Ranks
 from svdllm.errors import InputError
 from svdllm.structure import Target
 
@@ -25,7 +24,7 @@ def effective_ranks(
     energies: Mapping[str, Tensor],
     budget: int,
     round_to: int = 1,
-    costs: Mapping[str, int] | None = None,
+    cost: Cost = Target.params,
     *,
     shift: float = SHIFT,
 ) -> Ranks:
@@ -41,8 +40,8 @@ def effective_ranks(
         energies: target -> eigenvalues of ``W C W^T`` (``K``).
         budget: what may be spent on all targets; never exceeded.
         round_to: ranks are multiples of this, and at least this.
-        costs: cost of one rank of each target, in the unit of the budget; parameters (``d + n``) by default. It takes
-            the place of ``d + n``.
+        cost: of a target's factors, or of its dense matrix, in the unit of the budget; parameters by default. What the
+            dense matrix costs for each of the ``d n / (d + n)`` ranks of its size takes the place of ``d + n``.
         shift: what part of q and k goes to v.
 
     Returns:
@@ -51,18 +50,19 @@ def effective_ranks(
     Raises:
         InputError: not even the least ranks fit; tells what they cost.
     """
-    costs = costs if costs is not None else {t.name: t.in_features + t.out_features for t in targets}
-    dense = {t.name: dense_cost(t, costs[t.name]) for t in targets}
-    least = {t.name: min(factor_cost(t, round_to, costs[t.name]), dense[t.name]) for t in targets}
+    dense = {t.name: cost(t, None) for t in targets}
+    least = {t.name: min(cost(t, round_to), dense[t.name]) for t in targets}
     if sum(least.values()) > budget:
         raise InputError(
             f"A budget of {budget:,} does not pay for the least ranks ({round_to}) of {len(targets)} linears, which "
             f"cost {sum(least.values()):,}. Raise it to that, or compress less."
         )
-    weights = {t.name: (effective_rank(energies[t.name]) * costs[t.name]) ** 0.5 for t in targets}
+    of_one = {t.name: dense[t.name] * (t.in_features + t.out_features) / t.num_weights for t in targets}
+    weights = {t.name: (effective_rank(energies[t.name]) * of_one[t.name]) ** 0.5 for t in targets}
     shares = _proportional(weights, least, dense, budget)
     _shift_to_values(targets, shares, least, dense, shift)
-    return _rounded(targets, shares, costs, dense, budget, round_to)
+    prices = {t.name: _prices(t, round_to, cost) for t in targets}
+    return _rounded(targets, shares, prices, of_one, budget, round_to)
 
 
 def effective_rank(energies_K: Tensor) -> float:
@@ -120,26 +120,26 @@ def _role(name: str) -> str | None:
     return next((role for ending, role in ROLES.items() if name.endswith(ending)), None)
 
 
+def _prices(target: Target, round_to: int, cost: Cost) -> list[int]:
+    """Of the ranks that are cheaper than the dense matrix, ascending, and of that."""
+    dense = cost(target, None)
+    factors = [cost(target, rank) for rank in range(round_to, target.break_even_rank + 1, round_to)]
+    return [*(price for price in factors if price < dense), dense]
+
+
 def _rounded(
     targets: Sequence[Target],
     shares: Mapping[str, float],
-    costs: Mapping[str, int],
-    dense: Mapping[str, int],
+    prices: Mapping[str, list[int]],
+    of_one: Mapping[str, float],
     budget: int,
     round_to: int,
 ) -> Ranks:
     """Multiples of ``round_to`` or dense; what is left over goes to those that rounding took most from, a step each."""
-    prices = {
-        t.name: [
-            *(factor_cost(t, rank, costs[t.name]) for rank in range(round_to, t.break_even_rank + 1, round_to)),
-            dense[t.name],
-        ]
-        for t in targets
-    }
     # A share that is a price but for its last bits buys what has that price.
     levels = {name: bisect_right(prices[name], shares[name] * (1 + 1e-13)) - 1 for name in prices}
     left = budget - sum(prices[name][level] for name, level in levels.items())
-    lost = {name: (shares[name] - prices[name][level]) / costs[name] for name, level in levels.items()}
+    lost = {name: (shares[name] - prices[name][level]) / of_one[name] for name, level in levels.items()}
     spent = True
     while spent:
         spent = False

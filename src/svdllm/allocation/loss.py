@@ -6,16 +6,14 @@ The loss of linear ``i`` at rank ``r`` is ``c_i tail_i(r) / tail_i(r0)``: its sp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from svdllm.allocation.knapsack import Choice, Solution, solve
+from svdllm.allocation.uniform import Cost
 from svdllm.linalg import tail_energies
 from svdllm.structure import Target
-
-# Of a target: what its factors of a rank cost, or the dense matrix (None), in the unit of the budget.
-Cost = Callable[[Target, int | None], int]
 
 
 def predicted_losses(energies_K: Tensor, rank: int, divergence: float) -> Tensor:
@@ -49,12 +47,3 @@ def loss_ranks(
     """
     choices = {t.name: loss_choices(t, losses[t.name], cost, round_to) for t in targets}
     return solve(choices, budget)
-
-
-def factor_cost(target: Target, rank: int, cost_of_rank: int) -> int:
-    """Of a rank's factors, with the bias that a correction adds; in the unit of ``cost_of_rank``."""
-    return cost_of_rank * target.factor_params(rank) // (target.in_features + target.out_features)
-
-
-def dense_cost(target: Target, cost_of_rank: int) -> int:
-    return target.num_weights * cost_of_rank // (target.in_features + target.out_features)

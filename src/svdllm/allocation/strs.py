@@ -10,8 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 
-from svdllm.allocation.loss import dense_cost, factor_cost
-from svdllm.allocation.uniform import Ranks, uniform_rank
+from svdllm.allocation.uniform import Cost, Ranks, uniform_rank
 from svdllm.structure import Target
 
 
@@ -21,15 +20,15 @@ def candidate_ranks(target: Target, ratios: Iterable[float], round_to: int) -> l
 
 
 def strs_ranks(
-    targets: Sequence[Target], losses: Mapping[str, Mapping[int, float]], costs: Mapping[str, int], budget: int
+    targets: Sequence[Target], losses: Mapping[str, Mapping[int, float]], budget: int, cost: Cost = Target.params
 ) -> tuple[Ranks, float | None] | None:
     """The ranks of the least threshold that fits a budget.
 
     Args:
         targets: what is compressed.
         losses: target -> rank -> loss of the model with this target alone at this rank; all ranks below break-even.
-        costs: target -> cost of one rank, in the unit of the budget (parameters or bytes).
         budget: what may be spent on all targets; never exceeded.
+        cost: of a target's factors, or of its dense matrix, in the unit of the budget; parameters by default.
 
     Returns:
         The ranks of the targets that do not stay dense, and the threshold (None where all may stay dense); None where
@@ -42,10 +41,7 @@ def strs_ranks(
 
     def fits(threshold: float) -> bool:
         ranks = ranks_at(threshold)
-        return budget >= sum(
-            factor_cost(t, ranks[t.name], costs[t.name]) if t.name in ranks else dense_cost(t, costs[t.name])
-            for t in targets
-        )
+        return budget >= sum(cost(t, ranks.get(t.name)) for t in targets)
 
     if fits(float("-inf")):
         return {}, None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import floor
 
 from svdllm.structure import Target
 
 Ranks = dict[str, int]  # target name -> rank; a target that is not in it stays dense
+# Of a target: what its factors of a rank cost, or the dense matrix (None), in the unit of the budget. Rises with rank.
+Cost = Callable[[Target, int | None], int]
 
 
 def uniform_rank(target: Target, ratio: float, round_to: int = 1) -> int:
@@ -21,14 +23,14 @@ def uniform_ranks(targets: Sequence[Target], ratio: float, round_to: int = 1) ->
     return {target.name: uniform_rank(target, ratio, round_to) for target in targets}
 
 
-def fill_budget(targets: Sequence[Target], costs: Mapping[str, int], budget: int, round_to: int = 1) -> Ranks | None:
+def fill_budget(targets: Sequence[Target], budget: int, round_to: int = 1, cost: Cost = Target.params) -> Ranks | None:
     """Uniform ranks whose total cost is at most ``budget`` and within one rank step of it.
 
     Args:
         targets: what is compressed.
-        costs: cost of one rank of each target, in the unit of the budget (parameters or bytes).
         budget: what may be spent on the factors of all targets.
         round_to: ranks are multiples of this, and at least this.
+        cost: of a target's factors, in the unit of the budget; parameters by default.
 
     Returns:
         The ranks, or None where not even the least ranks fit. A target whose least rank is not below break-even gets
@@ -41,25 +43,28 @@ def fill_budget(targets: Sequence[Target], costs: Mapping[str, int], budget: int
             for t in targets
         }
 
-    def cost(ranks: Ranks) -> int:
-        return sum(costs[name] * rank for name, rank in ranks.items())
+    def total(ranks: Ranks) -> int:
+        return sum(cost(t, ranks[t.name]) for t in targets if ranks[t.name])
 
     low, high = 0.0, 1.0  # ratio 1 costs least
-    if cost(ranks_at(high)) > budget:
+    if total(ranks_at(high)) > budget:
         return None
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (low, middle) if cost(ranks_at(middle)) <= budget else (middle, high)
+        low, high = (low, middle) if total(ranks_at(middle)) <= budget else (middle, high)
     ranks = ranks_at(high)
-    left = budget - cost(ranks)
+    left = budget - total(ranks)
     # What rounding left over goes to the targets that lost most by it, one step each.
     by_loss = sorted(targets, key=lambda t: (ranks[t.name] - _exact_rank(t, high), t.name))
     spent = True
     while spent:
         spent = False
         for target in by_loss:
-            step = costs[target.name] * round_to
-            if step <= left and ranks[target.name] + round_to <= target.break_even_rank:
+            rank = ranks[target.name]
+            if rank + round_to > target.break_even_rank:
+                continue
+            step = cost(target, rank + round_to) - cost(target, rank)
+            if step <= left:
                 ranks[target.name] += round_to
                 left -= step
                 spent = True

@@ -28,6 +28,7 @@ def compress(
     ratio: o.Ratio = None,
     target_params: o.TargetParams = None,
     target_size: o.TargetSize = None,
+    factor_bits: o.FactorBits = None,
     target_speedup: o.TargetSpeedup = None,
     speedup_tokens: o.SpeedupTokens = None,
     preset: o.Preset = None,
@@ -75,6 +76,7 @@ def compress(
         ratio=ratio,
         target_params=target_params,
         target_size=target_size,
+        factor_bits=factor_bits,
         target_speedup=target_speedup,
         speedup_tokens=speedup_tokens,
         ignore=ignore,
@@ -120,5 +122,8 @@ def compress(
     console.print("Next:", style="bold")
     console.print(f"  svdllm eval {folder} --base {model} --ppl python-docs --seqlen 512", soft_wrap=True)
     console.print(f"  svdllm inspect {folder}", soft_wrap=True)
+    if resolved.factor_bits is not None:
+        into = folder.with_name(f"{folder.name}-{resolved.factor_bits}bits")
+        console.print(f"  svdllm quantize {folder} -o {into} --bits {resolved.factor_bits}", soft_wrap=True)
     if resolved.elastic:
         console.print(f"  svdllm slice {folder} --ratio ... -o ...", soft_wrap=True)

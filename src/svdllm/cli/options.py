@@ -10,6 +10,8 @@ import typer
 from svdllm.config import (
     ALLOCATIONS,
     BUDGETS,
+    NVFP4_GROUP,
+    OF_A_BUDGET,
     PROBING,
     Recipe,
     allocation_file,
@@ -61,6 +63,15 @@ TargetSize = Annotated[
     typer.Option(
         help="Bytes of the compressed model's weight files, like 300MB.",
         show_default=False,
+        rich_help_panel="Budget (exactly one)",
+    ),
+]
+FactorBits = Annotated[
+    int | None,
+    typer.Option(
+        help="8 or 4: --target-size is for what [bold]svdllm quantize[/bold] with as many --bits then makes of the result. "
+        "With 4, ranks are multiples of 16.",
+        show_default="the size as written",
         rich_help_panel="Budget (exactly one)",
     ),
 ]
@@ -310,7 +321,9 @@ def build_recipe(
         given["ranks"] = allocation_file(given.pop("allocation"))
         settings = {name: value for name, value in settings.items() if name not in ("allocation", "round_to")}
     if any(name in given for name in BUDGETS):
-        settings = {name: value for name, value in settings.items() if name not in (*BUDGETS, "speedup_tokens")}
+        settings = {name: value for name, value in settings.items() if name not in (*BUDGETS, *OF_A_BUDGET)}
+    if given.get("factor_bits") == 4 and settings.get("round_to", NVFP4_GROUP) % NVFP4_GROUP:
+        settings["round_to"] = NVFP4_GROUP
     recipe = make_recipe(settings | given, origin=f"Recipe {recipe_file}" if recipe_file else "The options")
     for flag, (setting, values) in ONLY_WITH.items():
         if flag in given and getattr(recipe, setting) not in values:

@@ -44,6 +44,8 @@ def plan_table(plan: Plan) -> Titled:
     summary.add_row("removed of the linears", f"{plan.achieved_ratio:.2%}")
     summary.add_row("parameters", f"{count(plan.dense_params)} -> {count(plan.params)}")
     summary.add_row("weight files", f"{size(plan.dense_file_bytes)} -> {size(plan.file_bytes)}")
+    if plan.quantized_file_bytes is not None:
+        summary.add_row("once quantised", quantized_text(plan.quantized_file_bytes, plan.factor_bits))
     if plan.elastic_bytes:
         summary.add_row(
             "elastic files", f"{'' if plan.ranks_known else 'at most '}{size(plan.elastic_bytes)} beside them"
@@ -74,6 +76,8 @@ def result_table(result: CompressionResult) -> Titled:
     table.add_row("method", f"{plan.method}, {plan.achieved_ratio:.2%} of the linears' parameters removed")
     table.add_row("parameters", f"{count(plan.dense_params)} -> {count(plan.params)}")
     table.add_row("weight files", f"{size(plan.dense_file_bytes)} -> {size(plan.file_bytes)}")
+    if plan.quantized_file_bytes is not None:
+        table.add_row("once quantised", quantized_text(plan.quantized_file_bytes, plan.factor_bits))
     if plan.elastic_bytes:
         table.add_row("elastic files", f"{size(plan.elastic_bytes)} beside them, for `svdllm slice`")
     factorised = [linear for linear in result.linears if linear.rank is not None]
@@ -174,6 +178,8 @@ def report_table(report: dict[str, Any]) -> Titled:
         table.add_row("elastic files", f"{size(report['elastic_bytes'])} beside them, for `svdllm slice`")
     if quantized := report.get("quantization"):
         table.add_row("quantised", quantization_text(quantized))
+    elif later := report.get("quantized_file_bytes"):
+        table.add_row("once quantised", quantized_text(later, recipe["factor_bits"]))
     if sliced := report.get("sliced_from"):
         table.add_row("sliced from", f"an elastic checkpoint of ratio {sliced['ratio']}")
     chosen = report["allocation"]
@@ -226,6 +232,11 @@ def allocation_text(plan: Plan, dense: int) -> str:
         proof = "proven least" if plan.allocation_gap <= 1e-6 else f"within {plan.allocation_gap:.1e} of the least"
         text += f"; predicted loss {plan.predicted_loss:.3f} nats per token, {proof}"
     return text + threshold_text(plan.allocation_threshold)
+
+
+def quantized_text(num_bytes: int, bits: int | None) -> str:
+    """The size that the ranks were chosen for."""
+    return f"{size(num_bytes)}, by `svdllm quantize` with --bits {bits}"
 
 
 def threshold_text(threshold: float | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from svdllm.config import BUDGETS, PRESETS, load_settings, make_recipe, preset_settings
+from svdllm.config import BUDGETS, OF_A_BUDGET, PRESETS, load_settings, make_recipe, preset_settings
 from svdllm.errors import InputError, did_you_mean
 from svdllm.grid.settings import DENSE, Variant
 from svdllm.recover import Recovery, make_recovery
@@ -58,7 +58,7 @@ def _variant(name: str, calibration: Mapping[str, Any], recover: Mapping[str, An
         if base in (*METHOD_NAMES, DENSE):
             raise InputError(f"Recipe {name} would be called {base}, which is another method: rename the file.")
         settings = {
-            key: value for key, value in settings.items() if key == "ranks" or key not in (*BUDGETS, "speedup_tokens")
+            key: value for key, value in settings.items() if key == "ranks" or key not in (*BUDGETS, *OF_A_BUDGET)
         }
         if settings.get("ranks") is not None:
             raise InputError(f"Recipe {name} has explicit ranks, which have no ratio: leave them out.")

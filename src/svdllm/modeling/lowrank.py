@@ -161,15 +161,17 @@ class LowRankMixin(_Model):
             ranks = {name.removeprefix(prefix): rank for name, rank in ranks.items() if name.startswith(prefix)}
             shared = {name.removeprefix(prefix): first.removeprefix(prefix) for name, first in shared.items()}
         swap_linears(self, ranks, settings.get("bias_correction", False))
-        if shared:
-            share_first_factors(self, shared)
-            self._tied_weights_keys = {**(self._tied_weights_keys or {}), **_tied_factors(self)}
-            self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+        share_first_factors(self, shared)
+        self.register_load_state_dict_post_hook(_expect_once)
 
-    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """As transformers has it, and the first factors that several linears share."""
-        tied = super().get_expanded_tied_weights_keys(all_submodels)
-        return tied | _tied_factors(self)
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As torch does, with a shared first factor once, under the name of the linear that it is of."""
+        state = super().state_dict(*args, **kwargs)
+        start = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        repeated = tuple(f"{start}{name}." for name in repeated_factors(self))
+        for name in [name for name in state if repeated and name.startswith(repeated)]:
+            del state[name]
+        return state
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -247,17 +249,22 @@ class LowRankMixin(_Model):
         return model
 
 
-def _tied_factors(model: nn.Module) -> dict[str, str]:
-    """Names of the weights that are another's, and that other's: all but the first of each shared first factor."""
-    firsts: dict[int, str] = {}
-    tied: dict[str, str] = {}
+def repeated_factors(model: nn.Module) -> list[str]:
+    """Names at which a first factor stands that is another linear's, and has its name there."""
+    firsts: set[nn.Module] = set()
+    repeated = []
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
-            weight = f"{name}.svd_v.weight"
-            first = firsts.setdefault(id(module.svd_v), weight)
-            if first != weight:
-                tied[weight] = first
-    return tied
+            if module.svd_v in firsts:
+                repeated.append(f"{name}.svd_v")
+            firsts.add(module.svd_v)
+    return repeated
+
+
+def _expect_once(model: nn.Module, keys: Any) -> None:
+    """After ``load_state_dict``: what was not in the state because it is there under another name is not missing."""
+    repeated = tuple(f"{name}." for name in repeated_factors(model))
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not (repeated and key.startswith(repeated))]
 
 
 _HUB_KEYS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "token", "tags")

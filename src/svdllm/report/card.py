@@ -41,6 +41,13 @@ Its linears are stored as {quantization_text(entry)}. Loading them needs the pac
 GPU. Before that the weight files had {entry["unquantized_file_bytes"] / 1e6:,.1f} MB.
 """
         plain = ""
+    elif later := report.get("quantized_file_bytes"):
+        quantized = f"""
+## In few bits
+
+Its ranks were chosen for {recipe["factor_bits"]} bits: `svdllm quantize FOLDER -o SMALLER --bits {recipe["factor_bits"]}` makes weight files of
+{later / 1e6:,.1f} MB of it, of the {recipe["target_size"] / 1e6:,.1f} MB that they may have.
+"""
     streams = "compressed" if recipe["calibration_mode"] == "sequential" else "dense"
     worst = sorted(factorised, key=lambda row: row["kept_energy"])[:5]
     worst_rows = "\n".join(

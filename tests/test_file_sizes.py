@@ -220,6 +220,21 @@ def test_one_analysis_serves_every_number_of_bits(tmp_path: Path) -> None:
     assert ranks == sorted(set(ranks))
 
 
+def test_before_the_analysis_ranks_of_the_same_size_stand_in(tmp_path: Path) -> None:
+    """Keys and values of 16 x 160 have no rank in sixteens below break-even: they stay dense, then as now."""
+    dense = save_dense(tmp_path / "dense", "llama", **WIDE, head_dim=16, num_key_value_heads=1)
+    files = files_of(dense, 4, ("k_proj", "v_proj"))
+    budget = budget_of(files, 16)
+    recipe = small_recipe(target_size=budget, factor_bits=4, round_to=16, allocation="loss")
+    (planned,) = svdllm.plan(dense, recipe)
+    assert not planned.ranks_known
+    assert planned.quantized_file_bytes is not None
+    assert 0.97 * budget < planned.quantized_file_bytes <= budget
+    assert {rank % 16 for rank in planned.ranks.values()} == {0}
+    assert set(planned.ranks) == {target.name for target in files.targets}
+    check(dense, tmp_path, 4, allocation="loss", ignore=("k_proj", "v_proj"))
+
+
 def test_a_recipe_with_bits_is_one_method_of_a_comparison(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(small_recipe(target_size=10**6, factor_bits=8).to_yaml())

@@ -223,7 +223,7 @@ def test_one_analysis_serves_every_number_of_bits(tmp_path: Path) -> None:
 def test_before_the_analysis_ranks_of_the_same_size_stand_in(tmp_path: Path) -> None:
     """Keys and values of 16 x 160 have no rank in sixteens below break-even: they stay dense, then as now."""
     dense = save_dense(tmp_path / "dense", "llama", **WIDE, head_dim=16, num_key_value_heads=1)
-    files = files_of(dense, 4, ("k_proj", "v_proj"))
+    files = files_of(dense, 4, ignore=("k_proj", "v_proj"))
     budget = budget_of(files, 16)
     recipe = small_recipe(target_size=budget, factor_bits=4, round_to=16, allocation="loss")
     (planned,) = svdllm.plan(dense, recipe)

@@ -17,7 +17,7 @@ from svdllm.side_by_side import evaluate_models, perplexity_rows
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = ["--calib", "python-docs", "--samples", "8", "--seqlen", "512"]
+SETTINGS = ["--calib", "python-docs", "--samples", "4", "--seqlen", "512"]
 PAPER = ["--preset", "paper"]
 QUICK = ["--gradient-samples", "4", "--probe-share", "0.25"]
 

@@ -106,6 +106,19 @@ def test_with_every_way_to_choose_ranks(bits: int, settings: dict[str, Any], tmp
     check(save_dense(tmp_path / "dense", "llama", **WIDE), tmp_path, bits, **settings)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_second_factor_of_rank_one_is_left_as_it_is(bits: int, tmp_path: Path) -> None:
+    """torchao has no form of a linear of one input."""
+    dense = save_dense(tmp_path / "dense", "llama", **WIDE)
+    run(dense, tmp_path / "small", recipe=small_recipe(ranks={"q_proj": 1}))
+    result = quantize(tmp_path / "small", tmp_path / "few", bits=bits)
+    name = "model.layers.0.self_attn.q_proj.svd_u"
+    assert result.left[name] == "a linear of one input, of which torchao has no form"
+    ranks = {t.name: 1 for t in files_of(dense, bits).targets if t.name.endswith("q_proj")}
+    assert files_of(dense, bits).num_bytes(ranks) == size(tmp_path / "few")
+    assert svdllm.verify(tmp_path / "few")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_is_not_quantised_has_the_dtype_of_most(dtype: torch.dtype, tmp_path: Path) -> None:
     """Norms that the source has in float32 are written so, and quantising gives them the dtype of the model."""

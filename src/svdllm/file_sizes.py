@@ -26,6 +26,7 @@ from svdllm.schemes import (
     QuantizedLinear,
     Scheme,
     file_notes,
+    has_form,
     linears_in_blocks,
     make_scheme,
     quantized_linear,
@@ -92,10 +93,12 @@ class QuantizedFiles(WrittenFiles):
         factorised = linear_ranks(self.targets, ranks)
         linears = [linear for name, linear in self.linears.items() if name not in factorised]
         for target in self.targets:
-            if (rank := ranks.get(target.name)) is not None:
-                linears.append(quantized_linear(f"{target.linears[0]}.svd_v", rank, target.in_features, self.scheme))
-                for name, rows in target.parts or ((target.name, target.out_features),):
-                    linears.append(quantized_linear(f"{name}.svd_u", rows, rank, self.scheme))
+            if (rank := ranks.get(target.name)) is None:
+                continue
+            linears.append(quantized_linear(f"{target.linears[0]}.svd_v", rank, target.in_features, self.scheme))
+            if has_form(rank):
+                parts = target.parts or ((target.name, target.out_features),)
+                linears += [quantized_linear(f"{name}.svd_u", rows, rank, self.scheme) for name, rows in parts]
         return quantized_tensors(written, linears), file_notes([*written, *self.tied], linears, self.dtype)
 
     def part(self, target: Target) -> QuantizedFiles:

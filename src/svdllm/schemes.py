@@ -132,8 +132,13 @@ def linears_in_blocks(skeleton: PreTrainedModel, scheme: Scheme) -> list[Quantiz
     return [
         quantized_linear(name, module.out_features, module.in_features, scheme)
         for name, module in skeleton.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(blocks)
+        if isinstance(module, nn.Linear) and name.startswith(blocks) and has_form(module.in_features)
     ]
+
+
+def has_form(in_features: int) -> bool:
+    """Whether torchao has a form of a linear: of one input, as the second factor of rank 1 has it, there is none."""
+    return in_features > 1
 
 
 def choose_schemes(
@@ -162,7 +167,8 @@ def choose_schemes(
         if any(matches(pattern, name) for pattern in skip):
             left[name] = "--skip"
         elif name not in found:
-            left[name] = f"{type(module).__name__}, of which torchao has no form"
+            kind = type(module).__name__ if not isinstance(module, nn.Linear) else "a linear of one input"
+            left[name] = f"{kind}, of which torchao has no form"
         else:
             chosen.append(found[name])
     for pattern in skip:

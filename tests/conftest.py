@@ -10,10 +10,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import ipaddress
 import socket
+from pathlib import Path
 
 import pytest
 from transformers.utils import logging
 
+from runs import save_dense
 from tokenizers_local import byte_tokenizer
 
 
@@ -63,6 +65,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 def tokenizer():
     """Byte-level BPE of 290 tokens, no special tokens added, no chat template."""
     return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    """A tiny model on disk, which no test changes."""
+    return save_dense(tmp_path_factory.mktemp("model") / "tiny", tokenizer=tokenizer)
 
 
 VERBOSITY, BARS = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -16,14 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import svdllm.cli
-from runs import TEXT, save_dense
+from runs import TEXT
 from svdllm.cli import main
 from svdllm.errors import NumericalError
-
-
-@pytest.fixture(scope="session")
-def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
-    return save_dense(tmp_path_factory.mktemp("model") / "tiny", tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import svdllm
 from families import tiny_model
-from runs import TEXT, digests, run, save_dense, small_recipe, token_windows
+from runs import TEXT, digests, run, small_recipe, token_windows
 from svdllm.allocation import Allocation
 from svdllm.cli import main
 from svdllm.config import make_recipe
@@ -73,11 +73,6 @@ def test_a_slice_is_the_run_at_its_ratio_byte_for_byte(
     with torch.no_grad():
         ids = token_windows(2)
         assert torch.equal(in_memory(input_ids=ids).logits, loaded(input_ids=ids).logits)
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    return save_dense(tmp_path_factory.mktemp("model") / "tiny", tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")

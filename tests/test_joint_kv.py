@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import svdllm
 from families import tiny_model, tiny_tokens
 from reference import optimal_outputs
-from runs import TEXT, digests, run, save_dense, small_recipe, token_windows
+from runs import TEXT, digests, run, small_recipe, token_windows
 from svdllm import UnsupportedModelError, fuse_factors, load_model, recover
 from svdllm.latent_cache import cache_bytes, cache_size, use_latent_cache, use_ordinary_cache
 from svdllm.recover.settings import make_recovery
@@ -31,11 +31,6 @@ PAIRS = [("model.layers.0.self_attn", 0), ("model.layers.1.self_attn", 1)]
 
 def joint(model: Any, folder: Path, **settings: Any) -> Any:
     return run(model, folder, recipe=small_recipe(joint_kv=True, **settings), ids=token_windows())
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    return save_dense(tmp_path_factory.mktemp("dense") / "tiny", tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -32,11 +32,6 @@ SMALL = {"seqlen": 16, "batch": 4, "steps": 4, "lr": 1e-2}
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    return save_dense(tmp_path_factory.mktemp("dense") / "tiny", tokenizer=tokenizer)
-
-
-@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, dense: Path) -> Path:
     return run(dense, tmp_path_factory.mktemp("out") / "small").output_dir
 

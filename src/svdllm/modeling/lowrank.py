@@ -167,9 +167,8 @@ class LowRankMixin(_Model):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As torch does, with a shared first factor once, under the name of the linear that it is of."""
         state = super().state_dict(*args, **kwargs)
-        start = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        repeated = tuple(f"{start}{name}." for name in repeated_factors(self))
-        for name in [name for name in state if repeated and name.startswith(repeated)]:
+        repeated = repeated_factors(self, kwargs.get("prefix", args[1] if len(args) > 1 else ""))
+        for name in [name for name in state if name.startswith(repeated)]:
             del state[name]
         return state
 
@@ -249,22 +248,22 @@ class LowRankMixin(_Model):
         return model
 
 
-def repeated_factors(model: nn.Module) -> list[str]:
-    """Names at which a first factor stands that is another linear's, and has its name there."""
+def repeated_factors(model: nn.Module, prefix: str = "") -> tuple[str, ...]:
+    """How the names of weights begin that are those of another linear's first factor, and have their names there."""
     firsts: set[nn.Module] = set()
     repeated = []
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
             if module.svd_v in firsts:
-                repeated.append(f"{name}.svd_v")
+                repeated.append(f"{prefix}{name}.svd_v.")
             firsts.add(module.svd_v)
-    return repeated
+    return tuple(repeated)
 
 
 def _expect_once(model: nn.Module, keys: Any) -> None:
     """After ``load_state_dict``: what was not in the state because it is there under another name is not missing."""
-    repeated = tuple(f"{name}." for name in repeated_factors(model))
-    keys.missing_keys[:] = [key for key in keys.missing_keys if not (repeated and key.startswith(repeated))]
+    repeated = repeated_factors(model)
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.startswith(repeated)]
 
 
 _HUB_KEYS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "token", "tags")

@@ -101,7 +101,8 @@ class LowRankConfigMixin(_Config):
     """Adds the ``svdllm`` entry to the config class of a family: ``class C(LowRankConfigMixin, LlamaConfig)``.
 
     ``svdllm`` holds ``format_version``, ``base_model_type``, ``ranks`` (names as in the causal LM's ``named_modules``),
-    ``shared_factors`` where linears have the first factor of others, and whatever else the writer recorded; it is checked when a config is built and kept as it is.
+    ``shared_factors`` where linears have the first factor of others, and whatever else the writer recorded; it is checked
+    when a config is built and kept as it is.
     """
 
     svdllm: dict[str, Any] | None = None  # a plain attribute: this class is no dataclass

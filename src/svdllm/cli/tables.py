@@ -16,6 +16,7 @@ from svdllm.records import CompressionResult
 from svdllm.recover import RecoveryResult
 from svdllm.report.card import quantization_text, recovery_text
 from svdllm.side_by_side import ModelPerplexity
+from svdllm.unused_tensors import UnusedTensors
 
 Titled = tuple[str, list[Table]]  # a line of its own, never cut or wrapped, and what stands below it
 
@@ -31,6 +32,8 @@ def plan_table(plan: Plan) -> Titled:
         + (f"; {dense_left} stay dense" if dense_left else "")
         + (f"; {len(plan.ignored)} ignored" if plan.ignored else ""),
     )
+    if plan.unused_tensors is not None:
+        summary.add_row("not used of its files", unused_text(plan.unused_tensors))
     if not plan.ranks_known and plan.target_speedup is None:
         summary.add_row(
             "allocation", f"{plan.allocation}: ranks follow from the analysis; uniform ones are shown, of the same size"
@@ -198,6 +201,8 @@ def report_table(report: dict[str, Any]) -> Titled:
             f"seed {recipe['seed']}",
         )
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
+    if unused := report.get("unused_tensors"):
+        table.add_row("not used of its files", unused_text(UnusedTensors(**unused)))
     for warning in report["warnings"]:
         table.add_row("warning", warning)
     for entry in report.get("recovery", []):
@@ -237,6 +242,11 @@ def allocation_text(plan: Plan, dense: int) -> str:
 def quantized_text(num_bytes: int, bits: int | None) -> str:
     """The size that the ranks were chosen for."""
     return f"{size(num_bytes)}, by `svdllm quantize` with --bits {bits}"
+
+
+def unused_text(unused: UnusedTensors) -> str:
+    """Tensors that a model's config does not ask for."""
+    return f"{unused.tensors:,} tensors, {count(unused.params)} parameters: {unused.named}"
 
 
 def threshold_text(threshold: float | None) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -46,7 +45,7 @@ from svdllm.stream import Walk
 from svdllm.structure import Structure, Target, discover, linear_ranks, shared_factors
 from svdllm.unused_tensors import warn_of_unused
 from svdllm.version import __version__
-from svdllm.weights import SafetensorsWeights, Weights, save_tensors, unused_in, weight_files
+from svdllm.weights import SafetensorsWeights, Weights, read_header, save_tensors, unused_in, weight_files
 
 REPORT_FILE = "svdllm/report.json"
 RECIPE_FILE = "svdllm/recipe.yaml"
@@ -195,23 +194,34 @@ def load_model(model: str | Path, *, ratio: float | None = None, **kwargs: Any) 
     place = _place_of(model, kwargs)
     try:
         with unpacking_one_by_one():
-            settings = {"trust_remote_code": False, "use_safetensors": True} | kwargs
+            settings = {"trust_remote_code": False, "use_safetensors": True, "ignore_mismatched_sizes": True} | kwargs
             both: Any = AutoModelForCausalLM.from_pretrained(str(place), output_loading_info=True, **settings)
-    except SafetensorError as error:
-        raise CheckpointError(f"The weights of {model} are truncated or damaged: {error}.") from error
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{model} cannot be loaded: {error}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind, by the class of the model and what is wrong in its files
+        raise CheckpointError(f"{model} cannot be loaded: {type(error).__name__}: {error}") from error
     loaded, info = both
-    if lacking := sorted(info["missing_keys"]):
-        raise CheckpointError(
-            f"{model}: {len(lacking)} tensors of {type(loaded).__name__} are missing, for instance {', '.join(lacking[:3])}."
-        )
+    _require_loaded(model, loaded, info)
     if "gguf_file" not in kwargs and getattr(loaded, "hf_quantizer", None) is None:
         warn_of_unused(display_name(model), unused_in(place, loaded))
     dtype = kwargs.get("dtype")
     if isinstance(dtype, torch.dtype) and is_torchao(loaded):
         loaded.to(dtype)  # a weight of 4 bits unpacks to the dtype that it was stored with
     return both if want_info else loaded
+
+
+def _require_loaded(model: str | Path, loaded: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where transformers has put random weights in place of the files'."""
+    misshapen = [
+        f"{name} (in the file {list(found)}, by the config {list(wanted)})"
+        for name, found, wanted in info["mismatched_keys"]
+    ]
+    for what, names in (("missing", info["missing_keys"]), ("of another shape", misshapen)):
+        if names:
+            raise CheckpointError(
+                f"{model}: {len(names)} tensors of {type(loaded).__name__} are {what}, for instance "
+                f"{', '.join(sorted(names)[:3])}. The files and config.json do not belong together: fetch the model again."
+            )
 
 
 def _place_of(model: str | Path, kwargs: dict[str, Any]) -> Path:
@@ -228,7 +238,8 @@ def _place_of(model: str | Path, kwargs: dict[str, Any]) -> Path:
         offline, revision = kwargs.pop("local_files_only", False), kwargs.pop("revision", None)
         path = hub_folder(str(model), revision, offline, weights=True)
     load_config(path, str(model), allow_quantized=True)
-    weight_files(path)
+    for file in weight_files(path):
+        read_header(file)
     return path
 
 

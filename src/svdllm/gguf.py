@@ -119,7 +119,7 @@ def _read(path: Path) -> Any:
         return GGUFReader(path)
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, OSError) as error:
         raise InputError(
-            f"{path.name} is not a readable GGUF file, or is cut: {first_line(error)}. Fetch it again."
+            f"{path.name} is not a readable GGUF file, or is cut ({first_line(error)}). Fetch it again."
         ) from error
 
 

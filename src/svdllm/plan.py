@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from svdllm.allocation import Evidence
 from svdllm.budget import choose_ranks, elastic_bytes
 from svdllm.config import Recipe
-from svdllm.errors import InputError
+from svdllm.errors import InputError, UnsupportedModelError
 from svdllm.estimate import Needs
 from svdllm.file_sizes import QuantizedFiles, WrittenFiles
 from svdllm.layout import buffer_names, compressed_tensors, file_bytes, num_params, stored_tensors
@@ -20,7 +20,7 @@ from svdllm.linear_times import LinearTimes, Speed
 from svdllm.methods import METHODS
 from svdllm.probing import WINDOW, probe_ranks, probe_tokens
 from svdllm.schemes import require_dtype
-from svdllm.source import Source, build_skeleton, context_length, open_config
+from svdllm.source import Source, build_skeleton, context_length, open_config, refuse_several_parts
 from svdllm.statistics import Gram
 from svdllm.structure import Structure, bias_corrected, discover, with_joint_keys_and_values
 from svdllm.unused_tensors import UnusedTensors
@@ -159,7 +159,11 @@ def look_at(source: Source, recipe: Recipe) -> tuple[PreTrainedModel, Structure]
         named = f" ({dense['id']})" if "id" in dense else ""
         raise InputError(f"{source.name} is compressed already; compress its dense source{named}.")
     skeleton = build_skeleton(source.config)
-    return skeleton, structure_for(skeleton, recipe)
+    try:
+        return skeleton, structure_for(skeleton, recipe)
+    except UnsupportedModelError:
+        refuse_several_parts(source.config, source.name)
+        raise
 
 
 def structure_for(skeleton: PreTrainedModel, recipe: Recipe) -> Structure:

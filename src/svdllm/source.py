@@ -49,7 +49,6 @@ COMPANION_FILES = (
 ADAPTER_FILE = "adapter_config.json"  # of PEFT
 # How names of classes end, in lower case: early conversions have LLaMAForCausalLM.
 _HEADS = ("forcausallm", "lmheadmodel")
-_SEVERAL_PARTS = "ForConditionalGeneration"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,36 +263,32 @@ def require_causal_lm(config: PreTrainedConfig, name: str) -> None:
     family = getattr(config, "svdllm", None) and config.svdllm["base_model_type"]
     model_type = family or config.model_type
     expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")
-    architectures = config.architectures or []
-    is_decoder = bool(expected) and not config.is_encoder_decoder
+    architectures = [config.architectures] if isinstance(config.architectures, str) else config.architectures or []
     has_head = any(name == expected or name.lower().endswith(_HEADS) for name in architectures or [expected])
-    if is_decoder and has_head and not expected.endswith(_SEVERAL_PARTS):
+    is_decoder = bool(expected) and not config.is_encoder_decoder
+    if is_decoder and has_head:
         return
-    written = f"{model_type!r}{f' ({architectures[0]})' if architectures else ''}"
-    if text_type := _text_model_type(config):
-        raise UnsupportedModelError(
-            f"{name} is more than a language model: its model_type is {written}. The language model in it, of type "
-            f"{text_type!r}, can be compressed once it is saved alone: see 'multimodal' in docs/faq.md."
-        )
+    refuse_several_parts(config, name)
     if not is_decoder:
+        named = f" ({architectures[0]})" if architectures else ""
         raise UnsupportedModelError(
-            f"{name} is not a causal language model: its model_type is {written}, for which transformers has no "
+            f"{name} is not a causal language model: its model_type is {model_type!r}{named}, for which transformers has no "
             "decoder-only language model. Expected something like llama, qwen2 or gpt2."
         )
-    found = architectures[0] if architectures else expected
     raise UnsupportedModelError(
-        f"{name} is not a causal language model: its architecture is {found}, expected {expected}."
+        f"{name} is not a causal language model: its architecture is {architectures[0]}, expected {expected}."
     )
 
 
-def _text_model_type(config: PreTrainedConfig) -> str | None:
-    """The type of the language model within a model of several parts, if transformers has it by itself."""
+def refuse_several_parts(config: PreTrainedConfig, name: str) -> None:
+    """Raises UnsupportedModelError for a language model within a larger model, which can be compressed by itself."""
     text = config.get_text_config(decoder=True)
-    if text.model_type == config.model_type or config.is_encoder_decoder or text.is_encoder_decoder:
-        return None
-    return (
-        text.model_type if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type, "").endswith("ForCausalLM") else None
-    )
+    is_alone = text.model_type == config.model_type or config.is_encoder_decoder or text.is_encoder_decoder
+    if not is_alone and MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type, "").endswith("ForCausalLM"):
+        raise UnsupportedModelError(
+            f"{name} is more than a language model: its model_type is {config.model_type!r}. The language model in it, of "
+            f"type {text.model_type!r}, can be compressed once it is saved alone: see 'multimodal' in docs/faq.md."
+        )
 
 
 def _check_quantization(config: PreTrainedConfig, name: str, allowed: bool) -> None:

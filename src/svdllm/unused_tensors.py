@@ -38,10 +38,13 @@ class UnusedTensors:
         return cls(tensors=len(lost), params=params, ignored=ignored, names=names) if lost else None
 
     @property
-    def named(self) -> str:
-        """The names, or the first of many."""
+    def text(self) -> str:
+        """How many there are, and the first of many names."""
         more = len(self.names) - SHOWN
-        return ", ".join(self.names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+        names = ", ".join(self.names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+        return (
+            f"{self.tensors:,} unused tensor{'s' if self.tensors > 1 else ''} of {self.params:,} parameters ({names})"
+        )
 
 
 def unused_tensors(
@@ -80,8 +83,7 @@ def warn_of_unused(model: str, unused: UnusedTensors | None) -> None:
         "num_hidden_layers, ...)."
     )
     warnings.warn(
-        f"The files of {model} hold {unused.tensors:,} tensors ({unused.params:,} parameters) that its config does not ask "
-        f"for: {unused.named}. They are left out; {advice}",
+        f"{model} has {unused.text}, which its config does not ask for. They are left out; {advice}",
         UnusedTensorsWarning,
         stacklevel=1,  # one place for all callers: Python shows the same text of the same place once
     )

@@ -34,11 +34,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# What reading a header raises where bytes are missing or are others.
-_DAMAGE = (
-    *(struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, MemoryError),
-    *(SafetensorError, OSError),
-)
 
 
 class Weights(Protocol):
@@ -161,8 +156,10 @@ class MemoryWeights:
                 self._tensors[name] = tensor.detach()
             seen.add(id(tensor))
         holder = type(model).__name__
-        _require_all(self, skeleton, holder, sorted(set(self._tensors) - set(skeleton.state_dict())))
         shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        for name in (unknown := sorted(set(shapes).difference(skeleton.state_dict()))):
+            del self._tensors[name]
+        _require_all(self, skeleton, holder, unknown)
         self.unused = unused_tensors(shapes, {name: name for name in shapes}, skeleton)
         warn_of_unused(holder, self.unused)
 
@@ -209,24 +206,26 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{name} cannot be read: {first_line(error)} Fetch or write it again.") from error
     if missing := [file for file in files if not (folder / file).is_file()]:
         raise CheckpointError(
-            f"{name} lacks {', '.join(missing)}, which its {'index lists' if len(files) > 1 else 'config or index names'}. "
+            f"{name} lacks {', '.join(missing)}, which its index lists (or transformers_weights in config.json names). "
             "Fetch it again."
         )
     if files:
         return [folder / file for file in files]
     _refuse_other_weights(folder, name)
-    raise InputError(f"{name} has a config.json but no model.safetensors: its weights are missing.")
+    raise InputError(
+        f"{name} has a config.json but no model.safetensors: its weights are missing, or pickled, which are never read."
+    )
 
 
 def _refuse_other_weights(folder: Path, name: str) -> None:
-    others = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
-    if others:
+    """Raises UnsupportedModelError for weights under other names or in other formats than transformers reads."""
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    if others := [file for file in files if file.endswith(".safetensors")]:
         raise UnsupportedModelError(
             f"{name} has no model.safetensors, only {', '.join(others[:3])}, which transformers does not read either. If it "
             "holds the weights of this config, rename it; else fetch the model in the format of transformers."
         )
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".h5"))
-    if pickled:
+    if pickled := [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5"))]:
         raise UnsupportedModelError(
             f"{name} has no safetensors weights, only {', '.join(pickled[:3])}; pickled files are never read. Re-save the "
             "model with transformers' save_pretrained and compress that folder."
@@ -249,27 +248,23 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """Reads what a safetensors file holds, and checks that it is as long as it says.
+    """Reads what a safetensors file holds, without its tensors.
 
     Raises:
         CheckpointError: the file is truncated or damaged.
     """
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", None) or {}
-        size = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        # Also lets the library check what a plain read cannot see.
-        with safe_open(path, framework="pt"):
+        with safe_open(path, framework="pt"):  # which checks the header, and that the file is as long as that says
             pass
-    except _DAMAGE as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path.name} in {display_name(path.parent)} is truncated or damaged ({first_line(error)}). Fetch or write it "
             "again."
         ) from error
-    if size != path.stat().st_size:
-        raise CheckpointError(f"{path.name} is damaged: {size} bytes expected, {path.stat().st_size} found.")
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", None) or {}
     tensors = {
         key: StoredTensor(tuple(entry["shape"]), entry["dtype"], entry["data_offsets"][1] - entry["data_offsets"][0])
         for key, entry in header.items()

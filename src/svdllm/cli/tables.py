@@ -33,7 +33,7 @@ def plan_table(plan: Plan) -> Titled:
         + (f"; {len(plan.ignored)} ignored" if plan.ignored else ""),
     )
     if plan.unused_tensors is not None:
-        summary.add_row("not used of its files", unused_text(plan.unused_tensors))
+        summary.add_row("its files hold", plan.unused_tensors.text)
     if not plan.ranks_known and plan.target_speedup is None:
         summary.add_row(
             "allocation", f"{plan.allocation}: ranks follow from the analysis; uniform ones are shown, of the same size"
@@ -202,7 +202,7 @@ def report_table(report: dict[str, Any]) -> Titled:
         )
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     if unused := report.get("unused_tensors"):
-        table.add_row("not used of its files", unused_text(UnusedTensors(**unused)))
+        table.add_row("source files hold", UnusedTensors(**unused).text)
     for warning in report["warnings"]:
         table.add_row("warning", warning)
     for entry in report.get("recovery", []):
@@ -242,11 +242,6 @@ def allocation_text(plan: Plan, dense: int) -> str:
 def quantized_text(num_bytes: int, bits: int | None) -> str:
     """The size that the ranks were chosen for."""
     return f"{size(num_bytes)}, by `svdllm quantize` with --bits {bits}"
-
-
-def unused_text(unused: UnusedTensors) -> str:
-    """Tensors that a model's config does not ask for."""
-    return f"{unused.tensors:,} tensors, {count(unused.params)} parameters: {unused.named}"
 
 
 def threshold_text(threshold: float | None) -> str:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from svdllm.cli.console import count, duration, size
 from svdllm.demo import DemoResult
+from svdllm.model_names import given_name
 from svdllm.plan import Plan
 from svdllm.quantize import QuantizationResult
 from svdllm.records import CompressionResult
@@ -106,7 +107,7 @@ def perplexity_table(rows: list[ModelPerplexity]) -> Table:
         named = column in ("model", "text")
         table.add_column(column, justify="left" if named else "right", overflow="fold", no_wrap=not named)
     for row in rows:
-        table.add_row(row.model, count(row.params), size(row.weight_bytes), row.text, *_measured(row))
+        table.add_row(given_name(row.model), count(row.params), size(row.weight_bytes), row.text, *_measured(row))
     if rows:
         measured = rows[0].perplexity
         bos = {True: "BOS at the start of the text", False: "no BOS", None: "BOS unknown"}[measured.begins_with_bos]

@@ -30,6 +30,7 @@ from svdllm.recover import Recovery, RecoveryResult, recover
 from svdllm.side_by_side import evaluate_tasks
 from svdllm.slicing import slice_checkpoint
 from svdllm.tasks import TaskResults
+from svdllm.unused_tensors import UnusedTensors, UnusedTensorsWarning
 from svdllm.verify import verify
 from svdllm.version import __version__
 
@@ -52,6 +53,8 @@ __all__ = [
     "SvdllmError",
     "TaskResults",
     "UnsupportedModelError",
+    "UnusedTensors",
+    "UnusedTensorsWarning",
     "WeightBytes",
     "__version__",
     "benchmark",

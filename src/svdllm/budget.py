@@ -25,7 +25,7 @@ from svdllm.allocation import (
 from svdllm.config import NVFP4_GROUP, Recipe
 from svdllm.errors import InputError
 from svdllm.file_sizes import WrittenFiles
-from svdllm.layout import Tensors, elastic_tensors, file_bytes, num_params, tensor_bytes
+from svdllm.layout import Tensors, elastic_tensors, file_bytes, tensor_bytes
 from svdllm.linear_times import LinearTimes
 from svdllm.structure import Structure, Target
 
@@ -239,9 +239,9 @@ def _unit(recipe: Recipe, files: WrittenFiles, free: Sequence[Target], fixed: Ma
     if recipe.target_size is not None:
         return _bytes(recipe, recipe.target_size, files, free, fixed)
     assert recipe.target_params is not None
-    what, budget, dense = "--target-params", recipe.target_params, num_params(files.dense)
+    what, budget, dense = "--target-params", recipe.target_params, files.num_params({})
     _require_below(what, budget, dense, "has")
-    outside = num_params(files.content(fixed)[0]) - sum(target.num_weights for target in free)
+    outside = files.num_params(fixed) - sum(target.num_weights for target in free)
     return _Unit(what, budget, outside, Target.params)
 
 

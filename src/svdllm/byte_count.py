@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-
-from svdllm.layout import SAFETENSORS_CODES
-from svdllm.weights import weight_files
-
-_DTYPES = {code: dtype for dtype, code in SAFETENSORS_CODES.items()}
+from svdllm.errors import CheckpointError, first_line
+from svdllm.weights import read_header, weight_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +40,15 @@ def weight_bytes(folder: str | Path) -> WeightBytes:
     paths = weight_files(Path(folder))
     total = sum(path.stat().st_size for path in paths)
     for path in paths:
-        with safe_open(path, framework="pt") as file:
-            few_bits = _quantized_keys(file.metadata() or {})
-            for key in file.keys():  # noqa: SIM118
-                entry = file.get_slice(key)
-                dtype, numel = _DTYPES[entry.get_dtype()], torch.Size(entry.get_shape()).numel()
-                size = numel * dtype.itemsize
-                if key in few_bits:
-                    quantized += size
-                else:
-                    other += size
-                    other_at_16_bits += numel * min(2, dtype.itemsize) if dtype.is_floating_point else size
+        header = read_header(path)
+        few_bits = _quantized_keys(header.metadata, path)
+        for key, (shape, code, size) in header.tensors.items():
+            if key in few_bits:
+                quantized += size
+            else:
+                other += size
+                is_float = code.startswith(("F", "BF"))
+                other_at_16_bits += min(2 * prod(shape), size) if is_float else size
     return WeightBytes(
         files=total,
         headers=total - quantized - other,
@@ -64,10 +58,13 @@ def weight_bytes(folder: str | Path) -> WeightBytes:
     )
 
 
-def _quantized_keys(metadata: dict[str, str]) -> set[str]:
+def _quantized_keys(metadata: dict[str, str], path: Path) -> set[str]:
     """The names of the tensors that stand for a weight in few bits, as torchao writes them into the file."""
     keys: set[str] = set()
-    for name in json.loads(metadata.get("tensor_names", "[]")):
-        owner, _, leaf = name.rpartition(".")
-        keys |= {f"{owner}._{leaf}_{part}" for part in json.loads(metadata[name]).get("_tensor_data_names", [])}
+    try:
+        for name in json.loads(metadata.get("tensor_names", "[]")):
+            owner, _, leaf = name.rpartition(".")
+            keys |= {f"{owner}._{leaf}_{part}" for part in json.loads(metadata[name]).get("_tensor_data_names", [])}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"The notes in the header of {path.name} are damaged: {first_line(error)}") from error
     return keys

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -34,17 +33,19 @@ from svdllm.layout import (
     tensor_bytes,
 )
 from svdllm.linalg import corrected_bias, factorise
+from svdllm.model_names import display_name
 from svdllm.modeling import FORMAT_VERSION, HASHES_FILE, family_classes, low_rank_config, write_hashes
 from svdllm.modeling.lowrank import sha256_of, unpacking_one_by_one
 from svdllm.plan import Plan, resolve_device
 from svdllm.progress import Reporter
 from svdllm.records import LinearRecord, Provenance
 from svdllm.report.card import model_card
-from svdllm.source import Source, build_skeleton, copy_companion_files, load_config
+from svdllm.source import Source, build_skeleton, copy_companion_files, hub_folder, load_config, open_config
 from svdllm.stream import Walk
 from svdllm.structure import Structure, Target, discover, linear_ranks, shared_factors
+from svdllm.unused_tensors import warn_of_unused
 from svdllm.version import __version__
-from svdllm.weights import SafetensorsWeights, Weights, save_tensors, weight_files
+from svdllm.weights import SafetensorsWeights, Weights, read_header, save_tensors, unused_in, weight_files
 
 REPORT_FILE = "svdllm/report.json"
 RECIPE_FILE = "svdllm/recipe.yaml"
@@ -136,6 +137,7 @@ def report_of(plan: Plan, recipe: Recipe, provenance: Provenance, linears: list[
         "quantized_file_bytes": plan.quantized_file_bytes,
         "versions": {"svdllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "warnings": plan.warnings,
+        "unused_tensors": None if plan.unused_tensors is None else asdict(plan.unused_tensors),
         "linears": [asdict(record) for record in linears],
     }
 
@@ -175,32 +177,70 @@ def load_model(model: str | Path, *, ratio: float | None = None, **kwargs: Any) 
         model: a folder, a hub id, or a GGUF file.
         ratio: of an elastic checkpoint, the size to load it at: the model that ``slice_checkpoint`` writes, without
             writing it. At least the ratio of the checkpoint.
-        kwargs: for ``from_pretrained``.
+        kwargs: for ``from_pretrained``. Code that comes with a model is never run, and only safetensors are read.
+
+    Warns of tensors in the files that are not used (``UnusedTensorsWarning``).
 
     Raises:
         CheckpointError: a file is missing, truncated or altered; names it.
         InputError: no such model, or it has no such size.
+        UnsupportedModelError: it is not a causal language model.
     """
     if ratio is not None:
         from svdllm.slicing import load_slice
 
         return load_slice(model, ratio, **kwargs)
-    path = Path(model)
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        kwargs["gguf_file"] = path.name
-        path = path.parent
+    want_info = kwargs.pop("output_loading_info", False)
+    place = _place_of(model, kwargs)
     try:
         with unpacking_one_by_one():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(str(path) if path.exists() else str(model), **kwargs)
-    except SafetensorError as error:
-        raise CheckpointError(f"The weights of {model} are truncated or damaged: {error}.") from error
-    except (ValueError, OSError) as error:
-        kind = CheckpointError if path.is_dir() else InputError
-        raise kind(f"{model} cannot be loaded: {error}") from error
+            settings = {"trust_remote_code": False, "use_safetensors": True, "ignore_mismatched_sizes": True} | kwargs
+            both: Any = AutoModelForCausalLM.from_pretrained(str(place), output_loading_info=True, **settings)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind, by the class of the model and what is wrong in its files
+        raise CheckpointError(f"{model} cannot be loaded: {type(error).__name__}: {error}") from error
+    loaded, info = both
+    _require_loaded(model, loaded, info)
+    if "gguf_file" not in kwargs and getattr(loaded, "hf_quantizer", None) is None:
+        warn_of_unused(display_name(model), unused_in(place, loaded))
     dtype = kwargs.get("dtype")
     if isinstance(dtype, torch.dtype) and is_torchao(loaded):
         loaded.to(dtype)  # a weight of 4 bits unpacks to the dtype that it was stored with
-    return loaded
+    return both if want_info else loaded
+
+
+def _require_loaded(model: str | Path, loaded: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where transformers has put random weights in place of the files'."""
+    misshapen = [
+        f"{name} (in the file {list(found)}, by the config {list(wanted)})"
+        for name, found, wanted in info["mismatched_keys"]
+    ]
+    for what, names in (("missing", info["missing_keys"]), ("of another shape", misshapen)):
+        if names:
+            raise CheckpointError(
+                f"{model}: {len(names)} tensors of {type(loaded).__name__} are {what}, for instance "
+                f"{', '.join(sorted(names)[:3])}. The files and config.json do not belong together: fetch the model again."
+            )
+
+
+def _place_of(model: str | Path, kwargs: dict[str, Any]) -> Path:
+    """The folder that ``from_pretrained`` reads a model from, after the checks that every other use of it makes.
+
+    Takes what is for the hub out of ``kwargs``, and puts in what a GGUF file needs.
+    """
+    path = Path(model)
+    if path.is_file():
+        open_config(path)
+        kwargs["gguf_file"] = path.name
+        return path.parent
+    if not path.is_dir():
+        offline, revision = kwargs.pop("local_files_only", False), kwargs.pop("revision", None)
+        path = hub_folder(str(model), revision, offline, weights=True)
+    load_config(path, str(model), allow_quantized=True)
+    for file in weight_files(path):
+        read_header(file)
+    return path
 
 
 def is_torchao(model: PreTrainedModel) -> bool:

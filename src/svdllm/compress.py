@@ -23,6 +23,7 @@ from svdllm.checkpoint import REPORT_FILE, write_checkpoint
 from svdllm.config import Recipe
 from svdllm.data import TokenWindows, calibration_windows, check_source
 from svdllm.errors import InputError, SvdllmError
+from svdllm.layout import buffer_names
 from svdllm.linear_times import LinearTimes, measure_linears
 from svdllm.memory import device_peak_bytes, peak_bytes, saying_what_to_lower
 from svdllm.methods import METHODS
@@ -202,7 +203,7 @@ class _Run:
                 )
                 plans = plans_of(source, skeleton, structure, self.recipe, self.hidden_states_limit)
         windows = self._calibration_windows(source, skeleton, structure)
-        fingerprint = self._survey(source)
+        fingerprint = self._survey(source, skeleton)
         if not self.resume or not read_settings(self.work / "analysis"):
             start_over(self.work)
         settings = self._settings(source, fingerprint, windows)
@@ -249,10 +250,10 @@ class _Run:
             self.reporter.warn(warning)
         return windows
 
-    def _survey(self, source: Source) -> str:
+    def _survey(self, source: Source, skeleton: PreTrainedModel) -> str:
         assert source.weights is not None
         with self.reporter.stage("check weights", len(source.weights.names())):
-            return survey(source.weights, self.reporter.advance)
+            return survey(source.weights, buffer_names(skeleton), self.reporter.advance)
 
     def _settings(self, source: Source, fingerprint: str, windows: TokenWindows | None) -> dict[str, Any]:
         """All that decides the bytes of the result."""

@@ -60,8 +60,9 @@ def as_ours(error: Exception) -> SvdllmError | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, to be quoted in a message of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of what an error says, to be quoted in a message of ours; the next too where it ends with a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:

@@ -5,8 +5,8 @@ The one account from which budgets and plans take the size of a model that does 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -15,10 +15,12 @@ from svdllm.layout import (
     NO_NOTES,
     Notes,
     Tensors,
+    buffer_names,
     compressed_tensors,
     empty_file_bytes,
     file_bytes,
     loaded_tensors,
+    num_params,
     share_of_files,
     tied_names,
 )
@@ -41,10 +43,15 @@ class WrittenFiles:
 
     dense: Tensors
     targets: Sequence[Target]
+    buffers: Collection[str] = field(default=(), kw_only=True)  # of the tensors: those that are no parameters
 
     def content(self, ranks: Mapping[str, int]) -> tuple[Tensors, Notes]:
         """What files and headers hold; targets without a rank stay dense."""
         return compressed_tensors(self.dense, self.targets, ranks), NO_NOTES
+
+    def num_params(self, ranks: Mapping[str, int]) -> int:
+        """Parameters in all files."""
+        return num_params(self.content(ranks)[0], self.buffers)
 
     def num_bytes(self, ranks: Mapping[str, int]) -> int:
         """Exact size of all files."""
@@ -86,6 +93,7 @@ class QuantizedFiles(WrittenFiles):
             dtype=dtype,
             linears={linear.name: linear for linear in linears_in_blocks(skeleton, scheme)},
             tied=sorted(tied_names(skeleton)),
+            buffers=buffer_names(skeleton),
         )
 
     def content(self, ranks: Mapping[str, int]) -> tuple[Tensors, Notes]:

@@ -3,43 +3,86 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+    load_gguf_checkpoint,
+    read_field,
+)
 
-from svdllm.errors import InputError, UnsupportedModelError
+from svdllm.errors import InputError, UnsupportedModelError, first_line
 from svdllm.modeling.lowrank import sha256_of
+from svdllm.unused_tensors import UnusedTensors
 from svdllm.weights import save_tensors
 
 MARKER = "gguf-source.json"
+_PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 
 
 def gguf_config(path: Path) -> PreTrainedConfig:
     """The config that the file describes.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, one of several parts, or without a tokenizer.
         UnsupportedModelError: transformers knows no model for its architecture.
     """
+    reader = _read(path)
+    _require_whole(path, reader)
+    if not reader.fields.get("tokenizer.ggml.tokens"):
+        raise InputError(
+            f"{path.name} has no tokenizer in it (tokenizer.ggml.tokens). Convert the model again, with its own."
+        )
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, IndexError, OSError) as error:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    except Exception as error:  # of any kind, by what is missing or wrong in the file
         if "architecture" in str(error) or "not supported" in str(error):
             raise UnsupportedModelError(f"{path.name}: {error}") from error
-        raise InputError(f"{path.name} is not a readable GGUF file: {error}") from error
+        raise InputError(f"{path.name} is not a readable GGUF file: {first_line(error)}") from error
     config.architectures = config.architectures or [_causal_lm_name(config)]
     config.dtype = torch.float32
     config.name_or_path = path.stem
     return config
 
 
+def unused_in_gguf(path: Path, skeleton: PreTrainedModel) -> UnusedTensors | None:
+    """What transformers does not read of the tensors in the file; it passes over them without a word."""
+    from gguf import dequantize
+
+    reader = _read(path)
+    kind = TENSOR_PROCESSORS.get(str(read_field(reader, "general.architecture")[0]), TensorProcessor)
+    processor = kind(config=skeleton.config.to_dict())
+    places = _places(path, skeleton, processor)
+
+    def is_read(tensor: Any) -> bool:
+        if tensor.name in places:
+            return True
+        # Some architectures have tensors of a form of their own.
+        weights = dequantize(tensor.data, tensor.tensor_type)
+        parsed = {"tensors": {}}
+        name = processor.process(weights, tensor.name, tensor_key_mapping=places, parsed_parameters=parsed).name
+        return name is None or name in places
+
+    lost = [tensor.name for tensor in reader.tensors if not is_read(tensor)]
+    shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}
+    return UnusedTensors.of(shapes, lost, set(shapes).difference(lost))
+
+
 def convert_gguf(path: Path, config: PreTrainedConfig, folder: Path) -> None:
-    """Writes weights, config, tokenizer and generation config; a folder made of the same file before is kept."""
+    """Writes weights, config, tokenizer and generation config; a folder made of the same file before is kept.
+
+    Raises:
+        InputError: the weights or the tokenizer in the file are damaged, or of a kind that transformers does not read.
+    """
     from svdllm.source import build_skeleton
 
     digest = sha256_of(path)
@@ -49,16 +92,57 @@ def convert_gguf(path: Path, config: PreTrainedConfig, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with redirect_stderr(StringIO()):  # transformers draws a bar of its own per tensor
-        tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=build_skeleton(config))["tensors"]
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        except Exception as error:  # of any kind: tokenizers has but Exception
+            raise InputError(f"The tokenizer in {path.name} cannot be read: {first_line(error)}") from error
+        skeleton = build_skeleton(config)
+        try:
+            tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=skeleton)["tensors"]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError) as error:
+            raise InputError(f"The weights in {path.name} cannot be read: {first_line(error)}") from error
         for name in list(tensors):
             tensors[name] = tensors[name].contiguous()
         save_tensors(tensors, folder / "model.safetensors")
         del tensors
         config.save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer.save_pretrained(folder)
         GenerationConfig.from_model_config(config).save_pretrained(folder)
     marker.write_text(json.dumps({"sha256": digest}))
+
+
+def _read(path: Path) -> Any:
+    """The header of a GGUF file, and where its tensors are."""
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path)
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, OSError) as error:
+        raise InputError(
+            f"{path.name} is not a readable GGUF file, or is cut ({first_line(error)}). Fetch it again."
+        ) from error
+
+
+def _require_whole(path: Path, reader: Any) -> None:
+    """Raises InputError for one of several files that only together are a model."""
+    parts = int((read_field(reader, "split.count") or [1])[0])
+    named = _PART.search(path.stem)
+    if parts < 2 and named is None:
+        return
+    first = path.stem if named is None else _PART.sub(f"-00001-of-{named[2]}", path.stem)
+    raise InputError(
+        f"{path.name} is one of {max(parts, int(named[2]) if named else 0)} parts of a model, and transformers reads GGUF "
+        f"files of one piece. Join them first, with llama.cpp: llama-gguf-split --merge {first}.gguf "
+        f"{_PART.sub('', path.stem)}-whole.gguf"
+    )
+
+
+def _places(path: Path, skeleton: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
+    """Name in the file -> name in the model, by transformers' rules."""
+    try:
+        return get_gguf_hf_weights_map(skeleton, processor)
+    except NotImplementedError as error:
+        raise UnsupportedModelError(f"{path.name}: {first_line(error)}") from error
 
 
 def _causal_lm_name(config: PreTrainedConfig) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,9 +83,15 @@ def compressed_tensors(stored: Tensors, targets: Sequence[Target], ranks: Mappin
     return result
 
 
-def num_params(tensors: Tensors) -> int:
-    """Floating-point values; what transformers' ``num_parameters`` counts for models without stored buffers."""
-    return sum(torch.Size(shape).numel() for shape, dtype in tensors.values() if dtype.is_floating_point)
+def buffer_names(skeleton: PreTrainedModel) -> set[str]:
+    """Tensors of a model that are no parameters, in its files or not."""
+    return {name for name, _ in skeleton.named_buffers()}
+
+
+def num_params(tensors: Tensors, buffers: Collection[str] = ()) -> int:
+    """Floating-point values of all but the buffers: what transformers' ``num_parameters`` counts."""
+    parameters = (tensor for name, tensor in tensors.items() if name not in buffers)
+    return sum(torch.Size(shape).numel() for shape, dtype in parameters if dtype.is_floating_point)
 
 
 def tensor_bytes(tensors: Tensors, names: Sequence[str] | None = None) -> int:

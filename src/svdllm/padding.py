@@ -113,7 +113,7 @@ def _fields(config: PreTrainedConfig, heads: Heads) -> dict[str, int]:
 def _padded_skeleton(config: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedModel:
     try:
         return build_skeleton(type(config).from_dict(fields))
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, StrictDataclassError, UnsupportedModelError) as error:
         raise _refused(config, f"transformers makes no such model ({first_line(error.__cause__ or error)}).") from error
 
 

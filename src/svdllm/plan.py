@@ -12,17 +12,18 @@ from transformers import PreTrainedModel
 from svdllm.allocation import Evidence
 from svdllm.budget import choose_ranks, elastic_bytes
 from svdllm.config import Recipe
-from svdllm.errors import InputError
+from svdllm.errors import InputError, UnsupportedModelError
 from svdllm.estimate import Needs
 from svdllm.file_sizes import QuantizedFiles, WrittenFiles
-from svdllm.layout import compressed_tensors, file_bytes, num_params, stored_tensors
+from svdllm.layout import buffer_names, compressed_tensors, file_bytes, num_params, stored_tensors
 from svdllm.linear_times import LinearTimes, Speed
 from svdllm.methods import METHODS
 from svdllm.probing import WINDOW, probe_ranks, probe_tokens
 from svdllm.schemes import require_dtype
-from svdllm.source import Source, build_skeleton, context_length, open_config
+from svdllm.source import Source, build_skeleton, context_length, open_config, refuse_several_parts
 from svdllm.statistics import Gram
 from svdllm.structure import Structure, bias_corrected, discover, with_joint_keys_and_values
+from svdllm.unused_tensors import UnusedTensors
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -74,6 +75,7 @@ class Plan:
     device_bytes: int
     disk_bytes: int
     seconds_by_stage: dict[str, float]
+    unused_tensors: UnusedTensors | None = None  # in the model's files, as far as they are known
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -153,11 +155,15 @@ def look_at(source: Source, recipe: Recipe) -> tuple[PreTrainedModel, Structure]
         UnsupportedModelError: its structure is not understood.
     """
     if getattr(source.config, "svdllm", None):
-        raise InputError(
-            f"{source.name} is compressed already; compress its dense source ({source.config.svdllm['source']['id']})."
-        )
+        dense = source.config.svdllm.get("source") or {}
+        named = f" ({dense['id']})" if "id" in dense else ""
+        raise InputError(f"{source.name} is compressed already; compress its dense source{named}.")
     skeleton = build_skeleton(source.config)
-    return skeleton, structure_for(skeleton, recipe)
+    try:
+        return skeleton, structure_for(skeleton, recipe)
+    except UnsupportedModelError:
+        refuse_several_parts(source.config, source.name)
+        raise
 
 
 def structure_for(skeleton: PreTrainedModel, recipe: Recipe) -> Structure:
@@ -183,9 +189,10 @@ def make_plan(
     device = resolve_device(recipe.device)
     dtype = resolve_dtype(recipe.dtype, device, source.dtype)
     _require_context(source, recipe)
-    stored = stored_tensors(source, skeleton)
+    stored, buffers = stored_tensors(source, skeleton), buffer_names(skeleton)
     quantized = _quantized_files(source, skeleton, structure, recipe)
-    allocation = choose_ranks(recipe, structure, quantized or WrittenFiles(stored, structure.targets), evidence)
+    files = quantized or WrittenFiles(stored, structure.targets, buffers=buffers)
+    allocation = choose_ranks(recipe, structure, files, evidence)
     ranks = allocation.ranks
     written = compressed_tensors(stored, structure.targets, ranks)
     ranks_known = recipe.allocation == "uniform" or evidence is not None
@@ -225,8 +232,8 @@ def make_plan(
         ],
         ignored=list(structure.ignored),
         achieved_ratio=(dense_linear - kept) / dense_linear,
-        params=num_params(written),
-        dense_params=num_params(stored),
+        params=num_params(written, buffers),
+        dense_params=num_params(stored, buffers),
         file_bytes=file_bytes(written),
         dense_file_bytes=file_bytes(stored),
         factor_bits=recipe.factor_bits,
@@ -238,6 +245,7 @@ def make_plan(
         device_bytes=needs.device_bytes(),
         disk_bytes=needs.disk_bytes(num_outputs) + elastic,
         seconds_by_stage=needs.seconds_by_stage(num_outputs),
+        unused_tensors=source.unused,
         warnings=calibration_warnings(structure, skeleton, recipe, recipe.samples * recipe.seqlen),
     )
 

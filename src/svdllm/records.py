@@ -115,6 +115,7 @@ class CompressionResult:
                 "ranks",
             )
         }
+        unused = self.plan.unused_tensors
         return {
             "output_dir": str(self.output_dir),
             **sizes,
@@ -123,6 +124,7 @@ class CompressionResult:
             "planned_ram_bytes": self.plan.peak_ram_bytes,
             "peak_device_bytes": self.peak_device_bytes,
             "speed": None if self.plan.speed is None else asdict(self.plan.speed),
+            "unused_tensors": None if unused is None else asdict(unused),
             "warnings": self.warnings,
             "recipe": self.recipe.to_dict(),
         }

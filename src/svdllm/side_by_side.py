@@ -15,6 +15,7 @@ from svdllm.checkpoint import load_model
 from svdllm.data import check_source, evaluation_tokens
 from svdllm.data.sources import hub_offline
 from svdllm.evaluate import Perplexity, check_context, check_counts, perplexity
+from svdllm.model_names import short_name
 from svdllm.plan import resolve_device, resolve_dtype
 from svdllm.progress import Reporter
 from svdllm.protocols import check_protocol, prefix_token
@@ -64,7 +65,7 @@ class OpenedModel:
         return cls(name, source, source.load_tokenizer(offline), resolve_dtype(dtype, place, source.dtype), revision)
 
     def load(self, place: torch.device, offline: bool, reporter: Reporter) -> PreTrainedModel:
-        with reporter.stage(f"load {Path(self.name).name}", 1):
+        with reporter.stage(f"load {short_name(self.name)}", 1):
             revision: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
             model = load_model(self.name, dtype=self.dtype, local_files_only=offline, **revision)
             return model.to(place)  # type: ignore[arg-type]
@@ -143,7 +144,7 @@ def evaluate_loaded(
     """One model in memory, on the token ids of every text and on the tasks."""
     measured, results = {}, None
     for text, text_ids in ids.items():
-        with reporter.stage(f"eval {Path(model.name).name}", 1):
+        with reporter.stage(f"eval {short_name(model.name)}", 1):
             measured[text] = perplexity(
                 loaded,
                 text_ids,

@@ -82,7 +82,11 @@ def slice_checkpoint(
         )
         report = report_of(cut.plan, cut.recipe, cut.provenance, linears)
         # It is the run's, and says by which versions that was made.
-        report |= {"versions": cut.report["versions"], "sliced_from": {"ratio": cut.report["recipe"]["ratio"]}}
+        report |= {
+            "versions": cut.report["versions"],
+            "unused_tensors": cut.report.get("unused_tensors"),
+            "sliced_from": {"ratio": cut.report["recipe"]["ratio"]},
+        }
         finish_checkpoint(partial, cut.recipe, report, torch.device(cut.plan.device), reporter)
     return CompressionResult(
         output_dir=output_dir,

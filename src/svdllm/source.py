@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from svdllm.data.specs import require_extra
-from svdllm.errors import InputError, UnsupportedModelError, first_line
-from svdllm.weights import MemoryWeights, SafetensorsWeights, Weights, weight_files
+from svdllm.errors import CheckpointError, InputError, UnsupportedModelError, first_line
+from svdllm.model_names import display_name
+from svdllm.modeling.lowrank import WEIGHT_FILE, WEIGHT_INDEX_FILE, read_object, weight_file_names
+from svdllm.unused_tensors import UnusedTensors, warn_of_unused
+from svdllm.weights import MemoryWeights, SafetensorsWeights, Weights
 
 # What belongs to a model beside its weights and its config, and is copied as it is.
 COMPANION_FILES = (
@@ -36,6 +46,11 @@ COMPANION_FILES = (
 )
 
 
+ADAPTER_FILE = "adapter_config.json"  # of PEFT
+# How names of classes end, in lower case: early conversions have LLaMAForCausalLM.
+_HEADS = ("forcausallm", "lmheadmodel")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """A model to read from. ``folder`` holds its companion files; ``weights`` is None where only the config is known."""
@@ -47,6 +62,7 @@ class Source:
     weights: Weights | None
     model: PreTrainedModel | None = None
     gguf: Path | None = None
+    unused: UnusedTensors | None = None  # in its files, as far as they are known
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,8 +81,8 @@ class Source:
         """Size of the weight files; 0 where only the config is known."""
         if self.gguf is not None:
             return self.gguf.stat().st_size
-        has_files = self.folder is not None and any(self.folder.glob("*.safetensors"))
-        return sum(path.stat().st_size for path in weight_files(self.folder)) if has_files else 0  # type: ignore[arg-type]
+        files = [] if self.folder is None else [self.folder / name for name in weight_file_names(self.folder)]
+        return sum(path.stat().st_size for path in files if path.is_file())
 
     def load_tokenizer(self, offline: bool = False) -> Any:
         """The tokenizer beside the weights."""
@@ -74,7 +90,7 @@ class Source:
         if self.folder is None and self.gguf is not None:
             place = {"pretrained_model_name_or_path": str(self.gguf.parent), "gguf_file": self.gguf.name}
         try:
-            return AutoTokenizer.from_pretrained(**place, local_files_only=offline)
+            return AutoTokenizer.from_pretrained(**place, local_files_only=offline, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise InputError(
                 f"{self.name} has no tokenizer that transformers can load ({first_line(error)}). Put its tokenizer "
@@ -105,21 +121,30 @@ def open_source(
         require_causal_lm(model.config, type(model).__name__)
         _check_quantization(model.config, type(model).__name__, allowed=False)
         name = getattr(model, "name_or_path", "") or type(model).__name__
+        weights = MemoryWeights(model, build_skeleton(model.config))
         return Source(
-            name=_display_name(name),
+            name=display_name(name),
             revision=None,
             config=model.config,
             folder=None,
-            weights=MemoryWeights(model, build_skeleton(model.config)),
+            weights=weights,
             model=model,
+            unused=weights.unused,
         )
     text = _as_text(model)
     if Path(text).is_file():
         return _open_gguf(Path(text), gguf_folder)
-    folder = Path(text) if Path(text).is_dir() else _from_hub(text, revision, offline, weights=True)
+    folder = Path(text) if Path(text).is_dir() else hub_folder(text, revision, offline, weights=True)
     config = load_config(folder, name=text)
     weights = SafetensorsWeights(folder, build_skeleton(config))
-    return Source(name=_display_name(text), revision=_revision(folder), config=config, folder=folder, weights=weights)
+    return Source(
+        name=display_name(text),
+        revision=_revision(folder),
+        config=config,
+        folder=folder,
+        weights=weights,
+        unused=weights.unused,
+    )
 
 
 def open_config(
@@ -139,36 +164,88 @@ def open_config(
     is_folder = Path(text).is_dir()
     if isinstance(model, PreTrainedModel) or (is_folder and not (allow_quantized and is_quantized(Path(text)))):
         return open_source(model, offline=offline)
-    folder = Path(text) if is_folder else _from_hub(text, revision, offline, weights=False)
+    folder = Path(text) if is_folder else hub_folder(text, revision, offline, weights=False)
     config = load_config(folder, name=text, allow_quantized=allow_quantized)
-    name = _display_name(text) if is_folder else text
-    return Source(name=name, revision=_revision(folder), config=config, folder=folder, weights=None)
+    return Source(name=display_name(text), revision=_revision(folder), config=config, folder=folder, weights=None)
 
 
 def load_config(folder: Path, name: str, *, allow_quantized: bool = False) -> PreTrainedConfig:
-    """The config of a folder, which must be a causal language model's, and not quantised unless that is allowed."""
-    if not (folder / "config.json").is_file():
-        found = sorted(path.name for path in folder.iterdir())[:6]
-        raise InputError(
-            f"{name} is no model folder: it has no config.json (found {', '.join(found) or 'nothing'}). Expected a "
-            "folder as written by save_pretrained."
-        )
+    """The config of a folder, which must be a causal language model's, and not quantised unless that is allowed.
+
+    Code that comes with a model is never run, nor is anybody asked whether it should be.
+    """
+    _refuse_adapter(folder, name)
+    fields = _read_config(folder, name)
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of any kind, by the class of the config and what is wrong in it
+        own_code = fields.get("model_type") not in CONFIG_MAPPING and "auto_map" in fields
         raise UnsupportedModelError(
-            f"The config of {name} cannot be read by transformers: {first_line(error)}"
+            f"{name} needs code of its own for its model_type {fields.get('model_type')!r}, which transformers does not "
+            "have; svdllm never runs such code."
+            if own_code
+            else f"The config of {name} cannot be read by transformers: {first_line(error)}"
         ) from error
+    _require_settings(config, name)
     require_causal_lm(config, name)
     _check_quantization(config, name, allow_quantized)
     return config
 
 
+def _require_settings(config: PreTrainedConfig, name: str) -> None:
+    """Raises CheckpointError if the config is a low-rank model's, and does not say of what or how."""
+    settings = getattr(config, "svdllm", None)
+    wanted = {"base_model_type": str, "ranks": dict}
+    if settings is None or (
+        isinstance(settings, dict) and all(isinstance(settings.get(k), t) for k, t in wanted.items())
+    ):
+        return
+    raise CheckpointError(
+        f"config.json of {name} is damaged: expected 'svdllm' to be an object with a 'base_model_type' and 'ranks'. Fetch or "
+        "write it again."
+    )
+
+
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    """The content of ``config.json``."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{name} is no model folder: it has no config.json{_what_it_has(folder)}")
+    try:
+        return read_object(folder / "config.json")
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{name} cannot be read: {first_line(error)} Fetch or write it again.") from error
+
+
+def _what_it_has(folder: Path) -> str:
+    """The end of a sentence on a folder that is no model's: what else is in it, and what to do."""
+    if ggufs := sorted(map(str, folder.glob("*.gguf"))):
+        return f", but GGUF weights. Pass {'the file' if len(ggufs) == 1 else 'one of the files'}: {', '.join(ggufs)}."
+    found = sorted(path.name for path in folder.iterdir())[:6]
+    of_gguf = " Of a repository of GGUF files, download one and pass its path." if _revision(folder) else ""
+    return f" (found {', '.join(found) or 'nothing'}). Expected a folder as written by save_pretrained.{of_gguf}"
+
+
+def _refuse_adapter(folder: Path, name: str) -> None:
+    """Raises InputError for an adapter of PEFT, also beside a model: transformers would load both, if PEFT is there."""
+    if not (folder / ADAPTER_FILE).is_file():
+        return
+    if (folder / "config.json").is_file():
+        raise InputError(
+            f"{name} has an adapter ({ADAPTER_FILE}) beside a model. Merge it into the model first, or remove "
+            f"{ADAPTER_FILE} if it is merged already."
+        )
+    raise InputError(
+        f"{name} is an adapter of PEFT, not a model. Merge the adapter first, and use the folder that this writes: "
+        f"peft.AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained('merged'), and its "
+        "tokenizer beside it."
+    )
+
+
 def is_quantized(folder: Path) -> bool:
     """Whether the config of a folder says that its weights are stored in few bits."""
     try:
-        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config"))
-    except (OSError, ValueError, AttributeError):
+        return bool(read_object(folder / "config.json").get("quantization_config"))
+    except (OSError, ValueError):
         return False  # which ``load_config`` tells
 
 
@@ -178,21 +255,39 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 
 def require_causal_lm(config: PreTrainedConfig, name: str) -> None:
-    """Raises UnsupportedModelError unless the config is a decoder-only language model's."""
+    """Raises UnsupportedModelError unless the config is a decoder-only language model's.
+
+    transformers goes by ``model_type``, whatever ``architectures`` spells, but a head for something else has no weights
+    for the vocabulary.
+    """
     family = getattr(config, "svdllm", None) and config.svdllm["base_model_type"]
     model_type = family or config.model_type
-    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    architectures = config.architectures or []
-    if expected is None or config.is_encoder_decoder:
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")
+    architectures = [config.architectures] if isinstance(config.architectures, str) else config.architectures or []
+    has_head = any(name == expected or name.lower().endswith(_HEADS) for name in architectures or [expected])
+    is_decoder = bool(expected) and not config.is_encoder_decoder
+    if is_decoder and has_head:
+        return
+    refuse_several_parts(config, name)
+    if not is_decoder:
+        named = f" ({architectures[0]})" if architectures else ""
         raise UnsupportedModelError(
-            f"{name} is not a causal language model: its model_type is {model_type!r}"
-            f"{f' ({architectures[0]})' if architectures else ''}, for which transformers has no decoder-only "
-            "language model. Expected something like llama, qwen2 or gpt2."
+            f"{name} is not a causal language model: its model_type is {model_type!r}{named}, for which transformers has no "
+            "decoder-only language model. Expected something like llama, qwen2 or gpt2."
         )
-    known = {expected, *([] if family is None else architectures)}
-    if architectures and not known.intersection(architectures):
+    raise UnsupportedModelError(
+        f"{name} is not a causal language model: its architecture is {architectures[0]}, expected {expected}."
+    )
+
+
+def refuse_several_parts(config: PreTrainedConfig, name: str) -> None:
+    """Raises UnsupportedModelError for a language model within a larger model, which can be compressed by itself."""
+    text = config.get_text_config(decoder=True)
+    is_alone = text.model_type == config.model_type or config.is_encoder_decoder or text.is_encoder_decoder
+    if not is_alone and MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type, "").endswith("ForCausalLM"):
         raise UnsupportedModelError(
-            f"{name} is not a causal language model: its architecture is {architectures[0]}, expected {expected}."
+            f"{name} is more than a language model: its model_type is {config.model_type!r}. The language model in it, of "
+            f"type {text.model_type!r}, can be compressed once it is saved alone: see 'multimodal' in docs/faq.md."
         )
 
 
@@ -201,7 +296,8 @@ def _check_quantization(config: PreTrainedConfig, name: str, allowed: bool) -> N
     settings = getattr(config, "quantization_config", None)
     if not settings:
         return
-    method = (settings if isinstance(settings, dict) else settings.to_dict()).get("quant_method", "unknown")
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    method = getattr(method, "value", method) or "unknown"
     if not allowed:
         raise UnsupportedModelError(
             f"{name} is quantised ({method}). Quantisation comes last: such a model can be run and measured, but not "
@@ -212,12 +308,24 @@ def _check_quantization(config: PreTrainedConfig, name: str, allowed: bool) -> N
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model on the meta device, buffers real (rotary tables are computed in the constructor)."""
-    with init_empty_weights(include_buffers=False):
-        config = copy.deepcopy(config)  # building a model writes the dtype into its config
-        if "flash" in (getattr(config, "_attn_implementation", None) or ""):
-            config._attn_implementation = "sdpa"  # which computes the same in any dtype and on any device
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    """The model on the meta device, buffers real (rotary tables are computed in the constructor).
+
+    Raises:
+        UnsupportedModelError: the config has values with which there is no such model.
+    """
+    config = copy.deepcopy(config)  # building a model writes the dtype into its config
+    if "flash" in (getattr(config, "_attn_implementation", None) or ""):
+        config._attn_implementation = "sdpa"  # which computes the same in any dtype and on any device
+    try:
+        with init_empty_weights(include_buffers=False):
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # of any kind, by the class and what is wrong in the config
+        raise UnsupportedModelError(
+            f"transformers cannot build a model of type {config.model_type!r} from its config: {type(error).__name__}: "
+            f"{first_line(error)}"
+        ) from error
     return skeleton.eval().requires_grad_(False)
 
 
@@ -244,19 +352,27 @@ def _open_gguf(path: Path, folder: Path | None) -> Source:
         import gguf  # noqa: F401
     except ImportError as error:
         raise InputError("Reading GGUF files needs the gguf package: pip install 'svdllm[gguf]'.") from error
-    from svdllm.gguf import convert_gguf, gguf_config
+    from svdllm.gguf import convert_gguf, gguf_config, unused_in_gguf
 
     config = gguf_config(path)
     require_causal_lm(config, path.name)
-    if folder is None:
-        return Source(name=path.stem, revision=None, config=config, folder=None, weights=None, gguf=path)
-    convert_gguf(path, config, folder)
-    weights = SafetensorsWeights(folder, build_skeleton(config))
-    return Source(name=path.stem, revision=None, config=config, folder=folder, weights=weights, gguf=path)
+    unused = unused_in_gguf(path, build_skeleton(config))
+    warn_of_unused(path.name, unused)
+    weights = None
+    if folder is not None:
+        convert_gguf(path, config, folder)
+        weights = SafetensorsWeights(folder, build_skeleton(config))
+    return Source(
+        name=path.stem, revision=None, config=config, folder=folder, weights=weights, gguf=path, unused=unused
+    )
 
 
-def _from_hub(name: str, revision: str | None, offline: bool, *, weights: bool) -> Path:
-    """A local folder with the files of a hub repository."""
+def hub_folder(name: str, revision: str | None, offline: bool, *, weights: bool) -> Path:
+    """A local folder with the files of a hub repository: config and tokenizer, and with ``weights`` those as well.
+
+    Raises:
+        InputError: there is no such repository, or it cannot be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -269,14 +385,13 @@ def _from_hub(name: str, revision: str | None, offline: bool, *, weights: bool) 
 
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".gguf", "/")):
         raise InputError(f"No such model: {name} does not exist here, and it is no hub id (owner/name).")
-    patterns = ["config.json", "*.safetensors.index.json", *COMPANION_FILES, *(["*.safetensors"] if weights else [])]
-    skipped = ["*/*", "consolidated*"]  # other variants of the same weights
+    fetch = partial(snapshot_download, name, local_files_only=offline)
+    patterns = ["config.json", ADAPTER_FILE, *COMPANION_FILES]
     try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=patterns, ignore_patterns=skipped, local_files_only=offline
-            )
-        )
+        folder = Path(fetch(revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        if weights:
+            _fetch_weights(partial(fetch, revision=_revision(folder) or revision), folder)
+        return folder
     except GatedRepoError as error:
         raise InputError(
             f"{name} is gated: accept its terms on its page on the hub, then log in with `hf auth login`."
@@ -296,6 +411,16 @@ def _from_hub(name: str, revision: str | None, offline: bool, *, weights: bool) 
         ) from error
 
 
+def _fetch_weights(fetch: Callable[..., Any], folder: Path) -> None:
+    """Fetches the weight files that transformers would (``weight_file_names``), and no other variants of them."""
+    with suppress(ValueError):  # what is missing or damaged is told when the folder is opened
+        fetch(allow_patterns=[_read_config(folder, folder.name).get("transformers_weights") or WEIGHT_FILE])
+        if not weight_file_names(folder):
+            fetch(allow_patterns=[WEIGHT_INDEX_FILE])
+        if missing := [name for name in weight_file_names(folder) if not (folder / name).is_file()]:
+            fetch(allow_patterns=missing)
+
+
 def _as_text(model: Any) -> str:
     if not isinstance(model, str | Path):
         raise InputError(
@@ -308,9 +433,3 @@ def _as_text(model: Any) -> str:
 def _revision(folder: Path) -> str | None:
     """The commit, where the folder is a snapshot in the hub's cache."""
     return folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
-
-
-def _display_name(text: str) -> str:
-    """A hub id stays as it is, of a path only the last part is told."""
-    is_path = Path(text).exists() or text.startswith((".", "/", "~"))
-    return Path(text).resolve().name if is_path else text

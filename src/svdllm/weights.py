@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,9 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from svdllm.errors import CheckpointError, InputError, NumericalError, UnsupportedModelError, first_line
+from svdllm.model_names import display_name
+from svdllm.modeling.lowrank import weight_file_names
+from svdllm.unused_tensors import UnusedTensors, unused_tensors, warn_of_unused
 
 _DTYPES = {
     "F64": torch.float64,
@@ -51,8 +54,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     path.chmod(mode)
 
 
-def survey(weights: Weights, progress: Callable[[int, int], None] | None = None) -> str:
+def survey(weights: Weights, buffers: Collection[str] = (), progress: Callable[[int, int], None] | None = None) -> str:
     """Reads every tensor once: the fingerprint of their names, dtypes, shapes and bytes.
+
+    ``buffers`` are those that are no parameters: they may be infinite, as limits that were never set are.
 
     Raises:
         NumericalError: a weight is NaN or infinite; names the tensor.
@@ -61,10 +66,11 @@ def survey(weights: Weights, progress: Callable[[int, int], None] | None = None)
     names = weights.names()
     for done, name in enumerate(names):
         tensor = weights.get(name).detach().cpu().contiguous()
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        bad_values = tensor.isnan() if name in buffers else ~tensor.isfinite()
+        if tensor.is_floating_point() and bool(bad_values.any()):
             raise NumericalError(
-                f"The weights are damaged: {name} has {bad} values of {tensor.numel()} that are NaN or infinite."
+                f"The weights are damaged: {name} has {int(bad_values.sum())} values of {tensor.numel()} that are NaN or "
+                "infinite."
             )
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -83,18 +89,24 @@ class SafetensorsWeights:
 
     def __init__(self, folder: Path, skeleton: PreTrainedModel):
         self._place: dict[str, tuple[Path, str, tuple[int, ...], torch.dtype]] = {}
-        renaming = _renaming(skeleton)
+        if _converters(skeleton):
+            raise UnsupportedModelError(
+                f"transformers converts the weights of {type(skeleton).__name__} while it loads them (stacked or split "
+                "tensors); such models are not supported yet."
+            )
+        headers = {path: read_header(path) for path in weight_files(folder)}
+        shapes = {key: tensor.shape for header in headers.values() for key, tensor in header.tensors.items()}
+        names = _names_in(skeleton, shapes)
         expected = skeleton.state_dict()
-        unknown: list[str] = []
-        for path in weight_files(folder):
-            for key, shape, dtype in _header(path):
-                name = renaming(key)
-                if name in expected:
-                    self._place[name] = (path, key, shape, dtype)
-                else:
-                    unknown.append(key)
+        for path, header in headers.items():
+            for key, tensor in header.tensors.items():
+                if names[key] in expected:
+                    self._place[names[key]] = (path, key, tensor.shape, _dtype(path, key, tensor.code))
         self._settle_ties(skeleton)
-        _require_all(self, skeleton, folder.name, unknown)
+        unknown = [key for key in shapes if names[key] not in expected]
+        _require_all(self, skeleton, display_name(folder), unknown)
+        self.unused = unused_tensors(shapes, names, skeleton)
+        warn_of_unused(display_name(folder), self.unused)
 
     def names(self) -> list[str]:
         return list(self._place)
@@ -143,7 +155,13 @@ class MemoryWeights:
             if id(tensor) not in seen:
                 self._tensors[name] = tensor.detach()
             seen.add(id(tensor))
-        _require_all(self, skeleton, type(model).__name__, sorted(set(self._tensors) - set(skeleton.state_dict())))
+        holder = type(model).__name__
+        shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        for name in (unknown := sorted(set(shapes).difference(skeleton.state_dict()))):
+            del self._tensors[name]
+        _require_all(self, skeleton, holder, unknown)
+        self.unused = unused_tensors(shapes, {name: name for name in shapes}, skeleton)
+        warn_of_unused(holder, self.unused)
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -174,67 +192,112 @@ def _require_all(weights: Weights, skeleton: PreTrainedModel, holder: str, unkno
 
 
 def weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index.name} in {folder.name} is damaged: {first_line(error)}") from error
-        missing = [name for name in files if not (folder / name).is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{folder.name} lacks {', '.join(missing)}, which {index.name} lists. Fetch it again."
-            )
-        return [folder / name for name in files]
-    files = [folder / "model.safetensors"] if (folder / "model.safetensors").is_file() else []
-    if files:
-        return files
-    other = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".h5")]
-    if other:
-        raise UnsupportedModelError(
-            f"{folder.name} has no safetensors weights, only {', '.join(sorted(other)[:3])}; pickled files are never "
-            "read. Re-save the model with transformers' save_pretrained and compress that folder."
-        )
-    raise InputError(f"{folder.name} has a config.json but no model.safetensors: its weights are missing.")
+    """The weight files of a folder: those that transformers reads (``weight_file_names``), whatever else lies there.
 
-
-def _header(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Names, shapes and dtypes, after a check that the file is as long as its header says."""
+    Raises:
+        InputError: there are none.
+        CheckpointError: one is missing, or what names them is damaged.
+        UnsupportedModelError: there are only files of another kind.
+    """
+    name = display_name(folder)
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        size = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        # Also lets the library check what a plain read cannot see.
-        with safe_open(path, framework="pt"):
-            pass
-    except (struct.error, ValueError, KeyError, OverflowError, MemoryError, SafetensorError, OSError) as error:
+        files = weight_file_names(folder)
+    except ValueError as error:
+        raise CheckpointError(f"{name} cannot be read: {first_line(error)} Fetch or write it again.") from error
+    if missing := [file for file in files if not (folder / file).is_file()]:
         raise CheckpointError(
-            f"{path.name} in {path.parent.name} is truncated or damaged ({first_line(error)}). Fetch or write it again."
-        ) from error
-    if size != path.stat().st_size:
-        raise CheckpointError(f"{path.name} is damaged: {size} bytes expected, {path.stat().st_size} found.")
-    for key, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise UnsupportedModelError(f"{path.name}: {key} is of dtype {entry['dtype']}, which is not supported.")
-        yield key, tuple(entry["shape"]), _DTYPES[entry["dtype"]]
-
-
-def _renaming(skeleton: PreTrainedModel) -> Callable[[str], str]:
-    """Name in a file -> name in the model, by transformers' own rules."""
-    transforms = get_model_conversion_mapping(skeleton)
-    renamings = [rule for rule in transforms if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in transforms if isinstance(rule, WeightConverter)]
-    if converters:
-        raise UnsupportedModelError(
-            f"transformers converts the weights of {type(skeleton).__name__} while it loads them (stacked or split "
-            "tensors); such models are not supported yet."
+            f"{name} lacks {', '.join(missing)}, which its index lists (or transformers_weights in config.json names). "
+            "Fetch it again."
         )
-    expected = skeleton.state_dict()
-    prefix = skeleton.base_model_prefix
+    if files:
+        return [folder / file for file in files]
+    _refuse_other_weights(folder, name)
+    raise InputError(
+        f"{name} has a config.json but no model.safetensors: its weights are missing, or pickled, which are never read."
+    )
 
-    def rename(key: str) -> str:
-        return rename_source_key(key, renamings, [], prefix, expected)[0]
 
-    return rename
+def _refuse_other_weights(folder: Path, name: str) -> None:
+    """Raises UnsupportedModelError for weights under other names or in other formats than transformers reads."""
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    if others := [file for file in files if file.endswith(".safetensors")]:
+        raise UnsupportedModelError(
+            f"{name} has no model.safetensors, only {', '.join(others[:3])}, which transformers does not read either. If it "
+            "holds the weights of this config, rename it; else fetch the model in the format of transformers."
+        )
+    if pickled := [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5"))]:
+        raise UnsupportedModelError(
+            f"{name} has no safetensors weights, only {', '.join(pickled[:3])}; pickled files are never read. Re-save the "
+            "model with transformers' save_pretrained and compress that folder."
+        )
+
+
+class StoredTensor(NamedTuple):
+    """What a header says of a tensor; ``code`` is its dtype in the format's words."""
+
+    shape: tuple[int, ...]
+    code: str
+    num_bytes: int
+
+
+class Header(NamedTuple):
+    """The header of a safetensors file: its tensors by name, and texts beside them."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Reads what a safetensors file holds, without its tensors.
+
+    Raises:
+        CheckpointError: the file is truncated or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt"):  # which checks the header, and that the file is as long as that says
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path.name} in {display_name(path.parent)} is truncated or damaged ({first_line(error)}). Fetch or write it "
+            "again."
+        ) from error
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", None) or {}
+    tensors = {
+        key: StoredTensor(tuple(entry["shape"]), entry["dtype"], entry["data_offsets"][1] - entry["data_offsets"][0])
+        for key, entry in header.items()
+    }
+    return Header(tensors, metadata)
+
+
+def unused_in(folder: Path, model: PreTrainedModel) -> UnusedTensors | None:
+    """What a model that was loaded from a folder does not use of its files."""
+    headers = map(read_header, weight_files(folder))
+    shapes = {key: tensor.shape for header in headers for key, tensor in header.tensors.items()}
+    return unused_tensors(shapes, _names_in(model, shapes), model)
+
+
+def _dtype(path: Path, key: str, code: str) -> torch.dtype:
+    if code not in _DTYPES:
+        raise UnsupportedModelError(f"{path.name}: {key} is of dtype {code}, which is not supported.")
+    return _DTYPES[code]
+
+
+def _converters(model: PreTrainedModel) -> list[WeightConverter]:
+    """The rules by which transformers makes a model's tensors of several in its files, or the other way round."""
+    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
+
+
+def _names_in(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Name in a file -> name in the model, by transformers' own rules and in its order: a rule may turn on another."""
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    converters = _converters(model)
+    expected, prefix = model.state_dict(), model.base_model_prefix
+    names = {}
+    for key in sorted(keys, key=dot_natural_key):
+        names[key] = rename_source_key(key, renamings, converters, prefix, expected)[0]
+        if names[key] not in expected and key in expected:
+            names[key] = rename_source_key(key, [], [], prefix, expected)[0]
+    return names

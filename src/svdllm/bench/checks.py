@@ -11,6 +11,7 @@ from svdllm.bench.settings import BenchSettings
 from svdllm.errors import InputError, ResourceError
 from svdllm.export import dense_config
 from svdllm.memory import available_bytes
+from svdllm.model_names import short_name
 from svdllm.recover.needs import weight_bytes
 from svdllm.source import Source, build_skeleton, context_length, open_config
 
@@ -27,7 +28,7 @@ def different_names(models: Sequence[str | Path], base: str | Path | None) -> di
     places = [str(Path(model).resolve()) if Path(model).exists() else model for model in given]
     if twice := sorted({place for place in places if places.count(place) > 1}):
         raise InputError(f"{', '.join(twice)} is named twice; give every model once.")
-    short = [Path(place).name for place in places]
+    short = [short_name(place) for place in places]
     return dict(zip(short if len(set(short)) == len(short) else given, given, strict=True))
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import typer
 
@@ -24,8 +28,9 @@ from svdllm.cli import (
     slicing,
     verify,
 )
-from svdllm.cli.console import error_console
+from svdllm.cli.console import error_console, print_warning
 from svdllm.errors import SvdllmError, as_ours
+from svdllm.unused_tensors import UnusedTensorsWarning
 
 # ClickException, of the click that typer uses: newer versions carry their own.
 UsageProblem: type[Exception] = typer.BadParameter.mro()[2]
@@ -68,7 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     _quiet_libraries()
     try:
-        code = app(args=arguments, standalone_mode=False)
+        with _warnings_in_our_words():
+            code = app(args=arguments, standalone_mode=False)
     except UsageProblem as error:
         error.show()  # type: ignore[attr-defined]
         code = error.exit_code  # type: ignore[attr-defined]
@@ -94,6 +100,23 @@ def _show(error: SvdllmError, *, as_json: bool) -> int:
         print(json.dumps({"error": {"type": kind, "message": str(error), "exit_code": error.exit_code}}))
     error_console.print("Error:", str(error), style="red", soft_wrap=True)
     return error.exit_code
+
+
+@contextmanager
+def _warnings_in_our_words() -> Iterator[None]:
+    """Shows warnings of this library as those of a run are shown; others stay as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UnusedTensorsWarning)
+        show_as_python = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, UnusedTensorsWarning):
+                print_warning(str(message))
+            else:
+                show_as_python(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _quiet_libraries() -> None:

@@ -21,6 +21,7 @@ from svdllm.data.specs import split_specs
 from svdllm.errors import InputError
 from svdllm.grid import Grid, Measures, Study, Variant, run_grid
 from svdllm.grid.settings import PROMPTS
+from svdllm.model_names import short_name
 from svdllm.report.grid_report import GridReport, read_spectra_files, write_report
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -168,7 +169,7 @@ def run_and_report(
             device=device,
             dtype=dtype,
         ),
-        title=title or f"{Path(model).name}: {subject}",
+        title=title or f"{short_name(model)}: {subject}",
         revision=revision,
         offline=offline,
     )

@@ -10,12 +10,14 @@ from rich.table import Table
 
 from svdllm.cli.console import count, duration, size
 from svdllm.demo import DemoResult
+from svdllm.model_names import given_name
 from svdllm.plan import Plan
 from svdllm.quantize import QuantizationResult
 from svdllm.records import CompressionResult
 from svdllm.recover import RecoveryResult
 from svdllm.report.card import quantization_text, recovery_text
 from svdllm.side_by_side import ModelPerplexity
+from svdllm.unused_tensors import UnusedTensors
 
 Titled = tuple[str, list[Table]]  # a line of its own, never cut or wrapped, and what stands below it
 
@@ -31,6 +33,8 @@ def plan_table(plan: Plan) -> Titled:
         + (f"; {dense_left} stay dense" if dense_left else "")
         + (f"; {len(plan.ignored)} ignored" if plan.ignored else ""),
     )
+    if plan.unused_tensors is not None:
+        summary.add_row("its files hold", plan.unused_tensors.text)
     if not plan.ranks_known and plan.target_speedup is None:
         summary.add_row(
             "allocation", f"{plan.allocation}: ranks follow from the analysis; uniform ones are shown, of the same size"
@@ -103,7 +107,7 @@ def perplexity_table(rows: list[ModelPerplexity]) -> Table:
         named = column in ("model", "text")
         table.add_column(column, justify="left" if named else "right", overflow="fold", no_wrap=not named)
     for row in rows:
-        table.add_row(row.model, count(row.params), size(row.weight_bytes), row.text, *_measured(row))
+        table.add_row(given_name(row.model), count(row.params), size(row.weight_bytes), row.text, *_measured(row))
     if rows:
         measured = rows[0].perplexity
         bos = {True: "BOS at the start of the text", False: "no BOS", None: "BOS unknown"}[measured.begins_with_bos]
@@ -198,6 +202,8 @@ def report_table(report: dict[str, Any]) -> Titled:
             f"seed {recipe['seed']}",
         )
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
+    if unused := report.get("unused_tensors"):
+        table.add_row("source files hold", UnusedTensors(**unused).text)
     for warning in report["warnings"]:
         table.add_row("warning", warning)
     for entry in report.get("recovery", []):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.table import Table
 
 from svdllm.cli.console import duration
 from svdllm.cli.tables import Titled
+from svdllm.model_names import short_name
 from svdllm.side_by_side import ModelEvaluation
 from svdllm.tasks import TaskResults, TaskScore
 from svdllm.tasks.record import accuracy_average, compare_score
@@ -24,7 +24,7 @@ def tasks_table(evaluations: Sequence[ModelEvaluation]) -> Titled:
     """A row per task: the dense model's score, the compressed one's, and how much of it that is."""
     results = [evaluation.tasks for evaluation in evaluations if evaluation.tasks is not None]
     shown = results[::-1]  # the dense model first
-    names = [Path(result.model).name for result in shown]
+    names = [short_name(result.model) for result in shown]
     if len(set(names)) < len(names):
         names = [result.model for result in shown]
     table = Table(header_style="bold", box=None, padding=(0, 1), collapse_padding=True, pad_edge=False)

@@ -33,6 +33,7 @@ else:
 HASHES_FILE = "svdllm/hashes.json"
 # The report holds times, and a model card is there to be edited.
 UNHASHED_FILES = (HASHES_FILE, "svdllm/report.json", "README.md")
+WEIGHT_FILE = "model.safetensors"
 WEIGHT_INDEX_FILE = "model.safetensors.index.json"
 
 
@@ -377,7 +378,7 @@ def compare_hashes(folder: str | os.PathLike[str], *, weights_only: bool = False
     for name, digest in zip(right_size, _sha256_all([root / name for name in right_size]), strict=True):
         if digest != entries[name]["sha256"]:
             problems.append(f"{name}: expected SHA-256 {entries[name]['sha256']}, found {digest}.")
-    return problems
+    return problems or [f"{name} is not in {HASHES_FILE}." for name in weight_file_names(root) if name not in entries]
 
 
 def check_weight_files(folder: str | os.PathLike[str]) -> None:
@@ -398,18 +399,53 @@ def check_weight_files(folder: str | os.PathLike[str]) -> None:
 
 
 def _compare_headers(root: Path) -> list[str]:
-    names = {path.name for path in root.glob("*.safetensors")}
-    index = root / WEIGHT_INDEX_FILE
-    if index.is_file():
-        names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     problems = []
-    for name in sorted(names):
+    for name in weight_file_names(root):
         path = root / name
         if not path.is_file():
             problems.append(f"{name} is missing.")
         elif (expected := _size_by_header(path)) != (size := path.stat().st_size):
             problems.append(f"{name}: expected {expected or 'a safetensors header'} bytes, found {size}.")
     return problems
+
+
+def weight_file_names(folder: str | os.PathLike[str]) -> list[str]:
+    """Name the safetensors files that transformers reads from ``folder``, whatever else lies there; they may be missing.
+
+    They are what ``transformers_weights`` in ``config.json`` names, else ``model.safetensors``, else what
+    ``model.safetensors.index.json`` lists; none where there is neither.
+
+    Raises:
+        ValueError: ``config.json`` or the index is damaged.
+    """
+    root = Path(folder)
+    config = read_object(root / "config.json") if (root / "config.json").is_file() else {}
+    present = [name for name in (WEIGHT_FILE, WEIGHT_INDEX_FILE) if (root / name).is_file()]
+    first = config.get("transformers_weights") or next(iter(present), None)
+    if first is None:
+        return []
+    if not isinstance(first, str) or ".." in Path(first).parts or Path(first).is_absolute():
+        raise ValueError(f"config.json is damaged: transformers_weights is {first!r}, expected a file of the folder.")
+    if not first.endswith(".index.json"):
+        return [first]
+    index = read_object(root / first) if (root / first).is_file() else {}
+    files = index.get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(f"{first} is missing or damaged: expected a 'weight_map' from tensors to names of files.")
+    if not isinstance(index.get("metadata"), dict):
+        raise ValueError(f"{first} is damaged: transformers wants a 'metadata' object in it; an empty one will do.")
+    return sorted(set(files.values()))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises ``ValueError`` if it is cut, or holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is damaged: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is damaged: expected a JSON object, found {type(content).__name__}.")
+    return content
 
 
 def _size_by_header(path: Path) -> int | None:

@@ -7,12 +7,12 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from svdllm.errors import InputError
+from svdllm.model_names import short_name
 from svdllm.progress import Reporter
 from svdllm.tasks.prepare import TaskSuite
 from svdllm.tasks.record import TaskResults, finite, scores_of
@@ -43,7 +43,7 @@ def run_tasks(
         raise InputError(f"batch_size must be at least 1, found {batch_size}")
     reporter = reporter or Reporter()
     started = time.perf_counter()
-    wrapped = HarnessModel(model, tokenizer, batch_size or BATCH_SIZE, reporter, Path(name).name)
+    wrapped = HarnessModel(model, tokenizer, batch_size or BATCH_SIZE, reporter, short_name(name))
     with _told(reporter):
         simple_evaluate: Any = lm_eval.simple_evaluate
         results = simple_evaluate(

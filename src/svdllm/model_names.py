@@ -1,0 +1,34 @@
+"""What a model is called where people read it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_SNAPSHOT = re.compile("models--([^/]+)/snapshots/[0-9a-f]{40}$")
+
+
+def display_name(model: str | Path) -> str:
+    """A hub id as it is, also of a snapshot in the hub's cache; of any other path the last part."""
+    text = str(model)
+    if not Path(text).exists() and not text.startswith((".", "/", "~")):
+        return text
+    return _hub_id(text) or Path(text).resolve().name
+
+
+def short_name(model: str | Path) -> str:
+    """The display name without an owner."""
+    return display_name(model).rpartition("/")[2]
+
+
+def given_name(model: str) -> str:
+    """A model as it was given, so that two folders of one name stay apart; but a snapshot by its hub id."""
+    return _hub_id(model) or model
+
+
+def _hub_id(path: str) -> str | None:
+    # The path as it is given first: the cache may be a link to another place, and a link may lead into the cache.
+    for place in (Path(path).absolute(), Path(path).resolve()):
+        if snapshot := _SNAPSHOT.search(place.as_posix()):
+            return snapshot[1].replace("--", "/")
+    return None

@@ -9,11 +9,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from svdllm.checkpoint import write_shards
+from svdllm.companions import copy_companion_files
 from svdllm.errors import CheckpointError, InputError
 from svdllm.layout import Tensors
 from svdllm.modeling import HASHES_FILE, compare_hashes
 from svdllm.modeling.factory import base_classes
-from svdllm.source import build_skeleton, copy_companion_files, load_config
+from svdllm.source import build_skeleton, load_config
 from svdllm.weights import SafetensorsWeights
 from svdllm.workspace import new_folder, place_for, require_writable
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from svdllm.companions import DECIDING_FILES, companion_patterns, has_own_code
 from svdllm.data.specs import require_extra
 from svdllm.errors import InputError, UnsupportedModelError, first_line
 from svdllm.weights import MemoryWeights, SafetensorsWeights, Weights, weight_files
-
-# What belongs to a model beside its weights and its config, and is copied as it is.
-COMPANION_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template*",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,22 +207,6 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32)
     return skeleton.eval().requires_grad_(False)
 
 
-def companion_files(folder: Path) -> Iterator[Path]:
-    """Tokenizer, chat template and generation config of a folder, relative to it, each once."""
-    seen = set()
-    for pattern in COMPANION_FILES:
-        for path in sorted(folder.glob(pattern)):
-            if path.is_file() and path not in seen:
-                seen.add(path)
-                yield path.relative_to(folder)
-
-
-def copy_companion_files(folder: Path, target: Path) -> None:
-    """Tokenizer, chat template and generation config of a folder, as they are."""
-    for path in companion_files(folder):
-        shutil.copyfile(folder / path, target / path)
-
-
 def _open_gguf(path: Path, folder: Path | None) -> Source:
     if path.suffix.lower() != ".gguf":
         raise InputError(f"{path} is a file, but no .gguf file. Expected a hub id, a model folder or a GGUF file.")
@@ -269,13 +239,14 @@ def _from_hub(name: str, revision: str | None, offline: bool, *, weights: bool) 
 
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".gguf", "/")):
         raise InputError(f"No such model: {name} does not exist here, and it is no hub id (owner/name).")
-    patterns = ["config.json", "*.safetensors.index.json", *COMPANION_FILES, *(["*.safetensors"] if weights else [])]
-    skipped = ["*/*", "consolidated*"]  # other variants of the same weights
+    fetch = partial(snapshot_download, name, local_files_only=offline)
     try:
+        folder = Path(fetch(revision=revision, allow_patterns=list(DECIDING_FILES)))
+        code = ["*.py"] if has_own_code(folder) else []  # is copied, never run
+        patterns = ["*.safetensors.index.json", *(["*.safetensors"] if weights else []), *companion_patterns(folder)]
+        skipped = ["*/*", "consolidated*"]  # other variants of the same weights
         return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=patterns, ignore_patterns=skipped, local_files_only=offline
-            )
+            fetch(revision=_revision(folder) or revision, allow_patterns=patterns + code, ignore_patterns=skipped)
         )
     except GatedRepoError as error:
         raise InputError(

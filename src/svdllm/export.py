@@ -60,7 +60,7 @@ def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The base family's config of a low-rank config."""
     base = base_classes(config.svdllm["base_model_type"])  # type: ignore[attr-defined]
     fields = config.to_dict()
-    for key in ("svdllm", "auto_map", "model_type", "architectures", "transformers_version"):
+    for key in ("svdllm", "auto_map", "model_type", "architectures", "transformers_version", "rope_scaling"):
         fields.pop(key, None)
     return base.config(**fields, architectures=[base.causal_lm.__name__])
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from runs import target
 from svdllm.allocation.effective_rank import SHIFT, effective_rank, effective_ranks
 from svdllm.allocation.knapsack import Choice, Solution, solve
+from svdllm.allocation.loss import loss_choices, loss_ranks
 from svdllm.allocation.strs import candidate_ranks, strs_ranks
 from svdllm.allocation.uniform import Cost, uniform_ranks
 from svdllm.allocation.v2 import spread_ratio, v2_ranks
@@ -189,6 +190,22 @@ def test_losses_that_are_not_numbers_and_targets_without_choices_are_refused():
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match=r"a: losses must be finite, got \[0\.0, (nan|inf)\]"):
             solve({"a": [Choice(1, 1, 0.0), Choice(2, 2, bad)]}, 5)
+
+
+# --- loss ---
+
+
+def test_every_rank_below_break_even_is_offered_and_dense():
+    """A 10 x 10 linear has 20 parameters a rank and 100 dense: rank 4 is smaller, rank 5 is not."""
+    linear, losses = target(10, 10), torch.arange(11.0).flip(0)
+    offered = [Choice(1, 20, 9.0), Choice(2, 40, 8.0), Choice(3, 60, 7.0), Choice(4, 80, 6.0), Choice(None, 100, 0.0)]
+    assert loss_choices(linear, losses, Target.params, 1) == offered
+    assert loss_choices(linear, losses, Target.params, 2) == [offered[1], offered[3], offered[4]]
+    # A budget for break-even of one and rank 1 of the other buys that.
+    targets = [target(10, 10, "a"), target(10, 10, "b")]
+    solution = loss_ranks(targets, {"a": 100 * losses, "b": losses}, Target.params, 100, 1)
+    assert solution is not None
+    assert {name: choice.rank for name, choice in solution.choices.items()} == {"a": 4, "b": 1}
 
 
 # --- STRS ---
@@ -460,6 +477,10 @@ def test_q_and_k_give_to_v_by_hand():
     assert effective_ranks(targets, energies, 600, shift=0.0) == {"q_proj": 5, "k_proj": 5, "v_proj": 5}
     # 80 of the 192 on offer make v dense (400); q and k keep the rest.
     assert effective_ranks(targets, energies, 960) == {"q_proj": 7, "k_proj": 7}
+    # With another linear that has room, what v cannot take is not lost to it: 320 each, of which 80 make v dense.
+    more = [*targets, target(20, 20, "o_proj", group="o_proj")]
+    energies |= {"o_proj": torch.ones(20)}
+    assert effective_ranks(more, energies, 1280) == {"q_proj": 7, "k_proj": 7, "o_proj": 8}
 
 
 @pytest.mark.parametrize("names", [("q_proj", "k_proj", "v_proj"), ("query", "key", "value")])

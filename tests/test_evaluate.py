@@ -312,3 +312,22 @@ def test_rolling_is_that_of_lm_evaluation_harness(add_bos, seqlen):
     assert len(ids) % seqlen
     assert found.begins_with_bos is add_bos
     assert -found.mean_nll * found.num_tokens == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_in_bfloat16_is_judged_in_float32():
+    """Its logits are taken as they are, and nothing after them is rounded to three digits."""
+    table = 4 * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(3))
+    model, ids = TableModel(table.to(torch.bfloat16)), random_ids(60)
+    result = perplexity(model, ids, seqlen=20)
+    losses = [loss for window in brute_force(model, ids, 20) for loss in window]
+    assert result.mean_nll == pytest.approx(math.fsum(losses) / len(losses), rel=1e-6)
+
+
+def test_long_windows_are_summed_in_float64():
+    """One loss of 2^24 and 300 of ln 2, whose float32 sum is off in the ninth digit: beyond 2^24 it counts in twos."""
+    model = TableModel(torch.tensor([[0.0, -float(2**24)], [0.0, 0.0]]))
+    ids = torch.tensor([0] + 301 * [1])
+    result = perplexity(model, ids, seqlen=len(ids))
+    half = torch.tensor(2.0).log().item()
+    assert result.num_tokens == 301
+    assert result.mean_nll == pytest.approx((2**24 + 300 * half) / 301, rel=1e-12)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoTokenizer
 
 import sharded_step
@@ -24,10 +27,10 @@ from svdllm.cli import main
 from svdllm.data import evaluation_tokens
 from svdllm.modeling.lowrank import write_hashes
 from svdllm.progress import Reporter
-from svdllm.recover import make_recovery, sequential_lora
+from svdllm.recover import blockwise, make_recovery, sequential_lora, training
 from svdllm.recover.blockwise import train_blocks
 from svdllm.recover.distill import distillation_loss
-from svdllm.recover.settings import DEFAULTS
+from svdllm.recover.settings import DEFAULTS, OF_MEMORY, Recovery
 
 SMALL = {"seqlen": 16, "batch": 4, "steps": 4, "lr": 1e-2}
 
@@ -378,6 +381,62 @@ class Killer(Reporter):
             raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize(("r", "alpha"), [(2, 6.0), (4, 1.0)])
+def test_what_is_merged_is_alpha_over_r_times_the_adapters(
+    r: int, alpha: float, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters: dict[str, torch.Tensor] = {}
+
+    def keeping(*args: Any) -> Any:
+        record, trained = training.train(*args)
+        adapters.update({name: tensor.clone() for name, tensor in trained.items()})
+        return record, trained
+
+    monkeypatch.setattr(sequential_lora, "train", keeping)
+    result = recover(checkpoint, tmp_path / "out", recovery(text, order="joint", r=r, alpha=alpha))
+    old, new = weights(checkpoint), weights(result.output_dir)
+    for name in changed(checkpoint, result.output_dir):
+        a_RI, b_OR = (adapters[f"base_model.model.{name[:-7]}.lora_{leaf}.default.weight"] for leaf in "AB")
+        torch.testing.assert_close(new[name] - old[name], alpha / r * b_OR @ a_RI, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["sequential-lora", "distill", "blockwise"])
+def test_the_rate_rises_falls_as_a_cosine_and_weights_decay(
+    method: str, checkpoint: Path, dense: Path, text: Path, tmp_path: Path
+) -> None:
+    """Of eight steps half are the warm-up: what every optimizer step is taken with, by hand."""
+    rates, decays = [], set()
+
+    def look(optimizer: Any, *_: Any) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+        decays.add(optimizer.param_groups[0]["weight_decay"])
+
+    own = {
+        "sequential-lora": {"steps": 8, "order": "joint"},
+        "distill": {"steps": 8},
+        "blockwise": {"samples": 8, "epochs": 4},  # two batches, four times, in each of two blocks
+    }[method]
+    settings = recovery(text, method, teacher=str(dense), warmup=0.5, weight_decay=0.25, **own)
+    handle = register_optimizer_step_pre_hook(look)
+    try:
+        recover(checkpoint, tmp_path / "out", settings)
+    finally:
+        handle.remove()
+    falling = [0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
+    expected = [1e-2 * share for share in [0, 0.25, 0.5, 0.75, *falling]]
+    assert rates == pytest.approx(expected * (2 if method == "blockwise" else 1))
+    assert decays == {0.25}
+
+
+def test_the_error_of_a_block_is_relative_token_by_token() -> None:
+    """Tokens of norm 1 and 1000, off by half and by a tenth: 0.25 and 0.01, and not a hundredth for both."""
+    wanted = torch.tensor([[[0.6, 0.8], [600.0, -800.0]]])
+    found = torch.tensor([[[0.3, 0.4], [600.0, -700.0]]])
+    assert blockwise._relative_errors(found, wanted).tolist() == [pytest.approx([0.25, 0.01])]
+    walk: Any = SimpleNamespace(hidden=SimpleNamespace(tensor=wanted), batches=[slice(0, 1)])
+    assert blockwise._mean_error([found], walk) == pytest.approx(0.13)
+
+
 @pytest.mark.parametrize(
     ("methods", "stage", "at"),
     [
@@ -414,6 +473,117 @@ def test_a_run_that_was_killed_while_it_saved_goes_on_from_the_save_before(
     state = (half / "trainer_state.json").read_bytes()
     (half / "trainer_state.json").write_bytes(state[: len(state) // 2])
     assert not changed(whole.output_dir, recover(checkpoint, tmp_path / "out", settings).output_dir)
+
+
+# Another value of every setting that decides what is learnt.
+OTHERS: dict[str, Any] = {
+    "methods": ("sequential-lora", "distill", "blockwise"),
+    "data": "{folder}/other.jsonl",
+    "order": "v-first",
+    "r": 4,
+    "alpha": 3.0,
+    "lr": 0.02,
+    "epochs": 2,
+    "samples": 12,
+    "steps": 3,
+    "batch": 2,
+    "seqlen": 8,
+    "warmup": 0.5,
+    "weight_decay": 0.1,
+    "clip": 0.5,
+    "template": "chat",
+    "train_on": "everything",
+    "packing": True,
+    "teacher": "{folder}/teacher",
+    "kl": 0.25,
+    "train_norms": True,
+    "seed": 4,
+    "eval_data": "{folder}/again.jsonl",
+    "eval_samples": 2,
+    "eval_steps": 1,
+    "device": "cpu",
+    "dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, dense: Path) -> Path:
+    """A folder with an unfinished recovery by all methods, and copies of all that it was made of."""
+    folder = tmp_path_factory.mktemp("killed")
+    shutil.copytree(checkpoint, folder / "small")
+    for name in ("dense", "teacher"):
+        shutil.copytree(dense, folder / name)
+    (folder / "small" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    words = TEXT.split()
+    rows = [{"text": " ".join(words[n : n + 50]), "prompt": "the fox", "completion": words[n]} for n in range(12)]
+    for name in ("rows", "other", "held-out", "again"):  # text for windows of blocks, examples for the others
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(KeyboardInterrupt):
+        recover(folder / "small", folder / "out", of_all_methods(folder), reporter=Killer("lora", 1))
+    return folder
+
+
+def of_all_methods(folder: Path, **settings: Any) -> Any:
+    given = {"samples": 8, "epochs": 1, "steps": 2, "teacher": str(folder / "dense")}
+    given |= {"eval_data": str(folder / "held-out.jsonl"), "eval_samples": 3}
+    return recovery(folder / "rows.jsonl", "sequential-lora", "blockwise", "distill", **(given | settings))
+
+
+def go_on(killed: Path, settings: Any) -> None:
+    try:
+        recover(killed / "small", killed / "out", settings, reporter=Killer("lora", 1))
+    except KeyboardInterrupt:
+        pytest.fail("the unfinished run was taken up")
+
+
+def test_every_setting_is_one_that_decides_or_one_of_memory() -> None:
+    assert set(OTHERS) | set(OF_MEMORY) == set(Recovery.model_fields)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_unfinished_run_does_not_go_on_with_any_other_setting(name: str, killed: Path) -> None:
+    value = OTHERS[name].format(folder=killed) if isinstance(OTHERS[name], str) else OTHERS[name]
+    settings = of_all_methods(killed).model_copy(update={name: value})
+    with pytest.raises(InputError, match=rf"had other settings: .*recovery: {name} was .*, is now"):
+        go_on(killed, settings)
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("small/model.safetensors", "weights of the checkpoint"),
+        ("small/config.json", "config of the checkpoint"),
+        ("dense/model.safetensors", "teacher"),
+        ("dense/config.json", "teacher"),
+        ("rows.jsonl", "rows of lora svd_u"),
+        ("held-out.jsonl", "rows of lora svd_u"),
+    ],
+)
+def test_an_unfinished_run_does_not_go_on_with_anything_else_at_its_place(
+    file: str, named: str, killed: Path, tmp_path: Path
+) -> None:
+    before = (killed / file).read_bytes()
+    if file.endswith(".safetensors"):
+        tensors = load_file(killed / file)
+        save_file({key: tensor + 1e-3 for key, tensor in tensors.items()}, killed / file, {"format": "pt"})
+    else:
+        (killed / file).write_bytes(before.replace(b"1e-06", b"1e-05").replace(b"fox", b"cat"))
+    assert (killed / file).read_bytes() != before
+    try:
+        with pytest.raises(InputError, match=rf"had other settings: .*{named} was .*, is now"):
+            go_on(killed, of_all_methods(killed))
+    finally:
+        (killed / file).write_bytes(before)
+
+
+@pytest.mark.parametrize("library", ["svdllm", "torch", "transformers"])
+def test_an_unfinished_run_does_not_go_on_with_other_versions(
+    library: str, killed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["svdllm.recover.run"]
+    monkeypatch.setattr(module if library == "svdllm" else getattr(module, library), "__version__", "0.0.1")
+    with pytest.raises(InputError, match=rf'had other settings: {library} version was .*, is now "0\.0\.1"'):
+        go_on(killed, of_all_methods(killed))
 
 
 def test_an_unfinished_run_may_go_on_with_less_memory_but_not_with_other_data(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from runs import run, save_dense, small_recipe, token_windows
@@ -144,15 +144,55 @@ def test_every_linear_is_fitted_to_the_inputs_of_the_compressed_model(
         assert ours <= best * 1.01 + 1e-9, name
 
 
-def test_beta_is_chosen_by_what_was_held_out(tmp_path: Path):
-    """The same text in every batch: nothing to over-fit, so the regression on the dense outputs wins somewhere."""
-    dense = save_dense(tmp_path / "dense")
-    ids = token_windows(samples=1, seqlen=16).repeat(16, 1)
-    chosen = run(dense, tmp_path / "a", ids=ids, recipe=small_recipe(calibration_mode="sequential", ratio=0.6))
-    full = run(dense, tmp_path / "b", ids=ids, recipe=small_recipe(calibration_mode="sequential", ratio=0.6, beta=1.0))
-    same = [load_file(result.output_dir / "model.safetensors") for result in (chosen, full)]
-    name = "model.layers.0.mlp.down_proj.svd_v.weight"
-    torch.testing.assert_close(same[0][name], same[1][name])
+def best_beta(
+    weights: list[Tensor], ranks: list[int], dense_IT: Tensor, compressed_IT: Tensor, fitted: slice, judged: slice
+) -> float:
+    """The beta whose factors, fitted to some tokens, come nearest to the dense outputs on others; without any Gram."""
+    errors = dict.fromkeys((0.0, 0.5, 1.0), 0.0)
+    for weight_OI, rank in zip(weights, ranks, strict=True):
+        x_IT, target_OT = compressed_IT[:, fitted], weight_OI @ dense_IT[:, fitted]
+        regression_OI = torch.linalg.lstsq(x_IT.T, target_OT.T, driver="gelsd").solution.T
+        for beta in errors:
+            star_OT = (beta * regression_OI + (1 - beta) * weight_OI) @ x_IT
+            left, _, _ = torch.linalg.svd(star_OT, full_matrices=False)
+            product_OI = left[:, :rank] @ left[:, :rank].T @ (beta * regression_OI + (1 - beta) * weight_OI)
+            wanted_OT = weight_OI @ dense_IT[:, judged]
+            lost = (wanted_OT - product_OI @ compressed_IT[:, judged]).square().sum() / wanted_OT.square().sum()
+            errors[beta] += float(lost)
+    return min(errors, key=errors.__getitem__)
+
+
+def test_beta_is_the_best_on_the_last_eighth_of_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of sixteen windows, a batch each, two are held out, whose tokens follow each other otherwise; the oracle has no Grams.
+
+    Were the factors fitted to them as well, or more or fewer of them held out, some group would get another beta.
+    """
+    monkeypatch.setattr("svdllm.sequential.RIDGE", 1e-12)  # the oracle has none
+    dense, seqlen = save_dense(tmp_path / "dense"), 12
+    ids = torch.cat([token_windows(14, seqlen, vocab=20, seed=1), token_windows(2, seqlen, vocab=20, seed=5)])
+    recipe = small_recipe(
+        calibration_mode="sequential", samples=16, sequential_samples=16, seqlen=seqlen, batch_tokens=seqlen,
+        dtype="float64", ratio=0.5, bias_correction=False,
+    )  # fmt: skip
+    run(dense, tmp_path / "out", ids=ids, recipe=recipe)
+    betas = json.loads((tmp_path / "out" / "svdllm" / "report.json").read_text())["betas"]
+    models = {name: load_model(tmp_path / name, dtype=torch.float64).eval() for name in ("dense", "out")}
+    ranks = models["out"].config.svdllm["ranks"]
+    tokens, differs = 16 * seqlen, {"fitted to all": 0, "a quarter": 0, "one batch": 0}
+    for block in range(2):
+        for leaves in (("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)):
+            names = [f"model.layers.{block}.{leaf}" for leaf in leaves]
+            weights = [models["dense"].get_submodule(name).weight.detach() for name in names]
+            given = (weights, [ranks[name] for name in names])
+            given += tuple(inputs_in(models[name], names[0], ids) for name in ("dense", "out"))
+            last = {share: slice(tokens - share * seqlen, tokens) for share in (1, 2, 4)}
+            first = {share: slice(0, tokens - share * seqlen) for share in last}
+            chosen = best_beta(*given, first[2], last[2])
+            assert {betas[name] for name in names} == {chosen}, names
+            differs["fitted to all"] += best_beta(*given, slice(0, tokens), last[2]) != chosen
+            differs["a quarter"] += best_beta(*given, first[4], last[4]) != chosen
+            differs["one batch"] += best_beta(*given, first[1], last[1]) != chosen
+    assert all(differs.values()), differs
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -169,6 +209,24 @@ def test_bias_correction_keeps_the_mean_output_and_the_budget(family: str, tmp_p
     with torch.no_grad():
         difference = model.get_submodule(name)(inputs_IT.T).mean(0) - original.get_submodule(name)(inputs_IT.T).mean(0)
     torch.testing.assert_close(difference, torch.zeros_like(difference), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_losses_are_tails_of_the_svd_of_weights_times_inputs(bias_correction: bool, tmp_path: Path):
+    """With a bias to take care of the mean, of the inputs less their mean."""
+    dense = save_dense(tmp_path / "dense")
+    ids = token_windows(samples=8, seqlen=12)
+    recipe = small_recipe(bias_correction=bias_correction, dtype="float64", seqlen=12)
+    result = run(dense, tmp_path / "out", ids=ids, recipe=recipe)
+    original = load_model(dense, dtype=torch.float64).eval()
+    for row in result.linears:
+        inputs_IT = inputs_in(original, row.name, ids)
+        if bias_correction:
+            inputs_IT = inputs_IT - inputs_IT.mean(1, keepdim=True)
+        sigma = torch.linalg.svdvals(original.get_submodule(row.name).weight.double() @ inputs_IT)
+        assert row.rank is not None
+        assert row.loss == pytest.approx(float(sigma[row.rank :].norm()), rel=1e-6), row.name
+        assert row.relative_loss == pytest.approx(float(sigma[row.rank :].norm() / sigma.norm()), rel=1e-6), row.name
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -111,6 +111,24 @@ def test_small_tokens_after_large_ones_are_not_lost():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_mean_is_summed_in_float64_whatever_the_dtype(dtype: torch.dtype):
+    """70,000 ones: their sum is beyond float16, and no number of bfloat16."""
+    gram = Gram(1)
+    gram.add(torch.ones(70_000, 1, dtype=dtype))
+    assert gram.mean().tolist() == [1.0]
+    assert gram.mean().dtype == torch.float64
+    assert gram.centred().tolist() == [[0.0]]
+
+
+def test_centred_by_hand():
+    """Tokens (1, 2) and (3, -1), less their mean (2, 0.5): twice (1, -1.5) up to the sign."""
+    gram = Gram(2)
+    gram.add(torch.tensor([[1.0, 2.0], [3.0, -1.0]]))
+    assert gram.mean().tolist() == [2.0, 0.5]
+    assert gram.centred().tolist() == [[2.0, -3.0], [-3.0, 4.5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_mean_absolute_by_hand(dtype: torch.dtype):
     """|1|, |-3| and |2| in the first channel, 0, |-1| and |0.5| in the second."""
     mean = MeanAbsolute(2)

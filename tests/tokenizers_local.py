@@ -14,7 +14,11 @@ CHAT_TEMPLATE = "{% for m in messages %}<bos>{{ m['role'] }}: {{ m['content'] }}
 
 
 def byte_tokenizer(
-    vocab_size: int = 290, *, add_bos: bool = False, chat_template: str | None = None, max_length: int = 64
+    vocab_size: int = 290,
+    *,
+    add_bos: bool = False,
+    chat_template: str | dict[str, str] | None = None,
+    max_length: int = 64,
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most ``vocab_size`` tokens, with ``<bos>``, ``<eos>`` and ``<pad>`` first."""
     tokenizer = Tokenizer(models.BPE())

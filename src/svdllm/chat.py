@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from svdllm.chat_template import require_default_template
 from svdllm.errors import InputError, first_line
 from svdllm.source import context_length
 
@@ -25,7 +26,7 @@ class Chat:
         temperature: 0 is greedy; None leaves sampling to the model's own generation config.
 
     Raises:
-        InputError: an argument is out of range, or there is no chat template for ``system``.
+        InputError: an argument is out of range, there is no chat template for ``system``, or several and no default one.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Chat:
     ):
         if max_new_tokens < 1 or (temperature is not None and temperature < 0):
             raise InputError("max_new_tokens must be at least 1, the temperature at least 0.")
+        require_default_template(tokenizer)
         self.has_template = bool(tokenizer.chat_template)
         if system is not None and not self.has_template:
             raise InputError("The tokenizer has no chat template, which would put the system's message somewhere.")

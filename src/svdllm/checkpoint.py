@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from svdllm.analysis import Analysis, FinalFactors
 from svdllm.budget import spare_ranks
+from svdllm.companions import GENERATION_CONFIG, copy_companion_files
 from svdllm.config import Recipe
 from svdllm.elastic import ELASTIC_STEM, ElasticIndex
 from svdllm.errors import CheckpointError, InputError, NumericalError
@@ -40,7 +41,7 @@ from svdllm.plan import Plan, resolve_device
 from svdllm.progress import Reporter
 from svdllm.records import LinearRecord, Provenance
 from svdllm.report.card import model_card
-from svdllm.source import Source, build_skeleton, copy_companion_files, hub_folder, load_config, open_config
+from svdllm.source import Source, build_skeleton, hub_folder, load_config, open_config
 from svdllm.stream import Walk
 from svdllm.structure import Structure, Target, discover, linear_ranks, shared_factors
 from svdllm.unused_tensors import warn_of_unused
@@ -371,12 +372,10 @@ def _config_entry(
 
 def _copy_companions(folder: Path, source: Source, tokenizer: Any) -> None:
     if source.folder is not None:
-        copy_companion_files(source.folder, folder)
+        copy_companion_files(source.folder, folder, tokenizer=tokenizer is None)
     elif source.model is not None and source.model.generation_config is not None:
         # As it is: save_pretrained refuses settings that generate only warns about.
-        (folder / "generation_config.json").write_text(
-            source.model.generation_config.to_json_string(), encoding="utf-8"
-        )
+        (folder / GENERATION_CONFIG).write_text(source.model.generation_config.to_json_string(), encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -384,9 +383,10 @@ def _copy_companions(folder: Path, source: Source, tokenizer: Any) -> None:
 def copy_companions(folder: Path, partial: Path) -> None:
     """Of a checkpoint to one made of it: code, tokenizer and whatever else was written beside the weights, by the hashes."""
     hashed = json.loads((folder / HASHES_FILE).read_text(encoding="utf-8"))["files"]
-    weights = {path.name for path in weight_files(folder)}
+    written_anew = {"config.json", *(path.name for path in weight_files(folder))}
     for name in hashed:
-        if "/" not in name and name not in weights and name != "config.json" and not name.endswith(".index.json"):
+        if name not in written_anew and not name.endswith(".index.json") and not name.startswith("svdllm/"):
+            (partial / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, partial / name)
 
 

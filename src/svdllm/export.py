@@ -9,11 +9,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from svdllm.checkpoint import write_shards
+from svdllm.companions import copy_companion_files
 from svdllm.errors import CheckpointError, InputError, UnsupportedModelError
 from svdllm.layout import Tensors
 from svdllm.modeling import HASHES_FILE, compare_hashes
 from svdllm.modeling.factory import base_classes
-from svdllm.source import build_skeleton, copy_companion_files, load_config
+from svdllm.source import build_skeleton, load_config
 from svdllm.weights import SafetensorsWeights
 from svdllm.workspace import new_folder, place_for, require_writable
 
@@ -61,7 +62,7 @@ def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The base family's config of a low-rank config."""
     base = base_classes(config.svdllm["base_model_type"])  # type: ignore[attr-defined]
     fields = config.to_dict()
-    for key in ("svdllm", "auto_map", "model_type", "architectures", "transformers_version"):
+    for key in ("svdllm", "auto_map", "model_type", "architectures", "transformers_version", "rope_scaling"):
         fields.pop(key, None)
     return base.config(**fields, architectures=[base.causal_lm.__name__])
 

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from svdllm.checkpoint import load_model
+from svdllm.companions import copy_companion_files
 from svdllm.data.specs import require_extra
 from svdllm.errors import InputError, NumericalError, UnsupportedModelError, first_line
 from svdllm.export import config_to_export, dense_config
-from svdllm.source import copy_companion_files
 from svdllm.workspace import new_folder, place_for, require_writable
 
 GRAPH_FORMATS = ("onnx", "openvino")

@@ -17,11 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from svdllm.checkpoint import reference_logits, write_shards
+from svdllm.companions import copy_companion_files
 from svdllm.errors import InputError, UnsupportedModelError, first_line
 from svdllm.export import config_to_export, require_intact
 from svdllm.layout import Tensors
 from svdllm.modeling import family_classes, write_hashes
-from svdllm.source import build_skeleton, copy_companion_files
+from svdllm.source import build_skeleton
 from svdllm.structure import is_linear, linear_shape
 from svdllm.verify import REFERENCE_TOLERANCE
 from svdllm.weights import SafetensorsWeights

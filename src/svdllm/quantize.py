@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from svdllm.byte_count import weight_bytes
 from svdllm.checkpoint import RECIPE_FILE, REPORT_FILE, finish_checkpoint, is_checkpoint, load_model, read_report
+from svdllm.companions import copy_companion_files
 from svdllm.config import load_settings, make_recipe
 from svdllm.data.specs import require_extra
 from svdllm.elastic import ELASTIC_STEM
@@ -29,7 +30,7 @@ from svdllm.schemes import (
     quantized_tensors,
     require_dtype,
 )
-from svdllm.source import Source, build_skeleton, copy_companion_files, open_config
+from svdllm.source import Source, build_skeleton, open_config
 from svdllm.version import __version__
 from svdllm.workspace import DISK_RESERVE, new_folder, place_for, require_writable
 

@@ -14,6 +14,8 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from svdllm.chat_template import has_chat_template
+from svdllm.companions import has_own_code
 from svdllm.data.specs import require_extra
 from svdllm.errors import CheckpointError, InputError, UnsupportedModelError, first_line
 from svdllm.inference import check_kv_cache, prepare
@@ -100,7 +102,7 @@ def prepare_service(
     if backend == "auto":
         backend = "vllm" if program and not_for_vllm is None else "transformers"
     settings: dict[str, Any] = {"model": model, "backend": backend, "host": host, "port": port, "config": source.config}
-    settings |= {"has_chat_template": bool(tokenizer.chat_template), "kv_cache": kv_cache}
+    settings |= {"has_chat_template": has_chat_template(tokenizer), "kv_cache": kv_cache}
     if backend == "vllm":
         if not_for_vllm is not None:
             raise InputError(f"{not_for_vllm} Use --backend transformers.")
@@ -165,6 +167,12 @@ def _runs_code(source: Source, trusted: bool) -> bool:
         (folder / name).is_file() and (folder / name).read_text(encoding="utf-8") == text
         for name, text in files.items()
     )
+    if has_own_code(folder) and not trusted:
+        raise InputError(
+            f"vLLM would run the code that {source.name} names for its tokenizer (auto_map in tokenizer_config.json), because "
+            "it has to run the code of the model. Read it and give --trust-remote-code, or use --backend transformers, "
+            "which runs neither."
+        )
     if not ours and not trusted:
         raise InputError(
             f"vLLM would run {' and '.join(files)} of {source.name}, which are not those of this version of svdllm. Read "

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,27 +23,13 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from svdllm.companions import DECIDING_FILES, companion_patterns, has_own_code
 from svdllm.data.specs import require_extra
 from svdllm.errors import CheckpointError, InputError, UnsupportedModelError, first_line
 from svdllm.model_names import display_name
 from svdllm.modeling.lowrank import WEIGHT_FILE, WEIGHT_INDEX_FILE, read_object, weight_file_names
 from svdllm.unused_tensors import UnusedTensors, warn_of_unused
 from svdllm.weights import MemoryWeights, SafetensorsWeights, Weights
-
-# What belongs to a model beside its weights and its config, and is copied as it is.
-COMPANION_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template*",
-    "generation_config.json",
-)
-
 
 ADAPTER_FILE = "adapter_config.json"  # of PEFT
 # How names of classes end, in lower case: early conversions have LLaMAForCausalLM.
@@ -329,22 +314,6 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32)
     return skeleton.eval().requires_grad_(False)
 
 
-def companion_files(folder: Path) -> Iterator[Path]:
-    """Tokenizer, chat template and generation config of a folder, relative to it, each once."""
-    seen = set()
-    for pattern in COMPANION_FILES:
-        for path in sorted(folder.glob(pattern)):
-            if path.is_file() and path not in seen:
-                seen.add(path)
-                yield path.relative_to(folder)
-
-
-def copy_companion_files(folder: Path, target: Path) -> None:
-    """Tokenizer, chat template and generation config of a folder, as they are."""
-    for path in companion_files(folder):
-        shutil.copyfile(folder / path, target / path)
-
-
 def _open_gguf(path: Path, folder: Path | None) -> Source:
     if path.suffix.lower() != ".gguf":
         raise InputError(f"{path} is a file, but no .gguf file. Expected a hub id, a model folder or a GGUF file.")
@@ -386,11 +355,13 @@ def hub_folder(name: str, revision: str | None, offline: bool, *, weights: bool)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".gguf", "/")):
         raise InputError(f"No such model: {name} does not exist here, and it is no hub id (owner/name).")
     fetch = partial(snapshot_download, name, local_files_only=offline)
-    patterns = ["config.json", ADAPTER_FILE, *COMPANION_FILES]
     try:
-        folder = Path(fetch(revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        folder = Path(fetch(revision=revision, allow_patterns=[*DECIDING_FILES, ADAPTER_FILE]))
+        fetch = partial(fetch, revision=_revision(folder) or revision)
+        code = ["*.py"] if has_own_code(folder) else []  # is copied, never run
+        fetch(allow_patterns=companion_patterns(folder) + code, ignore_patterns=["*/*"])
         if weights:
-            _fetch_weights(partial(fetch, revision=_revision(folder) or revision), folder)
+            _fetch_weights(fetch, folder)
         return folder
     except GatedRepoError as error:
         raise InputError(

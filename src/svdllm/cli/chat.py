@@ -10,6 +10,7 @@ import torch
 import typer
 
 from svdllm.chat import Chat
+from svdllm.chat_template import require_default_template
 from svdllm.checkpoint import load_model
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, error_console, print_warning
@@ -44,6 +45,7 @@ def chat(
     place = resolve_device(device)
     source = open_config(model, offline=offline)
     tokenizer = source.load_tokenizer(offline)
+    require_default_template(tokenizer)
     computed_in = resolve_dtype(dtype, place, source.dtype)
     if system is not None and not tokenizer.chat_template:
         raise InputError(f"{model} has no chat template, so --system has no place in what it is told.")

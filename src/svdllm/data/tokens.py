@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdllm.chat_template import require_default_template
 from svdllm.data.sources import Documents
 from svdllm.errors import InputError
 
@@ -66,10 +67,11 @@ def apply_chat_template(messages: list[Any], where: str, tokenizer: Any, **setti
     """The chat as text.
 
     Raises:
-        InputError: the template refuses the messages; says ``where``.
+        InputError: there are several templates and no default one, or the template refuses the messages; says ``where``.
     """
     from jinja2 import TemplateError
 
+    require_default_template(tokenizer, f"{where}: ")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **settings)
     except TemplateError as err:

@@ -33,6 +33,7 @@ else:
 HASHES_FILE = "svdllm/hashes.json"
 # The report holds times, and a model card is there to be edited.
 UNHASHED_FILES = (HASHES_FILE, "svdllm/report.json", "README.md")
+HASHED_FOLDERS = ("", "svdllm", "additional_chat_templates")  # not the folders of others, say a trainer's
 WEIGHT_FILE = "model.safetensors"
 WEIGHT_INDEX_FILE = "model.safetensors.index.json"
 
@@ -338,10 +339,11 @@ def _some(names: list[str], most: int = 8) -> str:
 
 
 def write_hashes(folder: str | os.PathLike[str]) -> None:
-    """Write ``svdllm/hashes.json``: size and SHA-256 of every file in ``folder`` and ``svdllm`` but itself, the report and the card."""
+    """Write ``svdllm/hashes.json``: size and SHA-256 of every file in ``HASHED_FOLDERS`` but itself, the report and the card."""
     root = Path(folder)
-    files = [path for part in (root, root / "svdllm") if part.is_dir() for path in part.iterdir() if path.is_file()]
-    names = sorted(path.relative_to(root).as_posix() for path in files)  # not the folders of others, say a trainer's
+    folders = [root / name for name in HASHED_FOLDERS if (root / name).is_dir()]
+    files = [path for folder in folders for path in folder.iterdir() if path.is_file()]
+    names = sorted(path.relative_to(root).as_posix() for path in files)
     names = [name for name in names if name not in UNHASHED_FILES]
     entries = zip(names, _sha256_all([root / name for name in names]), strict=True)
     files = {name: {"size": (root / name).stat().st_size, "sha256": digest} for name, digest in entries}

@@ -6,6 +6,7 @@ This file is copied into every checkpoint, so it imports nothing that is not on 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,18 @@ else:
     _Config = object
 
 FORMAT_VERSION = 1
+# Names in transformers 4, by model type, where they are not those of the other families; None where the field is refused.
+_GPT_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+_PHI3 = {"rope_type": "type", "original_max_position_embeddings": None}
+LEGACY_ROPE_NAMES: dict[str, Mapping[str, str | None]] = {
+    "gpt_neox": _GPT_NEOX,
+    "gpt_neox_japanese": _GPT_NEOX,
+    "modernbert-decoder": {"rope_theta": "global_rope_theta", "rope_local_base_freq": "local_rope_theta"},
+    "olmo": {"rope_type": "type"},
+    "olmo2": {"rope_type": "type"},
+    "phi3": _PHI3,
+    "phi4_multimodal": _PHI3,
+}
 
 
 def check_svdllm(settings: Any) -> dict[str, Any] | None:
@@ -82,19 +95,41 @@ def factor_styles(style: str) -> dict[str, str]:
     return {"svd_u": style, "svd_v": style}
 
 
-def legacy_rope_fields(rope: dict[str, Any]) -> dict[str, Any]:
-    """The fields that readers older than ``rope_parameters`` take the same numbers from.
+def legacy_rope_fields(rope: dict[str, Any], base_model_type: str | None) -> dict[str, Any]:
+    """The fields that readers older than ``rope_parameters``, transformers 4 among them, take the same numbers from.
 
-    transformers 4 and mlx-lm read only these and fall back to ``rope_theta = 10000`` without a word.
+    Such readers know one set of numbers for all layers, or another theta for layers with a sliding window. There are no
+    fields for anything else.
     """
     full, sliding = rope.get("full_attention"), rope.get("sliding_attention")
     if isinstance(full, dict) and isinstance(sliding, dict):
-        fields = {"rope_theta": full.get("rope_theta"), "rope_local_base_freq": sliding.get("rope_theta")}
+        if set(sliding) - {"rope_theta", "partial_rotary_factor"} != {"rope_type"} or sliding["rope_type"] != "default":
+            return {}
+        if full.get("partial_rotary_factor") != sliding.get("partial_rotary_factor"):
+            return {}
+        fields = _legacy_fields(full) | {"rope_local_base_freq": sliding.get("rope_theta")}
+    elif any(isinstance(value, dict) for value in rope.values()):
+        return {}
     else:
-        fields = {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
-        if rope.get("rope_type", "default") != "default":
-            fields["rope_scaling"] = {key: value for key, value in rope.items() if key not in fields}
-    return {key: value for key, value in fields.items() if value is not None}
+        fields = _legacy_fields(rope)
+    names = LEGACY_ROPE_NAMES.get(base_model_type or "", {})
+    if fields["rope_scaling"]:
+        fields["rope_scaling"] = _renamed(fields["rope_scaling"], names)
+    return _renamed(fields, names)
+
+
+def _legacy_fields(rope: dict[str, Any]) -> dict[str, Any]:
+    fields = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if rope.get(key) is not None}
+    scaling = {key: value for key, value in rope.items() if key not in (*fields, "type")}
+    length = scaling.get("original_max_position_embeddings")
+    if scaling.get("rope_type") == "longrope" and length is not None:
+        fields["original_max_position_embeddings"] = length  # read beside the factors of this type only
+    # None, not nothing: some families are scaled unless they are told otherwise.
+    return fields | {"rope_scaling": None if scaling == {"rope_type": "default"} else scaling}
+
+
+def _renamed(fields: dict[str, Any], names: Mapping[str, str | None]) -> dict[str, Any]:
+    return {name: value for key, value in fields.items() if (name := names.get(key, key)) is not None}
 
 
 class LowRankConfigMixin(_Config):
@@ -108,6 +143,8 @@ class LowRankConfigMixin(_Config):
     svdllm: dict[str, Any] | None = None  # a plain attribute: this class is no dataclass
 
     def __post_init__(self, svdllm: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if getattr(self, "rope_parameters", None):
+            kwargs.pop("rope_scaling", None)  # for older readers; the base class would take it instead
         super().__post_init__(**kwargs)
         self.svdllm = check_svdllm(svdllm)
         if plan := self.base_model_tp_plan:
@@ -145,5 +182,5 @@ class LowRankConfigMixin(_Config):
         output.pop("base_model_tp_plan", None)  # follows from the ranks
         output["auto_map"] = self.full_auto_map()
         if isinstance(rope := output.get("rope_parameters"), dict):
-            output.update(legacy_rope_fields(rope))
+            output.update(legacy_rope_fields(rope, self.svdllm["base_model_type"] if self.svdllm else None))
         return output

@@ -12,13 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from svdllm.checkpoint import load_model
+from svdllm.modeling.lowrank import sha256_of
 from svdllm.plan import resolve_dtype
 from svdllm.progress import Reporter
 from svdllm.recover.later_weights import LaterWeights
 from svdllm.source import Source, build_skeleton, load_config, open_config, open_source
 from svdllm.stream import Walk
 from svdllm.structure import discover
-from svdllm.weights import SafetensorsWeights, Weights
+from svdllm.weights import SafetensorsWeights, Weights, weight_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,16 @@ class Models:
     @property
     def dense_dtype(self) -> torch.dtype:
         return resolve_dtype("auto", self.device, self.dense_config.dtype)
+
+    def teacher_fingerprint(self) -> list[str] | str | None:
+        """What tells teachers at one place apart: hashes of its files, or the commit of a hub id."""
+        if self.teacher is None:
+            return None
+        place = Path(self.teacher)
+        if not place.exists():
+            return self.dense_config.revision
+        files = [place] if place.is_file() else [place / "config.json", *weight_files(place)]
+        return [sha256_of(file) for file in files]
 
     def weights(self) -> LaterWeights:
         return LaterWeights(SafetensorsWeights(self.folder, build_skeleton(self.config)), self.finished_files)

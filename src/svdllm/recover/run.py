@@ -169,6 +169,8 @@ class _Run:
             **{f"recovery: {key}": value for key, value in settings.items()},
             **{f"rows of {task.title}": task.fingerprint for task in tasks},
             "weights of the checkpoint": [sha256_of(path) for path in weight_files(self.models.folder)],
+            "config of the checkpoint": sha256_of(self.models.folder / "config.json"),
+            "teacher": self.models.teacher_fingerprint(),
             "processes": num_processes(),
             "svdllm version": __version__,
             "torch version": torch.__version__,

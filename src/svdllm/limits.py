@@ -19,7 +19,9 @@ def require_context(config: Any, tokens: int, name: str = "seqlen") -> None:
     """Raises InputError if windows are longer than the model can take; ``name`` is what set their length."""
     limit = context_length(config)
     if limit is not None and tokens > limit:
-        raise InputError(f"{name} {tokens} is beyond the model's context of {limit} tokens: lower it to {limit} or less")
+        raise InputError(
+            f"{name} {tokens} is beyond the model's context of {limit} tokens: lower it to {limit} or less"
+        )
 
 
 def require_known_ids(ids: Tensor, config: Any, tokenizer: Any = None) -> None:

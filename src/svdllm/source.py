@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from svdllm.data.specs import require_extra
 from svdllm.errors import InputError, UnsupportedModelError, first_line
+from svdllm.tokenizer_files import load_tokenizer
 from svdllm.weights import MemoryWeights, SafetensorsWeights, Weights, weight_files
 
 # What belongs to a model beside its weights and its config, and is copied as it is.
@@ -69,17 +70,8 @@ class Source:
         return sum(path.stat().st_size for path in weight_files(self.folder)) if has_files else 0  # type: ignore[arg-type]
 
     def load_tokenizer(self, offline: bool = False) -> Any:
-        """The tokenizer beside the weights."""
-        place = {"pretrained_model_name_or_path": str(self.folder)}
-        if self.folder is None and self.gguf is not None:
-            place = {"pretrained_model_name_or_path": str(self.gguf.parent), "gguf_file": self.gguf.name}
-        try:
-            return AutoTokenizer.from_pretrained(**place, local_files_only=offline)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise InputError(
-                f"{self.name} has no tokenizer that transformers can load ({first_line(error)}). Put its tokenizer "
-                "files beside the weights, or pass token ids from Python."
-            ) from error
+        """The tokenizer beside the weights; see ``svdllm.tokenizer_files``."""
+        return load_tokenizer(self.name, self.folder, self.gguf, offline=offline)
 
 
 def open_source(
@@ -173,8 +165,9 @@ def is_quantized(folder: Path) -> bool:
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """The most tokens a model can take at once, where its config says so."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """The most tokens a model can take at once, where its config says so; XLNet says -1 for no limit."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest if longest is not None and longest > 0 else None
 
 
 def require_causal_lm(config: PreTrainedConfig, name: str) -> None:

@@ -25,6 +25,7 @@ from svdllm.cli import (
     verify,
 )
 from svdllm.cli.console import error_console
+from svdllm.cli.terminal import lenient_streams
 from svdllm.errors import SvdllmError, as_ours
 
 # ClickException, of the click that typer uses: newer versions carry their own.
@@ -65,7 +66,12 @@ for module in (
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; a user's mistake ends with one message and its own exit code, never a traceback."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with lenient_streams():
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
     _quiet_libraries()
     try:
         code = app(args=arguments, standalone_mode=False)
@@ -85,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         if (ours := as_ours(error)) is None:
             raise
         code = _show(ours, as_json="--json" in arguments)
-    sys.exit(code or 0)
+    return code or 0
 
 
 def _show(error: SvdllmError, *, as_json: bool) -> int:

@@ -95,6 +95,6 @@ def _require_whole_characters(text: str, where: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{where}: character {error.start} is {ascii(text[error.start])}, half of a surrogate pair, which is no text "
+            f"{where}: character {error.start} is {text[error.start]!a}, half of a surrogate pair, which is no text "
             "(an emoji cut in two?): remove it, in Python with text.encode('utf-8', 'ignore').decode()"
         ) from error

@@ -24,6 +24,18 @@ def require_context(config: Any, tokens: int, name: str = "seqlen") -> None:
         )
 
 
+def guard_embeddings(model: Any) -> None:
+    """Makes a model refuse unknown ids by itself, where its texts come from outside; costs a look at every step's ids.
+
+    On a GPU such an id would be an assertion of the device, after which the process can do nothing more.
+    """
+
+    def refuse(_: Any, arguments: tuple[Any, ...]) -> None:
+        require_known_ids(arguments[0], model.config)
+
+    model.get_input_embeddings().register_forward_pre_hook(refuse)
+
+
 def require_known_ids(ids: Tensor, config: Any, tokenizer: Any = None) -> None:
     """Raises InputError for an id that the model has no embedding of; names its token where there is a tokenizer.
 

@@ -237,7 +237,8 @@ def _load_dataset(spec: HubSpec, split: str, *, offline: bool) -> Any:
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    with hub_offline(offline):
+    name = f"{spec.repo}, config {spec.config or 'default'}, split {split}"
+    with hub_offline(offline), explaining(f"the data set {name} cannot be loaded"):
         try:
             if spec.data_file is None:
                 return datasets.load_dataset(spec.repo, spec.config, split=split)
@@ -250,12 +251,10 @@ def _load_dataset(spec: HubSpec, split: str, *, offline: bool) -> Any:
             ) from err
         except (ConnectionError, LocalEntryNotFoundError) as err:
             raise InputError(_not_reached(spec, offline, err)) from err
-        # the hub client and the file readers share no base class of their errors
-        except Exception as err:
+        except ValueError as err:
             if "Couldn't find cache" in str(err):
                 raise InputError(_not_reached(spec, offline, err)) from err
-            name = f"{spec.repo}, config {spec.config or 'default'}, split {split}"
-            raise InputError(f"the data set {name} cannot be loaded: {first_line(err)}") from err
+            raise
 
 
 def _hub_file(spec: HubSpec, name: str) -> str:
@@ -315,7 +314,8 @@ def _from_dataset(dataset: Any, label: str, field: str | None) -> Documents:
     if not isinstance(columns, list) or not hasattr(dataset, "__len__"):
         raise InputError(f"{label}: expected a datasets.Dataset with rows, found {type(dataset).__name__}")
     field = _choose_field(columns, field, label)
-    return _documents(dataset[field], label, field)
+    with explaining(f"the rows of {label}:{field} cannot be read"):
+        return _documents(dataset[field], label, field)
 
 
 def _num_rows(dataset: Any) -> str:

@@ -75,6 +75,7 @@ def _run(arguments: list[str]) -> int:
     _quiet_libraries()
     try:
         code = app(args=arguments, standalone_mode=False)
+        sys.stdout.flush()  # a disk that is full is told below
     except UsageProblem as error:
         error.show()  # type: ignore[attr-defined]
         code = error.exit_code  # type: ignore[attr-defined]

@@ -116,7 +116,10 @@ def _check_settings(names: Sequence[str], limit: int | None, num_fewshot: int | 
 
 
 def _load(manager: Any, name: str, local: LocalTask | None) -> list[Any]:
-    problem, advice = f"the data of the task {name} cannot be loaded", "run once with a network, or use --task-data"
+    problem, advice = (
+        f"the data of the task {name} cannot be loaded",
+        "run once with a network, or give files with --task-data",
+    )
     if local is not None:
         problem, advice = f"{local.evaluated_file}: the task {name} cannot be made of it", ""
     with explaining(problem, advice):

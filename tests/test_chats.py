@@ -103,6 +103,13 @@ def test_chats_that_cannot_be_read_are_named(chat: Any, template: str, message: 
         rendered(tmp_path, template, chat)
 
 
+def test_a_text_file_may_be_one_chat(tmp_path: Path) -> None:
+    file = tmp_path / "chat.txt"
+    file.write_text(json.dumps([USER, ANSWER], indent=1))
+    tokenizer = byte_tokenizer(chat_template=TEXTS_ONLY)
+    assert tokenizer.decode(evaluation_tokens(str(file), tokenizer)) == "<user>hi\n<assistant>hello\n"
+
+
 def test_a_column_holds_texts_or_chats(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"row 1: expected text \(str\) as in row 0, found a list, as of a chat"):
         rendered(tmp_path, TEXTS_ONLY, "plain", json.dumps([USER]), field="text")

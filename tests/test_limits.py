@@ -98,6 +98,14 @@ def test_ids_beyond_the_embedding_from_python(outgrown: Any) -> None:
     assert model.generate(stream[:4].unsqueeze(0), max_new_tokens=2, do_sample=False).shape[1] <= 6
 
 
+def test_continuations_keep_to_the_context(outgrown: Any) -> None:
+    model = tiny_model("gpt2", vocab_size=300)  # whose positions are a table
+    (written,) = continuations(model, outgrown, ["0" * 60], 40)
+    assert len(outgrown(written["text"])["input_ids"]) <= CONTEXT - 60 + 2
+    with pytest.raises(InputError, match=r"the prompt '0+': its length with one more token, 65 is beyond the .* 64"):
+        continuations(model, outgrown, ["0" * 64], 40)
+
+
 def test_ids_beyond_the_embedding_in_tasks(place: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is in the extra 'eval'")
     import svdllm

@@ -472,7 +472,7 @@ def test_another_task_of_the_harness(tmp_path: Path, dense: Path) -> None:
     (score,) = results.scores
     assert (score.task, score.num_examples, score.chance) == ("boolq", 5, 0.5)
     write_rows(file, [{key: value for key, value in row.items() if key != "passage"} for row in rows])
-    with pytest.raises(InputError, match=r"boolq.validation.jsonl: the task boolq cannot be made of it: .*passage"):
+    with pytest.raises(InputError, match=r"boolq.validation.jsonl: the task boolq cannot be made of it .*passage"):
         ready(["boolq"], task_data=tmp_path)
     write_rows(file, [*rows, {"passage": "A dog."}])
     with pytest.raises(InputError, match="row 6: expected the columns of row 1, passage, question, idx, label; found"):

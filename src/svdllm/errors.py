@@ -61,13 +61,13 @@ def as_ours(error: BaseException) -> SvdllmError | None:
 
 
 @contextmanager
-def explaining(what: str, advice: str = "", kind: type[SvdllmError] = InputError) -> Iterator[None]:
+def explaining(what: str, advice: str = "") -> Iterator[None]:
     """Turns whatever a library throws at a damaged file or an odd row into one sentence: ``what (its words): advice``.
 
     Errors of ours, and memory or disk that runs out, pass as they are.
 
     Raises:
-        InputError, or ``kind``: in place of any other exception, and of a panic of a library in Rust.
+        InputError: in place of any other exception, and of a panic of a library in Rust.
     """
     try:
         yield
@@ -76,7 +76,7 @@ def explaining(what: str, advice: str = "", kind: type[SvdllmError] = InputError
         foreign = isinstance(error, Exception) or type(error).__name__ == "PanicException"
         if not foreign or isinstance(as_ours(error), ResourceError) or isinstance(error, SvdllmError):
             raise
-        raise kind(f"{what} ({said_by(error)}){advice and f': {advice}'}") from error
+        raise InputError(f"{what} ({said_by(error)}){advice and f': {advice}'}") from error
 
 
 def said_by(error: BaseException) -> str:

@@ -155,7 +155,7 @@ def _refuse_rows(text: str, path: Path) -> None:
     except (ValueError, RecursionError):
         return
     row = row[0] if isinstance(row, list) and row else row
-    if isinstance(row, dict) and ROW_FIELDS & row.keys():
+    if isinstance(row, dict) and "role" not in row and ROW_FIELDS & row.keys():  # with it, the file is one chat
         suffix = ".json" if first.startswith("[") else ".jsonl"
         raise InputError(
             f"{path} is plain text by its name and holds rows in JSON, with {', '.join(row)}: rename it to "

@@ -45,7 +45,7 @@ def encode(text: str, tokenizer: Any, where: str, *, add_special_tokens: bool) -
     """The ids, (num_tokens,) int64, of a text; special tokens are the tokenizer's default, or none.
 
     Raises:
-        InputError: the text is none, or the tokenizer cannot take it; says ``where``.
+        InputError: a character is cut in two, or the tokenizer cannot take the text; says ``where``.
     """
     _require_whole_characters(text, where)
     settings = {} if add_special_tokens else {"add_special_tokens": False}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from svdllm.data.tokens import encode
 from svdllm.evaluate import evaluation_mode
 from svdllm.grid.settings import Measures
-from svdllm.limits import require_known_ids
+from svdllm.limits import require_context, require_known_ids, within_context
 from svdllm.plan import resolve_device
 from svdllm.progress import Reporter
 from svdllm.side_by_side import OpenedModel, evaluate_loaded
@@ -70,13 +70,15 @@ def continuations(
         for prompt in prompts:
             ids = encode(prompt, tokenizer, f"the prompt {prompt!r}", add_special_tokens=True)
             require_known_ids(ids, model.config, tokenizer)
+            require_context(model.config, len(ids) + 1, f"the prompt {prompt!r}: its length with one more token,")
+            room = within_context(model.config, len(ids) + new_tokens) - len(ids)
             ids = ids.unsqueeze(0).to(model.device)
             output = model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
                 num_beams=1,
-                max_new_tokens=new_tokens,
+                max_new_tokens=room,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
             )
             text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)

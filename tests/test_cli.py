@@ -201,7 +201,10 @@ def test_a_recipe_file_is_overridden_by_flags(
         (["--ratio", "0.3", "--override", "mlp"], "not of the form REGEX=RATIO"),
         (["--ratio", "0.3", "--override", "mlp=2"], "is not a ratio"),
         (["--ratio", "0.3", "--device", "cuda:99"], "is not available here; there is cpu"),
-        (["--ratio", "0.3", "--seqlen", "100"], "--seqlen 100 is more than"),
+        (
+            ["--ratio", "0.3", "--seqlen", "100"],
+            "--seqlen 100 is beyond the model's context of 64 tokens: lower it to 64 or less",
+        ),
         (["--ratio", "0.3", "--samples", "0"], "samples: Input should be greater than or equal to 1"),
         (["--ratio", "0.3", "--recipe", "no-such.yaml"], "no-such.yaml cannot be read"),
         (["--ratio", "0.3", "--preset", "fast"], "Unknown preset 'fast'"),

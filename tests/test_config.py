@@ -90,14 +90,21 @@ def test_the_preset_paper_is_the_papers_settings():
         "round_to": 1,
         "calibration": "wikitext2",
         "samples": 256,
-        "seqlen": 2048,
         "seed": 3,
     }
     recipe = make_recipe({**settings, "ratio": 0.2})
+    assert recipe.seqlen == 2048
     assert recipe.calibration_mode == "dense"
     assert not recipe.bias_correction
     with pytest.raises(InputError, match="Unknown preset 'papers'; known are paper, balanced, best"):
         preset_settings("papers")
+
+
+@pytest.mark.parametrize(("context", "seqlen"), [(128, 128), (2048, 2048), (4096, 2048), (None, 2048)])
+def test_a_seqlen_that_nobody_asked_for_keeps_to_the_context(context: int | None, seqlen: int):
+    assert make_recipe(preset_settings("paper")).within(context).seqlen == seqlen
+    asked = Recipe(seqlen=2048)
+    assert asked.within(context) is asked
 
 
 def test_the_defaults_are_the_preset_balanced():

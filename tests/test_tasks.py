@@ -303,7 +303,7 @@ def changed(name: str, **cells: Any) -> list[dict[str, Any]]:
         (
             "mathqa.test.jsonl",
             {"options": "a ) 1"},
-            "example 3: mathqa has no prompt for it: .* the answer is choice 3 of 0",
+            "example 3: mathqa has no prompt for it .the answer is choice 3 of 0",
         ),
         ("gsm8k.test.jsonl", {"answer": "2"}, "row 3: column 'answer': String should match pattern '####', found '2'"),
         ("truthfulqa.csv", {"Correct Answers": " ; "}, "row 3: column 'Correct Answers': String should match pattern"),
@@ -472,7 +472,7 @@ def test_another_task_of_the_harness(tmp_path: Path, dense: Path) -> None:
     (score,) = results.scores
     assert (score.task, score.num_examples, score.chance) == ("boolq", 5, 0.5)
     write_rows(file, [{key: value for key, value in row.items() if key != "passage"} for row in rows])
-    with pytest.raises(InputError, match=r"boolq.validation.jsonl: the task boolq cannot be made of it: .*passage"):
+    with pytest.raises(InputError, match=r"boolq.validation.jsonl: the task boolq cannot be made of it .*passage"):
         ready(["boolq"], task_data=tmp_path)
     write_rows(file, [*rows, {"passage": "A dog."}])
     with pytest.raises(InputError, match="row 6: expected the columns of row 1, passage, question, idx, label; found"):

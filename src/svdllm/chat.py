@@ -7,13 +7,17 @@ from threading import Event, Thread
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from svdllm.chat_template import require_default_template
-from svdllm.errors import InputError, first_line
+from svdllm.data.chats import render
+from svdllm.data.tokens import encode
+from svdllm.errors import InputError
+from svdllm.limits import require_known_ids
 from svdllm.source import context_length
+
+CONVERSATION = "the conversation"  # in messages about it
 
 
 class Chat:
@@ -60,7 +64,7 @@ class Chat:
             InputError: the conversation does not fit into the model's context, or not into its template.
         """
         messages = [*self.messages, {"role": "user", "content": message}]
-        inputs = self._encode(messages if self.has_template else message)
+        inputs = self._encode(messages)
         streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop, failed = Event(), []
         arguments = {
@@ -84,17 +88,14 @@ class Chat:
         if failed:
             raise failed[0]
 
-    def _encode(self, text: str | list[dict[str, str]]) -> dict[str, Tensor]:
-        if isinstance(text, str):
-            encoded = self._tokenizer(text, return_tensors="pt")
-        else:
-            try:
-                encoded = self._tokenizer.apply_chat_template(
-                    text, add_generation_prompt=True, return_tensors="pt", return_dict=True
-                )
-            except TemplateError as error:
-                raise InputError(f"The chat template refuses these messages: {first_line(error)}") from error
-        return {name: encoded[name].to(self._model.device) for name in ("input_ids", "attention_mask")}
+    def _encode(self, messages: list[dict[str, str]]) -> dict[str, Tensor]:
+        text = messages[-1]["content"]
+        if self.has_template:
+            text = render(messages, CONVERSATION, self._tokenizer, add_generation_prompt=True)
+        ids = encode(text, self._tokenizer, CONVERSATION, add_special_tokens=not self.has_template)
+        require_known_ids(ids, self._model.config, self._tokenizer)
+        ids = ids.unsqueeze(0).to(self._model.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _room(self, input_ids: Tensor) -> int:
         context, length = context_length(self._model.config), input_ids.shape[1]

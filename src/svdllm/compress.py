@@ -24,6 +24,7 @@ from svdllm.config import Recipe
 from svdllm.data import TokenWindows, calibration_windows, check_source
 from svdllm.errors import InputError, SvdllmError
 from svdllm.layout import buffer_names
+from svdllm.limits import require_known_ids
 from svdllm.linear_times import LinearTimes, measure_linears
 from svdllm.memory import device_peak_bytes, peak_bytes, saying_what_to_lower
 from svdllm.methods import METHODS
@@ -32,7 +33,7 @@ from svdllm.probing import MEASURES, probe, probe_ids, probe_ranks, probe_tokens
 from svdllm.progress import Reporter
 from svdllm.records import CompressionResult, LinearRecord, Provenance, linear_record
 from svdllm.sequential import Sequential
-from svdllm.source import Source, build_skeleton, open_config, open_source
+from svdllm.source import Source, build_skeleton, context_length, open_config, open_source
 from svdllm.stream import Walk
 from svdllm.structure import Structure
 from svdllm.version import __version__
@@ -119,6 +120,8 @@ def compress_many(
     if calibration is not None and not isinstance(calibration, str):
         recipe = recipe.model_copy(update={"calibration": f"given from Python ({type(calibration).__name__})"})
     output_dir = named_folder(output_dir)
+    reporter = reporter or Reporter()
+    recipe = _within_context(recipe, model, offline, revision, reporter)
     run = _Run(
         model=model,
         recipe=recipe if not isinstance(calibration, str) else recipe.model_copy(update={"calibration": calibration}),
@@ -130,11 +133,23 @@ def compress_many(
         resume=resume,
         hidden_states_limit=hidden_states_limit,
         analysis_dir=None if analysis_dir is None else Path(analysis_dir),
-        reporter=reporter or Reporter(),
+        reporter=reporter,
     )
     run.check_cheaply()
     with run.cleaning_up():
         return run.execute()
+
+
+def _within_context(
+    recipe: Recipe, model: str | Path | PreTrainedModel, offline: bool, revision: str | None, reporter: Reporter
+) -> Recipe:
+    """The recipe, with windows that the model can take where nobody said how long they are."""
+    if "seqlen" in recipe.model_fields_set or not recipe.needs_tokens:
+        return recipe
+    bounded = recipe.within(context_length(open_config(model, offline=offline, revision=revision).config))
+    if bounded.seqlen < recipe.seqlen:
+        reporter.note(f"Calibration windows have {bounded.seqlen} tokens: the model takes no more.")
+    return bounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +260,7 @@ class _Run:
                 seed=self.recipe.seed,
                 offline=self.offline,
             )
-        _check_windows(windows, source)
+        require_known_ids(windows.ids, source.config, tokenizer)
         for warning in calibration_warnings(structure, skeleton, self.recipe, windows.num_tokens):
             self.reporter.warn(warning)
         return windows
@@ -469,12 +484,3 @@ def _linear_records(structure: Structure, plan: Plan, analysis: Analysis) -> lis
         )
         for target in structure.targets
     ]
-
-
-def _check_windows(windows: TokenWindows, source: Source) -> None:
-    config = source.config.get_text_config()
-    if int(windows.ids.max()) >= config.vocab_size or int(windows.ids.min()) < 0:
-        raise InputError(
-            f"The calibration tokens go from {int(windows.ids.min())} to {int(windows.ids.max())}, the vocabulary of "
-            f"{source.name} has {config.vocab_size} entries: the tokenizer does not belong to the model."
-        )

@@ -263,6 +263,12 @@ class Recipe(BaseModel):
                 "--target-params (say 100M), --target-size (say 300MB) or --target-speedup (say 1.3)."
             )
 
+    def within(self, context: int | None) -> Recipe:
+        """The same, with a seqlen that nobody asked for lowered to the context of a model."""
+        if "seqlen" in self.model_fields_set or context is None or self.seqlen <= context:
+            return self
+        return self.model_copy(update={"seqlen": context})
+
     def single(self) -> list[Recipe]:
         """One recipe per ratio."""
         if not isinstance(self.ratio, tuple):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -47,7 +48,7 @@ class CheckpointError(InputError):
     """A checkpoint is truncated, altered or incomplete; the message names the file."""
 
 
-def as_ours(error: Exception) -> SvdllmError | None:
+def as_ours(error: BaseException) -> SvdllmError | None:
     """What an error means to the user, if it is ours or of memory, disk or files; None where nobody expected it."""
     if isinstance(error, SvdllmError):
         return error
@@ -57,6 +58,31 @@ def as_ours(error: Exception) -> SvdllmError | None:
         kind = ResourceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else InputError
         return kind(f"{error.strerror or error}: {error.filename or 'a file'}")
     return None
+
+
+@contextmanager
+def explaining(what: str, advice: str = "") -> Iterator[None]:
+    """Turns whatever a library throws at a damaged file or an odd row into one sentence: ``what (its words): advice``.
+
+    Errors of ours, and memory or disk that runs out, pass as they are.
+
+    Raises:
+        InputError: in place of any other exception, and of a panic of a library in Rust.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # what pyo3 makes of a panic is no Exception, and has no name to import
+        foreign = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not foreign or isinstance(as_ours(error), ResourceError) or isinstance(error, SvdllmError):
+            raise
+        raise InputError(f"{what} ({said_by(error)}){advice and f': {advice}'}") from error
+
+
+def said_by(error: BaseException) -> str:
+    """What an error of a library says, in one line; of a failed look-up also its type, since it says only the key."""
+    words = first_line(error)
+    return f"{type(error).__name__}: {words}" if isinstance(error, LookupError) else words
 
 
 def first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdllm.errors import InputError, NumericalError
+from svdllm.limits import require_context, require_known_ids
 from svdllm.protocols import IGNORED, cut
-from svdllm.source import context_length
 
 TOKENS_PER_BATCH = 2048
 CHUNK_ELEMENTS = 2**25  # float32 logits that are turned into losses at a time: 128 MiB
@@ -86,7 +86,7 @@ def perplexity(
     """
     started = time.perf_counter()
     all_windows = cut(token_ids, seqlen, protocol, prefix_token_id)
-    _check(model, token_ids, seqlen, batch_size, max_windows)
+    _check(model, (token_ids, all_windows.inputs_NT), seqlen, batch_size, max_windows)
     windows = all_windows.first(max_windows)
     batch_size = batch_size or max(1, TOKENS_PER_BATCH // seqlen)
     device = device if device is not None else _input_device(model)
@@ -116,21 +116,15 @@ def perplexity(
     )
 
 
-def _check(model: nn.Module, token_ids: Tensor, seqlen: int, batch_size: int | None, max_windows: int | None) -> None:
+def _check(
+    model: nn.Module, texts: Sequence[Tensor], seqlen: int, batch_size: int | None, max_windows: int | None
+) -> None:
     check_counts(batch_size=batch_size, max_windows=max_windows)
     config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        check_context(config, seqlen)
-        config = config.get_text_config()
-    vocabulary = getattr(config, "vocab_size", None)
-    lowest, highest = int(token_ids.min()), int(token_ids.max())
-    if lowest < 0:
-        raise InputError(f"token ids must not be negative, found {lowest}: remove padding such as -100")
-    if vocabulary is not None and highest >= vocabulary:
-        raise InputError(
-            f"token id {highest} is beyond the model's vocabulary of {vocabulary}: "
-            "the tokenizer does not fit the model, use the model's own"
-        )
+    if hasattr(config, "get_text_config"):
+        require_context(config, seqlen)
+    for ids in texts:
+        require_known_ids(ids, config)
 
 
 def check_counts(**counts: int | None) -> None:
@@ -138,15 +132,6 @@ def check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, found {value}")
-
-
-def check_context(config: Any, seqlen: int) -> None:
-    """Raises InputError if windows are longer than the model can take."""
-    limit = context_length(config)
-    if limit is not None and seqlen > limit:
-        raise InputError(
-            f"seqlen {seqlen} is beyond the model's context of {limit} tokens: lower it to {limit} or less"
-        )
 
 
 def _input_device(model: nn.Module) -> torch.device:

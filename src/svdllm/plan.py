@@ -16,6 +16,7 @@ from svdllm.errors import InputError, UnsupportedModelError
 from svdllm.estimate import Needs
 from svdllm.file_sizes import QuantizedFiles, WrittenFiles
 from svdllm.layout import buffer_names, compressed_tensors, file_bytes, num_params, stored_tensors
+from svdllm.limits import require_context
 from svdllm.linear_times import LinearTimes, Speed
 from svdllm.methods import METHODS
 from svdllm.probing import WINDOW, probe_ranks, probe_tokens
@@ -116,6 +117,7 @@ def plan(
     """
     recipe.require_budget()
     source = open_config(model, offline=offline, revision=revision)
+    recipe = recipe.within(context_length(source.config))
     return plans_of(source, *look_at(source, recipe), recipe, hidden_states_limit)
 
 
@@ -188,7 +190,8 @@ def make_plan(
     """The plan of a single recipe for a model that is looked at already."""
     device = resolve_device(recipe.device)
     dtype = resolve_dtype(recipe.dtype, device, source.dtype)
-    _require_context(source, recipe)
+    if recipe.needs_tokens:
+        require_context(source.config, recipe.seqlen, "--seqlen")
     stored, buffers = stored_tensors(source, skeleton), buffer_names(skeleton)
     quantized = _quantized_files(source, skeleton, structure, recipe)
     files = quantized or WrittenFiles(stored, structure.targets, buffers=buffers)
@@ -267,14 +270,6 @@ def calibration_warnings(structure: Structure, skeleton: PreTrainedModel, recipe
             f"which it takes. Use more --samples or --probe-share (now {recipe.probe_share}), or fewer --strs-ratios."
         )
     return warnings
-
-
-def _require_context(source: Source, recipe: Recipe) -> None:
-    longest = context_length(source.config)
-    if recipe.needs_tokens and longest is not None and recipe.seqlen > longest:
-        raise InputError(
-            f"--seqlen {recipe.seqlen} is more than {source.name} can take; use --seqlen {longest} or less."
-        )
 
 
 def resolve_device(name: str) -> torch.device:

@@ -19,6 +19,7 @@ from svdllm.companions import has_own_code
 from svdllm.data.specs import require_extra
 from svdllm.errors import CheckpointError, InputError, UnsupportedModelError, first_line
 from svdllm.inference import check_kv_cache, prepare
+from svdllm.limits import guard_embeddings
 from svdllm.modeling import family_classes, render
 from svdllm.plan import resolve_device, resolve_dtype
 from svdllm.progress import Reporter
@@ -199,6 +200,7 @@ def _run_transformers(service: Service, reporter: Reporter) -> None:
 
         def _load_model(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
             model = super()._load_model(*args, **kwargs).eval()
+            guard_embeddings(model)
             if layers := prepare(model, kv_cache=service.kv_cache, reporter=reporter).latent_layers:
                 reporter.note(f"{layers} layers keep latents in their cache.")
             return model

@@ -14,13 +14,16 @@ from transformers import PreTrainedModel
 from svdllm.checkpoint import load_model
 from svdllm.data import check_source, evaluation_tokens
 from svdllm.data.sources import hub_offline
-from svdllm.evaluate import Perplexity, check_context, check_counts, perplexity
+from svdllm.evaluate import Perplexity, check_counts, perplexity
+from svdllm.limits import require_context, require_known_ids, within_context
 from svdllm.model_names import short_name
 from svdllm.plan import resolve_device, resolve_dtype
 from svdllm.progress import Reporter
 from svdllm.protocols import check_protocol, prefix_token
 from svdllm.source import Source, open_config
 from svdllm.tasks import TaskResults, TaskSuite, check_models, open_tasks, run_tasks
+
+SEQLEN = 2048  # of perplexity, where nobody says otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,17 @@ class OpenedModel:
         source = open_config(name, offline=offline, revision=revision, allow_quantized=True)
         return cls(name, source, source.load_tokenizer(offline), resolve_dtype(dtype, place, source.dtype), revision)
 
+    def token_ids(self, texts: Sequence[str], offline: bool) -> dict[str, Tensor]:
+        """The ids of every text, all of which the model knows.
+
+        Raises:
+            InputError: a text cannot be read, or has an id beyond the vocabulary.
+        """
+        ids = {text: evaluation_tokens(text, self.tokenizer, offline=offline) for text in texts}
+        for text_ids in ids.values():
+            require_known_ids(text_ids, self.source.config, self.tokenizer)
+        return ids
+
     def load(self, place: torch.device, offline: bool, reporter: Reporter) -> PreTrainedModel:
         with reporter.stage(f"load {short_name(self.name)}", 1):
             revision: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
@@ -76,7 +90,7 @@ def evaluate_models(
     texts: Sequence[str] = (),
     *,
     tasks: TaskSuite | None = None,
-    seqlen: int = 2048,
+    seqlen: int | None = None,
     protocol: str = "windows",
     max_windows: int | None = None,
     batch_size: int | None = None,
@@ -89,26 +103,29 @@ def evaluate_models(
 
     ``models`` are hub ids, folders (compressed or not) or GGUF files; each is measured with its own tokenizer. All of
     them, and the texts, are looked at before the first one is loaded. ``tasks`` come from ``svdllm.tasks.open_tasks``.
-    ``batch_size`` counts windows, or requests of tasks.
+    ``batch_size`` counts windows, or requests of tasks. ``seqlen`` is 2048 by default, or the smallest context of the
+    models where that is less.
 
     Raises:
         InputError, UnsupportedModelError, CheckpointError: a model or text cannot be used; names it.
         NumericalError: a logit is not finite.
     """
     reporter = reporter or Reporter()
-    check_protocol(protocol, seqlen)
+    check_protocol(protocol, seqlen or SEQLEN)
     check_counts(batch_size=batch_size, max_windows=max_windows)
     for text in texts:
         check_source(text)
     place = resolve_device(device)
     opened = [OpenedModel.of(model, place, dtype, offline) for model in models]
+    if seqlen is None:
+        seqlen = min(within_context(model.source.config, SEQLEN) for model in opened)
     for model in opened if texts else ():
-        check_context(model.source.config, seqlen)
+        require_context(model.source.config, seqlen)
     if tasks is not None:
         check_models(tasks, {model.name: model.source.config for model in opened})
     evaluations = []
     for model in opened:
-        ids = {text: evaluation_tokens(text, model.tokenizer, offline=offline) for text in texts}
+        ids = model.token_ids(texts, offline)
         loaded = model.load(place, offline, reporter)
         evaluations.append(
             evaluate_loaded(

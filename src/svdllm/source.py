@@ -17,7 +17,6 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -28,6 +27,7 @@ from svdllm.data.specs import require_extra
 from svdllm.errors import CheckpointError, InputError, UnsupportedModelError, first_line
 from svdllm.model_names import display_name
 from svdllm.modeling.lowrank import WEIGHT_FILE, WEIGHT_INDEX_FILE, read_object, weight_file_names
+from svdllm.tokenizer_files import load_tokenizer
 from svdllm.unused_tensors import UnusedTensors, warn_of_unused
 from svdllm.weights import MemoryWeights, SafetensorsWeights, Weights
 
@@ -70,17 +70,8 @@ class Source:
         return sum(path.stat().st_size for path in files if path.is_file())
 
     def load_tokenizer(self, offline: bool = False) -> Any:
-        """The tokenizer beside the weights."""
-        place = {"pretrained_model_name_or_path": str(self.folder)}
-        if self.folder is None and self.gguf is not None:
-            place = {"pretrained_model_name_or_path": str(self.gguf.parent), "gguf_file": self.gguf.name}
-        try:
-            return AutoTokenizer.from_pretrained(**place, local_files_only=offline, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise InputError(
-                f"{self.name} has no tokenizer that transformers can load ({first_line(error)}). Put its tokenizer "
-                "files beside the weights, or pass token ids from Python."
-            ) from error
+        """The tokenizer beside the weights; see ``svdllm.tokenizer_files``."""
+        return load_tokenizer(self.name, self.folder, self.gguf, offline=offline)
 
 
 def open_source(
@@ -235,8 +226,9 @@ def is_quantized(folder: Path) -> bool:
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """The most tokens a model can take at once, where its config says so."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """The most tokens a model can take at once, where its config says so; XLNet says -1 for no limit."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest if longest is not None and longest > 0 else None
 
 
 def require_causal_lm(config: PreTrainedConfig, name: str) -> None:

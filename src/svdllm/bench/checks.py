@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from svdllm.bench.settings import BenchSettings
 from svdllm.errors import InputError, ResourceError
@@ -70,13 +71,19 @@ def check_alike(base: Source, models: Sequence[Source]) -> None:
                 )
 
 
+def shortest_context(configs: Iterable[PreTrainedConfig]) -> int | None:
+    """The most tokens that every one of the models can take; None where no config has a limit."""
+    limits = [limit for config in configs if (limit := context_length(config)) is not None]
+    return min(limits, default=None)
+
+
 def check_context(sources: Mapping[str, Source], settings: BenchSettings) -> None:
     """Raises InputError if the longest prompt and what follows it are more than a model can take."""
     for name, source in sources.items():
         limit = context_length(source.config)
         if limit is not None and settings.longest > limit:
             raise InputError(
-                f"--prompt {max(settings.prompts)} and --gen {settings.gen} are {settings.longest} tokens, beyond the "
+                f"--prompt {max(settings.prompt_lengths)} and --gen {settings.gen} are {settings.longest} tokens, beyond the "
                 f"context of {name}, {limit} tokens: lower one of them."
             )
 

@@ -14,7 +14,15 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from svdllm.bench.checks import check_alike, check_context, check_room, different_names, open_base, open_compressed
+from svdllm.bench.checks import (
+    check_alike,
+    check_context,
+    check_room,
+    different_names,
+    open_base,
+    open_compressed,
+    shortest_context,
+)
 from svdllm.bench.ideal import shape_of
 from svdllm.bench.measure import measure_cell
 from svdllm.bench.records import BenchmarkRecord, CellRecord, ModelRecord
@@ -66,6 +74,7 @@ def benchmark(
     }
     if dense is not None:
         check_alike(sources[dense], [source for name, source in sources.items() if name != dense])
+    settings = settings.within(shortest_context(source.config for source in sources.values()))
     check_context(sources, settings)
     chosen = resolve_dtype(dtype, place, next(iter(sources.values())).dtype)
     check_room(sources.values(), chosen, place)
@@ -93,6 +102,7 @@ def benchmark_loaded(
         UnsupportedModelError: a model keeps no keys and values by layer.
     """
     settings, reporter = settings or BenchSettings(), reporter or Reporter()
+    settings = settings.within(shortest_context(model.config for model in models.values()))
     shapes = {name: shape_of(model.eval()) for name, model in models.items()}
     prepared = {name: _prepare(model, settings) for name, model in models.items()}
     shapes = {name: shape.with_cache_of(models[name]) for name, shape in shapes.items()}

@@ -29,6 +29,7 @@ from svdllm.cli import (
     verify,
 )
 from svdllm.cli.console import error_console, print_warning
+from svdllm.cli.terminal import lenient_streams
 from svdllm.errors import SvdllmError, as_ours
 from svdllm.unused_tensors import UnusedTensorsWarning
 
@@ -70,11 +71,17 @@ for module in (
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; a user's mistake ends with one message and its own exit code, never a traceback."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with lenient_streams():
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
     _quiet_libraries()
     try:
         with _warnings_in_our_words():
             code = app(args=arguments, standalone_mode=False)
+        sys.stdout.flush()  # a disk that is full is told below
     except UsageProblem as error:
         error.show()  # type: ignore[attr-defined]
         code = error.exit_code  # type: ignore[attr-defined]
@@ -91,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
         if (ours := as_ours(error)) is None:
             raise
         code = _show(ours, as_json="--json" in arguments)
-    sys.exit(code or 0)
+    return code or 0
 
 
 def _show(error: SvdllmError, *, as_json: bool) -> int:

@@ -37,7 +37,10 @@ def bench(
         ),
     ] = None,
     batch: Annotated[str, option("Sequences at once.", WHAT, True)] = "1,8,32",
-    prompt: Annotated[str, option("Tokens of the prompt, with every batch size.", WHAT, True)] = "128,512",
+    prompt: Annotated[
+        str | None,
+        option("Tokens of the prompt, with every batch size.", WHAT, "128,512, as far as the models can take them"),
+    ] = None,
     gen: Annotated[int, option("Decode steps after it.", WHAT, True)] = 64,
     repeats: Annotated[int, option("Measured turns of every model.", WHAT, True)] = 5,
     warmup: Annotated[int, option("Turns before them that are not measured.", WHAT, True)] = 1,
@@ -70,7 +73,7 @@ def bench(
     """
     settings = BenchSettings(
         batch_sizes=_numbers(batch, "--batch"),
-        prompts=_numbers(prompt, "--prompt"),
+        prompts=None if prompt is None else _numbers(prompt, "--prompt"),
         gen=gen,
         repeats=repeats,
         warmup=warmup,

@@ -14,6 +14,7 @@ from svdllm.chat_template import require_default_template
 from svdllm.checkpoint import load_model
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, error_console, print_warning
+from svdllm.cli.terminal import reader_is_gone
 from svdllm.errors import InputError
 from svdllm.inference import check_kv_cache, prepare
 from svdllm.plan import resolve_device, resolve_dtype
@@ -63,9 +64,13 @@ def chat(
 def _talk(conversation: Chat, *, interactive: bool) -> None:
     if interactive:
         error_console.print("Ctrl-C stops an answer, /reset begins anew, /exit ends.")
-    while True:
+    while not reader_is_gone():
         try:
             message = input("> " if interactive else "").strip()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"Standard input is not in {error.encoding}: {error.reason} at byte {error.start}."
+            ) from error
         except EOFError:
             return
         except KeyboardInterrupt:

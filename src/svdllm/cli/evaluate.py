@@ -39,7 +39,9 @@ def evaluate(
             PERPLEXITY,
         ),
     ] = None,
-    seqlen: Annotated[int, option("Tokens of a window.", PERPLEXITY, True)] = 2048,
+    seqlen: Annotated[
+        int | None, option("Tokens of a window.", PERPLEXITY, "2048, or the smallest context of the models")
+    ] = None,
     protocol: Annotated[
         str,
         option(
@@ -127,7 +129,7 @@ def evaluate(
 def _check(
     texts: list[str],
     tasks: list[str],
-    seqlen: int,
+    seqlen: int | None,
     max_windows: int | None,
     batch_size: int | None,
     of_tasks: dict[str, Any],
@@ -137,7 +139,8 @@ def _check(
             "Nothing to measure: give a text with --ppl, say --ppl python-docs or --ppl my-text.txt, or tasks with "
             "--tasks, say --tasks arc_easy,piqa."
         )
-    if seqlen < 2 or (max_windows is not None and max_windows < 1) or (batch_size is not None and batch_size < 1):
+    counts = ((seqlen, 2), (max_windows, 1), (batch_size, 1))
+    if any(value is not None and value < least for value, least in counts):
         raise InputError("--seqlen must be at least 2, --max-windows and --batch-size at least 1.")
     for name, value in of_tasks.items():
         if value is not None and not tasks:

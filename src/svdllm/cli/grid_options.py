@@ -21,8 +21,11 @@ from svdllm.data.specs import split_specs
 from svdllm.errors import InputError
 from svdllm.grid import Grid, Measures, Study, Variant, run_grid
 from svdllm.grid.settings import PROMPTS
+from svdllm.limits import within_context
 from svdllm.model_names import short_name
 from svdllm.report.grid_report import GridReport, read_spectra_files, write_report
+from svdllm.side_by_side import SEQLEN
+from svdllm.source import context_length, open_config
 
 Command = TypeVar("Command", bound=Callable[..., None])
 REPORT_EVERY = 120  # seconds, while the grid is made
@@ -52,7 +55,9 @@ Ppl = Annotated[
         "Texts to measure perplexity on, as in wikitext2,c4; may be repeated; none for nothing.", MEASURE, "python-docs"
     ),
 ]
-PplSeqlen = Annotated[int, option("Tokens of a window of it.", MEASURE, True)]
+PplSeqlen = Annotated[
+    int | None, option("Tokens of a window of it.", MEASURE, "2048, or the model's context if it is shorter")
+]
 PplWindows = Annotated[int | None, option("Only the first windows of it.", MEASURE, "all")]
 Tasks = Annotated[str | None, option("Tasks of lm-evaluation-harness, as in arc_easy,piqa.", MEASURE)]
 TaskData = Annotated[Path | None, option("Folder with files of the tasks, instead of the hub.", MEASURE)]
@@ -129,7 +134,7 @@ def run_and_report(
     seqlen: Seqlen = None,
     seed: Seed = None,
     ppl: Ppl = None,
-    ppl_seqlen: PplSeqlen = 2048,
+    ppl_seqlen: PplSeqlen = None,
     ppl_windows: PplWindows = None,
     tasks: Tasks = None,
     task_data: TaskData = None,
@@ -152,13 +157,14 @@ def run_and_report(
     given = {"calibration": calib, "samples": samples, "seqlen": seqlen, "seed": seed, "device": device, "dtype": dtype}
     # auto is what recipes have where they say nothing
     calibration = {name: value for name, value in given.items() if value not in (None, "auto")}
+    config = open_config(model, offline=offline, revision=revision).config
     grid = Grid(
         model=model,
         variants=variants(calibration, recover_settings(recover)),
         ratios=different_ratios(ratios),
         measures=measures_of(
             ppl=ppl,
-            seqlen=ppl_seqlen,
+            seqlen=within_context(config, SEQLEN) if ppl_seqlen is None else ppl_seqlen,
             windows=ppl_windows,
             tasks=tasks,
             task_data=task_data,
@@ -172,7 +178,7 @@ def run_and_report(
         title=title or f"{short_name(model)}: {subject}",
         revision=revision,
         offline=offline,
-    )
+    ).within(context_length(config))
     report = _reported(grid, output, keep, study)
     if json:
         print_json(report.to_dict())

@@ -83,7 +83,9 @@ def recover_(
             "Of the products: float32, bfloat16 or float16; sums are in float32.", TRAINING, "auto: bfloat16 on a GPU"
         ),
     ] = None,
-    seqlen: Annotated[int | None, option("Longest sequence, in tokens.", DATA, "256, blockwise 512")] = None,
+    seqlen: Annotated[
+        int | None, option("Longest sequence, in tokens.", DATA, "256, blockwise 512; at most the model's context")
+    ] = None,
     template: Annotated[
         str | None, option("How instructions are put: alpaca, or chat (the tokenizer's).", DATA, "alpaca")
     ] = None,
@@ -108,7 +110,9 @@ def recover_(
             "Text to measure perplexity on before and after; may be repeated, none for nothing.", MEASURE, "python-docs"
         ),
     ] = None,
-    ppl_seqlen: Annotated[int, option("Tokens of a window of it.", MEASURE, True)] = 512,
+    ppl_seqlen: Annotated[
+        int | None, option("Tokens of a window of it.", MEASURE, "512, or the model's context if it is shorter")
+    ] = None,
     ppl_windows: Annotated[int, option("Only the first windows of it.", MEASURE, True)] = 16,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on with a killed run of the same settings, or start over.")

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from svdllm.data.sources import documents_of_spec, rows_of_spec
+from svdllm.data.chats import messages_of, render
+from svdllm.data.sources import CHAT_FIELD, documents_of_spec, rows_of_spec
 from svdllm.data.specs import DocsSpec, MixtureSpec, NamedSet, parse_spec
-from svdllm.data.tokens import apply_chat_template, token_stream
+from svdllm.data.tokens import encode, token_stream
 from svdllm.errors import InputError
 
 TEMPLATES = ("alpaca", "chat")
@@ -67,8 +68,11 @@ def training_examples(
     kind = _kind_of(rows)
     if kind is None:
         return _windows(spec, tokenizer, seqlen, evaluation, offline)
-    pairs = (_pair(row, f"{source}, row {index}", template, tokenizer) for index, row in enumerate(rows))
-    encoded = [_encoded(pair, tokenizer, completions_only) for pair in pairs]
+    places = (f"{source}, row {index}" for index in range(len(rows)))
+    encoded = [
+        _encoded(_pair(row, where, template, tokenizer), where, tokenizer, completions_only)
+        for row, where in zip(rows, places, strict=True)
+    ]
     if packing:
         kept = list(_packed(encoded, seqlen))
     else:
@@ -125,22 +129,17 @@ def _kind_of(rows: Sequence[dict[str, Any]]) -> str | None:
     fields = set(rows[0])
     if set(INSTRUCTION) <= fields or set(COMPLETION) <= fields:
         return "instructions"
-    return "chats" if "messages" in fields else None
+    return "chats" if CHAT_FIELD in fields else None
 
 
 def _pair(row: dict[str, Any], where: str, template: str, tokenizer: Any) -> _Pair:
-    if "messages" in row:
-        messages = row["messages"]
-        are_messages = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
-        if not are_messages or len(messages) < 2 or messages[-1].get("role") != "assistant":
+    if CHAT_FIELD in row:
+        messages = messages_of(row[CHAT_FIELD], where)
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise InputError(f"{where}: expected messages of which the last is the assistant's")
         return _chat_pair(messages, where, tokenizer)
-    fields = INSTRUCTION if "instruction" in row else COMPLETION
-    for field in fields:
-        if not isinstance(row.get(field), str):
-            raise InputError(f"{where}: expected text in {field!r}, found {type(row.get(field)).__name__}")
-    asked, answer = (row[field] for field in fields)
-    given = row.get("input") or ""
+    asked, answer = (_text_in(row, field, where) for field in (INSTRUCTION if "instruction" in row else COMPLETION))
+    given = "" if row.get("input") is None else _text_in(row, "input", where)
     if template == "chat":
         asked = f"{asked}\n\n{given}" if given else asked
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
@@ -152,11 +151,17 @@ def _pair(row: dict[str, Any], where: str, template: str, tokenizer: Any) -> _Pa
     return _Pair(f"{head}\n\n### Instruction:\n{asked}{context}\n\n### Response:\n", answer)
 
 
+def _text_in(row: dict[str, Any], field: str, where: str) -> str:
+    if not isinstance(row.get(field), str):
+        raise InputError(f"{where}: expected text in {field!r}, found {type(row.get(field)).__name__}")
+    return row[field]
+
+
 def _chat_pair(messages: list[Any], where: str, tokenizer: Any) -> _Pair:
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(f"{where}: the tokenizer has no chat template; use --template alpaca")
-    prompt = apply_chat_template(messages[:-1], where, tokenizer, add_generation_prompt=True)
-    whole = apply_chat_template(messages, where, tokenizer)
+    prompt = render(messages[:-1], where, tokenizer, add_generation_prompt=True)
+    whole = render(messages, where, tokenizer)
     if not whole.startswith(prompt):
         raise InputError(
             f"{where}: with this chat template the prompt is no beginning of the whole chat, so its answer cannot be told "
@@ -165,10 +170,10 @@ def _chat_pair(messages: list[Any], where: str, tokenizer: Any) -> _Pair:
     return _Pair(prompt, whole[len(prompt) :], chat=True)
 
 
-def _encoded(pair: _Pair, tokenizer: Any, completions_only: bool) -> tuple[Tensor, Tensor]:
+def _encoded(pair: _Pair, where: str, tokenizer: Any, completions_only: bool) -> tuple[Tensor, Tensor]:
     """Ids of prompt and answer, tokenised apart so that the border is exact, and labels."""
-    head = tokenizer(pair.prompt, add_special_tokens=not pair.chat, return_attention_mask=False)["input_ids"]
-    tail = tokenizer(pair.answer, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    head = encode(pair.prompt, tokenizer, where, add_special_tokens=not pair.chat).tolist()
+    tail = encode(pair.answer, tokenizer, where, add_special_tokens=False).tolist()
     eos = tokenizer.eos_token_id
     if eos is not None and not pair.chat:
         head = head[:-1] if head[-1:] == [eos] else head  # a tokenizer that ends every text

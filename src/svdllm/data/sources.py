@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,36 @@ from svdllm.data.specs import (
     check_texts,
     require_extra,
 )
-from svdllm.errors import InputError, first_line
+from svdllm.errors import InputError, explaining, first_line
 
-DEFAULT_FIELDS = ("text", "messages")
+CHAT_FIELD = "messages"
+DEFAULT_FIELDS = ("text", CHAT_FIELD)
+# Columns by which a line of a plain text file is known for a row.
+ROW_FIELDS = {*DEFAULT_FIELDS, "conversations", "instruction", "prompt", "content"}
+UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """Rows that become one text: each is a str, or a chat (a list of role/content dicts)."""
+    """Rows that become one text: each is a str, or a chat (a list of role/content dicts).
+
+    promises_chats: whether the column is one of chats by its name.
+    """
 
     rows: Sequence[Any]
     source: str
     joiner: str = ROW_JOINER
     per_document: bool = False
+    promises_chats: bool = False
+
+    def row(self, index: int) -> Any:
+        """One row, which a data set may read only now."""
+        with explaining(f"{self.source}, row {index} cannot be read"):
+            return self.rows[index]
+
+    def all_rows(self) -> list[Any]:
+        with explaining(f"the rows of {self.source} cannot be read"):
+            return list(self.rows)
 
 
 def documents_of(source: Any) -> Documents:
@@ -72,7 +89,9 @@ def rows_of_spec(spec: Spec, *, evaluation: bool, offline: bool) -> list[dict[st
     """
     if isinstance(spec, HubSpec):
         require_extra("datasets", f"the data set '{spec.repo}'")
-        return list(_load_dataset(spec, spec.split or ("test" if evaluation else "train"), offline=offline))
+        dataset = _load_dataset(spec, spec.split or ("test" if evaluation else "train"), offline=offline)
+        with explaining(f"the rows of the data set {spec.repo} cannot be read"):
+            return list(dataset)
     if not isinstance(spec, FileSpec) or spec.path.suffix.lower() in TEXT_SUFFIXES:
         return []
     if spec.path.suffix.lower() == ".parquet":
@@ -87,7 +106,9 @@ def rows_of_spec(spec: Spec, *, evaluation: bool, offline: bool) -> list[dict[st
 def _from_file(spec: FileSpec) -> Documents:
     path, suffix = spec.path, spec.path.suffix.lower()
     if suffix in TEXT_SUFFIXES:
-        return Documents(rows=[_read_text(path)], source=str(path))
+        text = _read_text(path)
+        _refuse_rows(text, path)
+        return Documents(rows=[text], source=str(path))
     if suffix == ".parquet":
         return _from_parquet(path, spec.field)
     rows = _json_rows(path, whole_file_may_be_a_list=suffix == ".json")
@@ -96,7 +117,11 @@ def _from_file(spec: FileSpec) -> Documents:
     for number, row in enumerate(rows):
         if field not in row:
             raise InputError(f"{path}: row {number} has no column '{field}', it has: {', '.join(sorted(row))}")
-    return Documents(rows=[row[field] for row in rows], source=f"{path}:{field}")
+    return _documents([row[field] for row in rows], str(path), field)
+
+
+def _documents(rows: Sequence[Any], source: str, field: str) -> Documents:
+    return Documents(rows=rows, source=f"{source}:{field}", promises_chats=field == CHAT_FIELD)
 
 
 def _read_text(path: Path) -> str:
@@ -104,13 +129,38 @@ def _read_text(path: Path) -> str:
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as err:
+        encoding = "-f UTF-16 " if data.startswith(UTF_16_MARKS) else ""
         raise InputError(
             f"{path} is not UTF-8: byte {data[err.start]:#04x} at position {err.start}; "
-            "convert it, for example with iconv -t UTF-8"
+            f"convert it, for example with iconv {encoding}-t UTF-8"
         ) from err
+    if (position := data.find(b"\0")) >= 0:
+        raise InputError(
+            f"{path} is no text: byte 0x00 at position {position}. Give a text file in UTF-8; one in UTF-16 is converted "
+            "with iconv -f UTF-16 -t UTF-8"
+        )
     if not text.strip():
         raise InputError(f"{path} is empty: give a file with text")
     return text
+
+
+def _refuse_rows(text: str, path: Path) -> None:
+    """Raises InputError for a file of rows that is called plain text: its brackets and keys are not what is meant."""
+    start = text.lstrip()
+    first = start if start.startswith("[") else start.partition("\n")[0]
+    if not first.startswith(("{", "[")):
+        return
+    try:
+        row = json.loads(first)
+    except (ValueError, RecursionError):
+        return
+    row = row[0] if isinstance(row, list) and row else row
+    if isinstance(row, dict) and "role" not in row and ROW_FIELDS & row.keys():  # with it, the file is one chat
+        suffix = ".json" if first.startswith("[") else ".jsonl"
+        raise InputError(
+            f"{path} is plain text by its name and holds rows in JSON, with {', '.join(row)}: rename it to "
+            f"{path.with_suffix(suffix).name}"
+        )
 
 
 def _json_rows(path: Path, *, whole_file_may_be_a_list: bool) -> list[dict[str, Any]]:
@@ -122,19 +172,15 @@ def _json_rows(path: Path, *, whole_file_may_be_a_list: bool) -> list[dict[str, 
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
+        with explaining(f"{path}, line {number}: not valid JSON", "expected one object per line"):
             row = json.loads(line)
-        except json.JSONDecodeError as err:
-            raise InputError(f"{path}, line {number}: not valid JSON ({err}), expected one object per line") from err
         rows.append(_as_object(row, f"{path}, line {number}"))
     return rows
 
 
 def _json_list(path: Path, text: str) -> list[dict[str, Any]]:
-    try:
+    with explaining(f"{path}: not valid JSON", "expected a list of objects"):
         rows = json.loads(text)
-    except json.JSONDecodeError as err:
-        raise InputError(f"{path}, line {err.lineno}: not valid JSON ({err}), expected a list of objects") from err
     if not rows:
         raise InputError(f"{path} is an empty list: give a file with rows")
     return [_as_object(row, f"{path}, row {number}") for number, row in enumerate(rows)]
@@ -150,20 +196,17 @@ def _from_parquet(path: Path, field: str | None) -> Documents:
     with _parquet_file(path) as file:
         field = _choose_field(file.schema_arrow.names, field, str(path))
         rows = file.read(columns=[field]).column(field).to_pylist()
-    return Documents(rows=rows, source=f"{path}:{field}")
+    return _documents(rows, str(path), field)
 
 
 @contextmanager
 def _parquet_file(path: Path) -> Iterator[Any]:
     require_extra("pyarrow", f"reading {path}")
-    import pyarrow
     from pyarrow import parquet
 
-    try:
-        with parquet.ParquetFile(path) as file:
-            yield file
-    except pyarrow.ArrowInvalid as err:
-        raise InputError(f"{path} is not a readable parquet file: {err}") from err
+    advice = "it may be cut short, or written by a newer version of pyarrow"
+    with explaining(f"{path} is not a readable parquet file", advice), parquet.ParquetFile(path) as file:
+        yield file
 
 
 def _choose_field(columns: Sequence[str], asked: str | None, where: str) -> str:
@@ -186,7 +229,7 @@ def _from_hub(spec: HubSpec, *, evaluation: bool, offline: bool) -> Documents:
         dataset = dataset.select(range(min(spec.max_documents, len(dataset))))
     label = ":".join(part for part in (spec.repo, spec.config or spec.data_file, split) if part)
     documents = _from_dataset(dataset, label, spec.field)
-    return Documents(rows=documents.rows, source=documents.source, joiner=spec.joiner, per_document=spec.per_document)
+    return replace(documents, joiner=spec.joiner, per_document=spec.per_document)
 
 
 def _load_dataset(spec: HubSpec, split: str, *, offline: bool) -> Any:
@@ -194,7 +237,8 @@ def _load_dataset(spec: HubSpec, split: str, *, offline: bool) -> Any:
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    with hub_offline(offline):
+    name = f"{spec.repo}, config {spec.config or 'default'}, split {split}"
+    with hub_offline(offline), explaining(f"the data set {name} cannot be loaded"):
         try:
             if spec.data_file is None:
                 return datasets.load_dataset(spec.repo, spec.config, split=split)
@@ -207,12 +251,10 @@ def _load_dataset(spec: HubSpec, split: str, *, offline: bool) -> Any:
             ) from err
         except (ConnectionError, LocalEntryNotFoundError) as err:
             raise InputError(_not_reached(spec, offline, err)) from err
-        # the hub client and the file readers share no base class of their errors
-        except Exception as err:
+        except ValueError as err:
             if "Couldn't find cache" in str(err):
                 raise InputError(_not_reached(spec, offline, err)) from err
-            name = f"{spec.repo}, config {spec.config or 'default'}, split {split}"
-            raise InputError(f"the data set {name} cannot be loaded: {first_line(err)}") from err
+            raise
 
 
 def _hub_file(spec: HubSpec, name: str) -> str:
@@ -272,7 +314,8 @@ def _from_dataset(dataset: Any, label: str, field: str | None) -> Documents:
     if not isinstance(columns, list) or not hasattr(dataset, "__len__"):
         raise InputError(f"{label}: expected a datasets.Dataset with rows, found {type(dataset).__name__}")
     field = _choose_field(columns, field, label)
-    return Documents(rows=dataset[field], source=f"{label}:{field}")
+    with explaining(f"the rows of {label}:{field} cannot be read"):
+        return _documents(dataset[field], label, field)
 
 
 def _num_rows(dataset: Any) -> str:

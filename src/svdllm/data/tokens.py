@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdllm.chat_template import require_default_template
+from svdllm.data.chats import decoded, messages_of, render
 from svdllm.data.sources import Documents
-from svdllm.errors import InputError
+from svdllm.errors import InputError, explaining
 
 
 def token_stream(documents: Documents, tokenizer: Any) -> Tensor:
@@ -19,73 +19,82 @@ def token_stream(documents: Documents, tokenizer: Any) -> Tensor:
     own, so none are added to chats, which follow each other with nothing in between.
 
     Raises:
-        InputError: a row is of the wrong type, or there is no text at all.
+        InputError: a row is of the wrong type, cannot be tokenised, or there is no text at all.
     """
-    chat = len(documents.rows) > 0 and _is_chat(documents.rows[0])
-    texts = [_as_text(row, index, chat, documents, tokenizer) for index, row in enumerate(documents.rows)]
+    chat = _holds_chats(documents)
+    texts = [_as_text(documents, index, row, chat, tokenizer) for index, row in enumerate(documents.all_rows())]
     text = ("" if chat else documents.joiner).join(texts)
     if not text.strip():
         raise InputError(f"{documents.source} holds no text: give one with text")
-    return _encode(text, tokenizer, add_special_tokens=not chat)
+    try:
+        return encode(text, tokenizer, documents.source, add_special_tokens=not chat)
+    except InputError:
+        for index, row in enumerate(texts):
+            encode(row, tokenizer, _place(documents, index), add_special_tokens=not chat)
+        raise  # no row by itself is at fault
 
 
 def document_tokens(documents: Documents, index: int, tokenizer: Any) -> Tensor:
     """The ids, (num_tokens,) int64, of one row by itself."""
-    row = documents.rows[index]
-    chat = _is_chat(row)
-    return _encode(_as_text(row, index, chat, documents, tokenizer), tokenizer, add_special_tokens=not chat)
+    chat = _holds_chats(documents)
+    text = _as_text(documents, index, documents.row(index), chat, tokenizer)
+    return encode(text, tokenizer, _place(documents, index), add_special_tokens=not chat)
 
 
-def _is_chat(row: Any) -> bool:
-    return isinstance(row, list)
+def encode(text: str, tokenizer: Any, where: str, *, add_special_tokens: bool) -> Tensor:
+    """The ids, (num_tokens,) int64, of a text; special tokens are the tokenizer's default, or none.
+
+    Raises:
+        InputError: a character is cut in two, or the tokenizer cannot take the text; says ``where``.
+    """
+    _require_whole_characters(text, where)
+    settings = {} if add_special_tokens else {"add_special_tokens": False}
+    advice = "leave this text out, or look whether the tokenizer's files are whole"
+    with explaining(f"{where}: the tokenizer cannot take this text", advice):
+        # verbose=False: a stream longer than the model's context is meant here, the tokenizer would warn of it
+        ids = tokenizer(text, verbose=False, return_attention_mask=False, **settings)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
 
 
-def _as_text(row: Any, index: int, chat: bool, documents: Documents, tokenizer: Any) -> str:
-    where = f"{documents.source}, row {index}"
+def _holds_chats(documents: Documents) -> bool:
+    """By the name of the column, or by the first row: the others must be like it."""
+    if documents.promises_chats or not len(documents.rows):
+        return documents.promises_chats
+    return isinstance(decoded(documents.row(0), _place(documents, 0)), list)
+
+
+def _as_text(documents: Documents, index: int, row: Any, chat: bool, tokenizer: Any) -> str:
+    where = _place(documents, index)
     if chat:
-        return _render_chat(row, where, tokenizer)
+        return render(messages_of(row, where), where, tokenizer)
+    if isinstance(decoded(row, where), list):
+        raise InputError(
+            f"{where}: expected text (str) as in row 0, found a list, as of a chat: keep texts and chats in files of their own"
+        )
     if not isinstance(row, str):
-        raise InputError(f"{where}: expected text (str), found {type(row).__name__}")
+        raise InputError(f"{where}: expected text (str), found {type(row).__name__}: {_what_to_do(row)}")
+    _require_whole_characters(row, where)
     return row
 
 
-def _render_chat(messages: Any, where: str, tokenizer: Any) -> str:
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{where}: expected a list of at least one message, found {_describe(messages)}")
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise InputError(f"{where}: a message must have 'role' and 'content', found {_describe(message)}")
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            f"{where} is a chat, and the tokenizer has no chat template: "
-            "give plain text in a column 'text', or the tokenizer of a chat model"
-        )
-    return apply_chat_template(messages, where, tokenizer)
+def _what_to_do(row: Any) -> str:
+    if row is None:
+        return "the row is empty, remove it"
+    if isinstance(row, bytes):
+        return "decode the column to text"
+    return "name the column of text after a ':'; token ids are taken from Python, as a tensor"
 
 
-def apply_chat_template(messages: list[Any], where: str, tokenizer: Any, **settings: Any) -> str:
-    """The chat as text.
+def _place(documents: Documents, index: int) -> str:
+    return f"{documents.source}, row {index}"
 
-    Raises:
-        InputError: there are several templates and no default one, or the template refuses the messages; says ``where``.
-    """
-    from jinja2 import TemplateError
 
-    require_default_template(tokenizer, f"{where}: ")
+def _require_whole_characters(text: str, where: str) -> None:
+    """Raises InputError for half a surrogate pair, of which no UTF-8 and no token can be made."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **settings)
-    except TemplateError as err:
-        raise InputError(f"{where}: the tokenizer's chat template refuses the messages: {err}") from err
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"an object with {', '.join(map(str, value)) or 'no keys'}"
-    return "an empty list" if value == [] else type(value).__name__
-
-
-def _encode(text: str, tokenizer: Any, *, add_special_tokens: bool) -> Tensor:
-    settings = {} if add_special_tokens else {"add_special_tokens": False}
-    # verbose=False: a stream longer than the model's context is meant here, the tokenizer would warn of it
-    ids = tokenizer(text, verbose=False, return_attention_mask=False, **settings)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: character {error.start} is {text[error.start]!a}, half of a surrogate pair, which is no text "
+            "(an emoji cut in two?): remove it, in Python with text.encode('utf-8', 'ignore').decode()"
+        ) from error

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from svdllm.data import evaluation_tokens
+from svdllm.data.tokens import encode
 from svdllm.evaluate import evaluation_mode
 from svdllm.grid.settings import Measures
+from svdllm.limits import require_context, require_known_ids, within_context
 from svdllm.plan import resolve_device
 from svdllm.progress import Reporter
 from svdllm.side_by_side import OpenedModel, evaluate_loaded
@@ -35,7 +36,7 @@ def measure(
     """
     device = resolve_device(measures.device)
     model = OpenedModel.of(str(name), device, measures.dtype, offline, revision)
-    ids = {text: evaluation_tokens(text, model.tokenizer, offline=offline) for text in measures.texts}
+    ids = model.token_ids(measures.texts, offline)
     loaded = model.load(device, offline, reporter)
     found = evaluate_loaded(
         loaded,
@@ -67,14 +68,19 @@ def continuations(
     written = []
     with evaluation_mode(model), torch.no_grad():
         for prompt in prompts:
-            inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+            ids = encode(prompt, tokenizer, f"the prompt {prompt!r}", add_special_tokens=True)
+            require_known_ids(ids, model.config, tokenizer)
+            require_context(model.config, len(ids) + 1, f"the prompt {prompt!r}: its length with one more token,")
+            room = within_context(model.config, len(ids) + new_tokens) - len(ids)
+            ids = ids.unsqueeze(0).to(model.device)
             output = model.generate(  # type: ignore[operator]
-                **inputs,
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
                 do_sample=False,
                 num_beams=1,
-                max_new_tokens=new_tokens,
+                max_new_tokens=room,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
             )
-            text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
             written.append({"prompt": prompt, "text": text})
     return written

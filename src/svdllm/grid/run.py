@@ -19,17 +19,17 @@ from svdllm.config import make_recipe
 from svdllm.data import check_source
 from svdllm.data.specs import require_extra
 from svdllm.errors import InputError, ResourceError, as_ours, first_line
-from svdllm.evaluate import check_context
 from svdllm.grid.identity import identity_of
 from svdllm.grid.measure import measure
 from svdllm.grid.settings import Cell, Grid, Variant, file_name_of
 from svdllm.grid.spectra import read_spectra
+from svdllm.limits import require_context
 from svdllm.plan import plan
 from svdllm.progress import Reporter, SubReporter
 from svdllm.recover import recover
 from svdllm.recover.checks import check_data
 from svdllm.recover.processes import own_device
-from svdllm.source import open_config
+from svdllm.source import context_length, open_config
 from svdllm.tasks import TaskSuite, check_models, open_tasks
 from svdllm.workspace import require_writable
 
@@ -64,6 +64,8 @@ def run_grid(
         InputError, UnsupportedModelError: something is wrong with the grid as a whole; before any work.
     """
     reporter = reporter or Reporter()
+    context = context_length(open_config(grid.model, offline=grid.offline, revision=grid.revision).config)
+    grid = grid.within(context)
     run = _Run(grid=grid, folder=Path(folder), keep=keep, reporter=reporter)
     run.check()
     run = replace(run, identity=identity_of(grid))
@@ -114,7 +116,7 @@ class _Run:
             check_source(text)
         if grid.measures.texts:
             source = open_config(grid.model, offline=grid.offline, revision=grid.revision)
-            check_context(source.config, grid.measures.seqlen)
+            require_context(source.config, grid.measures.seqlen, "--ppl-seqlen")
         for variant in grid.variants:
             sizes = variant.recipe.model_copy(update={"ratio": grid.ratios})
             plan(grid.model, sizes, offline=grid.offline, revision=grid.revision)

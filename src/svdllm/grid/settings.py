@@ -47,6 +47,10 @@ class Variant:
         settings = {key: value for key, value in self.recipe.to_dict().items() if key not in NOT_OF_THE_ANALYSIS}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
+    def within(self, context: int | None) -> Variant:
+        """The same, whose calibration keeps to the context of a model where nobody said how long its windows are."""
+        return replace(self, recipe=self.recipe.within(context))
+
     def at(self, ratio: float) -> Recipe:
         return self.recipe.model_copy(update={"ratio": ratio})
 
@@ -114,6 +118,9 @@ class Grid:
     title: str
     revision: str | None = None
     offline: bool = False
+
+    def within(self, context: int | None) -> Grid:
+        return replace(self, variants=tuple(variant.within(context) for variant in self.variants))
 
     @property
     def cells(self) -> list[Cell]:

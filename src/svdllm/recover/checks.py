@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from svdllm.checkpoint import read_report
 from svdllm.data import check_source
 from svdllm.data.examples import refuse_mixture
 from svdllm.data.specs import require_extra
 from svdllm.errors import InputError
+from svdllm.limits import require_context, require_known_ids
+from svdllm.protocols import check_protocol
 from svdllm.recover.models import Models
 from svdllm.recover.needs import least_bytes, require_memory, weight_bytes
 from svdllm.recover.processes import num_processes
@@ -22,7 +26,12 @@ from svdllm.workspace import require_empty, require_ours, require_writable
 
 
 def check_cheaply(
-    models: Models, output_dir: Path, settings: Recovery, texts: Sequence[str], log_dir: Path | None
+    models: Models,
+    output_dir: Path,
+    settings: Recovery,
+    texts: Sequence[str],
+    ppl_seqlen: int | None,
+    log_dir: Path | None,
 ) -> None:
     """Raises InputError or ResourceError for what needs no model to be seen."""
     require_empty(output_dir)
@@ -39,6 +48,9 @@ def check_cheaply(
         require_extra("peft", "--method sequential-lora", extra="recover")
     _check_teacher(models, settings)
     _check_lengths(models, settings)
+    if ppl_seqlen is not None:
+        check_protocol("windows", ppl_seqlen)
+        require_context(models.config, ppl_seqlen, "--ppl-seqlen")
 
 
 def training_dtype(models: Models, settings: Recovery) -> torch.dtype:
@@ -98,15 +110,21 @@ def _check_teacher(models: Models, settings: Recovery) -> None:
 
 
 def _check_lengths(models: Models, settings: Recovery) -> None:
-    limit = context_length(models.config)
+    settings = settings.within(context_length(models.config))
     for method in settings.methods:
-        seqlen, batch = settings.of(method, "seqlen"), settings.of(method, "batch")
-        if limit is not None and seqlen > limit:
-            raise InputError(f"--seqlen {seqlen} is beyond the model's context of {limit} tokens: lower it.")
+        batch = settings.of(method, "batch")
+        require_context(models.config, settings.of(method, "seqlen"), "--seqlen")
         if batch % num_processes():
             raise InputError(
                 f"--batch {batch} cannot be shared evenly by {num_processes()} processes: give a multiple of it."
             )
+
+
+def check_tokens(models: Models, tokenizer: Any, texts: Iterable[Tensor], tasks: Sequence[Task]) -> None:
+    """Raises InputError for an id in the texts or in what the tasks learn from that the model has no embedding of."""
+    sequences = (ids for task in tasks for ids, _ in (*task.rows, *task.held_out))
+    for ids in (*texts, *sequences):
+        require_known_ids(ids, models.config, tokenizer)
 
 
 def check_memory(models: Models, tasks: Sequence[Task]) -> None:

@@ -21,22 +21,24 @@ from svdllm.config import load_settings, make_recipe
 from svdllm.data import evaluation_tokens
 from svdllm.errors import NumericalError, SvdllmError
 from svdllm.evaluate import perplexity
+from svdllm.limits import within_context
 from svdllm.memory import peak_bytes, saying_what_to_lower
 from svdllm.modeling.lowrank import sha256_of
 from svdllm.progress import Reporter
 from svdllm.recover.blockwise import train_blocks
-from svdllm.recover.checks import check_cheaply, check_memory, training_dtype
+from svdllm.recover.checks import check_cheaply, check_memory, check_tokens, training_dtype
 from svdllm.recover.models import Models
 from svdllm.recover.processes import is_main, meet, num_processes, own_device, wait_for_all
 from svdllm.recover.record import Measured, RecoveryResult, TrainingRecord
 from svdllm.recover.rows import held_out_rows, training_rows
 from svdllm.recover.settings import OF_MEMORY, ORDERS, Recovery
 from svdllm.recover.task import Rows, Task
-from svdllm.source import open_config
+from svdllm.source import context_length, open_config
 from svdllm.version import __version__
 from svdllm.weights import weight_files
 from svdllm.workspace import claim_work_folder, named_folder
 
+PPL_SEQLEN = 512
 SETTINGS_FOLDER = "analysis"  # of a work folder: what decides its content
 Trained = tuple[TrainingRecord, dict[str, Tensor] | None]  # the tensors are None where files of them were written
 Stage = Callable[[Task], Trained]
@@ -48,7 +50,7 @@ def recover(
     settings: Recovery,
     *,
     ppl: Sequence[str] = (),
-    ppl_seqlen: int = 512,
+    ppl_seqlen: int | None = None,
     ppl_windows: int | None = 16,
     log_dir: str | Path | None = None,
     offline: bool = False,
@@ -63,7 +65,7 @@ def recover(
             ``<output_dir>.partial``, and a killed run goes on from there.
         settings: what is trained, how, and on what.
         ppl: texts on which perplexity is measured before and after, and of the teacher if there is one.
-        ppl_seqlen, ppl_windows: windows of these texts.
+        ppl_seqlen, ppl_windows: windows of these texts; 512 tokens by default, or the model's context if it is shorter.
         log_dir: where TensorBoard logs are written, a folder in it for each stage.
         offline: never ask the hub.
         resume: go on with an unfinished run in ``<output_dir>.partial``; otherwise start over.
@@ -85,7 +87,9 @@ def recover(
         reporter=reporter,
     )
     log_dir = None if log_dir is None else Path(log_dir)
-    check_cheaply(models, output_dir, settings, ppl, log_dir)
+    check_cheaply(models, output_dir, settings, ppl, ppl_seqlen, log_dir)
+    settings = settings.within(context_length(models.config))
+    ppl_seqlen = ppl_seqlen or within_context(models.config, PPL_SEQLEN)
     run = _Run(models, output_dir, settings, tuple(ppl), ppl_seqlen, ppl_windows, log_dir, resume, reporter)
     with run.explaining():
         return run.execute()
@@ -139,6 +143,7 @@ class _Run:
             tokenizer = open_config(self.models.folder, offline=offline).load_tokenizer(offline)
             texts = {text: evaluation_tokens(text, tokenizer, offline=offline) for text in self.ppl}
         stages = list(self._stages(tokenizer))
+        check_tokens(self.models, tokenizer, texts.values(), [task for task, _ in stages])
         check_memory(self.models, [task for task, _ in stages])
         self._open_work_folder([task for task, _ in stages])
         measured: Measured = {text: {} for text in texts}

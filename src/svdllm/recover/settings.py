@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from svdllm.config import problems_of
 from svdllm.errors import InputError
@@ -43,6 +43,7 @@ class Recovery(BaseModel):
     """Settings of a recovery; keyword-only, frozen, unknown keys are errors. None is the method's own default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    _context: int | None = PrivateAttr(None)
 
     methods: tuple[Method, ...] = Field(("sequential-lora",), min_length=1, description="Run one after the other.")
     data: str = Field(description="Examples or text: a file, a hub data set or a named text.")
@@ -106,9 +107,18 @@ class Recovery(BaseModel):
     def of(self, method: str, name: str) -> Any:
         """A setting, or the method's own default where nothing was said; steps are None where epochs decide."""
         value = getattr(self, name)
+        if value is None and name == "seqlen":
+            default = DEFAULTS[method][name]
+            return min(default, self._context or default)
         if value is None and name == "steps" and self.epochs is not None and "blockwise" not in self.methods:
             return None
         return DEFAULTS[method].get(name) if value is None else value
+
+    def within(self, context: int | None) -> Recovery:
+        """The same, whose defaults keep to the context of a model; what was asked for stays as it is."""
+        bounded = self.model_copy()
+        bounded._context = context
+        return bounded
 
     def sequences_at_once(self, method: str, processes: int) -> int:
         """The largest part of a process's share of a batch that is no more than the micro-batch."""

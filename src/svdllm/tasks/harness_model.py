@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lm_eval.models import huggingface
 from transformers import PreTrainedModel
 
-from svdllm.errors import InputError
+from svdllm.errors import InputError, explaining
+from svdllm.limits import require_known_ids
 from svdllm.progress import Reporter
+
+TEXT_REFUSED = "the tokenizer cannot take a text of the tasks that begins with {!r}"
+SHOWN = 60  # characters of it
 
 HFLM: Any = huggingface.HFLM  # its decorator hides its type
 
@@ -30,6 +35,8 @@ class HarnessModel(HFLM):
         return self._counted("answers", super().generate_until, requests)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None) -> Any:
+        for _, context, continuation in requests:
+            require_known_ids(torch.tensor([*context, *continuation]), self.config, self.tokenizer)
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > self.max_length:
             raise InputError(
@@ -37,6 +44,18 @@ class HarnessModel(HFLM):
                 "measured with this model. Leave the tasks with long choices out, or use a model with a longer context."
             )
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> Any:
+        with explaining(TEXT_REFUSED.format(string[:SHOWN])):
+            return super().tok_encode(string, *args, **kwargs)
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
+        with explaining(TEXT_REFUSED.format(strings[0][:SHOWN])):
+            return super().tok_batch_encode(strings, *args, **kwargs)
+
+    def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+        require_known_ids(context, self.config, self.tokenizer)
+        return super()._model_generate(context, *args, **kwargs)
 
     def _counted(self, kind: str, run: Any, requests: Any) -> Any:
         self.set_cache_hook(_Count(self._reporter, len(requests)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from svdllm.errors import InputError, first_line
+from svdllm.errors import InputError, explaining
 from svdllm.modeling.lowrank import sha256_of
 from svdllm.tasks.local_files import TaskFile, find_files, read_file, require_split
 
@@ -109,8 +109,6 @@ def _write_rows(place: Path, file: TaskFile) -> Path:
     import pyarrow
     from pyarrow import parquet
 
-    try:
+    with explaining(f"{file.path}: a column holds values of more than one type"):
         parquet.write_table(pyarrow.Table.from_pylist(file.rows), place)
-    except (pyarrow.ArrowException, ValueError, TypeError) as error:
-        raise InputError(f"{file.path}: a column holds values of more than one type ({first_line(error)})") from error
     return place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 
 from svdllm.data.sources import rows_of_spec
 from svdllm.data.specs import FileSpec
-from svdllm.errors import InputError
+from svdllm.errors import InputError, explaining
 from svdllm.tasks.formats import FORMATS, Row
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -139,6 +140,8 @@ def _checked(path: Path, wanted: type[Row], number: int, row: dict[str, Any]) ->
 
 def _require_alike(path: Path, rows: list[dict[str, Any]]) -> None:
     for number, row in enumerate(rows, start=1):
+        with explaining(f"{path}, row {number}: a text is cut within a character"):
+            json.dumps(row, ensure_ascii=False, default=str).encode()
         if row.keys() != rows[0].keys():
             raise InputError(
                 f"{path}, row {number}: expected the columns of row 1, {', '.join(rows[0])}; found {', '.join(row)}"

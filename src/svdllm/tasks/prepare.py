@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from svdllm.data.sources import hub_offline
 from svdllm.data.specs import require_extra
-from svdllm.errors import InputError, first_line
+from svdllm.errors import InputError, explaining, first_line
 from svdllm.progress import Reporter
 from svdllm.source import context_length
 from svdllm.tasks.index import find_tasks
@@ -116,21 +116,20 @@ def _check_settings(names: Sequence[str], limit: int | None, num_fewshot: int | 
 
 
 def _load(manager: Any, name: str, local: LocalTask | None) -> list[Any]:
-    try:
-        loaded = manager.load([name])
-    except ImportError as error:
-        package = error.name or first_line(error)
-        raise InputError(
-            f"the task {name} needs the package '{package}': pip install 'svdllm[eval]', or that package alone"
-        ) from error
-    # the hub, the readers of files and the templates of the harness share no base class of their errors
-    except Exception as error:
-        if local is not None:
-            raise InputError(f"{local.evaluated_file}: the task {name} cannot be made of it: {_said(error)}") from error
-        raise InputError(
-            f"the data of the task {name} cannot be loaded ({_said(error)}): run once with a network, or give files "
-            "with --task-data"
-        ) from error
+    problem, advice = (
+        f"the data of the task {name} cannot be loaded",
+        "run once with a network, or give files with --task-data",
+    )
+    if local is not None:
+        problem, advice = f"{local.evaluated_file}: the task {name} cannot be made of it", ""
+    with explaining(problem, advice):
+        try:
+            loaded = manager.load([name])
+        except ImportError as error:
+            package = error.name or first_line(error)
+            raise InputError(
+                f"the task {name} needs the package '{package}': pip install 'svdllm[eval]', or that package alone"
+            ) from error
     groups = loaded.get("groups", {})
     return [groups[name]] if name in groups else list(loaded["tasks"].values())
 
@@ -166,13 +165,11 @@ def _chances(members: dict[str, Any], local: dict[str, LocalTask], limit: int | 
         for number, document in enumerate(task.eval_docs, start=1):
             if limit is not None and number > limit:
                 break
-            try:
+            where = local[name].evaluated_file if name in local else f"the data of {name}"
+            with explaining(f"{where}, example {number}: {name} has no prompt for it"):
                 choices = task.doc_to_choice(document) if has_choices else []
                 if name in local:
                     _try_prompt(task, document, choices)
-            except Exception as error:  # whatever a template or a function of the definition stumbles over
-                where = local[name].evaluated_file if name in local else f"the data of {name}"
-                raise InputError(f"{where}, example {number}: {name} has no prompt for it: {_said(error)}") from error
             shares += [1 / len(choices)] if choices else []
         if shares:
             chances[name] = sum(shares) / len(shares)
@@ -184,7 +181,3 @@ def _try_prompt(task: Any, document: Any, choices: list[str]) -> None:
     answer = task.doc_to_target(document)
     if task.OUTPUT_TYPE == "multiple_choice" and isinstance(answer, int) and not 0 <= answer < len(choices):
         raise ValueError(f"the answer is choice {answer + 1} of {len(choices)}")
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from svdllm.disk import allocate
 from svdllm.errors import NumericalError, UnsupportedModelError
 from svdllm.resident import resident
 from svdllm.stand_ins import Call, Recorder, Replay
@@ -31,7 +32,11 @@ from svdllm.weights import Weights, save_tensors
 
 
 class HiddenStates:
-    """Hidden states (``... x windows x seqlen x hidden``), in RAM or in a memory-mapped file."""
+    """Hidden states (``... x windows x seqlen x hidden``), in RAM or in a memory-mapped file.
+
+    Raises:
+        OSError: the disk has no room for the file.
+    """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, file: Path | None = None):
         self.file = file
@@ -39,6 +44,7 @@ class HiddenStates:
             self.tensor = torch.empty(shape, dtype=dtype)
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
+            allocate(file, prod(shape) * dtype.itemsize)
             self.tensor = torch.from_file(str(file), shared=True, size=prod(shape), dtype=dtype).view(shape)
 
     def close(self) -> None:

@@ -18,16 +18,10 @@ from svdllm.recover.processes import num_processes
 from svdllm.recover.settings import Recovery
 from svdllm.recover.task import Task
 from svdllm.source import build_skeleton, context_length
-from svdllm.workspace import require_empty, require_ours, require_writable
 
 
-def check_cheaply(
-    models: Models, output_dir: Path, settings: Recovery, texts: Sequence[str], log_dir: Path | None
-) -> None:
+def check_cheaply(models: Models, settings: Recovery, texts: Sequence[str], log_dir: Path | None) -> None:
     """Raises InputError or ResourceError for what needs no model to be seen."""
-    require_empty(output_dir)
-    require_writable(output_dir)
-    require_ours(models.work)
     read_report(models.folder)
     training_dtype(models, settings)
     check_data(settings, texts)

@@ -188,6 +188,7 @@ def test_other_settings_refuse_to_go_on(change: dict[str, object], named: str, t
 def test_killed_after_the_result_had_its_name(tmp_path: Path) -> None:
     model = tiny_model("llama", 0)
     killed_run(save_dense(tmp_path / "dense"), tmp_path / "out", "end write", 2)
+    (tmp_path / "out.partial" / "complete").touch()
     (tmp_path / "out.partial" / "finished").rename(tmp_path / "out")
     with pytest.raises(InputError, match="nothing is overwritten"):
         svdllm.compress_many(model, small_recipe(ratio=(0.2, 0.4)), tmp_path / "out", calibration=token_windows())

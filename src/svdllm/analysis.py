@@ -6,7 +6,8 @@ It is what resume and several ratios live on: any rank is a slice of a basis, an
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from svdllm.allocation import Probes
+from svdllm.disk import naming
 from svdllm.errors import InputError
 from svdllm.linalg import Spectrum
 from svdllm.structure import Target
@@ -201,15 +203,26 @@ def refuse_other_settings(found: Mapping[str, Any], wanted: Mapping[str, Any], f
 
 
 def save_atomically(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A file of tensors that appears under its name only when it is complete."""
-    partial = path.with_suffix(".partial")
-    save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)
+    """Writes a file of tensors that appears under its name only when it is complete."""
+    with _appearing(path) as partial:
+        save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file that appears under its name only when it is complete."""
+    with _appearing(path) as partial, naming(path):
+        partial.write_bytes(content)
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """A path to write to, which gets another name at the end, and goes if anything fails."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
+    try:
+        yield partial
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(path)
 
 

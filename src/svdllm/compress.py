@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,12 @@ from svdllm.calibration import Calibration
 from svdllm.checkpoint import REPORT_FILE, write_checkpoint
 from svdllm.config import Recipe
 from svdllm.data import TokenWindows, calibration_windows, check_source
-from svdllm.errors import InputError, SvdllmError
+from svdllm.disk import explain_full_disk
+from svdllm.errors import InputError, ResourceError, SvdllmError
 from svdllm.layout import buffer_names
 from svdllm.limits import require_known_ids
 from svdllm.linear_times import LinearTimes, measure_linears
+from svdllm.locks import locked
 from svdllm.memory import device_peak_bytes, peak_bytes, saying_what_to_lower
 from svdllm.methods import METHODS
 from svdllm.plan import Plan, calibration_warnings, look_at, plans_of, resolve_device, resolve_dtype
@@ -39,10 +41,12 @@ from svdllm.structure import Structure
 from svdllm.version import __version__
 from svdllm.weights import survey
 from svdllm.workspace import (
+    FINISHED,
+    LOCK,
+    PARTIAL,
+    Output,
     claim_work_folder,
-    holds_checkpoints,
-    named_folder,
-    require_empty,
+    remove_scratch,
     require_ours,
     require_room,
     start_over,
@@ -99,7 +103,7 @@ def compress_many(
         model: hub id, folder, GGUF file, or a model in memory, which is left as it was.
         recipe: the settings. With several ratios, ``output_dir`` gets one folder for each.
         output_dir: made by this call; must not exist, or be empty. Work in progress lies beside it, in
-            ``<output_dir>.partial``, and a killed run goes on from there.
+            ``<output_dir>.partial`` (in a mount point, in ``svdllm.partial``), and a killed run goes on from there.
         calibration: a list of strings, a ``datasets.Dataset`` or token ids (``windows x seqlen``), in place of the
             recipe's ``calibration``.
         tokenizer: for a model in memory; other models bring theirs.
@@ -112,20 +116,19 @@ def compress_many(
         reporter: is told about stages and progress.
 
     Raises:
-        InputError: a setting, path or text is wrong; nothing is left behind.
+        InputError: a setting, path or text is wrong, or another run is writing to the output; nothing is left behind.
         UnsupportedModelError: the model's structure is not understood; names the modules.
-        ResourceError: the disk or the memory does not suffice.
+        ResourceError: the disk or the memory does not suffice. Finished blocks are kept.
         NumericalError: a NaN or infinity; names the tensor, or block and batch.
     """
     if calibration is not None and not isinstance(calibration, str):
         recipe = recipe.model_copy(update={"calibration": f"given from Python ({type(calibration).__name__})"})
-    output_dir = named_folder(output_dir)
     reporter = reporter or Reporter()
     recipe = _within_context(recipe, model, offline, revision, reporter)
     run = _Run(
         model=model,
         recipe=recipe if not isinstance(calibration, str) else recipe.model_copy(update={"calibration": calibration}),
-        output_dir=output_dir,
+        output=Output.at(output_dir),
         calibration=recipe.calibration if calibration is None else calibration,
         tokenizer=tokenizer,
         offline=offline,
@@ -136,8 +139,12 @@ def compress_many(
         reporter=reporter,
     )
     run.check_cheaply()
-    with run.cleaning_up():
-        return run.execute()
+    with run.output.taken() as warning:
+        if warning is not None:
+            run.reporter.warn(warning)
+        run.check_output()
+        with run.cleaning_up():
+            return run.execute()
 
 
 def _within_context(
@@ -158,7 +165,7 @@ class _Run:
 
     model: str | Path | PreTrainedModel
     recipe: Recipe
-    output_dir: Path
+    output: Output
     calibration: Any
     tokenizer: Any
     offline: bool
@@ -170,7 +177,7 @@ class _Run:
 
     @property
     def work(self) -> Path:
-        return self.output_dir.with_name(f"{self.output_dir.name}.partial")
+        return self.output.work
 
     def check_cheaply(self) -> None:
         """What can be wrong without looking at the model."""
@@ -178,37 +185,42 @@ class _Run:
         resolve_device(self.recipe.device)
         if self.recipe.needs_tokens:
             check_source(self.calibration)
+
+    def check_output(self) -> None:
+        """What can be wrong with what is at the place of the output."""
         require_ours(self.work)
+        self.output.finish_completing()
+        self.output.require_free(LOCK, PARTIAL)
         if self.resume and (found := read_settings(self.work / "analysis")):
             wanted = _recipe_settings(self.recipe)
             refuse_other_settings({key: found.get(key) for key in wanted}, wanted, self.work)
-            if holds_checkpoints(self.output_dir) and not (self.work / "finished").exists():
-                shutil.rmtree(self.work)  # killed after the result got its name, before the work folder was removed
-        require_empty(self.output_dir)
 
     @contextmanager
-    def cleaning_up(self):
+    def cleaning_up(self) -> Iterator[None]:
         """A run that fails leaves nothing behind, unless there is work worth going on with."""
         new = not self.work.exists()
+        goes_on = "Finished blocks are kept: the same command goes on with them"
         advice = (
-            "Finished blocks are kept: the same command goes on with them when there is more memory. To start over with "
-            f"less, use --no-resume and lower --batch-tokens (now {self.recipe.batch_tokens}) or --samples; `svdllm plan` "
-            "tells what a run needs."
+            f"{goes_on} when there is more memory. To start over with less, use --no-resume and lower --batch-tokens (now "
+            f"{self.recipe.batch_tokens}) or --samples; `svdllm plan` tells what a run needs."
         )
-        with saying_what_to_lower(advice):
-            try:
+        try:
+            with saying_what_to_lower(advice), explain_full_disk(self.work, f"{goes_on}."):
                 yield
-            except SvdllmError:
-                if new:
-                    shutil.rmtree(self.work, ignore_errors=True)
-                raise
+        except SvdllmError as error:
+            finished = any(self.work.glob("**/block-*.safetensors"))
+            if new and not (finished and isinstance(error, ResourceError)):
+                shutil.rmtree(self.work, ignore_errors=True)
+            elif isinstance(error, ResourceError):
+                remove_scratch(self.work)
+            raise
 
     def execute(self) -> list[CompressionResult]:
         with self.reporter.stage("plan", 1):
             config_only = open_config(self.model, offline=self.offline, revision=self.revision)
             skeleton, structure = look_at(config_only, self.recipe)
             plans = plans_of(config_only, skeleton, structure, self.recipe, self.hidden_states_limit)
-            require_room(self.output_dir, self.work, max(plans, key=lambda plan: plan.disk_bytes))
+            require_room(self.output, max(plans, key=lambda plan: plan.disk_bytes))
         claim_work_folder(self.work)
         with self.reporter.stage("open", 1):
             source = config_only
@@ -223,20 +235,30 @@ class _Run:
             start_over(self.work)
         settings = self._settings(source, fingerprint, windows)
         Analysis(self.work / "analysis", settings).open()
-        if self.analysis_dir is None:
-            analysis = Analysis(self.work / "analysis", settings)
-        else:
-            analysis = Analysis(self.analysis_dir, analysis_settings(settings))
-        analysis.open()
         times = self._linear_times(source, skeleton, structure)
-        self._analyze(source, structure, plans, windows, analysis)
-        if evidence := self._evidence(source, skeleton, structure, windows, analysis, times):
+        with self._analysis(settings) as analysis:
+            self._analyze(source, structure, plans, windows, analysis)
+            evidence = self._evidence(source, skeleton, structure, windows, analysis, times)
+        if evidence is not None:
             with self.reporter.stage("allocate", 1):
                 known = plans_of(source, skeleton, structure, self.recipe, self.hidden_states_limit, evidence)
                 plans = [plan.with_ranks_of(other) for plan, other in zip(plans, known, strict=True)]
         provenance = Provenance.of(source.name, source.revision, fingerprint, windows)
         finals = [self._sequential(source, structure, plan, windows, analysis) for plan in plans]
         return self._write(source, skeleton, structure, plans, analysis, finals, provenance)
+
+    @contextmanager
+    def _analysis(self, settings: dict[str, Any]) -> Iterator[Analysis]:
+        """The analysis, which no other run writes to while the context lasts; afterwards it is only read."""
+        if self.analysis_dir is None:
+            yield Analysis(self.work / "analysis", settings)
+            return
+        with locked(self.analysis_dir / LOCK, self.analysis_dir) as warning:
+            if warning is not None:
+                self.reporter.warn(warning)
+            analysis = Analysis(self.analysis_dir, analysis_settings(settings))
+            analysis.open()
+            yield analysis
 
     def _calibration_windows(
         self, source: Source, skeleton: PreTrainedModel, structure: Structure
@@ -416,7 +438,7 @@ class _Run:
         """Algorithm 1, lines 10 to 13: the factors of every weight, once per ratio."""
         singles = self.recipe.single()
         several = len(singles) > 1
-        finished = self.work / "finished"
+        finished = self.work / FINISHED
         results = []
         for recipe, plan, final in zip(singles, plans, finals, strict=True):
             folder = finished / f"ratio-{recipe.ratio}" if several else finished
@@ -437,10 +459,8 @@ class _Run:
                         tokenizer=self.tokenizer,
                         reporter=self.reporter,
                     )
-            results.append(self._result(recipe, plan, linears, self.output_dir / folder.relative_to(finished)))
-        self.output_dir.parent.mkdir(parents=True, exist_ok=True)
-        finished.replace(self.output_dir)
-        shutil.rmtree(self.work)
+            results.append(self._result(recipe, plan, linears, self.output.path / folder.relative_to(finished)))
+        self.output.complete()
         return results
 
     def _result(self, recipe: Recipe, plan: Plan, linears: list[LinearRecord], folder: Path) -> CompressionResult:

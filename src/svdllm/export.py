@@ -11,12 +11,12 @@ from transformers.pytorch_utils import Conv1D
 from svdllm.checkpoint import write_shards
 from svdllm.companions import copy_companion_files
 from svdllm.errors import CheckpointError, InputError, UnsupportedModelError
-from svdllm.layout import Tensors
+from svdllm.layout import Tensors, tensor_bytes
 from svdllm.modeling import HASHES_FILE, compare_hashes
 from svdllm.modeling.factory import base_classes
 from svdllm.source import build_skeleton, load_config
 from svdllm.weights import SafetensorsWeights
-from svdllm.workspace import new_folder, place_for, require_writable
+from svdllm.workspace import new_folder
 
 
 def export_dense(folder: str | Path, output_dir: str | Path) -> None:
@@ -25,20 +25,20 @@ def export_dense(folder: str | Path, output_dir: str | Path) -> None:
     Raises:
         InputError: ``folder`` is no checkpoint, or ``output_dir`` is not empty.
         CheckpointError: a file is truncated or altered.
+        ResourceError: the disk does not suffice.
         UnsupportedModelError: the base family has no place for the biases of a bias correction.
     """
     folder = Path(folder)
     config = config_to_export(folder)
     if not getattr(config, "svdllm", None):
         raise InputError(f"{folder} is a dense model already ({config.model_type}); there is nothing to multiply out.")
-    output_dir = place_for(output_dir, "an export")
-    require_writable(output_dir)
-    require_intact(folder)
-    base = dense_config(config)
-    weights = SafetensorsWeights(folder, build_skeleton(config))
-    dense = _Products(weights, build_skeleton(base), config.svdllm["ranks"], config.svdllm.get("shared_factors", {}))
-    dense.require_places()
-    with new_folder(output_dir) as partial:
+    with new_folder(output_dir, "an export") as (output, partial):
+        require_intact(folder)
+        base = dense_config(config)
+        ranks, shared = config.svdllm["ranks"], config.svdllm.get("shared_factors", {})
+        dense = _Products(SafetensorsWeights(folder, build_skeleton(config)), build_skeleton(base), ranks, shared)
+        dense.require_places()
+        output.require_disk(tensor_bytes(dense.tensors), "the weights need")
         write_shards(partial, dense, dense.tensors)
         base.save_pretrained(partial)
         copy_companion_files(folder, partial)

@@ -22,7 +22,8 @@ from svdllm.companions import copy_companion_files
 from svdllm.data.specs import require_extra
 from svdllm.errors import InputError, NumericalError, UnsupportedModelError, first_line
 from svdllm.export import config_to_export, dense_config
-from svdllm.workspace import new_folder, place_for, require_writable
+from svdllm.memory import parameter_bytes
+from svdllm.workspace import new_folder
 
 GRAPH_FORMATS = ("onnx", "openvino")
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
@@ -52,25 +53,24 @@ def export_graph(folder: str | Path, output_dir: str | Path, format: str) -> tup
     if format not in GRAPH_FORMATS:
         raise InputError(f"There is no graph format {format!r}; use {' or '.join(GRAPH_FORMATS)}.")
     config = config_to_export(folder)
-    output_dir = place_for(output_dir, "an export")
-    require_writable(output_dir)
-    _check_packages(format)
-    model = load_model(folder, dtype=torch.float32).eval()
-    past = _past(model, _token_ids(model, TRACED))
-    with torch.no_grad(), _quiet():
-        graph = _traced(model, past, format)
-        # The factors are in the graph: nobody who runs it needs the code of a low-rank config.
-        graph.config = dense_config(config) if getattr(config, "svdllm", None) else config
-        with new_folder(output_dir) as partial:
+    with new_folder(output_dir, "an export") as (output, partial):
+        _check_packages(format)
+        model = load_model(folder, dtype=torch.float32).eval()
+        output.require_disk(parameter_bytes(model), "the graph needs")
+        past = _past(model, _token_ids(model, TRACED))
+        with torch.no_grad(), _quiet():
+            graph = _traced(model, past, format)
+            # The factors are in the graph: nobody who runs it needs the code of a low-rank config.
+            graph.config = dense_config(config) if getattr(config, "svdllm", None) else config
             graph.save_pretrained(partial)
             copy_companion_files(folder, partial)
             difference = _difference(model, _opened(partial), cached=past is not None)
-            if not difference <= TOLERANCE:
-                raise NumericalError(
-                    f"The {format} graph of {folder} differs from the model by {difference:.1e} of the largest logit (at "
-                    f"most {TOLERANCE:.0e} expected), so it is not kept. Other versions of {', '.join(PACKAGES[format])} "
-                    "may do better."
-                )
+        if not difference <= TOLERANCE:
+            raise NumericalError(
+                f"The {format} graph of {folder} differs from the model by {difference:.1e} of the largest logit (at most "
+                f"{TOLERANCE:.0e} expected), so it is not kept. Other versions of {', '.join(PACKAGES[format])} may do "
+                "better."
+            )
     return difference, past is not None
 
 

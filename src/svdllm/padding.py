@@ -20,13 +20,13 @@ from svdllm.checkpoint import reference_logits, write_shards
 from svdllm.companions import copy_companion_files
 from svdllm.errors import InputError, UnsupportedModelError, first_line
 from svdllm.export import config_to_export, require_intact
-from svdllm.layout import Tensors
+from svdllm.layout import Tensors, tensor_bytes
 from svdllm.modeling import family_classes, write_hashes
 from svdllm.source import build_skeleton
 from svdllm.structure import is_linear, linear_shape
 from svdllm.verify import REFERENCE_TOLERANCE
 from svdllm.weights import SafetensorsWeights
-from svdllm.workspace import new_folder, place_for, require_writable
+from svdllm.workspace import new_folder
 
 FIXED_WIDTH = "the width of a head follows from their number there, whatever config.json says."
 
@@ -68,31 +68,34 @@ def export_padded(folder: str | Path, output_dir: str | Path, processes: int) ->
     if processes < 2:
         raise InputError(f"Heads are padded for two processes or more, found {processes}.")
     config = config_to_export(folder)
-    output_dir = place_for(output_dir, "an export")
-    require_writable(output_dir)
-    before = _heads(config)
-    after = before.for_processes(processes)
-    if after == before:
-        raise InputError(
-            f"{processes} processes can share out the {before.all} heads of {folder} ({before.kv} of keys and values) "
-            "evenly; nothing is to be padded."
-        )
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8")) | _fields(config, after)
-    skeleton, padded = build_skeleton(config), _padded_skeleton(config, fields)
-    shapes = _padded_shapes(skeleton, padded, before, after)
-    _require_shares(padded, processes)
-    require_intact(folder)
-    tensors = _Padded(SafetensorsWeights(folder, skeleton), shapes)
-    with new_folder(output_dir) as partial:
-        write_shards(partial, tensors, tensors.layout)
-        (partial / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        copy_companion_files(folder, partial)
-        if svdllm := getattr(config, "svdllm", None):
-            for name, text in family_classes(svdllm["base_model_type"]).causal_lm.code_files().items():
-                (partial / name).write_text(text, encoding="utf-8", newline="\n")
-            write_hashes(partial)
+    with new_folder(output_dir, "an export") as (output, partial):
+        before = _heads(config)
+        after = before.for_processes(processes)
+        if after == before:
+            raise InputError(
+                f"{processes} processes can share out the {before.all} heads of {folder} ({before.kv} of keys and values) "
+                "evenly; nothing is to be padded."
+            )
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8")) | _fields(config, after)
+        skeleton, padded = build_skeleton(config), _padded_skeleton(config, fields)
+        shapes = _padded_shapes(skeleton, padded, before, after)
+        _require_shares(padded, processes)
+        require_intact(folder)
+        tensors = _Padded(SafetensorsWeights(folder, skeleton), shapes)
+        output.require_disk(tensor_bytes(tensors.layout), "the weights need")
+        _write(tensors, fields, folder, config, partial)
         difference = _difference(folder, config, partial)
     return Padding(before, after, difference)
+
+
+def _write(tensors: _Padded, fields: dict[str, Any], folder: Path, config: PreTrainedConfig, partial: Path) -> None:
+    write_shards(partial, tensors, tensors.layout)
+    (partial / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    copy_companion_files(folder, partial)
+    if svdllm := getattr(config, "svdllm", None):
+        for name, text in family_classes(svdllm["base_model_type"]).causal_lm.code_files().items():
+            (partial / name).write_text(text, encoding="utf-8", newline="\n")
+        write_hashes(partial)
 
 
 def _heads(config: PreTrainedConfig) -> Heads:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from svdllm.schemes import (
 )
 from svdllm.source import Source, build_skeleton, open_config
 from svdllm.version import __version__
-from svdllm.workspace import DISK_RESERVE, new_folder, place_for, require_writable
+from svdllm.workspace import new_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,34 +94,36 @@ def quantize(
     reporter = reporter or Reporter()
     require_extra("torchao", "quantising", extra="quantize")
     scheme = make_scheme(bits, group_size)
-    output_dir = place_for(output_dir, "a run")
-    with reporter.stage("check", 1):
-        source = open_config(model, offline=offline, revision=revision)
-        place = resolve_device(device)
-        _require_quantizable(source, bits)
-        skeleton = build_skeleton(source.config)
-        linears, left = choose_schemes(skeleton, scheme, skip)
-        needed = tensor_bytes(quantized_tensors(stored_tensors(source, skeleton), linears))
-        _require_room(output_dir, needed, place)
-    if source.folder is not None and any(source.folder.glob(f"{ELASTIC_STEM}*")):
-        reporter.warn("The smaller sizes of this elastic checkpoint are not carried over; slice before you quantise.")
-    with reporter.stage("quantise", 1):
-        options: dict[str, Any] = {} if place.type == "cpu" else {"device_map": {"": str(place)}}
-        if revision is not None:
-            options["revision"] = revision
-        loaded = load_model(
-            model,
-            dtype=source.dtype,
-            quantization_config=quantization_config(linears),
-            local_files_only=offline,
-            **options,
-        )
-    with new_folder(output_dir) as partial:
+    with new_folder(output_dir, "a run") as (output, partial):
+        with reporter.stage("check", 1):
+            source = open_config(model, offline=offline, revision=revision)
+            place = resolve_device(device)
+            _require_quantizable(source, bits)
+            skeleton = build_skeleton(source.config)
+            linears, left = choose_schemes(skeleton, scheme, skip)
+            needed = tensor_bytes(quantized_tensors(stored_tensors(source, skeleton), linears))
+            output.require_disk(needed, "the weights need")
+            _require_memory(needed, place)
+        if source.folder is not None and any(source.folder.glob(f"{ELASTIC_STEM}*")):
+            reporter.warn(
+                "The smaller sizes of this elastic checkpoint are not carried over; slice before you quantise."
+            )
+        with reporter.stage("quantise", 1):
+            options: dict[str, Any] = {} if place.type == "cpu" else {"device_map": {"": str(place)}}
+            if revision is not None:
+                options["revision"] = revision
+            loaded = load_model(
+                model,
+                dtype=source.dtype,
+                quantization_config=quantization_config(linears),
+                local_files_only=offline,
+                **options,
+            )
         with reporter.stage("write", 1):
             _write(loaded, partial, source)
             del loaded
         result = QuantizationResult(
-            output_dir=output_dir,
+            output_dir=output.path,
             model=source.name,
             bits=bits,
             group_size=scheme.group_size,
@@ -154,14 +155,8 @@ def _require_quantizable(source: Source, bits: int) -> None:
     require_dtype(bits, source.dtype, source.name)
 
 
-def _require_room(output_dir: Path, needed: int, place: torch.device) -> None:
-    """Raises ResourceError unless the disk holds the result, and the memory, where the weights are rounded there."""
-    free = shutil.disk_usage(require_writable(output_dir)).free
-    if needed + DISK_RESERVE > free:
-        raise ResourceError(
-            f"The disk of {output_dir} has {free / 1e9:.2f} GB free, the weights need {needed / 1e9:.2f} GB. Free some, "
-            "or choose an output elsewhere."
-        )
+def _require_memory(needed: int, place: torch.device) -> None:
+    """Raises ResourceError unless the memory holds the result, where the weights are rounded there."""
     memory = available_bytes()
     if place.type == "cpu" and memory is not None and needed > memory:
         raise ResourceError(

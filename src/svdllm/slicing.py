@@ -40,7 +40,7 @@ from svdllm.records import CompressionResult, LinearRecord, Provenance, linear_r
 from svdllm.source import Source, build_skeleton, load_config
 from svdllm.structure import Structure, linear_ranks
 from svdllm.weights import weight_files
-from svdllm.workspace import new_folder, place_for, require_room
+from svdllm.workspace import new_folder, require_room
 
 
 def slice_checkpoint(
@@ -68,28 +68,15 @@ def slice_checkpoint(
         ResourceError: the disk does not suffice.
     """
     reporter = reporter or Reporter()
-    output_dir = place_for(output_dir, "a slice")
-    with reporter.stage("check", 1):
-        cut = _open(folder, ratio, device)
-        require_room(output_dir, output_dir, cut.plan)
-    linears = cut.linears()
-    with new_folder(output_dir) as partial, reporter.stage("write", 1):
-        (partial / "svdllm").mkdir()
-        write_shards(partial, cut.tensors, cut.layout)
-        copy_companions(cut.folder, partial)
-        (partial / "config.json").write_text(
-            json.dumps(cut.config_fields, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
-        report = report_of(cut.plan, cut.recipe, cut.provenance, linears)
-        # It is the run's, and says by which versions that was made.
-        report |= {
-            "versions": cut.report["versions"],
-            "unused_tensors": cut.report.get("unused_tensors"),
-            "sliced_from": {"ratio": cut.report["recipe"]["ratio"]},
-        }
-        finish_checkpoint(partial, cut.recipe, report, torch.device(cut.plan.device), reporter)
+    with new_folder(output_dir, "a slice") as (output, partial):
+        with reporter.stage("check", 1):
+            cut = _open(folder, ratio, device)
+            require_room(output, cut.plan)
+        linears = cut.linears()
+        with reporter.stage("write", 1):
+            _write(cut, linears, partial, reporter)
     return CompressionResult(
-        output_dir=output_dir,
+        output_dir=output.path,
         recipe=cut.recipe,
         plan=cut.plan,
         linears=linears,
@@ -98,6 +85,23 @@ def slice_checkpoint(
         peak_device_bytes=device_peak_bytes(torch.device(cut.plan.device)),
         warnings=list(reporter.warnings),
     )
+
+
+def _write(cut: _Slice, linears: list[LinearRecord], partial: Path, reporter: Reporter) -> None:
+    (partial / "svdllm").mkdir()
+    write_shards(partial, cut.tensors, cut.layout)
+    copy_companions(cut.folder, partial)
+    (partial / "config.json").write_text(
+        json.dumps(cut.config_fields, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
+    report = report_of(cut.plan, cut.recipe, cut.provenance, linears)
+    # It is the run's, and says by which versions that was made.
+    report |= {
+        "versions": cut.report["versions"],
+        "unused_tensors": cut.report.get("unused_tensors"),
+        "sliced_from": {"ratio": cut.report["recipe"]["ratio"]},
+    }
+    finish_checkpoint(partial, cut.recipe, report, torch.device(cut.plan.device), reporter)
 
 
 def load_slice(folder: str | Path, ratio: float, **kwargs: Any) -> PreTrainedModel:

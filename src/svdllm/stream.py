@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from svdllm.disk import allocate
 from svdllm.errors import NumericalError, UnsupportedModelError
 from svdllm.resident import resident
 from svdllm.shared_state import SharedStates, State, StateGradients, differentiable, moved
@@ -38,6 +39,9 @@ class HiddenStates:
     """Hidden states of a stream (``... x windows x seqlen x hidden``), in RAM or in a memory-mapped file.
 
     ``shared`` has what its blocks wrote for later ones.
+
+    Raises:
+        OSError: the disk has no room for the file.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, file: Path | None = None):
@@ -48,6 +52,7 @@ class HiddenStates:
             self.tensor = torch.empty(shape, dtype=dtype)
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
+            allocate(file, prod(shape) * dtype.itemsize)
             self.tensor = torch.from_file(str(file), shared=True, size=prod(shape), dtype=dtype).view(shape)
 
     def share(self, batch: int, block: int, entries: State) -> None:

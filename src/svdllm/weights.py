@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from svdllm.disk import naming
 from svdllm.errors import CheckpointError, InputError, NumericalError, UnsupportedModelError, first_line
 from svdllm.model_names import display_name
 from svdllm.modeling.lowrank import weight_file_names
@@ -47,10 +48,19 @@ class Weights(Protocol):
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file with the permissions of an ordinary new file (the library makes it readable by its owner only)."""
+    """Writes a safetensors file with the permissions of an ordinary new file (the library gives it to its owner only).
+
+    Raises:
+        OSError: it could not be written, for instance because the disk is full. There is no file then.
+    """
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        with naming(path):
+            save_file(tensors, path, metadata={"format": "pt"})
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     path.chmod(mode)
 
 

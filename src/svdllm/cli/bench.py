@@ -94,13 +94,15 @@ def bench(
         offline=offline,
         reporter=ConsoleReporter(),
     )
-    if output is not None:
-        store_benchmark(record, output)
-    if json:
-        print_json(record.to_dict())
-        return
-    show_benchmark(record)
-    if output is not None:
+    try:
+        if output is not None:
+            store_benchmark(record, output)
+    finally:  # what was measured is shown even if it cannot be kept
+        if json:
+            print_json(record.to_dict())
+        else:
+            show_benchmark(record)
+    if output is not None and not json:
         console.print(f"Kept in {output}", soft_wrap=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -12,30 +13,33 @@ from rich.table import Table
 
 from svdllm.progress import Reporter
 
+# Seconds between two lines on the progress of a stage, where there is no terminal.
+FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0
+
 # No markup: names and paths may hold brackets.
 console = Console(highlight=False, markup=False)
 error_console = Console(stderr=True, highlight=False, markup=False)
 
 
 class ConsoleReporter(Reporter):
-    """A bar with the time left on a terminal; elsewhere a line per stage and per finished block."""
+    """A bar with the time left on a terminal; elsewhere a line when a stage begins, ends, and now and then between."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         super().__init__()
+        self._clock = clock
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._begun = 0.0
-        self._blocks_begun: float | None = None
-        self._first_block = 0
-        self._backwards = False  # the reverse walk ends with block 0
+        self._name, self._begun = "", 0.0
+        self._pause, self._next_line = FIRST_PAUSE, 0.0
+        self._first: tuple[int, float] | None = None  # what was done when, as was told first in a stage
 
     def start_stage(self, name: str, steps: int) -> None:
-        self._begun = time.perf_counter()
-        self._blocks_begun = None
-        self._backwards = name == "gradients"
+        self._name, self._begun = name, self._clock()
+        self._pause, self._next_line = FIRST_PAUSE, self._begun + FIRST_PAUSE
+        self._first = None
         if not error_console.is_terminal:
             if steps > 1:
-                error_console.print(f"{name} ...")
+                error_console.print(f"{name} ...", soft_wrap=True)
             return
         self._progress = Progress(
             TextColumn("{task.description:<14}"),
@@ -54,25 +58,28 @@ class ConsoleReporter(Reporter):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-        seconds = time.perf_counter() - self._begun
+        seconds = self._clock() - self._begun
         if seconds >= 1:
-            error_console.print(f"{name} took {duration(seconds)}")
+            error_console.print(f"{name} took {duration(seconds)}", soft_wrap=True)
 
     def advance(self, done: int, steps: int) -> None:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done, total=steps)
+        elif not error_console.is_terminal and 0 < done < steps:
+            self._print_now_and_then(done, steps)
 
-    def block_done(self, index: int, num_blocks: int, forward_seconds: float, decompose_seconds: float) -> None:
-        now = time.perf_counter()
-        if self._blocks_begun is None:
-            self._blocks_begun, self._first_block = now - forward_seconds - decompose_seconds, index
-        if not error_console.is_terminal:
-            done = abs(index - self._first_block) + 1
-            left = (now - self._blocks_begun) / done * (index if self._backwards else num_blocks - index - 1)
-            error_console.print(
-                f"block {index + 1}/{num_blocks}: forward and statistics {forward_seconds:.1f} s, "
-                f"spectra {decompose_seconds:.1f} s, about {duration(left)} left"
-            )
+    def _print_now_and_then(self, done: int, steps: int) -> None:
+        """Prints a line if the last one is long enough ago; the pauses grow, so that a log of days stays short."""
+        now = self._clock()
+        if self._first is None or done < self._first[0]:
+            self._first = done, now  # not nothing, where an earlier run had done a part
+        if now < self._next_line:
+            return
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        self._next_line = now + self._pause
+        before, since = self._first
+        left = f", about {duration((now - since) / (done - before) * (steps - done))} left" if done > before else ""
+        error_console.print(f"{self._name}: {100 * done // steps} % done{left}", soft_wrap=True)
 
     def note(self, text: str) -> None:
         error_console.print(text)

@@ -113,16 +113,17 @@ def evaluate(
             reporter=reporter,
         )
     document = evaluation_document(evaluations)
-    if output is not None:
-        store_evaluation(document, output)
-    if json:
-        print_json(document)
-        return
-    if texts:
-        console.print(perplexity_table(perplexity_rows(evaluations)))
-    if task_names:
-        show(tasks_table(evaluations))
-    if output is not None:
+    try:
+        if output is not None:
+            store_evaluation(document, output)
+    finally:  # what was measured is shown even if it cannot be kept
+        if json:
+            print_json(document)
+        if texts and not json:
+            console.print(perplexity_table(perplexity_rows(evaluations)))
+        if task_names and not json:
+            show(tasks_table(evaluations))
+    if output is not None and not json:
         console.print(f"Kept in {output}", soft_wrap=True)
 
 

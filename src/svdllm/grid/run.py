@@ -18,12 +18,14 @@ from svdllm.compress import compress
 from svdllm.config import make_recipe
 from svdllm.data import check_source
 from svdllm.data.specs import require_extra
+from svdllm.disk import explain_full_disk
 from svdllm.errors import InputError, ResourceError, as_ours, first_line
 from svdllm.grid.identity import identity_of
 from svdllm.grid.measure import measure
 from svdllm.grid.settings import Cell, Grid, Variant, file_name_of
 from svdllm.grid.spectra import read_spectra
 from svdllm.limits import require_context
+from svdllm.locks import locked
 from svdllm.plan import plan
 from svdllm.progress import Reporter, SubReporter
 from svdllm.recover import recover
@@ -31,10 +33,11 @@ from svdllm.recover.checks import check_data
 from svdllm.recover.processes import own_device
 from svdllm.source import context_length, open_config
 from svdllm.tasks import TaskSuite, check_models, open_tasks
-from svdllm.workspace import require_writable
+from svdllm.workspace import LOCK, followed, is_empty, require_writable
 
 Record = dict[str, Any]
 GRID_FILE = "grid.json"
+GOES_ON = "The same command goes on with what is finished."
 GO_ON = "When there is more memory, the same command goes on with what is finished."
 LESS_COMPRESSING = (
     f"{GO_ON} A recipe file with a lower batch_tokens or probe_share needs less: name it among the methods."
@@ -66,11 +69,19 @@ def run_grid(
     reporter = reporter or Reporter()
     context = context_length(open_config(grid.model, offline=grid.offline, revision=grid.revision).config)
     grid = grid.within(context)
-    run = _Run(grid=grid, folder=Path(folder), keep=keep, reporter=reporter)
+    run = _Run(grid=grid, folder=followed(Path(folder)), keep=keep, reporter=reporter)
     run.check()
-    run = replace(run, identity=identity_of(grid))
+    with locked(run.folder / LOCK, run.folder) as warning, explain_full_disk(run.folder, GOES_ON):
+        if warning is not None:
+            reporter.warn(warning)
+        return _run_alone(replace(run, identity=identity_of(grid)), on_cell)
+
+
+def _run_alone(run: _Run, on_cell: Callable[[list[Record]], object] | None) -> list[Record]:
+    """Runs what is left to do in a folder that no other run writes to."""
     run.refuse_other_settings()
-    with _tasks(grid, reporter) as suite:
+    grid = run.grid
+    with _tasks(grid, run.reporter) as suite:
         for name in ("cells", "spectra"):
             (run.folder / name).mkdir(parents=True, exist_ok=True)
         about = json.dumps({"title": grid.title, "model": grid.model}, indent=2)
@@ -105,7 +116,7 @@ class _Run:
         grid = self.grid
         require_extra("matplotlib", "a report", extra="report")
         require_writable(self.folder)
-        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / GRID_FILE).is_file():
+        if self.folder.is_dir() and not is_empty(self.folder, LOCK) and not (self.folder / GRID_FILE).is_file():
             raise InputError(
                 f"{self.folder} exists, is not empty, and is no report of an earlier run: name another folder."
             )

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdllm.checkpoint import read_report
 from svdllm.data import check_source
 from svdllm.data.examples import refuse_mixture
 from svdllm.data.specs import require_extra
@@ -22,22 +21,12 @@ from svdllm.recover.processes import num_processes
 from svdllm.recover.settings import Recovery
 from svdllm.recover.task import Task
 from svdllm.source import build_skeleton, context_length
-from svdllm.workspace import require_empty, require_ours, require_writable
 
 
 def check_cheaply(
-    models: Models,
-    output_dir: Path,
-    settings: Recovery,
-    texts: Sequence[str],
-    ppl_seqlen: int | None,
-    log_dir: Path | None,
+    models: Models, settings: Recovery, texts: Sequence[str], ppl_seqlen: int | None, log_dir: Path | None
 ) -> None:
     """Raises InputError or ResourceError for what needs no model to be seen."""
-    require_empty(output_dir)
-    require_writable(output_dir)
-    require_ours(models.work)
-    read_report(models.folder)
     training_dtype(models, settings)
     check_data(settings, texts)
     if log_dir is not None:

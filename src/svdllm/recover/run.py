@@ -19,6 +19,7 @@ from svdllm.analysis import FINGERPRINT_FILE, read_settings, refuse_other_settin
 from svdllm.checkpoint import RECIPE_FILE, copy_companions, finish_checkpoint, read_report, write_shards
 from svdllm.config import load_settings, make_recipe
 from svdllm.data import evaluation_tokens
+from svdllm.disk import explain_full_disk
 from svdllm.errors import NumericalError, SvdllmError
 from svdllm.evaluate import perplexity
 from svdllm.limits import within_context
@@ -36,7 +37,7 @@ from svdllm.recover.task import Rows, Task
 from svdllm.source import context_length, open_config
 from svdllm.version import __version__
 from svdllm.weights import weight_files
-from svdllm.workspace import claim_work_folder, named_folder
+from svdllm.workspace import FINISHED, LOCK, PARTIAL, Output, claim_work_folder, require_ours
 
 PPL_SEQLEN = 512
 SETTINGS_FOLDER = "analysis"  # of a work folder: what decides its content
@@ -62,7 +63,7 @@ def recover(
     Args:
         folder: a checkpoint that ``compress`` wrote (or another recovery).
         output_dir: made by this call; must not exist, or be empty. Work in progress lies beside it, in
-            ``<output_dir>.partial``, and a killed run goes on from there.
+            ``<output_dir>.partial`` (in a mount point, in ``svdllm.partial``), and a killed run goes on from there.
         settings: what is trained, how, and on what.
         ppl: texts on which perplexity is measured before and after, and of the teacher if there is one.
         ppl_seqlen, ppl_windows: windows of these texts; 512 tokens by default, or the model's context if it is shorter.
@@ -72,27 +73,29 @@ def recover(
         reporter: is told about stages and progress.
 
     Raises:
-        InputError: a setting, path or text is wrong; nothing is left behind.
-        ResourceError: the memory does not suffice; says what to lower.
+        InputError: a setting, path or text is wrong, or another run is writing to the output; nothing is left behind.
+        ResourceError: the disk or the memory does not suffice; says what to do.
         NumericalError: the loss or a gradient is not finite; names step and layer. The last saved step is kept.
     """
-    output_dir = named_folder(output_dir)
+    output = Output.at(output_dir)
     reporter = reporter if reporter is not None and is_main() else Reporter()
     models = Models(
         folder=Path(folder),
         teacher=settings.teacher,
-        work=output_dir.with_name(f"{output_dir.name}.partial"),
+        work=output.work,
         device=own_device(settings.device),
         offline=offline,
         reporter=reporter,
     )
     log_dir = None if log_dir is None else Path(log_dir)
-    check_cheaply(models, output_dir, settings, ppl, ppl_seqlen, log_dir)
+    read_report(models.folder)  # refuses what is no checkpoint
     settings = settings.within(context_length(models.config))
     ppl_seqlen = ppl_seqlen or within_context(models.config, PPL_SEQLEN)
-    run = _Run(models, output_dir, settings, tuple(ppl), ppl_seqlen, ppl_windows, log_dir, resume, reporter)
-    with run.explaining():
-        return run.execute()
+    run = _Run(models, output, settings, tuple(ppl), ppl_seqlen, ppl_windows, log_dir, resume, reporter)
+    with run.alone():
+        check_cheaply(models, settings, ppl, ppl_seqlen, log_dir)
+        with run.explaining():
+            return run.execute()
 
 
 @dataclass
@@ -100,7 +103,7 @@ class _Run:
     """One recovery. What a finished stage changed is a file of tensors in the work folder."""
 
     models: Models
-    output_dir: Path
+    output: Output
     settings: Recovery
     ppl: tuple[str, ...]
     ppl_seqlen: int
@@ -115,6 +118,20 @@ class _Run:
         return self.models.work
 
     @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other runs from the output. The first process does so for all processes of this run."""
+        if not is_main():
+            yield
+            return
+        with self.output.taken() as warning:
+            if warning is not None:
+                self.reporter.warn(warning)
+            require_ours(self.work)
+            self.output.finish_completing()
+            self.output.require_free(LOCK, PARTIAL)
+            yield
+
+    @contextmanager
     def explaining(self) -> Iterator[None]:
         """A run that fails before anything was learnt leaves nothing; memory that is short is said with a way out."""
         new = not self.work.exists()
@@ -122,15 +139,16 @@ class _Run:
             "The last saved step is kept: lower --micro-batch or use --gradient-checkpointing, and it goes on. Or lower "
             "--seqlen, for blockwise also --batch, and start over with --no-resume."
         )
-        with saying_what_to_lower(advice):
-            try:
+        full = "The last saved step is kept: the same command goes on from there."
+        try:
+            with saying_what_to_lower(advice), explain_full_disk(self.work, full):
                 yield
-            except NumericalError:
-                raise
-            except SvdllmError:
-                if new and not self._has_learnt():
-                    shutil.rmtree(self.work, ignore_errors=True)
-                raise
+        except NumericalError:
+            raise
+        except SvdllmError:
+            if new and is_main() and not self._has_learnt():
+                shutil.rmtree(self.work, ignore_errors=True)
+            raise
 
     def _has_learnt(self) -> bool:
         kept = ("*.safetensors", "*/checkpoint-*", "*/block-*.safetensors")
@@ -145,6 +163,9 @@ class _Run:
         stages = list(self._stages(tokenizer))
         check_tokens(self.models, tokenizer, texts.values(), [task for task, _ in stages])
         check_memory(self.models, [task for task, _ in stages])
+        if is_main():
+            written = sum(file.stat().st_size for file in weight_files(self.models.folder))
+            self.output.require_disk(written, "the checkpoint needs")
         self._open_work_folder([task for task, _ in stages])
         measured: Measured = {text: {} for text in texts}
         self._measure("before", measured, texts)
@@ -153,7 +174,7 @@ class _Run:
         records = [self._once(task, stage) for task, stage in stages]
         self._measure("after", measured, texts)
         result = RecoveryResult(
-            output_dir=self.output_dir,
+            output_dir=self.output.path,
             settings=self.settings,
             stages=records,
             examples=self.examples,
@@ -282,7 +303,7 @@ class _Run:
 
     def _write(self, result: RecoveryResult) -> None:
         """The same checkpoint with other weights, and its history."""
-        new = self.work / "finished"
+        new = self.work / FINISHED
         shutil.rmtree(new, ignore_errors=True)
         (new / "svdllm").mkdir(parents=True)
         with self.reporter.stage("write", 1):
@@ -295,6 +316,4 @@ class _Run:
             recipe = make_recipe(load_settings(folder / RECIPE_FILE) | {"elastic": False})
             report["recovery"] = [*report.get("recovery", []), result.history()]
             finish_checkpoint(new, recipe, report, self.models.device, self.reporter)
-        self.output_dir.parent.mkdir(parents=True, exist_ok=True)
-        new.replace(self.output_dir)
-        shutil.rmtree(self.work)
+        self.output.complete()

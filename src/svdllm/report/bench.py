@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from svdllm.analysis import write_atomically
 from svdllm.bench import BenchmarkRecord
 from svdllm.data.specs import require_extra
 from svdllm.errors import InputError
@@ -27,7 +28,7 @@ def store_benchmark(record: BenchmarkRecord, folder: Path) -> None:
     """Writes ``bench.json``, and the plots of what was measured."""
     folder.mkdir(parents=True, exist_ok=True)
     document = json.dumps(record.to_dict(), indent=2, allow_nan=False) + "\n"
-    (folder / DOCUMENT).write_text(document, encoding="utf-8")
+    write_atomically(folder / DOCUMENT, document.encode())
     if any(cell.error is None for cell in record.cells):
         for name, draw in FIGURES.items():
-            (folder / name).write_text(draw(record), encoding="utf-8")
+            write_atomically(folder / name, draw(record).encode())

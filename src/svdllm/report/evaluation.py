@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from svdllm.analysis import write_atomically
 from svdllm.errors import InputError
 from svdllm.side_by_side import ModelEvaluation, perplexity_rows
 from svdllm.tasks import compare_scores
-from svdllm.workspace import require_writable
+from svdllm.workspace import is_empty, require_writable
 
 DOCUMENT = "evaluation.json"
 ROLES = ("model", "base")
@@ -28,7 +29,7 @@ def evaluation_document(evaluations: Sequence[ModelEvaluation]) -> dict[str, Any
 
 def require_new(place: Path) -> None:
     """Raises InputError if there is something at the place of the output, or nothing can be made there."""
-    if place.is_file() or (place.is_dir() and any(place.iterdir())):
+    if place.is_file() or (place.is_dir() and not is_empty(place)):
         raise InputError(f"{place} exists; nothing is overwritten. Choose another output, or remove it first.")
     if place.is_dir() and place.suffix.lower() == ".json":
         raise InputError(f"{place} is a folder, and its name is a file's. Choose another output.")
@@ -47,7 +48,7 @@ def store_evaluation(document: dict[str, Any], place: Path) -> None:
 
 
 def _write(file: Path, document: Any) -> None:
+    if file.exists():
+        raise InputError(f"{file} exists; nothing is overwritten.")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("x", encoding="utf-8") as opened:
-        json.dump(document, opened, indent=2, allow_nan=False)
-        opened.write("\n")
+    write_atomically(file, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())

@@ -178,7 +178,7 @@ def load_model(model: str | Path, *, ratio: float | None = None, **kwargs: Any) 
         model: a folder, a hub id, or a GGUF file.
         ratio: of an elastic checkpoint, the size to load it at: the model that ``slice_checkpoint`` writes, without
             writing it. At least the ratio of the checkpoint.
-        kwargs: for ``from_pretrained``. Code that comes with a model is never run, and only safetensors are read.
+        kwargs: for ``from_pretrained``. Only safetensors are read, and code that comes with a model is not run.
 
     Warns of tensors in the files that are not used (``UnusedTensorsWarning``).
 

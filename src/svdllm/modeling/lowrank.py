@@ -360,7 +360,9 @@ def compare_hashes(folder: str | os.PathLike[str], *, weights_only: bool = False
     root = Path(folder)
     try:
         entries = json.loads((root / HASHES_FILE).read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError, TypeError):
+        for entry in entries.values():
+            entry["size"], entry["sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{HASHES_FILE} is damaged."]
     if weights_only:
         entries = {
@@ -451,7 +453,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _size_by_header(path: Path) -> int | None:
-    """Length that a safetensors file should have: 8 bytes, a JSON header of that many bytes, the tensors."""
+    """Length that a safetensors file should have (8 bytes, a JSON header of that many bytes, the tensors), or None."""
     with path.open("rb") as file:
         prefix = file.read(8)
         if len(prefix) < 8:
@@ -459,10 +461,10 @@ def _size_by_header(path: Path) -> int | None:
         (header_size,) = struct.unpack("<Q", prefix)
         header = file.read(min(header_size, 100_000_000))
     try:
-        tensors = json.loads(header)
-    except ValueError:
+        ends = [entry["data_offsets"][1] for key, entry in json.loads(header).items() if key != "__metadata__"]
+        return 8 + header_size + max(ends, default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None
-    return 8 + header_size + max((t["data_offsets"][1] for k, t in tensors.items() if k != "__metadata__"), default=0)
 
 
 def _sha256_all(paths: list[Path]) -> list[str]:

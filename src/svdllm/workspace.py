@@ -23,6 +23,8 @@ MARKER = ".svdllm-run"
 LOCK, PARTIAL, WRITING = "svdllm.lock", "svdllm.partial", "svdllm.writing"
 # What a file system itself keeps in its topmost folder.
 OF_THE_DISK = "lost+found"
+# Without these a folder is no model, and no checkpoint.
+LAST = ("config.json", "svdllm")
 # Of a work folder: the result, and that it is complete and only has to get its name.
 FINISHED, COMPLETE = "finished", "complete"
 # Of a work folder: what no later run goes on with.
@@ -118,12 +120,12 @@ class Output:
     def appear(self, made: Path) -> None:
         """Gives a complete folder the name of the output.
 
-        Where that is not one step, the config comes last: without it nobody takes a part of a model for the whole.
+        Where that is not one step, config and report come last: without them nobody takes a part for the whole.
         """
         if not self.inside:
             made.replace(self.folder)
             return
-        for entry in sorted(made.iterdir(), key=lambda entry: (entry.name == "config.json", entry.name == "svdllm")):
+        for entry in sorted(made.iterdir(), key=lambda entry: (entry.name in LAST, entry.name)):
             entry.replace(self.folder / entry.name)
         made.rmdir()
 

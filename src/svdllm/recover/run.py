@@ -151,7 +151,7 @@ class _Run:
             raise
 
     def _has_learnt(self) -> bool:
-        kept = ("*.safetensors", "*/checkpoint-*", "*/block-*.safetensors")
+        kept = ("*.safetensors", "*/checkpoint-*/trainer_state.json", "*/block-*.safetensors")
         return any(True for pattern in kept for _ in self.work.glob(pattern))
 
     def execute(self) -> RecoveryResult:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -183,6 +186,110 @@ def test_other_settings_refuse_to_go_on(change: dict[str, object], named: str, t
     svdllm.compress_many(model, recipe, tmp_path / "out", calibration=ids, resume=False)
     assert (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
+
+
+COMPRESS = sys.modules["svdllm.compress"]  # in the package, the function has its name
+
+
+class Interrupting(svdllm.progress.Reporter):
+    """Stops when the first block is done."""
+
+    def block_done(self, *_: object) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and an unfinished run of it."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    save_dense(folder / "dense")
+    with pytest.raises(KeyboardInterrupt):
+        run(folder / "dense", folder / "out", reporter=Interrupting())
+    return folder
+
+
+# Another value of every setting of the recipe, with what it cannot be without.
+OTHERS: dict[str, dict[str, Any]] = {
+    "method": {"method": "asvd"},
+    "asvd_alpha": {"asvd_alpha": 0.25},
+    "metric": {"metric": "two-sided"},
+    "gradient_samples": {"gradient_samples": 2},
+    "input_only": {"input_only": ("o_proj",)},
+    "shrinkage": {"shrinkage": 0.25},
+    "gradient_shrinkage": {"gradient_shrinkage": 0.5},
+    "ratio": {"ratio": 0.4},
+    "target_params": {"ratio": None, "target_params": 20_000},
+    "target_size": {"ratio": None, "target_size": 80_000},
+    "factor_bits": {"ratio": None, "target_size": 80_000, "factor_bits": 8},
+    "target_speedup": {"ratio": None, "target_speedup": 1.2, "allocation": "loss"},
+    "speedup_tokens": {"ratio": None, "target_speedup": 1.2, "speedup_tokens": 8, "allocation": "loss"},
+    "ranks": {"ratio": None, "ranks": {"q_proj": 3}},
+    "allocation": {"allocation": "v2"},
+    "probe_share": {"probe_share": 0.25},
+    "strs_ratios": {"strs_ratios": (0.5,)},
+    "ignore": {"ignore": ("o_proj",)},
+    "overrides": {"overrides": {"o_proj": 0.5}},
+    "round_to": {"round_to": 2},
+    "elastic": {"elastic": True},
+    "calibration": {},
+    "samples": {"samples": 7},
+    "seqlen": {"seqlen": 15},
+    "calibration_mode": {"calibration_mode": "sequential"},
+    "beta": {"calibration_mode": "sequential", "beta": 0.5},
+    "sequential_samples": {"sequential_samples": 4},
+    "bias_correction": {"bias_correction": True},
+    "joint_kv": {"joint_kv": True},
+    "seed": {"seed": 2},
+    "device": {"device": "cpu"},
+    "dtype": {"dtype": "float64"},
+    "batch_tokens": {"batch_tokens": 32},
+}
+# What else decides the bytes, and how it comes to be another.
+BESIDE_THE_RECIPE = {
+    "weights of the model": lambda dense, patch: save_dense(dense, seed=5),
+    "config of the model": lambda dense, patch: edit(
+        dense / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'
+    ),
+    "calibration tokens": lambda dense, patch: token_windows(seed=5),
+    "device": lambda dense, patch: patch.setattr(COMPRESS, "resolve_device", lambda _: torch.device("cpu:0")),
+    "computed in": lambda dense, patch: patch.setattr(COMPRESS, "resolve_dtype", lambda *_: torch.float64),
+    "svdllm version": lambda dense, patch: patch.setattr(COMPRESS, "__version__", "0.0.1"),
+    "torch version": lambda dense, patch: patch.setattr(COMPRESS.torch, "__version__", "0.0.1"),
+    "transformers version": lambda dense, patch: patch.setattr(COMPRESS.transformers, "__version__", "0.0.1"),
+}
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    before = file.read_text()
+    assert old in before
+    file.write_text(before.replace(old, new))
+
+
+def test_what_decides_the_bytes_is_what_the_tests_walk_over(interrupted: Path) -> None:
+    stored = json.loads((interrupted / "out.partial" / "analysis" / "analysis.json").read_text())
+    assert set(OTHERS) == set(svdllm.Recipe.model_fields)
+    assert set(stored) == {f"recipe: {name}" for name in OTHERS} | set(BESIDE_THE_RECIPE)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_unfinished_run_does_not_go_on_with_any_other_setting(name: str, interrupted: Path) -> None:
+    text = {"ids": "python-docs"} if name == "calibration" else {}  # given tokens stand in for that of the recipe
+    refused(interrupted, f"recipe: {name}", recipe=small_recipe(**OTHERS[name]), **text)
+
+
+@pytest.mark.parametrize("name", BESIDE_THE_RECIPE)
+def test_an_unfinished_run_does_not_go_on_with_anything_else_at_its_place(
+    name: str, interrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(interrupted, tmp_path / "copy")
+    made = BESIDE_THE_RECIPE[name](tmp_path / "copy" / "dense", monkeypatch)
+    refused(tmp_path / "copy", name, ids=made if isinstance(made, torch.Tensor) else None)
+
+
+def refused(folder: Path, name: str, **changed: Any) -> None:
+    with pytest.raises((InputError, KeyboardInterrupt)) as caught:  # the second would end the session
+        run(folder / "dense", folder / "out", reporter=Interrupting(), **changed)
+    assert re.search(rf"had other settings: (.*; )?{name} was .*, is now", str(caught.value))
 
 
 def test_killed_after_the_result_had_its_name(tmp_path: Path) -> None:

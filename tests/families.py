@@ -88,11 +88,19 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "olmo2": _GQA,
     "hunyuan_v1_dense": {**_GQA, "head_dim": 8},
 }
+# Families that are initialised or named in ways of their own: a buffer in no file that the body's initialisation sets, an
+# initialisation that asks for the weight of a linear, a causal LM whose body is not called by the prefix of its class.
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "falcon_h1": {**_GQA, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+    | {"ssm_multipliers": [0.5, 2.0, 0.25, 3.0, 1.5]},
+    "nanochat": _GQA,
+    "llama4_text": {**_GQA, "head_dim": 8, "intermediate_size_mlp": 48, "moe_layers": []},
+}
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """A config of ``family`` with two layers of width 32 and 128 tokens."""
-    return CONFIG_MAPPING[family](**{**(FAMILIES | ATTENTIONS)[family], **overrides})
+    return CONFIG_MAPPING[family](**{**(FAMILIES | ATTENTIONS | UNUSUAL)[family], **overrides})
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:

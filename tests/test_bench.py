@@ -20,6 +20,7 @@ from svdllm.bench.measure import measure_cell, order_of_turns
 from svdllm.bench.memory import cache_bytes, measure_memory
 from svdllm.bench.records import CellRecord, PhaseRecord
 from svdllm.bench.steps import decode, prefill
+from svdllm.cache_names import cache_of
 from svdllm.cli import main
 from svdllm.errors import InputError, ResourceError, UnsupportedModelError
 from svdllm.memory import parameter_bytes
@@ -148,7 +149,7 @@ def test_prompt_and_steps_fill_the_cache_of_one_pass() -> None:
     model, ids = tiny_model("llama"), tiny_tokens(2, 12)
     cache = decode(model, prefill(model, ids[:, :7]), ids[:, 7:])
     with torch.no_grad():
-        whole = model(input_ids=ids, use_cache=True).past_key_values
+        whole = cache_of(model(input_ids=ids, use_cache=True))
     for stepped, once in zip(cache.layers, whole.layers, strict=True):
         torch.testing.assert_close(stepped.keys, once.keys, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(stepped.values, once.values, atol=1e-5, rtol=1e-5)

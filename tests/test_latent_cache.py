@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from families import ATTENTIONS, low_rank_model, tiny_model, tiny_tokens
 from svdllm import InputError, UnsupportedModelError, fuse_factors
+from svdllm.cache_names import CACHE_NAMES, cache_name, cache_of
 from svdllm.inference import prepare
 from svdllm.latent_cache import cache_bytes, cache_size, use_latent_cache, use_ordinary_cache
 from svdllm.progress import Reporter
@@ -44,7 +48,7 @@ def in_parts(model: Any, ids: Tensor, lengths: list[int], cache: Any = None) -> 
     """Logits of all ``ids``, of which ``lengths`` are given at a time."""
     cache, logits = DynamicCache(config=model.config) if cache is None else cache, []
     for part in ids.split(lengths, dim=1):
-        logits.append(model(input_ids=part, past_key_values=cache).logits)
+        logits.append(model(input_ids=part, **{cache_name(model): cache}).logits)
     return torch.cat(logits, dim=1)
 
 
@@ -87,7 +91,7 @@ def test_generates_the_same(family: str, way: str) -> None:
     ordinary, latent = generated(random_model(family), **WAYS[way]), generated(latent_model(family), **WAYS[way])
     assert torch.equal(latent.sequences, ordinary.sequences)
     assert_same(latent.logits, ordinary.logits)
-    assert cache_bytes(latent.past_key_values) < cache_bytes(ordinary.past_key_values)
+    assert cache_bytes(cache_of(latent)) < cache_bytes(cache_of(ordinary))
 
 
 @torch.no_grad()
@@ -171,7 +175,7 @@ def operations_of_a_step(model: Any, past: int) -> int:
     cache = DynamicCache()
     in_parts(model, tiny_tokens(1, past), [past], cache)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(input_ids=tiny_tokens(1, 1), past_key_values=cache)
+        model(input_ids=tiny_tokens(1, 1), **{cache_name(model): cache})
     return counter.get_total_flops()
 
 
@@ -187,6 +191,7 @@ def test_operations_of_a_step(family: str, per_slot: int) -> None:
     ranks = model.config.svdllm["ranks"]
     kept = [rank for name, rank in ranks.items() if name.endswith(("k_proj", "v_proj"))]
     assert sorted(kept) == sorted([5, 6, 5, 6] if family == "opt" else [6, 7, 7, 5])
+    operations_of_a_step(model, 30)  # makes the angles of all these slots
     assert operations_of_a_step(model, 21) - operations_of_a_step(model, 20) == 2 * per_slot
 
 
@@ -268,9 +273,63 @@ def test_angles_that_change_with_the_length_are_refused() -> None:
         use_latent_cache(random_model("llama", rope_parameters=rope))
 
 
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_layers_that_call_their_cache_otherwise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers' argument has the name of another version of transformers than the model's."""
+    forward, installed = LlamaAttention.forward, cache_name(LlamaAttention)
+
+    def called(self: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
+        return forward(self, hidden_states, **{installed if key == name else key: kwargs[key] for key in kwargs})
+
+    def rename(layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {name if key == installed else key: value for key, value in kwargs.items()}
+
+    ordinary, model = random_model("llama"), random_model("llama")
+    signature = inspect.signature(forward)
+    parameters = [p.replace(name=name if p.name == installed else p.name) for p in signature.parameters.values()]
+    called.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    expected = in_parts(ordinary, tiny_tokens(), [5, 1, 6])
+    monkeypatch.setattr(LlamaAttention, "forward", called)
+    for module in model.modules():
+        if isinstance(module, LlamaAttention):
+            module.register_forward_pre_hook(rename, with_kwargs=True)
+    assert use_latent_cache(model) == 2
+    assert_same(in_parts(model, tiny_tokens(), [5, 1, 6]), expected)
+
+
+def test_layers_without_a_cache_of_a_known_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svdllm.cache_names.CACHE_NAMES", ("another_name",))
+    monkeypatch.setattr("svdllm.latent_cache.CACHE_NAMES", ("another_name", "a_third"))
+    with pytest.raises(
+        UnsupportedModelError, match="hand its keys and values to a cache that it takes as another_name or a_third"
+    ):
+        latent_model()
+
+
 def test_training_mode_is_refused() -> None:
     with pytest.raises(InputError, match="training mode"):
         use_latent_cache(random_model("llama").train())
+
+
+def with_updates_by(update: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of Llama's attention, which hands what it makes to ``update``, with the cache before it."""
+    forward, name = LlamaAttention.forward, cache_name(LlamaAttention)
+
+    class Between:
+        def __init__(self, cache: Any):
+            self.cache = cache
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.cache, name)
+
+        def update(self, *args: Any, **kwargs: Any) -> Any:
+            return update(self.cache, *args, **kwargs)
+
+    @functools.wraps(forward)
+    def replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **{**kwargs, name: Between(kwargs[name])})
+
+    return replaced
 
 
 @pytest.mark.parametrize(
@@ -280,16 +339,10 @@ def test_training_mode_is_refused() -> None:
 def test_unknown_ways_to_make_keys_and_values_are_refused(
     factors: tuple[float, float], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = LlamaAttention.forward
+    def scaling(cache: Any, keys: Tensor, values: Tensor, *rest: Any, **settings: Any) -> Any:
+        return cache.update(factors[0] * keys, factors[1] * values, *rest, **settings)
 
-    def scaled(self: Any, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        class Scaling:
-            def update(self, keys: Tensor, values: Tensor, *rest: Any) -> Any:
-                return past_key_values.update(factors[0] * keys, factors[1] * values, *rest)
-
-        return forward(self, hidden_states, *args, past_key_values=Scaling(), **kwargs)
-
-    monkeypatch.setattr(LlamaAttention, "forward", scaled)
+    monkeypatch.setattr(LlamaAttention, "forward", with_updates_by(scaling))
     model = random_model("llama")
     classes = [type(module) for module in model.modules()]
     with pytest.raises(UnsupportedModelError, match=why):
@@ -299,21 +352,13 @@ def test_unknown_ways_to_make_keys_and_values_are_refused(
 
 def test_other_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Something after the cache that nobody knows: the model is as it was."""
-    forward = LlamaAttention.forward
 
-    def scaled(self: Any, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        class Scaling:
-            def __getattr__(self, name: str) -> Any:
-                return getattr(past_key_values, name)
-
-            def update(self, *given: Any) -> Any:
-                keys, values = past_key_values.update(*given)
-                return 1.5 * keys, values
-
-        return forward(self, hidden_states, *args, past_key_values=Scaling(), **kwargs)
+    def scaling(cache: Any, *given: Any, **settings: Any) -> Any:
+        keys, values = cache.update(*given, **settings)
+        return 1.5 * keys, values
 
     model = random_model("llama")
-    monkeypatch.setattr(LlamaAttention, "forward", scaled)
+    monkeypatch.setattr(LlamaAttention, "forward", with_updates_by(scaling))
     expected = in_parts(model, tiny_tokens(), [5, 1, 6])
     with pytest.raises(UnsupportedModelError, match=r"logits differ by .* of their size"):
         use_latent_cache(model)

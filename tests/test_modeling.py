@@ -27,7 +27,7 @@ from transformers import (
     pipeline,
 )
 
-from families import FAMILIES, dense_weight, linear_targets, tiny_config, tiny_model, tiny_tokens
+from families import FAMILIES, UNUSUAL, dense_weight, linear_targets, tiny_config, tiny_model, tiny_tokens
 from svdllm.errors import UnsupportedModelError
 from svdllm.modeling import (
     LowRankLinear,
@@ -82,6 +82,14 @@ def saved(tmp_path: Path, family: str = "llama", names: list[str] | None = None,
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     return model(tiny_tokens()).logits
+
+
+@pytest.fixture
+def memory_of_nan():
+    """What nobody has written is NaN, and not by chance what lay there."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def assert_same_folder(a: Path, b: Path) -> None:
@@ -161,6 +169,22 @@ def test_family_round_trip(family: str, tmp_path: Path):
 
     loaded.save_pretrained(tmp_path / "b")
     assert_same_folder(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("family", UNUSUAL)
+def test_unusual_families_are_factored_and_loaded_whole(family: str, tmp_path: Path, memory_of_nan: None):
+    dense = tiny_model(family)
+    assert not torch.isnan(logits(dense)).any()
+    model = factorise(dense)
+    factored = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
+    assert factored == list(linear_targets(dense))
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-5, atol=1e-5)
+
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+    bare = AutoModel.from_pretrained(tmp_path)
+    body = model.model(tiny_tokens()).last_hidden_state
+    assert torch.equal(bare(tiny_tokens()).last_hidden_state, body)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])

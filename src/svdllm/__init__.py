@@ -30,10 +30,12 @@ from svdllm.recover import Recovery, RecoveryResult, recover
 from svdllm.side_by_side import evaluate_tasks
 from svdllm.slicing import slice_checkpoint
 from svdllm.tasks import TaskResults
+from svdllm.tested_versions import warn_if_untested
 from svdllm.unused_tensors import UnusedTensors, UnusedTensorsWarning
 from svdllm.verify import verify
 from svdllm.version import __version__
 
+warn_if_untested()
 register_all()
 
 __all__ = [

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from svdllm.cache_names import cache_name, cache_of
 from svdllm.checkpoint import load_model
 from svdllm.companions import copy_companion_files
 from svdllm.data.specs import require_extra
@@ -64,7 +65,7 @@ def export_graph(folder: str | Path, output_dir: str | Path, format: str) -> tup
             graph.config = dense_config(config) if getattr(config, "svdllm", None) else config
             graph.save_pretrained(partial)
             copy_companion_files(folder, partial)
-            difference = _difference(model, _opened(partial), cached=past is not None)
+            difference = _difference(model, _opened(partial, format), cached=past is not None)
         if not difference <= TOLERANCE:
             raise NumericalError(
                 f"The {format} graph of {folder} differs from the model by {difference:.1e} of the largest logit (at most "
@@ -94,30 +95,32 @@ def _traced(model: PreTrainedModel, past: DynamicCache | None, format: str) -> A
     }[format]
     ids = _token_ids(model, TRACED)
     try:
-        return exporter().export(model, _inputs(ids, past), config=settings)
+        return exporter().export(model, _inputs(model, ids, past), config=settings)
     except Exception as error:  # of torch, of either runtime, of transformers: of many kinds
         raise UnsupportedModelError(
             f"transformers' exporter cannot make an {format} graph of {type(model).__name__}: {first_line(error)}"
         ) from error
 
 
-def _opened(folder: Path) -> Any:
+def _opened(folder: Path, format: str) -> Any:
     from transformers.exporters.base import ExportedModel
 
-    return ExportedModel.from_pretrained(folder, device="cpu")
+    # OpenVINO computes in bfloat16 where the processor can, which differs far more than a float32 graph may.
+    settings: dict[str, Any] = {"config": {"INFERENCE_PRECISION_HINT": "f32"}} if format == "openvino" else {}
+    return ExportedModel.from_pretrained(folder, device="cpu", **settings)
 
 
-def _inputs(ids: Tensor, past: DynamicCache | None) -> dict[str, Any]:
+def _inputs(model: PreTrainedModel, ids: Tensor, past: DynamicCache | None) -> dict[str, Any]:
     if past is None:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     mask = ids.new_ones(ids.shape[0], past.get_seq_length() + ids.shape[1])
-    return {"input_ids": ids, "attention_mask": mask, "past_key_values": past, "use_cache": True}
+    return {"input_ids": ids, "attention_mask": mask, cache_name(model): past, "use_cache": True}
 
 
 def _past(model: PreTrainedModel, ids: Tensor) -> DynamicCache | None:
     """The cache after some tokens, or None if a layer forgets tokens: then its shape follows from more than its length."""
     with torch.no_grad():
-        past = model(input_ids=ids, use_cache=True).past_key_values
+        past = cache_of(model(input_ids=ids, use_cache=True))
     keeps_all = type(past) is DynamicCache and all(type(layer) is DynamicLayer for layer in past.layers)
     return past if keeps_all else None
 
@@ -136,8 +139,8 @@ def _difference(model: PreTrainedModel, graph: Any, *, cached: bool) -> float:
     past = None if past is None else _empty(past)
     found = []
     for piece in ids.split(PIECES if cached else CHECKED[1], dim=1):
-        output = graph(**_inputs(piece, past))
-        past = output.past_key_values if cached else None
+        output = graph(**_inputs(model, piece, past))
+        past = cache_of(output) if cached else None
         found.append(output.logits)
     return float((torch.cat(found, dim=1) - expected).abs().max() / expected.abs().max())
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from svdllm.cache_names import cache_name
 from svdllm.fuse import FusedLowRankLinear, is_plain
 from svdllm.latent_keys import KeyPath
 from svdllm.modeling import LowRankLinear
@@ -68,6 +69,7 @@ class LatentAttention:
         self.latent_values = latent_values
         self.joint = len(self.taps) == 2 and layer.k_proj.svd_v is layer.v_proj.svd_v
         self.config = layer.config
+        self.cache_name = cache_name(layer)
         self.cache: Any = None
         self.kept: tuple[Tensor, Tensor] | None = None
 
@@ -95,7 +97,7 @@ class LatentAttention:
         A rotation turns the scores by the distance of two positions alone, and tokens that see each other are as far
         apart in the cache as in the text.
         """
-        self.cache, self.kept = kwargs.get("past_key_values"), None
+        self.cache, self.kept = kwargs.get(self.cache_name), None
         if self.cache is None:
             for linear in self.taps:
                 linear.expect(keeps=False, gives_nothing=False)
@@ -108,7 +110,7 @@ class LatentAttention:
         for linear in self.taps:
             repeats = self.joint and linear is layer.v_proj
             linear.expect(keeps=not repeats, gives_nothing=not self.empty)
-        kwargs = {**kwargs, "past_key_values": self}
+        kwargs = {**kwargs, self.cache_name: self}
         if self.key_path is not None and self.key_path.positions is not None:
             kwargs["position_embeddings"] = self._turns_of_new(hidden_states)
         return args, kwargs

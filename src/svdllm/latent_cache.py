@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from svdllm.cache_names import CACHE_NAMES, cache_name, cache_of
 from svdllm.errors import InputError, UnsupportedModelError
 from svdllm.latent_attention import LatentAttention
 from svdllm.latent_keys import Positions, Seen, find_key_path, rotary_modules, watched
@@ -146,7 +147,7 @@ def _latent_attention(name: str, layer: Any, seen: Seen, positions: list[Positio
     if not (hasattr(module, "ALL_ATTENTION_FUNCTIONS") and hasattr(module, "eager_attention_forward")):
         raise refused("it does not call the attention functions of transformers")
     if seen.keys is None or seen.values is None:
-        raise refused("it does not hand its keys and values to `past_key_values`")
+        raise refused(f"it does not hand its keys and values to a cache that it takes as {' or '.join(CACHE_NAMES)}")
     joint = keys and _is_joint(layer)
     latent_values = joint or _is_narrow(layer.v_proj)
     if latent_values and not torch.equal(seen.values.transpose(1, 2).flatten(-2), seen.projected["v_proj"]):
@@ -166,11 +167,11 @@ def _trial(model: Any) -> Tensor:
     embeddings = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(embeddings.num_embeddings, (2, 7), generator=generator).to(embeddings.weight.device)
-    first = model(input_ids=ids[:, :5], use_cache=True)
-    logits, cache = [first.logits], first.past_key_values
+    outputs = [model(input_ids=ids[:, :5], use_cache=True)]
+    cache = {cache_name(model): cache_of(outputs[0])}
     for slot in (5, 6):
-        logits.append(model(input_ids=ids[:, slot : slot + 1], past_key_values=cache, use_cache=True).logits)
-    return torch.cat(logits, dim=1)
+        outputs.append(model(input_ids=ids[:, slot : slot + 1], **cache, use_cache=True))
+    return torch.cat([output.logits for output in outputs], dim=1)
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:

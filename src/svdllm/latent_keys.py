@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from svdllm.cache_names import cache_name
+
 
 class Step(Protocol):
     def __call__(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -113,10 +115,11 @@ class Seen:
         return self.cache.update(keys, values, *args, **kwargs)
 
     def enter(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if self.cache is not None or kwargs.get("past_key_values") is None:
+        name = cache_name(layer)
+        if self.cache is not None or kwargs.get(name) is None:
             return None
-        self.cache, self.position_embeddings = kwargs["past_key_values"], kwargs.get("position_embeddings")
-        return args, {**kwargs, "past_key_values": self}
+        self.cache, self.position_embeddings = kwargs[name], kwargs.get("position_embeddings")
+        return args, {**kwargs, name: self}
 
     def note(self, name: str, output: Tensor) -> None:
         self.projected.setdefault(name, output.clone())

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from svdllm.cache_names import cache_of
 from svdllm.errors import UnsupportedModelError
 from svdllm.structure import find_blocks, linear_shape, linears_of
 
@@ -125,8 +126,7 @@ def _weights(linears: list[nn.Module]) -> int:
 @torch.inference_mode()
 def _cached_layers(model: PreTrainedModel) -> tuple[CachedLayer, ...]:
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    cache = getattr(model(input_ids=token, use_cache=True), "past_key_values", None)
-    layers = getattr(cache, "layers", ())
+    layers = getattr(cache_of(model(input_ids=token, use_cache=True)), "layers", ())
     if not layers or any(getattr(layer, "keys", None) is None or layer.keys.ndim != 4 for layer in layers):
         raise UnsupportedModelError(
             f"{type(model).__name__} keeps no keys and values by layer, so its decoding cannot be measured and compared: "

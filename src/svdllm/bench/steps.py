@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from svdllm.bench.ideal import takes_logits_to_keep
+from svdllm.cache_names import cache_name, cache_of
 
 T = TypeVar("T")
 
@@ -23,15 +24,16 @@ def prefill(model: Any, ids_BT: Tensor, length: int | None = None) -> Any:
     """
     settings: dict[str, Any] = {"logits_to_keep": 1} if takes_logits_to_keep(type(model)) else {}
     if length is not None:
-        settings["past_key_values"] = StaticCache(config=model.config, max_cache_len=length)
-    return model(input_ids=ids_BT, use_cache=True, **settings).past_key_values
+        settings[cache_name(model)] = StaticCache(config=model.config, max_cache_len=length)
+    return cache_of(model(input_ids=ids_BT, use_cache=True, **settings))
 
 
 @torch.inference_mode()
 def decode(model: Any, cache: Any, ids_BG: Tensor) -> Any:
     """Runs ``G`` steps of one token each; the tokens are given, so that every model has the same."""
+    name = cache_name(model)
     for ids_B1 in ids_BG.split(1, dim=1):
-        cache = model(input_ids=ids_B1, past_key_values=cache, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=ids_B1, use_cache=True, **{name: cache}))
     return cache
 
 

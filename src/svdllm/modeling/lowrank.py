@@ -158,7 +158,7 @@ class LowRankMixin(_Model):
         super().__init__(config, *args, **kwargs)
         settings = getattr(config, "svdllm", None) or {}
         ranks, shared = settings.get("ranks", {}), settings.get("shared_factors", {})
-        if self.base_model is self:  # ranks are named as in the causal LM, whose base model this is
+        if _is_bare(self):  # ranks are named as in the causal LM, whose base model this is
             prefix = f"{self.base_model_prefix}."
             ranks = {name.removeprefix(prefix): rank for name, rank in ranks.items() if name.startswith(prefix)}
             shared = {name.removeprefix(prefix): first.removeprefix(prefix) for name, first in shared.items()}
@@ -173,6 +173,29 @@ class LowRankMixin(_Model):
         for name in [name for name in state if name.startswith(repeated)]:
             del state[name]
         return state
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: else transformers runs ``_init_weights`` for few modules, and buffers that no file has stay unset."""
+        return False
+
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        """As transformers does; a shared first factor is in the files under one of its names, and no other is missing."""
+        super().mark_tied_weights_as_initialized(loading_info)
+        repeated = repeated_factors(self)
+        loading_info.missing_keys = {key for key in loading_info.missing_keys if not key.startswith(repeated)}
+
+    def initialize_weights(self) -> None:
+        """As transformers does, but for loaded modules with factored linears.
+
+        ``_init_weights`` of some families asks such modules for the weights of their linears.
+        """
+        for module in self.modules():
+            own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            factored = any(isinstance(child, LowRankLinear) for child in module.children())
+            if factored and all(getattr(tensor, "_is_hf_initialized", False) for tensor in own):
+                module._is_hf_initialized = True  # type: ignore[assignment]
+        super().initialize_weights()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -250,6 +273,11 @@ class LowRankMixin(_Model):
         return model
 
 
+def _is_bare(model: Any) -> bool:
+    """Whether it has no head. A causal LM can be its own base model: one whose body is not called by the class's prefix."""
+    return model.base_model is model and model.get_output_embeddings() is None
+
+
 def repeated_factors(model: nn.Module, prefix: str = "") -> tuple[str, ...]:
     """How the names of weights begin that are those of another linear's first factor, and have their names there."""
     firsts: set[nn.Module] = set()
@@ -320,7 +348,7 @@ def unpacking_one_by_one() -> Iterator[None]:
 def _check_loading_info(model: Any, info: dict[str, Any], source: Any) -> None:
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     mismatched = sorted(str(key) for key in info["mismatched_keys"])
-    if model.base_model is model:  # the head of the causal LM has no place in the bare model
+    if _is_bare(model):  # the head of the causal LM has no place in the bare model
         prefix = f"{model.base_model_prefix}."
         unexpected = [key for key in unexpected if hasattr(model, key.removeprefix(prefix).partition(".")[0])]
     if getattr(model, "hf_quantizer", None) is not None:  # a quantiser keeps tensors of its own beside the weights

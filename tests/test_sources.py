@@ -264,13 +264,13 @@ def test_a_gguf_file_that_is_damaged(tmp_path: Path) -> None:
 
 
 def test_a_gguf_file_without_a_tokenizer(tmp_path: Path) -> None:
-    bare = write_gguf(tmp_path / "bare.gguf", tokenizer=None)
+    bare = write_gguf(tmp_path / "bare.gguf", tokenizer=False)
     for use in gguf_uses(tmp_path / "converted"):
         with pytest.raises(svdllm.InputError, match=r"bare\.gguf has no tokenizer in it"):
             use(bare)
-    unknown = write_gguf(tmp_path / "unknown.gguf", tokenizer="nobody's")
-    with pytest.raises(svdllm.InputError, match=r"The tokenizer in unknown\.gguf cannot be read"):
-        open_source(unknown, gguf_folder=tmp_path / "converted")
+    damaged = write_gguf(tmp_path / "damaged.gguf", merges=["a", "b"])
+    with pytest.raises(svdllm.InputError, match=r"The tokenizer in damaged\.gguf cannot be read"):
+        open_source(damaged, gguf_folder=tmp_path / "converted")
 
 
 def test_a_folder_of_gguf_files(tmp_path: Path) -> None:

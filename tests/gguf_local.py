@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def write_gguf(
     *,
     part: tuple[int, int] | None = None,
     more: dict[str, tuple[int, ...]] | None = None,
-    tokenizer: str | None = "gpt2",
+    tokenizer: bool = True,
+    merges: list[str] | None = None,
 ) -> Path:
     """A whole file, or ``part`` (of, from 0) of several; ``more`` are shapes of tensors that no Llama has."""
     model = tiny_model("llama", vocab_size=290, tie_word_embeddings=False)
@@ -48,13 +50,13 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
-    if tokenizer is not None:
-        vocabulary = byte_tokenizer(config.vocab_size).get_vocab()
-        tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-        writer.add_tokenizer_model(tokenizer)
+    if tokenizer:
+        parts = json.loads(byte_tokenizer(config.vocab_size).backend_tokenizer.to_str())["model"]
+        tokens = sorted(parts["vocab"], key=parts["vocab"].__getitem__)
+        writer.add_tokenizer_model("gpt2")
         writer.add_token_list(tokens + [f"<unused{n}>" for n in range(len(tokens), config.vocab_size)])
         writer.add_token_types([1] * config.vocab_size)
-        writer.add_token_merges(["t h"])
+        writer.add_token_merges(merges or [" ".join(pair) for pair in parts["merges"]])
     tensors = {_name(name): tensor for name, tensor in model.state_dict().items()}
     if part is not None:
         writer.add_uint16("split.no", part[0])

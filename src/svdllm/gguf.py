@@ -8,6 +8,7 @@ import shutil
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,52 +30,76 @@ MARKER = "gguf-source.json"
 _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 
 
-def gguf_config(path: Path) -> PreTrainedConfig:
-    """The config that the file describes.
+class GgufFile:
+    """A GGUF file, whose header is read once.
 
     Raises:
         InputError: the file is damaged, one of several parts, or without a tokenizer.
-        UnsupportedModelError: transformers knows no model for its architecture.
     """
-    reader = _read(path)
-    _require_whole(path, reader)
-    if not reader.fields.get("tokenizer.ggml.tokens"):
-        raise InputError(
-            f"{path.name} has no tokenizer in it (tokenizer.ggml.tokens). Convert the model again, with its own."
-        )
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    except Exception as error:  # of any kind, by what is missing or wrong in the file
-        if "architecture" in str(error) or "not supported" in str(error):
-            raise UnsupportedModelError(f"{path.name}: {error}") from error
-        raise InputError(f"{path.name} is not a readable GGUF file: {first_line(error)}") from error
-    config.architectures = config.architectures or [_causal_lm_name(config)]
-    config.dtype = torch.float32
-    config.name_or_path = path.stem
-    return config
+
+    def __init__(self, path: Path):
+        self.path, self._reader = path, _read(path)
+        _require_whole(path, self._reader)
+        if not self._reader.fields.get("tokenizer.ggml.tokens"):
+            raise InputError(
+                f"{path.name} has no tokenizer in it (tokenizer.ggml.tokens). Convert the model again, with its own."
+            )
+
+    def config(self) -> PreTrainedConfig:
+        """The config that the file describes.
+
+        Raises:
+            UnsupportedModelError: transformers knows no model for its architecture.
+        """
+        path = self.path
+        try:
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        except Exception as error:  # of any kind, by what is missing or wrong in the file
+            if "architecture" in str(error) or "not supported" in str(error):
+                raise UnsupportedModelError(f"{path.name}: {error}") from error
+            raise InputError(f"{path.name} is not a readable GGUF file: {first_line(error)}") from error
+        config.architectures = config.architectures or [_causal_lm_name(config)]
+        config.dtype = torch.float32
+        config.name_or_path = path.stem
+        return config
+
+    def unused(self, skeleton: PreTrainedModel) -> UnusedTensors | None:
+        """What transformers does not read of the tensors in the file; it passes over them without a word.
+
+        Raises:
+            UnsupportedModelError: the gguf package does not know the names of such a model's tensors.
+        """
+        from gguf import dequantize
+
+        kind = TENSOR_PROCESSORS.get(str(read_field(self._reader, "general.architecture")[0]), TensorProcessor)
+        processor = kind(config=skeleton.config.to_dict())
+        # Without its modules, of which each is searched for other names: seconds, and needed by few architectures.
+        alone = SimpleNamespace(config=skeleton.config, state_dict=skeleton.state_dict, named_children=list)
+        names = {tensor.name for tensor in self._reader.tensors}
+        try:
+            if names <= set(get_gguf_hf_weights_map(alone, processor)):  # type: ignore[arg-type]
+                return None
+            places = get_gguf_hf_weights_map(skeleton, processor)
+        except NotImplementedError as error:
+            raise UnsupportedModelError(f"{self.path.name}: {first_line(error)}") from error
+
+        def is_read(tensor: Any) -> bool:
+            if tensor.name in places:
+                return True
+            # Some architectures have tensors of a form of their own.
+            weights = dequantize(tensor.data, tensor.tensor_type)
+            parsed = {"tensors": {}}
+            name = processor.process(weights, tensor.name, tensor_key_mapping=places, parsed_parameters=parsed).name
+            return name is None or name in places
+
+        lost = [tensor.name for tensor in self._reader.tensors if not is_read(tensor)]
+        shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in self._reader.tensors}
+        return UnusedTensors.of(shapes, lost, set(shapes).difference(lost))
 
 
-def unused_in_gguf(path: Path, skeleton: PreTrainedModel) -> UnusedTensors | None:
-    """What transformers does not read of the tensors in the file; it passes over them without a word."""
-    from gguf import dequantize
-
-    reader = _read(path)
-    kind = TENSOR_PROCESSORS.get(str(read_field(reader, "general.architecture")[0]), TensorProcessor)
-    processor = kind(config=skeleton.config.to_dict())
-    places = _places(path, skeleton, processor)
-
-    def is_read(tensor: Any) -> bool:
-        if tensor.name in places:
-            return True
-        # Some architectures have tensors of a form of their own.
-        weights = dequantize(tensor.data, tensor.tensor_type)
-        parsed = {"tensors": {}}
-        name = processor.process(weights, tensor.name, tensor_key_mapping=places, parsed_parameters=parsed).name
-        return name is None or name in places
-
-    lost = [tensor.name for tensor in reader.tensors if not is_read(tensor)]
-    shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}
-    return UnusedTensors.of(shapes, lost, set(shapes).difference(lost))
+def gguf_config(path: Path) -> PreTrainedConfig:
+    """The config that a file describes. Raises as ``GgufFile`` and its ``config``."""
+    return GgufFile(path).config()
 
 
 def convert_gguf(path: Path, config: PreTrainedConfig, folder: Path) -> None:
@@ -135,14 +160,6 @@ def _require_whole(path: Path, reader: Any) -> None:
         f"files of one piece. Join them first, with llama.cpp: llama-gguf-split --merge {first}.gguf "
         f"{_PART.sub('', path.stem)}-whole.gguf"
     )
-
-
-def _places(path: Path, skeleton: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
-    """Name in the file -> name in the model, by transformers' rules."""
-    try:
-        return get_gguf_hf_weights_map(skeleton, processor)
-    except NotImplementedError as error:
-        raise UnsupportedModelError(f"{path.name}: {first_line(error)}") from error
 
 
 def _causal_lm_name(config: PreTrainedConfig) -> str:

@@ -313,11 +313,12 @@ def _open_gguf(path: Path, folder: Path | None) -> Source:
         import gguf  # noqa: F401
     except ImportError as error:
         raise InputError("Reading GGUF files needs the gguf package: pip install 'svdllm[gguf]'.") from error
-    from svdllm.gguf import convert_gguf, gguf_config, unused_in_gguf
+    from svdllm.gguf import GgufFile, convert_gguf
 
-    config = gguf_config(path)
+    file = GgufFile(path)
+    config = file.config()
     require_causal_lm(config, path.name)
-    unused = unused_in_gguf(path, build_skeleton(config))
+    unused = file.unused(build_skeleton(config))
     warn_of_unused(path.name, unused)
     weights = None
     if folder is not None:

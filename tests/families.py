@@ -96,11 +96,16 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "nanochat": _GQA,
     "llama4_text": {**_GQA, "head_dim": 8, "intermediate_size_mlp": 48, "moe_layers": []},
 }
+# Families that do something with the scores: cap them, or let them compete with a learnt one that no token gets.
+SCORES: dict[str, dict[str, Any]] = {
+    "gemma2": {**_GQA, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, "attn_logit_softcapping": 0.5},
+    "gpt_oss": {**_GQA, **_ROPE, "head_dim": 8, "sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+}
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """A config of ``family`` with two layers of width 32 and 128 tokens."""
-    return CONFIG_MAPPING[family](**{**(FAMILIES | ATTENTIONS | UNUSUAL)[family], **overrides})
+    return CONFIG_MAPPING[family](**{**(FAMILIES | ATTENTIONS | UNUSUAL | SCORES)[family], **overrides})
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:

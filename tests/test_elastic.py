@@ -260,6 +260,19 @@ def test_an_interrupted_slice_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_rank_more_than_is_held_is_one_too_many(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = json.loads((made / "config.json").read_text())["svdllm"]["ranks"]
+    first, rank = next(iter(ranks.items()))
+    for wanted in (rank + 1, rank):
+        allocation = Allocation(ranks | {first: wanted})
+        monkeypatch.setattr(sys.modules["svdllm.plan"], "choose_ranks", lambda *_, of=allocation: of)
+        if wanted == rank:
+            svdllm.slice_checkpoint(made, 0.31, tmp_path / "out")
+        else:
+            with pytest.raises(svdllm.InputError, match=rf"{first} is stored at rank {rank}, wanted {rank + 1}\. The"):
+                svdllm.slice_checkpoint(made, 0.31, tmp_path / "out")
+
+
 def test_ranks_that_are_not_stored_are_refused(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = json.loads((made / "config.json").read_text())["svdllm"]["ranks"]
     (first, rank), *_, (last, _) = ranks.items()

@@ -21,7 +21,7 @@ from svdllm.config import load_settings, make_recipe
 from svdllm.errors import InputError
 from svdllm.file_sizes import QuantizedFiles
 from svdllm.grid.variants import variants_of
-from svdllm.layout import empty_file_bytes, file_bytes, shard_names, share_of_files
+from svdllm.layout import SHARD_BYTES, Tensors, empty_file_bytes, file_bytes, shard_names, share_of_files
 from svdllm.plan import structure_for
 from svdllm.quantize import quantize
 from svdllm.source import build_skeleton, open_config
@@ -302,3 +302,15 @@ def test_sizes_that_cannot_be(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(dense).half().save_pretrained(tmp_path / "half")
     with pytest.raises(InputError, match="stored in float16; 4 bits can be made of bfloat16 and float32 only"):
         svdllm.plan(tmp_path / "half", small_recipe(target_size=150_000, factor_bits=4, round_to=16))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 20])
+@pytest.mark.parametrize("share", [0.34, 0.5, 0.51, 0.99])
+def test_shares_hold_the_headers_of_as_many_files_as_there_can_be(share: float, count: int) -> None:
+    """Tensors of a little more than half a file have one each, which is the worst that there is."""
+    tensors: Tensors = {f"linear{number}.weight": ((int(share * SHARD_BYTES),), torch.int8) for number in range(count)}
+    total = file_bytes(tensors)
+    files = len(shard_names(tensors))
+    assert files == -(-count // int(1 / share))
+    assert files <= empty_file_bytes(total) // empty_file_bytes(0)
+    assert share_of_files(tensors, total) + empty_file_bytes(total) >= total

@@ -306,6 +306,19 @@ def test_layers_without_a_cache_of_a_known_name_are_refused(monkeypatch: pytest.
         latent_model()
 
 
+@pytest.mark.parametrize(("family", "keys"), [("gemma2", True), ("gemma2", False), ("gpt_oss", False)])
+def test_scores_that_are_capped_or_compete_with_a_sink_are_left_to_the_familys_own_attention(
+    family: str, keys: bool
+) -> None:
+    """Gemma 2 caps scores, gpt-oss adds one that no token gets: a product with the latents would have neither."""
+    ids, lengths = tiny_tokens(2, 16), [7, 1, 1, 2, 4, 1]
+    settings = {"attn_implementation": "eager"}
+    model = random_model(family, **settings)
+    expected = in_parts(model, ids, lengths)
+    assert use_latent_cache(model, keys=keys) == 2
+    assert_same(in_parts(model, ids, lengths), expected)
+
+
 def test_training_mode_is_refused() -> None:
     with pytest.raises(InputError, match="training mode"):
         use_latent_cache(random_model("llama").train())

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from families import FAMILIES, tiny_model
-from runs import token_windows
+from runs import run as compress_tiny
+from runs import small_recipe, token_windows
 from svdllm import NumericalError, Recipe
 from svdllm.analysis import Analysis
 from svdllm.calibration import Calibration
@@ -42,7 +43,6 @@ def analysed(model: Any, folder: Path, ids: Tensor, **settings: Any) -> SimpleNa
         dtype=torch.float64,
         batch_tokens=2 * ids.shape[1],
     )
-    walk.kept_folder = folder
     walk.kept_folder = folder
     walk.kept_batches = -(-recipe.gradient_samples // 2)
     analysis = Analysis(folder, {})
@@ -128,6 +128,26 @@ def test_fisher_weights_are_those_of_the_whole_models_gradients(family: str, tmp
         fisher_O = fisher_O / fisher_O.mean()
         sigma = torch.linalg.svdvals(fisher_O.sqrt()[:, None] * weight_OI)
         torch.testing.assert_close(run.analysis.energies(target).double(), sigma**2, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("gradient_samples", "walked"), [(1, 2), (2, 2), (3, 4), (4, 4), (100, 5)])
+def test_a_run_follows_back_whole_batches_of_the_first_windows(gradient_samples: int, walked: int, tmp_path: Path):
+    """Five windows in batches of two: as many batches as hold the samples that are asked for. In a run as users make it."""
+    ids, model = token_windows(samples=5, seqlen=12), tiny_model("llama").double()
+    recipe = small_recipe(
+        metric="two-sided", gradient_samples=gradient_samples, gradient_shrinkage=0.3, input_only=(), dtype="float64",
+        seqlen=12, samples=5, batch_tokens=24,
+    )  # fmt: skip
+    result = compress_tiny(model, tmp_path / "out", ids=ids, recipe=recipe)
+    oracle = grams_by_autograd(model, [row.name for row in result.linears], ids, ids[:walked])
+    for row in result.linears:
+        c_II, g_OO = oracle[row.name]
+        metric_OO = 0.7 * g_OO / g_OO.diagonal().mean() + 0.3 * torch.eye(len(g_OO), dtype=torch.float64)
+        values, vectors = torch.linalg.eigh(c_II)
+        right_II = vectors * values.clamp_min(0).sqrt() @ vectors.T
+        weight_OI = model.get_submodule(row.name).weight.detach()
+        sigma = torch.linalg.svdvals(torch.linalg.cholesky(metric_OO).mT @ weight_OI @ right_II)
+        assert row.loss == pytest.approx(float(sigma[row.rank :].norm()), rel=1e-5), row.name
 
 
 def test_input_only_linears_keep_the_metric_of_their_inputs(tmp_path: Path):

@@ -24,7 +24,7 @@ from svdllm.stream import Walk
 from svdllm.structure import discover, weight_of
 from svdllm.weights import MemoryWeights
 
-ROUND_ROBIN = ("llama", "gpt2", "opt", "gemma3_text", "phi3", "gpt_neox")
+ROUND_ROBIN = ("llama", "gpt2", "opt", "gemma3_text", "gemma4_text", "phi3", "gpt_neox")
 
 
 def analysed(model: Any, folder: Path, ids: Tensor, **settings: Any) -> SimpleNamespace:

@@ -17,7 +17,7 @@ from families import tiny_model, tiny_tokens
 from runs import run, save_dense, small_recipe
 from svdllm import graphs
 from svdllm.cli import main
-from svdllm.errors import InputError, NumericalError
+from svdllm.errors import InputError, NumericalError, UnsupportedModelError
 
 GRAPHS = "transformers.exporters.runners"
 OLD = "transformers before 5.23 has no graphs that can be saved and run"
@@ -110,3 +110,18 @@ def test_what_is_missing_or_in_the_way_is_found_first(tmp_path: Path, monkeypatc
         InputError, match=r"--format openvino needs the package 'openvino': pip install 'svdllm\[openvino\]"
     ):
         graphs.export_graph(tmp_path / "dense", tmp_path / "out", "openvino")
+
+
+def test_biases_that_a_plain_model_has_no_place_for_are_not_dropped(tmp_path: Path) -> None:
+    """Llama has none, GPT-2 has one for every linear."""
+    ids = tiny_tokens()
+    run(tiny_model("llama"), tmp_path / "llama", recipe=small_recipe(bias_correction=True))
+    with pytest.raises(
+        UnsupportedModelError, match=r"LlamaForCausalLM has no place for 14 biases .* model\.layers\.0\.mlp\.down"
+    ):
+        svdllm.export_dense(tmp_path / "llama", tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+    run(tiny_model("gpt2"), tmp_path / "gpt2", recipe=small_recipe(bias_correction=True))
+    svdllm.export_dense(tmp_path / "gpt2", tmp_path / "dense")
+    found, wanted = (logits_of(tmp_path / name, ids) for name in ("dense", "gpt2"))
+    torch.testing.assert_close(found, wanted)

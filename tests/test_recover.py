@@ -25,6 +25,7 @@ from svdllm.data import evaluation_tokens
 from svdllm.modeling.lowrank import write_hashes
 from svdllm.progress import Reporter
 from svdllm.recover import make_recovery, sequential_lora
+from svdllm.recover.blockwise import train_blocks
 from svdllm.recover.distill import distillation_loss
 from svdllm.recover.settings import DEFAULTS
 
@@ -681,3 +682,29 @@ def test_defaults_are_those_that_help_tells(
     assert f"distill {distill['steps']}" in text
     assert lora["seqlen"] == distill["seqlen"]
     assert f"{lora['seqlen']}, blockwise {blockwise['seqlen']}" in text
+
+
+def test_blocks_that_share_keys_are_trained_on_those_of_their_own_model(
+    text: Path, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The errors that are reported, against whole models before and after."""
+    walks: list[Any] = []
+    module = sys.modules["svdllm.recover.run"]
+    monkeypatch.setattr(module, "train_blocks", lambda *given: walks.extend(given) or train_blocks(*given))
+    dense = save_dense(tmp_path / "dense", "gemma4_text", tokenizer=tokenizer)
+    run(dense, tmp_path / "out")
+    settings = recovery(text, "blockwise", teacher=str(dense), samples=8, epochs=1)
+    result = recover(tmp_path / "out", tmp_path / "trained", settings)
+    wanted, found = (block_outputs(tmp_path / name, walks[0].ids) for name in ("dense", "trained"))
+    for (_, after), ours, theirs in zip(result.stages[0].losses, found, wanted, strict=True):
+        expected = ((ours - theirs).pow(2).sum(-1) / theirs.pow(2).sum(-1)).mean()
+        assert after == pytest.approx(float(expected), rel=1e-3)
+
+
+def block_outputs(folder: Path, ids: torch.Tensor) -> list[torch.Tensor]:
+    model, outputs = load_model(folder, dtype=torch.float32), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, args, output: outputs.append(output))
+    with torch.no_grad():
+        model(ids)
+    return outputs

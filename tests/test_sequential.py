@@ -13,7 +13,7 @@ from torch import Tensor
 from runs import run, save_dense, small_recipe, token_windows
 from svdllm import load_model
 from svdllm.linalg import anchored, corrected_bias, factorise, output_spectrum
-from svdllm.sequential import Products, relative_error
+from svdllm.sequential import Products, Sequential, relative_error
 
 
 def streams(seed: int = 0, features: int = 6, tokens: int = 40) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,3 +195,31 @@ def test_a_linear_that_stays_dense_is_fitted_too(family: str, tmp_path: Path, mo
     untouched = {"llama": "model.layers.0.self_attn.k_proj", "gpt2": None}[family]
     if untouched:  # its inputs are the dense model's
         assert torch.equal(before.get_submodule(untouched).weight, after.get_submodule(untouched).weight)
+
+
+def test_keys_that_layers_share_are_those_of_their_own_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The products of every group against whole models: the last two layers read keys and values of the first two."""
+    found: dict[str, Products] = {}
+    products_of = Sequential._products
+
+    def spy(self: Any, block: Any, leader: Any, replaced: Any) -> Any:
+        fitted, held_out = products_of(self, block, leader, replaced)
+        found[leader.name] = fitted.plus(held_out)
+        return fitted, held_out
+
+    monkeypatch.setattr(Sequential, "_products", spy)
+    dense = save_dense(tmp_path / "dense", "gemma4_text")
+    ids = token_windows(samples=8, seqlen=12)
+    recipe = small_recipe(calibration_mode="sequential", beta=1.0, dtype="float64", seqlen=12)
+    run(dense, tmp_path / "out", ids=ids, recipe=recipe)
+    before, after = (load_model(tmp_path / name, dtype=torch.float64).eval() for name in ("dense", "out"))
+    assert len(found) == 4 * 6  # a group that q alone makes counts as well as q, k and v
+    for name, sums in found.items():
+        dense_IT, compressed_IT = inputs_in(before, name, ids), inputs_in(after, name, ids)
+        expected = {
+            "dense_II": dense_IT @ dense_IT.T,
+            "compressed_II": compressed_IT @ compressed_IT.T,
+            "cross_II": dense_IT @ compressed_IT.T,
+        }
+        for product, wanted_II in expected.items():
+            assert (getattr(sums, product) - wanted_II).norm() < 1e-4 * wanted_II.norm(), (name, product)

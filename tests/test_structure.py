@@ -49,6 +49,16 @@ GROUPS = {
         ["self_attention.dense"],
     ],
 }
+_GEMMA4 = [
+    ["mlp.down_proj"],
+    ["mlp.gate_proj", "mlp.up_proj"],
+    ["per_layer_input_gate"],
+    ["per_layer_projection"],
+    ["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"],
+    ["self_attn.o_proj"],
+]
+_QUERIES_ONLY = [[name for name in group if not name.endswith(("k_proj", "v_proj"))] for group in _GEMMA4]
+GROUPS_BY_BLOCK = {"gemma4_text": [_GEMMA4, _GEMMA4, sorted(_QUERIES_ONLY), sorted(_QUERIES_ONLY)]}
 BLOCKS = {
     "gpt2": "transformer.h",
     "gpt_neox": "gpt_neox.layers",
@@ -62,8 +72,9 @@ def test_blocks_linears_and_groups(family: str):
     skeleton = skeleton_of(family)
     structure = discover(skeleton)
     stack = BLOCKS.get(family, "model.layers")
-    assert structure.blocks == (f"{stack}.0", f"{stack}.1")
-    assert groups_of(structure, 0) == groups_of(structure, 1) == GROUPS[family]
+    groups = GROUPS_BY_BLOCK.get(family) or [GROUPS[family]] * 2
+    assert structure.blocks == tuple(f"{stack}.{index}" for index in range(len(groups)))
+    assert [groups_of(structure, index) for index in range(len(groups))] == groups
     assert structure.ignored == ()
     linears = linear_targets(skeleton)
     assert [target.name for target in structure.targets] == list(linears)

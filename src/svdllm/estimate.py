@@ -57,7 +57,8 @@ class Needs:
         self.gradient_tokens = min(recipe.gradient_samples, recipe.samples) * recipe.seqlen if self.gradients else 0
         self.sequential_tokens = min(recipe.sequential_samples, recipe.samples) * recipe.seqlen * self.sequential
         carried = max(self.tokens, 2 * self.sequential_tokens) if self.runs_tokens else 0
-        self.hidden_states = carried * self.hidden_size * dtype.itemsize
+        self.stream_size = self.hidden_size + structure.shared_features  # of one token, between two blocks
+        self.hidden_states = carried * self.stream_size * dtype.itemsize
         self.probes = {name: len(ranks) for name, ranks in probe_ranks(recipe, structure).items()}
         self.probe_tokens = probe_tokens(recipe, structure, skeleton) if recipe.needs_probes else 0
         self.hidden_states_on_disk = spill_hidden_states(self.hidden_states, hidden_states_limit)
@@ -187,7 +188,7 @@ class Needs:
 
     def _streams(self) -> int:
         """Hidden states of every probe."""
-        return (sum(self.probes.values()) + 1) * self.probe_tokens * self.hidden_size * self.dtype.itemsize
+        return (sum(self.probes.values()) + 1) * self.probe_tokens * self.stream_size * self.dtype.itemsize
 
     def _sequential_needs(self) -> int:
         widest = max(target.in_features for target in self.structure.targets)

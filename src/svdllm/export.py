@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from svdllm.checkpoint import write_shards
-from svdllm.errors import CheckpointError, InputError
+from svdllm.errors import CheckpointError, InputError, UnsupportedModelError
 from svdllm.layout import Tensors, tensor_bytes
 from svdllm.modeling import HASHES_FILE, compare_hashes
 from svdllm.modeling.factory import base_classes
@@ -24,6 +24,7 @@ def export_dense(folder: str | Path, output_dir: str | Path) -> None:
     Raises:
         InputError: ``folder`` is no checkpoint, or ``output_dir`` is not empty.
         CheckpointError: a file is truncated or altered.
+        UnsupportedModelError: the base family has no place for the biases of a bias correction.
         ResourceError: the disk does not suffice.
     """
     folder = Path(folder)
@@ -35,6 +36,7 @@ def export_dense(folder: str | Path, output_dir: str | Path) -> None:
         base = dense_config(config)
         ranks, shared = config.svdllm["ranks"], config.svdllm.get("shared_factors", {})
         dense = _Products(SafetensorsWeights(folder, build_skeleton(config)), build_skeleton(base), ranks, shared)
+        dense.require_places()
         output.require_disk(tensor_bytes(dense.tensors), "the weights need")
         write_shards(partial, dense, dense.tensors)
         base.save_pretrained(partial)
@@ -82,6 +84,16 @@ class _Products:
                 self.tensors[f"{owner}.weight"] = (shape, dtype)
             elif name.endswith(".svd_u.bias"):
                 self.tensors[f"{owner}.bias"] = (shape, dtype)
+
+    def require_places(self) -> None:
+        """Raises UnsupportedModelError if transformers would drop a tensor, because the base family has none of its name."""
+        dropped = sorted(self.tensors.keys() - self._skeleton.state_dict().keys())
+        if dropped:
+            raise UnsupportedModelError(
+                f"{type(self._skeleton).__name__} has no place for {len(dropped)} biases that --bias-correction added, such "
+                f"as {dropped[0]}: a plain model would compute without them. Use the checkpoint as it is, or compress "
+                "without --bias-correction."
+            )
 
     def get(self, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")

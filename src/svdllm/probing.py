@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from svdllm.allocation import Probes, candidate_ranks
@@ -26,6 +26,8 @@ from svdllm.errors import NumericalError
 from svdllm.linalg import Spectrum
 from svdllm.methods import METHODS
 from svdllm.progress import Reporter
+from svdllm.shared_state import State, moved
+from svdllm.stand_ins import Call
 from svdllm.statistics import Gram
 from svdllm.stream import Walk
 from svdllm.structure import Structure, Target, weight_of
@@ -109,22 +111,24 @@ def probe(walk: Walk, analysis: Analysis, ranks: Ranks, measure: Measure, report
         NumericalError: what was measured is not finite; names the linear.
     """
     assert len(walk.batches) == 1
-    streams: dict[tuple[str, int], Tensor] = {}
+    streams: dict[tuple[str, int], _Stream] = {}
     num_streams = sum(map(len, ranks.values()))
     with reporter.stage("probe", num_streams), torch.no_grad():
         for block in walk.blocks():
             call = walk.calls[0][block.index]
-            for key, hidden in streams.items():
-                streams[key] = call.run(block.module, hidden.to(walk.device)).cpu()
+            dense = _Stream(walk.hidden.tensor, walk.hidden.shared.before(0, block.index))
+            for key, stream in streams.items():
+                streams[key] = stream.through(call, block.module, walk.device)
             for target in walk.structure.block_targets(block.index):
                 weight_OI = weight_of(walk.skeleton, target)
                 products = _truncations(weight_OI, analysis.spectrum(target), ranks[target.name])
                 for rank, product_OI in products:
                     with _weight_replaced(walk.skeleton, target, product_OI):
-                        streams[target.name, rank] = call.run(block.module, walk.hidden.tensor.to(walk.device)).cpu()
+                        streams[target.name, rank] = dense.through(call, block.module, walk.device)
                 reporter.advance(len(streams), num_streams)
             block.run()
-        measured = dict(zip(streams, _measured(walk, list(streams.values()), measure), strict=True))
+        ends = [stream.hidden for stream in streams.values()]
+        measured = dict(zip(streams, _measured(walk, ends, measure), strict=True))
     for (name, rank), value in measured.items():
         if not isfinite(value):
             raise NumericalError(
@@ -132,6 +136,17 @@ def probe(walk: Walk, analysis: Analysis, ranks: Ranks, measure: Measure, report
                 "another --allocation."
             )
     return {name: {rank: measured[name, rank] for rank in ranks[name]} for name in ranks}
+
+
+class _Stream(NamedTuple):
+    """What goes from block to block in the dense model, or in one in which a linear is truncated."""
+
+    hidden: Tensor
+    shared: State
+
+    def through(self, call: Call, block: nn.Module, device: torch.device) -> _Stream:
+        hidden, written = call.run(block, self.hidden.to(device), self.shared)
+        return _Stream(hidden.cpu(), {**self.shared, **moved(written, Tensor.cpu)})
 
 
 def _truncations(weight_OI: Tensor, spectrum: Spectrum, ranks: Sequence[int]) -> Iterator[tuple[int, Tensor]]:

@@ -134,7 +134,8 @@ class Sequential:
             block.walk.skeleton.get_submodule(target.linears[0]).register_forward_pre_hook(note(target.name))
             for target in targets.values()
         ]
-        block.output_of(self.walk.hidden, 0)
+        with torch.no_grad():
+            block.run_on(self.walk.hidden, 0)
         for handle in handles:
             handle.remove()
         groups: dict[str, list[Target]] = {}
@@ -202,14 +203,15 @@ class Sequential:
         assert self.walk.compressed is not None
         replaced = {name: self._effective(tensors) for name, tensors in self.finals.read(block.index).items()}
         for number, batch in enumerate(self.walk.batches):
-            with self._weights(replaced):
-                output = block.output_of(self.walk.compressed, number)
+            with self._weights(replaced), torch.no_grad():
+                output, written = block.run_on(self.walk.compressed, number)
             if not bool(torch.isfinite(output).all()):
                 raise NumericalError(
                     f"The output of the compressed block {block.index} ({block.name}) has NaN or infinite values in "
                     f"batch {number}. If it computes in float16, try --dtype float32."
                 )
             self.walk.compressed.tensor[batch] = output.to("cpu", self.walk.dtype)
+            self.walk.compressed.share(number, block.index, written)
         block.run()
 
     @contextmanager

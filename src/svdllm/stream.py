@@ -7,6 +7,9 @@ tables and per-layer variants are thus right for any architecture without knowin
 
 The *reverse walk* goes from the last block to the first: each is loaded again, run with gradients on the input that the
 forward walk kept, and handed the gradient of its output; that yields the gradient of the block before.
+
+A *stream* is what is carried from block to block: hidden states, and the entries of the mappings that blocks write into
+for later ones (``shared_state``).
 """
 
 from __future__ import annotations
@@ -26,19 +29,24 @@ from transformers import PreTrainedModel
 from svdllm.disk import allocate
 from svdllm.errors import NumericalError, UnsupportedModelError
 from svdllm.resident import resident
-from svdllm.stand_ins import Call, Recorder, Replay
+from svdllm.shared_state import SharedStates, State, StateGradients, differentiable, moved
+from svdllm.stand_ins import Call, Ran, Recorder, Replay
 from svdllm.structure import Structure, replaced
 from svdllm.weights import Weights, save_tensors
 
 
 class HiddenStates:
-    """Hidden states (``... x windows x seqlen x hidden``), in RAM or in a memory-mapped file.
+    """Hidden states of a stream (``... x windows x seqlen x hidden``), in RAM or in a memory-mapped file.
+
+    ``shared`` has what its blocks wrote for later ones.
 
     Raises:
         OSError: the disk has no room for the file.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, file: Path | None = None):
+        self.shared = SharedStates()
+        self._parts: list[HiddenStates] = []
         self.file = file
         if file is None:
             self.tensor = torch.empty(shape, dtype=dtype)
@@ -47,7 +55,21 @@ class HiddenStates:
             allocate(file, prod(shape) * dtype.itemsize)
             self.tensor = torch.from_file(str(file), shared=True, size=prod(shape), dtype=dtype).view(shape)
 
+    def share(self, batch: int, block: int, entries: State) -> None:
+        """Keeps what a block wrote for later ones, where the hidden states are kept."""
+        self.shared.write(batch, block, moved(entries, self._kept))
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        if self.file is None:
+            return tensor.detach().cpu()
+        file = self.file.with_name(f"{self.file.name}-shared-{len(self._parts)}")
+        self._parts.append(HiddenStates(tuple(tensor.shape), tensor.dtype, file))
+        return self._parts[-1].tensor.copy_(tensor)
+
     def close(self) -> None:
+        self.shared = SharedStates()
+        for part in self._parts:
+            part.close()
         del self.tensor
         if self.file is not None:
             self.file.unlink(missing_ok=True)
@@ -78,6 +100,7 @@ class Walk:
     hidden: HiddenStates = field(init=False)
     compressed: HiddenStates | None = field(init=False, default=None)
     calls: list[list[Call]] = field(init=False)  # per batch, per block
+    state_gradients: StateGradients = field(init=False, default_factory=StateGradients)
 
     @property
     def batches(self) -> list[slice]:
@@ -173,7 +196,8 @@ class Walk:
 
     def _recorders(self) -> dict[str, Recorder]:
         blocks = zip(self.structure.blocks, self.structure.returns_tuple, strict=True)
-        return {name: Recorder(self.skeleton.get_submodule(name), returns_tuple) for name, returns_tuple in blocks}
+        shared = self.structure.shared_arguments
+        return {name: Recorder(self.skeleton.get_submodule(name), is_tuple, shared) for name, is_tuple in blocks}
 
     def _make_room(self, hidden_size: int) -> None:
         shape = (self.ids.shape[1], hidden_size)
@@ -222,8 +246,7 @@ class Block:
             save_tensors({"inputs": walk.hidden.tensor[: walk.kept_windows].contiguous()}, path)
         for number, batch in enumerate(walk.batches):
             with torch.no_grad():
-                hidden = walk.hidden.tensor[batch].to(walk.device)
-                output = walk.calls[number][self.index].run(self.module, hidden)
+                output, written = self.run_on(walk.hidden, number)
             if after_batch is not None:
                 after_batch()
             if not bool(torch.isfinite(output).all()):
@@ -232,6 +255,7 @@ class Block:
                     f"(windows {batch.start} to {batch.stop - 1}). If it computes in float16, try --dtype float32."
                 )
             walk.hidden.tensor[batch] = output.to("cpu", walk.dtype)
+            walk.hidden.share(number, self.index, written)
             if walk.on_batch is not None:
                 walk.on_batch(self.index, number + 1, len(walk.batches))
 
@@ -243,21 +267,25 @@ class Block:
 
         handle = module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.output_of(states, number)
+            with torch.no_grad():
+                self.run_on(states, number)
         except _Reached as reached:
             return reached.inputs
         finally:
             handle.remove()
         raise UnsupportedModelError(f"{self.name} ran without calling one of its linears, which it called before.")
 
-    def output_of(self, states: HiddenStates, number: int) -> Tensor:
-        """The block's output for a batch of a stream, whose states stay as they are."""
+    def run_on(self, states: HiddenStates, number: int) -> Ran:
+        """What the block makes of a batch of a stream, which stays as it is."""
         walk = self.walk
-        with torch.no_grad():
-            return walk.calls[number][self.index].run(self.module, states.tensor[walk.batches[number]].to(walk.device))
+        hidden = states.tensor[walk.batches[number]].to(walk.device)
+        return walk.calls[number][self.index].run(self.module, hidden, states.shared.before(number, self.index))
 
     def run_backward(self) -> None:
         """Runs every kept batch with gradients: the gradient of the outputs is replaced by that of the inputs.
+
+        Inputs are the hidden states and the shared state that the block finds, outputs the hidden states and what it
+        writes into the shared state.
 
         Raises:
             NumericalError: a gradient is NaN or infinite; names block and batch.
@@ -266,9 +294,13 @@ class Block:
         inputs = load_file(walk.kept_file(self.index))["inputs"]
         for number, batch in enumerate(walk.batches[: walk.kept_batches]):
             hidden = inputs[batch].to(walk.device, copy=True).requires_grad_()
+            found = differentiable(walk.hidden.shared.before(number, self.index), walk.device)
             with torch.enable_grad():
-                output = walk.calls[number][self.index].run(self.module, hidden)
-            output.backward(walk.hidden.tensor[batch].to(walk.device))
+                output, written = walk.calls[number][self.index].run(self.module, hidden, found)
+            pairs = [(output, walk.hidden.tensor[batch].to(walk.device))]
+            pairs += walk.state_gradients.of_written(number, written)
+            torch.autograd.backward([made for made, _ in pairs], [gradient for _, gradient in pairs])
+            walk.state_gradients.step_back(number, found, written)
             walk.hidden.tensor[batch] = walk._finite_gradient(
                 hidden, f"block {self.index} ({self.name}), batch {number}"
             )

@@ -19,6 +19,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from svdllm.errors import InputError, UnsupportedModelError
+from svdllm.shared_state import Argument, WrittenArguments
+
+OBSERVED_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,8 @@ class Structure:
     targets: tuple[Target, ...]  # not ignored, in the order of the model
     ignored: tuple[str, ...]  # linears inside the blocks that --ignore leaves alone
     returns_tuple: tuple[bool, ...]  # per block: whether the hidden states come first in a tuple
+    shared_arguments: tuple[Argument, ...] = ()  # mappings that blocks write into for later ones
+    shared_features: int = 0  # values that these hold for a token
 
     def block_targets(self, block: int) -> list[Target]:
         return [target for target in self.targets if target.block == block]
@@ -105,7 +110,8 @@ def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure
 
     Raises:
         UnsupportedModelError: there is no stack of blocks, or a block holds weights that are no linear's (a mixture
-            of experts with stacked expert tensors, say); lists the modules.
+            of experts with stacked expert tensors, say), or one changes an argument in a way that cannot be carried
+            from block to block; lists the modules.
         InputError: a pattern of ``ignore`` matches nothing, or everything.
     """
     blocks = find_blocks(skeleton)
@@ -117,7 +123,7 @@ def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure
     ]
     ignored = _ignored([name for name, _, _ in linears], ignore)
     kept = [linear for linear in linears if linear[0] not in ignored]
-    groups, returns_tuple = _observe(skeleton, blocks, [(name, module) for name, _, module in kept])
+    groups, probes, arguments = _observe(skeleton, blocks, [(name, module) for name, _, module in kept])
     unused = [name for name, _, _ in kept if name not in groups]
     if unused:
         raise UnsupportedModelError(
@@ -128,7 +134,9 @@ def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure
         blocks=tuple(blocks),
         targets=tuple(_as_target(name, index, module, groups[name]) for name, index, module in kept),
         ignored=tuple(ignored),
-        returns_tuple=tuple(returns_tuple),
+        returns_tuple=tuple(probe.returns_tuple for probe in probes),
+        shared_arguments=arguments.names,
+        shared_features=arguments.num_features,
     )
 
 
@@ -291,9 +299,9 @@ def to_device(tree: Any, device: torch.device | str) -> Any:
 class _MetaProbe(nn.Module):
     """Runs the real block on the meta device beside the pass and hands the hidden states on unchanged."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, name: str, block: nn.Module, arguments: WrittenArguments):
         super().__init__()
-        self.block = block
+        self.name, self.block, self.arguments = name, block, arguments
         self.returns_tuple = False
 
     def __getattr__(self, name: str) -> Any:
@@ -305,7 +313,11 @@ class _MetaProbe(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         buffers = {name: buffer.to("meta") for name, buffer in self.block.named_buffers()}
-        output = functional_call(self.block, buffers, to_device(args, "meta"), to_device(kwargs, "meta"))
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(self.block, buffers, args, kwargs)
+
+        output = self.arguments.watch(self.name, call, args, kwargs, lambda value: to_device(value, "meta"))
         self.returns_tuple = isinstance(output, tuple)
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden, *output[1:]) if self.returns_tuple else hidden
@@ -313,14 +325,15 @@ class _MetaProbe(nn.Module):
 
 def _observe(
     skeleton: PreTrainedModel, blocks: list[str], linears: list[tuple[str, nn.Module]]
-) -> tuple[dict[str, str], list[bool]]:
+) -> tuple[dict[str, str], list[_MetaProbe], WrittenArguments]:
     """One pass over eight tokens in which only the machinery around the blocks is real, and all of it zeros."""
-    probes = {name: _MetaProbe(skeleton.get_submodule(name)) for name in blocks}
+    arguments = WrittenArguments(type(skeleton).__name__, OBSERVED_TOKENS)
+    probes = {name: _MetaProbe(name, skeleton.get_submodule(name), arguments) for name in blocks}
     with replaced(skeleton, dict(probes)), _zeros_outside(skeleton, blocks), input_groups(linears) as (groups, _):
-        token_ids = torch.zeros(1, 8, dtype=torch.long)
+        token_ids = torch.zeros(1, OBSERVED_TOKENS, dtype=torch.long)
         with torch.no_grad():
             skeleton.base_model(input_ids=token_ids, use_cache=False)
-    return groups, [probe.returns_tuple for probe in probes.values()]
+    return groups, list(probes.values()), arguments
 
 
 @contextmanager

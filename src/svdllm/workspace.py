@@ -28,7 +28,7 @@ LAST = ("config.json", "svdllm")
 # Of a work folder: the result, and that it is complete and only has to get its name.
 FINISHED, COMPLETE = "finished", "complete"
 # Of a work folder: what no later run goes on with.
-SCRATCH = ("finished.writing", "hidden-states", "hidden-states-compressed", "inputs")
+SCRATCH = ("finished.writing", "hidden-states*", "inputs")
 
 
 @dataclass(frozen=True)
@@ -221,8 +221,8 @@ def start_over(work: Path) -> None:
 
 def remove_scratch(work: Path) -> None:
     """Removes what takes room in a work folder and is of no use to a later run."""
-    for name in SCRATCH:
-        if (path := work / name).is_dir():
+    for path in [path for pattern in SCRATCH for path in work.glob(pattern)]:
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ of each is in memory; finished blocks are files, so a killed run goes on with th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +45,7 @@ def train_blocks(dense: Walk, compressed: Walk, task: Task) -> list[BlockErrors]
         for ours, theirs in zip(compressed.blocks(), dense.blocks(), strict=True):
             theirs.run()
             file = task.folder / f"block-{ours.index:04d}.safetensors"
-            outputs = (ours.output_of(compressed.hidden, number).cpu() for number in range(len(compressed.batches)))
-            before = _mean_error(outputs, dense)
+            before = _mean_error(_outputs(ours), dense)
             if file.is_file():
                 stored = load_file(file)
                 for name, parameter in _parameters(ours).items():
@@ -78,10 +77,9 @@ def _train_block(block: Block, dense: Walk, settings: Recovery) -> None:
     generator = torch.Generator().manual_seed(settings.seed + block.index)
     for _ in range(epochs):
         for number in torch.randperm(len(batches), generator=generator).tolist():
-            inputs = walk.hidden.tensor[batches[number]].to(walk.device)
             wanted = dense.hidden.tensor[batches[number]].to(walk.device)
             with torch.enable_grad():
-                found = walk.calls[number][block.index].run(block.module, inputs)
+                found = block.run_on(walk.hidden, number).hidden
                 loss = _relative_errors(found, wanted).mean()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
@@ -95,6 +93,13 @@ def _train_block(block: Block, dense: Walk, settings: Recovery) -> None:
             schedule.step()
     for parameter in parameters:
         parameter.requires_grad_(False)
+
+
+@torch.no_grad()
+def _outputs(block: Block) -> Iterator[Tensor]:
+    """The block's outputs, batch by batch; the walk stays as it is."""
+    for number in range(len(block.walk.batches)):
+        yield block.run_on(block.walk.hidden, number).hidden.cpu()
 
 
 def _relative_errors(found: Tensor, wanted: Tensor) -> Tensor:

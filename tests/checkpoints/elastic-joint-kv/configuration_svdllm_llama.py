@@ -1,0 +1,153 @@
+"""The config half of a low-rank model: what ``config.json`` says beyond the base family's config.
+
+This file is copied into every checkpoint, so it imports nothing that is not on every machine with transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+from transformers import LlamaConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as _Config
+else:
+    _Config = object
+
+FORMAT_VERSION = 1
+
+
+def check_svdllm(settings: Any) -> dict[str, Any] | None:
+    """Return ``settings``, the ``svdllm`` entry of a config, if this code can read it.
+
+    Raises:
+        ValueError: the entry is no mapping, its format version is not the one known here, or a rank is not a
+            positive integer, or factors are shared that cannot be.
+    """
+    if settings is None:
+        return None
+    if not isinstance(settings, dict):
+        raise ValueError(f"config.svdllm: expected a mapping, found {type(settings).__name__}.")
+    version = settings.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"config.svdllm: this code reads checkpoint format {FORMAT_VERSION}, found format_version={version!r}. "
+            "Upgrade with `pip install -U svdllm`, or load with the version of svdllm that wrote the checkpoint."
+        )
+    ranks = settings.get("ranks")
+    if not isinstance(ranks, dict):
+        raise ValueError("config.svdllm.ranks: expected a mapping from module names to ranks.")
+    bad = {name: rank for name, rank in ranks.items() if not _is_positive_int(rank)}
+    if bad:
+        raise ValueError(f"config.svdllm.ranks: expected positive integers, found {bad}.")
+    shared = settings.get("shared_factors", {})
+    if not isinstance(shared, dict):
+        raise ValueError("config.svdllm.shared_factors: expected a mapping from module names to module names.")
+    for name, first in shared.items():
+        if name not in ranks or ranks.get(first) != ranks[name] or first in shared:
+            raise ValueError(
+                f"config.svdllm.shared_factors: {name} cannot have the first factor of {first}: expected two names of "
+                "config.svdllm.ranks with the same rank, the second with a first factor of its own."
+            )
+    return settings
+
+
+def _is_positive_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def low_rank_tp_plan(base_plan: dict[str, str], ranks: dict[str, int]) -> dict[str, str]:
+    """Rules of tensor parallelism for a model of which the modules in ``ranks`` are factored.
+
+    A column-parallel ``W = U V`` shards the rows of ``U`` and replicates ``V``; a row-parallel one shards the columns
+    of ``V``, so the all-reduce is of a rank-sized vector, and replicates ``U``. Readers that take the first rule that
+    matches a prefix (vLLM, SGLang) need the order: sharded factors, replicated factors, rules of the base family.
+    """
+    sharded, replicated = {}, {}
+    for rule, style in base_plan.items():
+        pattern = re.compile(r"(?:^|\.)" + r"\d+".join(map(re.escape, rule.split("*"))) + "$")
+        if not any(pattern.search(name) for name in ranks):
+            continue
+        for factor, factor_style in factor_styles(style).items():
+            rules = replicated if factor_style == "replicate" else sharded
+            rules[f"{rule}.{factor}"] = factor_style
+    return {**sharded, **replicated, **base_plan}
+
+
+def factor_styles(style: str) -> dict[str, str]:
+    """The styles of the two factors of a linear whose own style is ``style``; a style of neither kind goes to both."""
+    if "rowwise" in style:
+        return {"svd_v": style, "svd_u": "replicate"}
+    if "colwise" in style or style == "mla_kv_a_proj":
+        return {"svd_u": style, "svd_v": "replicate"}
+    return {"svd_u": style, "svd_v": style}
+
+
+def legacy_rope_fields(rope: dict[str, Any]) -> dict[str, Any]:
+    """The fields that readers older than ``rope_parameters`` take the same numbers from.
+
+    transformers 4 and mlx-lm read only these and fall back to ``rope_theta = 10000`` without a word.
+    """
+    full, sliding = rope.get("full_attention"), rope.get("sliding_attention")
+    if isinstance(full, dict) and isinstance(sliding, dict):
+        fields = {"rope_theta": full.get("rope_theta"), "rope_local_base_freq": sliding.get("rope_theta")}
+    else:
+        fields = {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+        if rope.get("rope_type", "default") != "default":
+            fields["rope_scaling"] = {key: value for key, value in rope.items() if key not in fields}
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+class LowRankConfigMixin(_Config):
+    """Adds the ``svdllm`` entry to the config class of a family: ``class C(LowRankConfigMixin, LlamaConfig)``.
+
+    ``svdllm`` holds ``format_version``, ``base_model_type``, ``ranks`` (names as in the causal LM's ``named_modules``),
+    ``shared_factors`` where linears have the first factor of others, and whatever else the writer recorded; it is checked when a config is built and kept as it is.
+    """
+
+    svdllm: dict[str, Any] | None = None  # a plain attribute: this class is no dataclass
+
+    def __post_init__(self, svdllm: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.svdllm = check_svdllm(svdllm)
+        if plan := self.base_model_tp_plan:
+            plan = low_rank_tp_plan(plan, self.svdllm_ranks)
+            self.base_model_tp_plan = plan  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def svdllm_ranks(self) -> dict[str, int]:
+        return (self.svdllm or {}).get("ranks", {})
+
+    @staticmethod
+    def factor_styles(style: str) -> dict[str, str]:
+        """See the function of this name; here for the models, whose file does not import this one."""
+        return factor_styles(style)
+
+    @classmethod
+    def code_modules(cls) -> tuple[str, str]:
+        """Names, without ``.py``, of the two code files of a checkpoint: of the config and of the models."""
+        stem = re.sub(r"\W", "_", cls.model_type)
+        return f"configuration_{stem}", f"modeling_{stem}"
+
+    @classmethod
+    def full_auto_map(cls) -> dict[str, str]:
+        """All three auto classes: serving engines need ``AutoModel``, and transformers names only what it saves."""
+        configuration, modeling = cls.code_modules()
+        stem = cls.__name__.removesuffix("Config")
+        return {
+            "AutoConfig": f"{configuration}.{stem}Config",
+            "AutoModel": f"{modeling}.{stem}Model",
+            "AutoModelForCausalLM": f"{modeling}.{stem}ForCausalLM",
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output.pop("base_model_tp_plan", None)  # follows from the ranks
+        output["auto_map"] = self.full_auto_map()
+        if isinstance(rope := output.get("rope_parameters"), dict):
+            output.update(legacy_rope_fields(rope))
+        return output
+
+
+class SvdllmLlamaConfig(LowRankConfigMixin, LlamaConfig):
+    model_type = "svdllm_llama"

@@ -1,0 +1,457 @@
+"""The model half of a low-rank model: factored linears, and how models made of them are built, loaded and saved.
+
+This file is copied into every checkpoint, so it imports nothing that is not on every machine with transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import json
+import os
+import re
+import struct
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers import LlamaForCausalLM
+from transformers import LlamaModel
+from .configuration_svdllm_llama import SvdllmLlamaConfig
+
+if TYPE_CHECKING:
+    _Model = PreTrainedModel
+else:
+    _Model = object
+
+HASHES_FILE = "svdllm/hashes.json"
+# The report holds times, and a model card is there to be edited.
+UNHASHED_FILES = (HASHES_FILE, "svdllm/report.json", "README.md")
+WEIGHT_INDEX_FILE = "model.safetensors.index.json"
+
+
+class LowRankLinear(nn.Module):
+    """``y = U (V x) + b``: a linear of rank ``rank`` as two plain linears, ``svd_v`` and then ``svd_u``.
+
+    It has no ``weight``, so code that wants the dense matrix fails loudly instead of multiplying it out.
+
+    Shapes: ``svd_v.weight`` is ``(rank, in_features)``, ``svd_u.weight`` ``(out_features, rank)``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.svd_v = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.svd_u = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.svd_u(self.svd_v(x))
+
+
+def swap_linears(model: nn.Module, ranks: Mapping[str, int], add_biases: bool = False) -> None:
+    """Replace the named linears (``nn.Linear``, its subclasses, ``Conv1D``) by uninitialised low-rank ones, in place.
+
+    Device and dtype are those of the linear replaced; it has a bias if that has one, or with ``add_biases``. Raises ``ValueError`` naming every
+    name that is no linear of the model, before anything is replaced.
+    """
+    modules = dict(model.named_modules())
+    missing = [name for name in ranks if name not in modules]
+    other = [
+        f"{name} ({type(modules[name]).__name__})" for name in ranks if name in modules and not _shape(modules[name])
+    ]
+    if missing or other:
+        raise ValueError(
+            f"Cannot factor {len(missing) + len(other)} of {len(ranks)} modules of {type(model).__name__}: "
+            f"not in the model: {_some(missing)}; not a linear: {_some(other)}. "
+            "Names are those of the causal LM's named_modules()."
+        )
+    parents: dict[str, None] = {}
+    for name, rank in ranks.items():
+        parent_name, _, child_name = name.rpartition(".")
+        setattr(modules[parent_name], child_name, _low_rank_like(modules[name], rank, add_biases))
+        parents[parent_name] = None
+    for parent_name in filter(None, parents):  # the root keeps its class: it is the one that is saved by name
+        _mark_factored(modules[parent_name])
+
+
+def share_first_factors(model: nn.Module, shared: Mapping[str, str]) -> None:
+    """Let low-rank linears have the first factor of others: linear -> that other. Both have one ``svd_v`` then."""
+    for name, first in shared.items():
+        linear, other = model.get_submodule(name), model.get_submodule(first)
+        linear.svd_v = other.svd_v
+
+
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    """``(in_features, out_features)`` of a linear, or None for any other module."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return None
+
+
+def _low_rank_like(linear: nn.Module, rank: int, add_bias: bool) -> LowRankLinear:
+    shape, weight = _shape(linear), linear.weight
+    assert shape is not None
+    assert isinstance(weight, Tensor)
+    device, dtype = weight.device, weight.dtype
+    factored = LowRankLinear(*shape, rank, add_bias or linear.bias is not None, device=device, dtype=dtype)
+    return factored.train(linear.training).requires_grad_(weight.requires_grad)
+
+
+def _mark_factored(module: nn.Module) -> None:
+    """Give ``module`` a class of its own for the children that are factored in it.
+
+    vLLM decides once per class how a module's projections are fused; a class of which one instance is dense and
+    another one is factored breaks it.
+    """
+    children = tuple(sorted(name for name, child in module.named_children() if isinstance(child, LowRankLinear)))
+    module.__class__ = _factored_class(getattr(type(module), "_svdllm_dense_class", type(module)), children)
+
+
+@functools.cache
+def _factored_class(dense_class: type[nn.Module], children: tuple[str, ...]) -> type[nn.Module]:
+    def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:  # pickle finds no class of this name
+        return _new_factored, (dense_class, children), self.__dict__
+
+    # The name stays: `_no_split_modules` and output recorders look modules up by the name of their class.
+    members = {
+        "__module__": dense_class.__module__,
+        "__qualname__": dense_class.__qualname__,
+        "__doc__": dense_class.__doc__,
+        "__reduce_ex__": reduce_ex,
+        "_svdllm_dense_class": dense_class,
+        "_svdllm_factored": children,
+    }
+    return types.new_class(dense_class.__name__, (dense_class,), exec_body=lambda namespace: namespace.update(members))
+
+
+def _new_factored(dense_class: type[nn.Module], children: tuple[str, ...]) -> nn.Module:
+    cls = _factored_class(dense_class, children)
+    return cls.__new__(cls)
+
+
+class LowRankMixin(_Model):
+    """Makes a model class of transformers low-rank: ``class M(LowRankMixin, LlamaForCausalLM)``.
+
+    The model is built as the base class builds it and its linears are swapped by ``config.svdllm["ranks"]``. Loading
+    checks the files and that every weight came from them; saving writes a complete folder, code included.
+    """
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        settings = getattr(config, "svdllm", None) or {}
+        ranks, shared = settings.get("ranks", {}), settings.get("shared_factors", {})
+        if self.base_model is self:  # ranks are named as in the causal LM, whose base model this is
+            prefix = f"{self.base_model_prefix}."
+            ranks = {name.removeprefix(prefix): rank for name, rank in ranks.items() if name.startswith(prefix)}
+            shared = {name.removeprefix(prefix): first.removeprefix(prefix) for name, first in shared.items()}
+        swap_linears(self, ranks, settings.get("bias_correction", False))
+        share_first_factors(self, shared)
+        self.register_load_state_dict_post_hook(_expect_once)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As torch does, with a shared first factor once, under the name of the linear that it is of."""
+        state = super().state_dict(*args, **kwargs)
+        start = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        repeated = tuple(f"{start}{name}." for name in repeated_factors(self))
+        for name in [name for name in state if repeated and name.startswith(repeated)]:
+            del state[name]
+        return state
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, but never with random weights.
+
+        ``check_integrity=False`` skips the comparison of a local folder's weight files with ``svdllm/hashes.json``.
+
+        Raises:
+            ValueError: a weight file is missing, truncated or altered; or a weight of the model is in no file, or a
+                weight of a file is not in the model.
+        """
+        check = kwargs.pop("check_integrity", True)
+        want_info = kwargs.pop("output_loading_info", False)
+        if check and pretrained_model_name_or_path is not None:
+            folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+            if folder.is_dir():
+                check_weight_files(folder)
+        _share_weight_conversions(cls)
+        kwargs["ignore_mismatched_sizes"] = True  # raised for below, by name, where transformers only logs the names
+        with unpacking_one_by_one():
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        model, info = loaded
+        _check_loading_info(model, info, pretrained_model_name_or_path)
+        return (model, info) if want_info else model
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, and the code files and the hashes too, so that the folder is complete."""
+        push_to_hub = kwargs.pop("push_to_hub", False)
+        hub_kwargs = {key: kwargs.pop(key) for key in _HUB_KEYS if key in kwargs} if push_to_hub else {}
+        # Of a model that was never loaded there is no other layout to go back to; of a quantised one, no way back.
+        if not hasattr(self, "_weight_conversions") or getattr(self, "hf_quantizer", None) is not None:
+            kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process and _is_first_process() and not getattr(self, "_hf_peft_config_loaded", False):
+            folder = Path(save_directory)
+            for name, text in self.code_files().items():
+                (folder / name).write_text(text, encoding="utf-8", newline="\n")
+            write_hashes(folder)
+        if push_to_hub:
+            repo_id = hub_kwargs.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, **hub_kwargs)
+
+    @classmethod
+    def code_files(cls) -> dict[str, str]:
+        """Names and texts of the code files of a checkpoint; here, of the files that this class was loaded from."""
+        config_class: Any = cls.config_class
+        files = (str(sys.modules[c.__module__].__file__) for c in (config_class, cls))
+        texts = (Path(file).read_text(encoding="utf-8") for file in files)
+        return {f"{name}.py": text for name, text in zip(config_class.code_modules(), texts, strict=True)}
+
+    def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
+        """A rule for a linear that is factored goes to its factors; a low-rank linear itself gets none."""
+        factored = [name for name, module in self.named_modules() if isinstance(module, LowRankLinear)]
+        plan = dict(plan)
+        for rule in {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in factored}:
+            if style := plan.get(rule):  # one that the config did not know of, such as the caller's
+                for factor, factor_style in self.config.factor_styles(style).items():
+                    plan.setdefault(f"{rule}.{factor}", factor_style)
+        expanded = super()._expand_parallel_plan(plan)
+        for name in factored:
+            expanded.pop(name, None)
+        return expanded
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Distribute as transformers does. Up to 5.19 it knows no style "replicate", and hooks low-rank linears too."""
+        if distributed_config is not None and model._tp_plan:  # no rule is the same as "replicate"
+            model._tp_plan = {rule: style for rule, style in model._tp_plan.items() if style != "replicate"}
+        model = super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+        for module in model.modules():
+            if isinstance(module, LowRankLinear):
+                vars(module).pop("forward", None)
+        return model
+
+
+def repeated_factors(model: nn.Module) -> list[str]:
+    """Names at which a first factor stands that is another linear's, and has its name there."""
+    firsts: set[nn.Module] = set()
+    repeated = []
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            if module.svd_v in firsts:
+                repeated.append(f"{name}.svd_v")
+            firsts.add(module.svd_v)
+    return repeated
+
+
+def _expect_once(model: nn.Module, keys: Any) -> None:
+    """After ``load_state_dict``: what was not in the state because it is there under another name is not missing."""
+    repeated = tuple(f"{name}." for name in repeated_factors(model))
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not (repeated and key.startswith(repeated))]
+
+
+_HUB_KEYS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "token", "tags")
+
+
+def _share_weight_conversions(cls: type) -> None:
+    """Let a low-rank class read every layout of weights that its base class reads.
+
+    transformers keys the renamings and fusions it applies on load by class name and model type, and skips them for
+    custom code unless they are registered.
+    """
+    try:
+        from transformers import conversion_mapping as conversions
+    except ImportError:
+        return
+    base = next(c for c in cls.__mro__ if c.__module__.startswith("transformers.") and issubclass(c, PreTrainedModel))
+    config_class: Any = cls.config_class
+    base_config = next(c for c in config_class.__mro__ if c.__module__.startswith("transformers."))
+    for own, theirs in ((cls.__name__, base.__name__), (config_class.model_type, base_config.model_type)):
+        if mapping := conversions.get_checkpoint_conversion_mapping(theirs):
+            conversions.register_checkpoint_conversion_mapping(own, mapping, overwrite=True)
+
+
+@contextmanager
+def unpacking_one_by_one() -> Iterator[None]:
+    """Lets quantised weights load in time that grows with their number, not with its cube.
+
+    torchao 0.18 looks through what it knows of all weights, by all of their names, for each one that transformers has it
+    put together; here it is told of that one only.
+    """
+    try:
+        integration: Any = importlib.import_module("transformers.integrations.torchao")
+    except ImportError:
+        integration = None
+    unflatten = getattr(integration, "unflatten_tensor_state_dict", None)
+    if unflatten is None:
+        yield
+        return
+
+    def of_one_module(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Any:
+        owners = {key.rpartition(".")[0] for key in tensors}
+        own = {name: entry for name, entry in metadata.items() if name.rpartition(".")[0] in owners}
+        return unflatten(tensors, {**own, "tensor_names": json.dumps(list(own))})
+
+    integration.unflatten_tensor_state_dict = of_one_module
+    try:
+        yield
+    finally:
+        integration.unflatten_tensor_state_dict = unflatten
+
+
+def _check_loading_info(model: Any, info: dict[str, Any], source: Any) -> None:
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    mismatched = sorted(str(key) for key in info["mismatched_keys"])
+    if model.base_model is model:  # the head of the causal LM has no place in the bare model
+        prefix = f"{model.base_model_prefix}."
+        unexpected = [key for key in unexpected if hasattr(model, key.removeprefix(prefix).partition(".")[0])]
+    if getattr(model, "hf_quantizer", None) is not None:  # a quantiser keeps tensors of its own beside the weights
+        unexpected = []
+    if missing or unexpected or mismatched:
+        raise ValueError(
+            f"The weights in {source} are not those of {type(model).__name__}: missing: {_some(missing)}; "
+            f"unexpected: {_some(unexpected)}; of another shape: {_some(mismatched)}. The files and config.json do "
+            "not belong together, or a file is incomplete: fetch or write the checkpoint again."
+        )
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "none"
+
+
+def write_hashes(folder: str | os.PathLike[str]) -> None:
+    """Write ``svdllm/hashes.json``: size and SHA-256 of every file in ``folder`` and ``svdllm`` but itself, the report and the card."""
+    root = Path(folder)
+    files = [path for part in (root, root / "svdllm") if part.is_dir() for path in part.iterdir() if path.is_file()]
+    names = sorted(path.relative_to(root).as_posix() for path in files)  # not the folders of others, say a trainer's
+    names = [name for name in names if name not in UNHASHED_FILES]
+    entries = zip(names, _sha256_all([root / name for name in names]), strict=True)
+    files = {name: {"size": (root / name).stat().st_size, "sha256": digest} for name, digest in entries}
+    target = root / HASHES_FILE
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def compare_hashes(folder: str | os.PathLike[str], *, weights_only: bool = False) -> list[str]:
+    """What differs between ``folder`` and its ``svdllm/hashes.json``, one sentence per file; empty if all agree.
+
+    Sizes are compared before anything is read. ``weights_only`` looks at the model's safetensors files and their index only.
+    """
+    root = Path(folder)
+    try:
+        entries = json.loads((root / HASHES_FILE).read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError):
+        return [f"{HASHES_FILE} is damaged."]
+    if weights_only:
+        entries = {
+            name: entry
+            for name, entry in entries.items()
+            if name.endswith((".safetensors", WEIGHT_INDEX_FILE)) and "/" not in name  # those in svdllm/ are not loaded
+        }
+    problems, right_size = [], []
+    for name, entry in entries.items():
+        path = root / name
+        if not path.is_file():
+            problems.append(f"{name} is missing.")
+        elif (size := path.stat().st_size) != entry["size"]:
+            problems.append(f"{name}: expected {entry['size']} bytes, found {size}.")
+        else:
+            right_size.append(name)
+    for name, digest in zip(right_size, _sha256_all([root / name for name in right_size]), strict=True):
+        if digest != entries[name]["sha256"]:
+            problems.append(f"{name}: expected SHA-256 {entries[name]['sha256']}, found {digest}.")
+    return problems
+
+
+def check_weight_files(folder: str | os.PathLike[str]) -> None:
+    """Raise ``ValueError`` naming each weight file of ``folder`` that is missing, truncated or altered.
+
+    With ``svdllm/hashes.json`` the contents are compared, by the first process of a machine only; without it, the
+    files that the index names must exist and be as long as their headers say. Other files are left alone: a model
+    card may be edited.
+    """
+    root = Path(folder)
+    if (root / HASHES_FILE).is_file() and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        problems = compare_hashes(root, weights_only=True)
+        advice = f"If the change was intended, delete {HASHES_FILE}."
+    else:
+        problems, advice = _compare_headers(root), ""
+    if problems:
+        raise ValueError(f"{root}: {' '.join(problems)} Fetch or write the checkpoint again. {advice}".rstrip())
+
+
+def _compare_headers(root: Path) -> list[str]:
+    names = {path.name for path in root.glob("*.safetensors")}
+    index = root / WEIGHT_INDEX_FILE
+    if index.is_file():
+        names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    problems = []
+    for name in sorted(names):
+        path = root / name
+        if not path.is_file():
+            problems.append(f"{name} is missing.")
+        elif (expected := _size_by_header(path)) != (size := path.stat().st_size):
+            problems.append(f"{name}: expected {expected or 'a safetensors header'} bytes, found {size}.")
+    return problems
+
+
+def _size_by_header(path: Path) -> int | None:
+    """Length that a safetensors file should have: 8 bytes, a JSON header of that many bytes, the tensors."""
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            return None
+        (header_size,) = struct.unpack("<Q", prefix)
+        header = file.read(min(header_size, 100_000_000))
+    try:
+        tensors = json.loads(header)
+    except ValueError:
+        return None
+    return 8 + header_size + max((t["data_offsets"][1] for k, t in tensors.items() if k != "__metadata__"), default=0)
+
+
+def _sha256_all(paths: list[Path]) -> list[str]:
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
+        return list(pool.map(sha256_of, paths))
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _is_first_process() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+class SvdllmLlamaModel(LowRankMixin, LlamaModel):
+    config_class = SvdllmLlamaConfig
+
+
+class SvdllmLlamaForCausalLM(LowRankMixin, LlamaForCausalLM):
+    config_class = SvdllmLlamaConfig

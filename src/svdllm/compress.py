@@ -46,6 +46,7 @@ from svdllm.workspace import (
     PARTIAL,
     Output,
     claim_work_folder,
+    followed,
     remove_scratch,
     require_ours,
     require_room,
@@ -135,7 +136,7 @@ def compress_many(
         revision=revision,
         resume=resume,
         hidden_states_limit=hidden_states_limit,
-        analysis_dir=None if analysis_dir is None else Path(analysis_dir),
+        analysis_dir=None if analysis_dir is None else followed(Path(analysis_dir)),
         reporter=reporter,
     )
     run.check_cheaply()

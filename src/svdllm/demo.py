@@ -82,6 +82,7 @@ def run_demo(output: Path, *, ratio: float, samples: int, reporter: Reporter) ->
 
 
 def _compared(output: Path, file: Path, recipes: Mapping[str, Recipe], reporter: Reporter) -> DemoResult:
+    """Makes the models, and measures them side by side."""
     dense = output / "dense"
     with reporter.stage("dequantise", 1):
         convert_gguf(file, gguf_config(file), dense)

@@ -1,4 +1,4 @@
-"""Room on disks: how much there is, how it is reserved, and what is said when it runs out."""
+"""Room on disks: how much there is, how a file takes its share at once, and what is said when there is no more."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from svdllm.errors import FULL, ResourceError, as_ours, os_error_in
+from svdllm.errors import FULL, ResourceError, os_error_in
 
 # What posix_fallocate ends with where it is not offered.
 NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -77,9 +77,10 @@ def naming(file: Path) -> Iterator[None]:
 def explain_full_disk(folder: Path, what_is_left: str) -> Iterator[None]:
     """Turns every way in which a disk runs full while ``folder`` is written to into a ResourceError."""
     try:
-        with naming(folder):
-            yield
-    except OSError as error:
-        if error.errno not in FULL:
+        yield
+    except Exception as error:
+        found = os_error_in(error)
+        if found is None or found.errno not in FULL:
             raise
-        raise ResourceError(f"{as_ours(error)}. {FULL[error.errno]} {what_is_left}") from error
+        where = f"{found.strerror}: {found.filename or folder}."
+        raise ResourceError(f"{where} {FULL[found.errno]} {what_is_left}".rstrip()) from error

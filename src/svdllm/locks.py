@@ -142,11 +142,11 @@ def _has_ended(holder: Holder) -> bool:
     if holder.get("host") != socket.gethostname() or os.name == "nt":
         return False
     try:
-        os.kill(int(holder["process"]), 0)
+        os.kill(int(holder.get("process", 0)), 0)
     except ProcessLookupError:
         return True
-    except OSError:
-        return False
+    except OSError:  # it is another user's
+        pass
     return False
 
 

@@ -61,6 +61,7 @@ class Output:
         return self._place(WRITING)
 
     def _place(self, name: str) -> Path:
+        """Returns ``<folder>/svdllm.partial`` or, beside the folder, ``<folder>.partial``, for instance."""
         return self.folder / name if self.inside else self.folder.with_name(f"{self.folder.name}{Path(name).suffix}")
 
     def require_free(self, *known: str) -> None:

@@ -70,7 +70,7 @@ def as_ours(error: BaseException) -> SvdllmError | None:
     return None
 
 
-def os_error_in(error: Exception) -> OSError | None:
+def os_error_in(error: BaseException) -> OSError | None:
     """Returns the error of the system that an error is, or tells of.
 
     Libraries in Rust (safetensors, tokenizers) put it into the text of an error of their own: ``... (os error 28)``.

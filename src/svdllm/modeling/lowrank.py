@@ -389,7 +389,7 @@ def compare_hashes(folder: str | os.PathLike[str], *, weights_only: bool = False
     try:
         entries = json.loads((root / HASHES_FILE).read_text(encoding="utf-8"))["files"]
         for entry in entries.values():
-            entry["size"], entry["sha256"]
+            _ = entry["size"], entry["sha256"]
     except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{HASHES_FILE} is damaged."]
     if weights_only:

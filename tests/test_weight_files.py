@@ -288,3 +288,12 @@ def test_pickled_weights_are_not_loaded_from_the_hub(hub: Hub, tmp_path: Path) -
     with pytest.raises(svdllm.InputError, match="its weights are missing"):
         svdllm.load_model("owner/tiny")
     assert "pytorch_model.bin" not in hub.fetched
+
+
+def test_an_index_on_the_hub_cannot_ask_for_more_than_files_of_its_names(hub: Hub, dense: Path) -> None:
+    shutil.copytree(dense, hub.repository, dirs_exist_ok=True)
+    (hub.repository / "model.safetensors").rename(hub.repository / "other.safetensors")
+    (hub.repository / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "*.safetensors"}}))
+    with pytest.raises(svdllm.CheckpointError, match=r"owner/tiny lacks \*\.safetensors, which its index lists"):
+        open_source("owner/tiny")
+    assert hub.weights == [INDEX]

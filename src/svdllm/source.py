@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -378,10 +379,11 @@ def hub_folder(name: str, revision: str | None, offline: bool, *, weights: bool)
 def _fetch_weights(fetch: Callable[..., Any], folder: Path) -> None:
     """Fetches the weight files that transformers would (``weight_file_names``), and no other variants of them."""
     with suppress(ValueError):  # what is missing or damaged is told when the folder is opened
-        fetch(allow_patterns=[_read_config(folder, folder.name).get("transformers_weights") or WEIGHT_FILE])
+        named = _read_config(folder, folder.name).get("transformers_weights")
+        fetch(allow_patterns=[escape(named) if isinstance(named, str) else WEIGHT_FILE])
         if not weight_file_names(folder):
             fetch(allow_patterns=[WEIGHT_INDEX_FILE])
-        if missing := [name for name in weight_file_names(folder) if not (folder / name).is_file()]:
+        if missing := [escape(name) for name in weight_file_names(folder) if not (folder / name).is_file()]:
             fetch(allow_patterns=missing)
 
 

@@ -403,9 +403,10 @@ def test_an_edited_config_that_transformers_refuses(
 
 def test_damaged_records_are_named(compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damaged = shutil.copytree(compressed, tmp_path / "damaged")
-    for name, command in (("report.json", "inspect"), ("hashes.json", "verify")):
+    records = ("report.json", "inspect", "{}"), ("hashes.json", "verify", "{}")
+    for name, command, content in (*records, ("hashes.json", "verify", '{"files": ["x"]}')):
         kept = (damaged / "svdllm" / name).read_text()
-        (damaged / "svdllm" / name).write_text("{}")
+        (damaged / "svdllm" / name).write_text(content)
         assert cli(command, damaged) == 2
         assert f"svdllm/{name}" in capsys.readouterr().err
         (damaged / "svdllm" / name).write_text(kept)

@@ -388,8 +388,7 @@ def compare_hashes(folder: str | os.PathLike[str], *, weights_only: bool = False
     root = Path(folder)
     try:
         entries = json.loads((root / HASHES_FILE).read_text(encoding="utf-8"))["files"]
-        for entry in entries.values():
-            _ = entry["size"], entry["sha256"]
+        entries = {name: {key: entry[key] for key in ("size", "sha256")} for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{HASHES_FILE} is damaged."]
     if weights_only:

@@ -182,5 +182,5 @@ class LowRankConfigMixin(_Config):
         output.pop("base_model_tp_plan", None)  # follows from the ranks
         output["auto_map"] = self.full_auto_map()
         if isinstance(rope := output.get("rope_parameters"), dict):
-            output.update(legacy_rope_fields(rope, self.svdllm["base_model_type"] if self.svdllm else None))
+            output.update(legacy_rope_fields(rope, (self.svdllm or {}).get("base_model_type")))
         return output

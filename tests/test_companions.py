@@ -74,7 +74,11 @@ def found_in(folder: Path) -> set[str]:
         ({"model_type": "svdllm_x", "svdllm": {"base_model_type": "gpt_neox_japanese"}}, {}, ["emoji.json"]),
         ({}, {"tokenizer_class": "NeverHeardOfTokenizer"}, ["qwen.tiktoken", "tiktoken.model", "tokenizer.model"]),
         ({}, {}, ["tekken.json", "tokenizer.model.v3"]),
-        ({}, {"fast_tokenizer_files": ["tokenizer.4.0.0.json", "../secret.json"]}, ["tokenizer.4.0.0.json"]),
+        (
+            {},
+            {"fast_tokenizer_files": ["tokenizer.4.0.0.json", "../secret.json", "config.json", "*"]},
+            ["tokenizer.4.0.0.json"],
+        ),
     ],
 )
 def test_files_are_those_that_the_class_reads(
@@ -105,7 +109,10 @@ def test_code_of_a_tokenizer_is_copied_with_what_it_imports_and_not_run(form: st
     write_json(
         folder / "tokenizer_config.json", auto_map={"AutoTokenizer": references} if form == "mapping" else references
     )
-    (folder / "tokenization_x.py").write_text("from .helper import a\nfrom ..outside import b\nraise SystemExit(9)\n")
+    write_files(folder, "modeling_svdllm_llama.py")  # the name of a file that every result has
+    (folder / "tokenization_x.py").write_text(
+        "from .helper import a\nfrom .modeling_svdllm_llama import e\nfrom ..outside import b\nraise SystemExit(9)\n"
+    )
     (folder / "helper.py").write_text("from .deeper import c\nfrom .missing import d\nimport json\n")
     (folder / "deeper.py").write_bytes(b"\xff\xfe from .helper import a\n")
     write_files(folder, "modeling_x.py", "json.py")

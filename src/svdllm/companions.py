@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ EVERY_TOKENIZER = (
 )
 # Vocabularies that are recognised by the end of their name: of SentencePiece, of tiktoken and of mistral-common.
 VOCABULARIES = ("*.model", "*.model.v*", "*.tiktoken", "*tekken*.json")
+VERSIONED = re.compile(r"tokenizer\.[\w.]+\.json")
+OUR_CODE = re.compile(r"(configuration|modeling)_svdllm_")  # which a result has of its own
 # The files that tell which others there are.
 DECIDING_FILES = ("config.json", TOKENIZER_CONFIG, "additional_chat_templates/*.jinja")
 
@@ -66,11 +69,11 @@ def _vocabulary_names(folder: Path) -> set[str]:
     family = svdllm.get("base_model_type") if isinstance(svdllm, dict) else config.get("model_type")
     classes = (settings.get("tokenizer_class"), config.get("tokenizer_class"), TOKENIZER_MAPPING_NAMES.get(str(family)))
     versions = settings.get("fast_tokenizer_files")
-    names = [*(versions if isinstance(versions, list) else []), *(name for of in classes for name in _names_of(of))]
-    return {name for name in names if _is_file_name(name)}
+    named = {name for name in (versions if isinstance(versions, list) else []) if VERSIONED.fullmatch(str(name))}
+    return named | {name for of in classes for name in _names_of(of)}
 
 
-def _names_of(tokenizer_class: Any) -> Iterator[Any]:
+def _names_of(tokenizer_class: Any) -> Iterator[str]:
     """The names in ``vocab_files_names`` of a class of transformers; none if a package that it needs is missing."""
     if isinstance(tokenizer_class, str):
         try:
@@ -86,7 +89,7 @@ def _code_files(folder: Path) -> set[Path]:
     waiting = [folder / f"{reference.split('.')[0]}.py" for reference in _class_references(folder)]
     while waiting:
         path = waiting.pop()
-        if path not in found and path.parent == folder and path.is_file():
+        if path not in found and path.parent == folder and path.is_file() and not OUR_CODE.match(path.name):
             found.add(path)
             waiting += [folder / f"{module}.py" for module in _imports(path)]
     return found
@@ -107,10 +110,6 @@ def _class_references(folder: Path) -> Iterator[str]:
     for reference in references if isinstance(references, list) else [references]:
         if isinstance(reference, str):
             yield reference
-
-
-def _is_file_name(name: Any) -> bool:
-    return isinstance(name, str) and name == Path(name).name and not set(name) & set("*?[")
 
 
 def _read(file: Path) -> dict[str, Any]:

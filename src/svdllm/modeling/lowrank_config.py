@@ -125,7 +125,7 @@ def _legacy_fields(rope: dict[str, Any]) -> dict[str, Any]:
     if scaling.get("rope_type") == "longrope" and length is not None:
         fields["original_max_position_embeddings"] = length  # read beside the factors of this type only
     # None, not nothing: some families are scaled unless they are told otherwise.
-    return fields | {"rope_scaling": None if scaling == {"rope_type": "default"} else scaling}
+    return fields | {"rope_scaling": None if scaling in ({}, {"rope_type": "default"}) else scaling}
 
 
 def _renamed(fields: dict[str, Any], names: Mapping[str, str | None]) -> dict[str, Any]:

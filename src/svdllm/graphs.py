@@ -38,11 +38,11 @@ PIECES = (13, 1, 6)  # of the checked tokens: a prompt, the next token, several 
 def export_graph(folder: str | Path, output_dir: str | Path, format: str) -> tuple[float, bool]:
     """Writes a float32 graph of the model, compressed or not, and compares it with the model.
 
-    The graph takes ``input_ids`` and ``attention_mask`` of any size, and ``past_key_values``, which it also returns. A
-    model of which some layers keep only the last tokens gets a graph without ``past_key_values``.
+    The graph takes ``input_ids`` and ``attention_mask`` of any size, and the key-value cache, which it also returns. A
+    model of which some layers keep only the last tokens gets a graph without a cache.
 
     Returns:
-        The largest difference of a logit as a share of the largest logit, and whether there are ``past_key_values``.
+        The largest difference of a logit as a share of the largest logit, and whether there is a cache.
 
     Raises:
         InputError: ``folder`` is no model, ``output_dir`` is not empty, or a package is missing.

@@ -70,7 +70,7 @@ def export(
         difference, cached = export_graph(folder, output, format.value)
         document |= {"largest_difference": difference, "past_key_values": cached}
         said = (
-            f"a float32 graph {'with' if cached else 'without'} past_key_values; largest difference from the model "
+            f"a float32 graph {'with' if cached else 'without'} a key-value cache; largest difference from the model "
             f"{difference:.1e} of the largest logit."
         )
     if json:

@@ -226,7 +226,8 @@ def test_a_model_of_the_hub_brings_them(checkpoint: Path, tmp_path: Path, monkey
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     source = open_source("owner/name", revision="v1")
     assert source.folder == snapshot
-    assert revisions == ["v1", *[snapshot.name] * (len(revisions) - 1)]  # of one commit, should the branch move meanwhile
+    # All of one commit, should the branch move meanwhile.
+    assert revisions == ["v1", *[snapshot.name] * (len(revisions) - 1)]
     assert_companions(snapshot, repository)
     fetched = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
     assert fetched == {"config.json", "model.safetensors", *found_in(repository)}

@@ -11,7 +11,7 @@ OLDEST, NEWEST = "5.16", "5.24"
 
 
 def warn_if_untested() -> None:
-    """Warns of a transformers newer than any that was tested; python shows the same warning once."""
+    """Warns of a transformers newer than any that was tested; Python shows the same warning once."""
     found = transformers.__version__
     if _release(found) > _release(NEWEST):
         major, minor = _release(NEWEST)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+
+from svdllm.modeling.lowrank import read_object
 
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -115,7 +116,6 @@ def _class_references(folder: Path) -> Iterator[str]:
 def _read(file: Path) -> dict[str, Any]:
     """The content of a JSON file; empty if it has none, which loading the model or the tokenizer reports."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}

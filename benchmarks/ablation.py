@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from svdllm import CompressionResult, Recipe, __version__, compress_many, load_model, perplexity
-from svdllm.config import PLAIN, preset_settings
+from svdllm.common.device import resolve_device, resolve_dtype
+from svdllm.compression.recipe import PLAIN, preset_settings
 from svdllm.data import evaluation_tokens
-from svdllm.plan import resolve_device, resolve_dtype
-from svdllm.source import open_config
+from svdllm.models.open import open_config
 
 TWO_SIDED = {
     key: preset_settings("balanced")[key] for key in ("metric", "gradient_samples", "gradient_shrinkage", "input_only")

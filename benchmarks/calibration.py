@@ -23,14 +23,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from svdllm import load_model
-from svdllm.analysis import collect_statistics
+from svdllm.common.device import resolve_device, resolve_dtype
+from svdllm.compression.analysis import collect_statistics
+from svdllm.compression.math.metrics import METHODS
+from svdllm.compression.math.statistics import Gram
 from svdllm.data import calibration_windows
-from svdllm.methods import METHODS
-from svdllm.plan import resolve_device, resolve_dtype
-from svdllm.source import Source, build_skeleton, open_source
-from svdllm.statistics import Gram
-from svdllm.stream import Walk
-from svdllm.structure import Structure, discover
+from svdllm.models.open import Source, open_source
+from svdllm.models.skeleton import build_skeleton
+from svdllm.models.structure import Structure, discover
+from svdllm.models.walk import Walk
 
 
 def summary(values: list[float]) -> dict[str, float]:

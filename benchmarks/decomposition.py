@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from svdllm.allocation import uniform_rank
-from svdllm.linalg import factorise, output_spectrum
-from svdllm.structure import Target
+from svdllm.compression.math.linalg import factorise, output_spectrum
+from svdllm.compression.ranks import uniform_rank
+from svdllm.models.structure import Target
 
 Factors = tuple[Tensor, Tensor]
 

@@ -28,10 +28,10 @@ from rich.table import Table
 from torch import Tensor
 
 from decomposition import shown, summary
-from svdllm.drone import drone_factors
-from svdllm.linalg import factorise, output_spectrum
-from svdllm.memory import peak_bytes, resident_bytes
-from svdllm.statistics import Gram
+from svdllm.common.memory import peak_bytes, resident_bytes
+from svdllm.compression.math.drone import drone_factors
+from svdllm.compression.math.linalg import factorise, output_spectrum
+from svdllm.compression.math.statistics import Gram
 
 
 def by_drone(weight_OI: Tensor, inputs_TI: Tensor, rank: int) -> tuple[Tensor, Tensor]:

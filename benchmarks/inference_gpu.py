@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
-from svdllm.allocation import uniform_ranks
-from svdllm.bench import BenchmarkRecord, BenchSettings, benchmark_loaded
 from svdllm.cli.bench_tables import show_benchmark
 from svdllm.cli.console import ConsoleReporter
-from svdllm.modeling import FORMAT_VERSION, low_rank_config
-from svdllm.plan import resolve_device
-from svdllm.report.bench import check_output, store_benchmark
-from svdllm.source import build_skeleton, load_config
-from svdllm.structure import discover
+from svdllm.common.device import resolve_device
+from svdllm.compression.ranks import uniform_ranks
+from svdllm.inference.bench import BenchmarkRecord, BenchSettings, benchmark_loaded
+from svdllm.inference.bench.document import check_output, store_benchmark
+from svdllm.models.low_rank import FORMAT_VERSION, low_rank_config
+from svdllm.models.open import load_config
+from svdllm.models.skeleton import build_skeleton
+from svdllm.models.structure import discover
 
 ROUND_TO = 8
 

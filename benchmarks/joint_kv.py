@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from svdllm.linalg import output_spectrum
+from svdllm.compression.math.linalg import output_spectrum
 
 
 @torch.no_grad()

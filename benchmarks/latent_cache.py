@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from svdllm import fuse_factors, load_model
-from svdllm.latent_cache import cache_bytes, cache_size, use_latent_cache
+from svdllm.inference.latent_cache import cache_bytes, cache_size, use_latent_cache
 
 
 class Contender:

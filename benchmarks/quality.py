@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from svdllm import Recipe, compress_many, load_model, perplexity
-from svdllm.config import PLAIN
+from svdllm.common.device import resolve_device, resolve_dtype
+from svdllm.compression.recipe import PLAIN
 from svdllm.data import evaluation_tokens
-from svdllm.plan import resolve_device, resolve_dtype
-from svdllm.source import open_config
+from svdllm.models.open import open_config
 
 
 def summary(values: list[float]) -> dict[str, float]:

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from svdllm.byte_count import weight_bytes
-from svdllm.progress import Reporter
-from svdllm.quantize import quantize
-from svdllm.side_by_side import evaluate_models
-from svdllm.source import open_config
+from svdllm.checkpoint.weight_sizes import weight_bytes
+from svdllm.common.progress import Reporter
+from svdllm.evaluation.side_by_side import evaluate_models
+from svdllm.export.quantize import quantize
+from svdllm.models.open import open_config
 
 FORMS = (None, 8, 4)
 

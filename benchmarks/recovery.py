@@ -1,6 +1,6 @@
 """One compressed model trained in several ways: perplexity before and after on several texts, in one table.
 
-Each variant is a name and settings of ``svdllm.recover.make_recovery``, beyond those of ``--common``. Finished variants
+Each variant is a name and settings of ``svdllm.recovery.make_recovery``, beyond those of ``--common``. Finished variants
 are kept in ``--json`` and not run again.
 
     python benchmarks/recovery.py CHECKPOINT --work DIR --json OUT.json --eval wiki=FILE --eval c4=FILE --teacher MODEL \\
@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from svdllm import __version__, load_model, perplexity, recover
+from svdllm.common.device import resolve_device
 from svdllm.data import evaluation_tokens
-from svdllm.plan import resolve_device
-from svdllm.recover import make_recovery
-from svdllm.source import open_config
+from svdllm.models.open import open_config
+from svdllm.recovery import make_recovery
 
 WITHOUT_TEACHER = {"sequential-lora"}
 

@@ -24,13 +24,13 @@ from rich.table import Table
 from transformers import Trainer, TrainerCallback
 
 from svdllm import load_model
+from svdllm.common.device import resolve_device
 from svdllm.data import calibration_windows
 from svdllm.data.examples import padded
-from svdllm.plan import resolve_device
-from svdllm.recover import make_recovery, training
-from svdllm.recover.distill import open_for_training
-from svdllm.recover.task import Rows, Task
-from svdllm.source import open_config
+from svdllm.models.open import open_config
+from svdllm.recovery import make_recovery, training
+from svdllm.recovery.distill import open_for_training
+from svdllm.recovery.stage import Rows, Task
 
 
 class Clock(TrainerCallback):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from svdllm.modeling import family_classes, low_rank_config
+from svdllm.models.low_rank import family_classes, low_rank_config
 
 _COMMON = {
     "vocab_size": 128,

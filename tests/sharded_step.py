@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 
 from svdllm import load_model
-from svdllm.recover import make_recovery, sequential_lora, training
-from svdllm.recover.processes import is_main, meet, num_processes
-from svdllm.recover.record import TrainingRecord
-from svdllm.recover.task import Task
+from svdllm.recovery import make_recovery, sequential_lora, training
+from svdllm.recovery.distributed import is_main, meet, num_processes
+from svdllm.recovery.record import TrainingRecord
+from svdllm.recovery.stage import Task
 
 
 def one_step(model: Any, task: Task, dtype: torch.dtype) -> Any:

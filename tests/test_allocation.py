@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from runs import target
-from svdllm.allocation.effective_rank import SHIFT, effective_rank, effective_ranks
-from svdllm.allocation.knapsack import Choice, Solution, solve
-from svdllm.allocation.loss import loss_choices, loss_ranks
-from svdllm.allocation.strs import candidate_ranks, strs_ranks
-from svdllm.allocation.uniform import Cost, uniform_ranks
-from svdllm.allocation.v2 import spread_ratio, v2_ranks
-from svdllm.errors import InputError
-from svdllm.structure import Target
+from svdllm.common.errors import InputError
+from svdllm.compression.ranks.effective_rank import SHIFT, effective_rank, effective_ranks
+from svdllm.compression.ranks.knapsack import Choice, Solution, solve
+from svdllm.compression.ranks.loss import loss_choices, loss_ranks
+from svdllm.compression.ranks.strs import candidate_ranks, strs_ranks
+from svdllm.compression.ranks.uniform import Cost, uniform_ranks
+from svdllm.compression.ranks.v2 import spread_ratio, v2_ranks
+from svdllm.models.structure import Target
 
 Choices = dict[str, list[Choice]]
 

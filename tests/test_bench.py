@@ -14,19 +14,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from families import FAMILIES, low_rank_model, tiny_config, tiny_model, tiny_tokens
 from runs import run, save_dense
-from svdllm.bench import BenchSettings, Spread, benchmark, benchmark_loaded, ideal, measure, memory, shape_of
-from svdllm.bench.ideal import CachedLayer, ModelShape
-from svdllm.bench.measure import measure_cell, order_of_turns
-from svdllm.bench.memory import cache_bytes, measure_memory
-from svdllm.bench.records import CellRecord, PhaseRecord
-from svdllm.bench.steps import decode, prefill
-from svdllm.cache_names import cache_of
 from svdllm.cli import main
-from svdllm.errors import InputError, ResourceError, UnsupportedModelError
-from svdllm.memory import parameter_bytes
-from svdllm.progress import Reporter
-from svdllm.report.bench_plots import memory_figure, throughput_figure
-from svdllm.source import build_skeleton
+from svdllm.common.errors import InputError, ResourceError, UnsupportedModelError
+from svdllm.common.memory import parameter_bytes
+from svdllm.common.progress import Reporter
+from svdllm.inference.bench import BenchSettings, Spread, benchmark, benchmark_loaded, ideal, measure, memory, shape_of
+from svdllm.inference.bench.forward import decode, prefill
+from svdllm.inference.bench.measure import measure_cell, order_of_turns
+from svdllm.inference.bench.memory import cache_bytes, measure_memory
+from svdllm.inference.bench.plots import memory_figure, throughput_figure
+from svdllm.inference.bench.records import CellRecord, PhaseRecord
+from svdllm.inference.bench.roofline import CachedLayer, ModelShape
+from svdllm.inference.cache_names import cache_of
+from svdllm.models.skeleton import build_skeleton
 
 QUICK: dict[str, Any] = {"batch_sizes": (1, 2), "prompts": (4, 6), "gen": 3, "repeats": 2}
 
@@ -361,7 +361,7 @@ def refused(models: list[Any], base: Any = None, **settings: Any) -> str:
 def test_models_that_cannot_be_compared_are_refused(
     dense: Path, compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("svdllm.bench.run.load_model", None)  # nothing is loaded for any of these
+    monkeypatch.setattr("svdllm.inference.bench.run.load_model", None)  # nothing is loaded for any of these
     wider = save_dense(tmp_path / "wider", intermediate_size=64)
     words = tiny_model("llama", vocab_size=200)
     words.save_pretrained(tmp_path / "words")
@@ -387,8 +387,8 @@ def test_a_compressed_base_is_refused(compressed: Path, dense: Path, tmp_path: P
 def test_models_that_do_not_fit_together_are_refused(
     dense: Path, compressed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("svdllm.bench.run.load_model", None)
-    monkeypatch.setattr("svdllm.bench.checks.available_bytes", lambda: 10**5)
+    monkeypatch.setattr("svdllm.inference.bench.run.load_model", None)
+    monkeypatch.setattr("svdllm.inference.bench.checks.available_bytes", lambda: 10**5)
     with pytest.raises(ResourceError, match=r"together need 0.00 GB, 0.00 GB are free on cpu"):
         benchmark([compressed], dense, BenchSettings(**QUICK), device="cpu")
 

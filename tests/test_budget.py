@@ -17,16 +17,24 @@ from transformers import AutoModelForCausalLM
 
 from families import tiny_config, tiny_model
 from runs import target
-from svdllm.allocation import Evidence, candidate_ranks, fill_budget, uniform_rank, uniform_ranks
-from svdllm.allocation.uniform import exact_floor
-from svdllm.budget import choose_ranks
-from svdllm.config import PLAIN, Recipe
-from svdllm.errors import InputError
-from svdllm.file_sizes import WrittenFiles
-from svdllm.layout import compressed_tensors, file_bytes, num_params, shard_names, stored_tensors, tensor_bytes
-from svdllm.modeling import low_rank_config, register_all
-from svdllm.source import build_skeleton, open_source
-from svdllm.structure import Structure, Target, bias_corrected, discover
+from svdllm.checkpoint.tensors import (
+    compressed_tensors,
+    file_bytes,
+    num_params,
+    shard_names,
+    stored_tensors,
+    tensor_bytes,
+)
+from svdllm.common.errors import InputError
+from svdllm.compression.ranks import Evidence, candidate_ranks, fill_budget, uniform_rank, uniform_ranks
+from svdllm.compression.ranks.budget import choose_ranks
+from svdllm.compression.ranks.predicted_sizes import WrittenFiles
+from svdllm.compression.ranks.uniform import exact_floor
+from svdllm.compression.recipe import PLAIN, Recipe
+from svdllm.models.low_rank import low_rank_config, register_all
+from svdllm.models.open import open_source
+from svdllm.models.skeleton import build_skeleton
+from svdllm.models.structure import Structure, Target, bias_corrected, discover
 
 register_all()
 

@@ -14,16 +14,16 @@ from families import FAMILIES, tiny_model
 from runs import run as compress_tiny
 from runs import small_recipe, token_windows
 from svdllm import NumericalError, Recipe
-from svdllm.analysis import Analysis
-from svdllm.calibration import Calibration
-from svdllm.linalg import factorise
-from svdllm.plan import structure_for
-from svdllm.probing import MEASURES, probe, probe_ids, probe_rank, probe_ranks, probe_tokens
-from svdllm.progress import Reporter
-from svdllm.source import build_skeleton
-from svdllm.stream import Walk
-from svdllm.structure import discover, weight_of
-from svdllm.weights import MemoryWeights
+from svdllm.common.progress import Reporter
+from svdllm.compression.analysis import Analysis
+from svdllm.compression.analyze import Calibration
+from svdllm.compression.math.linalg import factorise
+from svdllm.compression.plan import structure_for
+from svdllm.compression.probe import MEASURES, probe, probe_ids, probe_rank, probe_ranks, probe_tokens
+from svdllm.models.skeleton import build_skeleton
+from svdllm.models.structure import discover, weight_of
+from svdllm.models.walk import Walk
+from svdllm.models.weights import MemoryWeights
 
 ROUND_ROBIN = ("llama", "gpt2", "opt", "gemma3_text", "gemma4_text", "phi3", "gpt_neox")
 

@@ -13,9 +13,9 @@ import torch
 
 from families import tiny_model
 from runs import save_dense
-from svdllm.chat import Chat
 from svdllm.cli import main
-from svdllm.errors import InputError
+from svdllm.common.errors import InputError
+from svdllm.inference.chat import Chat
 from tokenizers_local import byte_tokenizer
 
 TEMPLATE = (

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from svdllm.common.errors import InputError
 from svdllm.data import evaluation_tokens
 from svdllm.data.examples import NO_LABEL, training_examples
-from svdllm.errors import InputError
 from tokenizers_local import byte_tokenizer
 
 TEXTS_ONLY = (

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import svdllm.cli
 from runs import TEXT
 from svdllm.cli import main
-from svdllm.errors import NumericalError
+from svdllm.common.errors import NumericalError
 
 
 @pytest.fixture(scope="session")
@@ -327,7 +327,7 @@ def test_a_full_disk_is_seen_beforehand(
 def test_too_little_memory_is_seen_beforehand(
     dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("svdllm.workspace.available_bytes", lambda: 1000)
+    monkeypatch.setattr("svdllm.compression.room.available_bytes", lambda: 1000)
     assert cli("compress", dense, "-o", tmp_path / "out", "--ratio", "0.3", "--calib", text, *SMALL) == 4
     said = " ".join(capsys.readouterr().err.split())
     assert "more memory at its peak" in said
@@ -371,7 +371,7 @@ def test_a_wrong_model_is_found_by_its_logits(
     compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Hashes made anew over an altered file do not fool verify: the logits are compared, too."""
-    from svdllm.modeling import write_hashes
+    from svdllm.models.low_rank import write_hashes
 
     changed = shutil.copytree(compressed, tmp_path / "changed")
     tensors = load_file(changed / "model.safetensors")

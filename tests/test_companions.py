@@ -16,15 +16,16 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import svdllm
 from runs import TEXT, run, save_dense, small_recipe
-from svdllm import graphs, serving
-from svdllm.chat import Chat
-from svdllm.chat_template import has_chat_template
 from svdllm.cli import main
-from svdllm.companions import companion_files, copy_companion_files
+from svdllm.common.errors import CheckpointError, InputError
 from svdllm.data import evaluation_tokens
-from svdllm.errors import CheckpointError, InputError
-from svdllm.recover import make_recovery
-from svdllm.source import Source, open_source
+from svdllm.data.chat_template import has_chat_template
+from svdllm.export import graphs
+from svdllm.inference import serve as serving
+from svdllm.inference.chat import Chat
+from svdllm.models.companions import companion_files, copy_companion_files
+from svdllm.models.open import Source, open_source
+from svdllm.recovery import make_recovery
 from tokenizers_local import CHAT_TEMPLATE, byte_tokenizer
 
 TEMPLATES = {"default": CHAT_TEMPLATE, "tool_use": "tools " + CHAT_TEMPLATE, "rag": "documents " + CHAT_TEMPLATE}

@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import svdllm
 from families import FAMILIES, dense_weight, linear_targets, tiny_model
 from runs import TEXT, digests, run, save_dense, small_recipe, token_windows
-from svdllm.calibration import collect_statistics
-from svdllm.methods import METHODS
-from svdllm.source import build_skeleton, open_source
-from svdllm.stream import Walk
-from svdllm.structure import discover, is_linear
+from svdllm.compression.analyze import collect_statistics
+from svdllm.compression.math.metrics import METHODS
+from svdllm.models.open import open_source
+from svdllm.models.skeleton import build_skeleton
+from svdllm.models.structure import discover, is_linear
+from svdllm.models.walk import Walk
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -174,7 +175,7 @@ def test_shards_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     model.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 1
     run(model, tmp_path / "one")
-    monkeypatch.setattr("svdllm.checkpoint.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("svdllm.checkpoint.shards.SHARD_BYTES", 20_000)
     run(tmp_path / "dense", tmp_path / "many")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
     ids = token_windows(2)
@@ -215,7 +216,7 @@ def test_every_method_runs_and_says_so(method: str, tmp_path: Path) -> None:
 
 
 def test_too_few_tokens_warn_and_stay_finite(tmp_path: Path) -> None:
-    reporter = svdllm.progress.Reporter()
+    reporter = svdllm.common.progress.Reporter()
     result = run(
         tiny_model("llama", 0),
         tmp_path / "out",
@@ -228,7 +229,7 @@ def test_too_few_tokens_warn_and_stay_finite(tmp_path: Path) -> None:
 
 
 def test_progress_is_told_and_the_times_are_recorded(tmp_path: Path) -> None:
-    class Listening(svdllm.progress.Reporter):
+    class Listening(svdllm.common.progress.Reporter):
         blocks: list[int]
         steps: list[tuple[int, int]]
 
@@ -257,8 +258,8 @@ def test_card_and_recipe_repeat_the_run(tmp_path: Path, tokenizer) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers")
     assert "dense, compressed by 3" in card
-    settings = svdllm.config.load_settings(tmp_path / "out" / "svdllm" / "recipe.yaml")
-    svdllm.compress(dense, svdllm.config.make_recipe(settings), tmp_path / "again")
+    settings = svdllm.compression.recipe.load_settings(tmp_path / "out" / "svdllm" / "recipe.yaml")
+    svdllm.compress(dense, svdllm.compression.recipe.make_recipe(settings), tmp_path / "again")
     assert digests(tmp_path / "out") == digests(tmp_path / "again")
 
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from svdllm.config import Recipe, load_settings, make_recipe, parse_amount, preset_settings
-from svdllm.errors import InputError
+from svdllm.common.errors import InputError
+from svdllm.compression.recipe import Recipe, load_settings, make_recipe, parse_amount, preset_settings
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from svdllm.common.errors import InputError
 from svdllm.data import calibration_windows, check_source, evaluation_tokens
 from svdllm.data.specs import NAMED_SETS, parse_spec, split_specs
 from svdllm.data.windows import mixture_counts
-from svdllm.errors import InputError
 from tokenizers_local import CHAT_TEMPLATE, byte_tokenizer
 
 NUMBERS = " ".join(str(number) for number in range(2000))

@@ -16,16 +16,15 @@ from safetensors import SafetensorError
 
 import svdllm
 from runs import TEXT, digests, run, small_recipe
-from svdllm.analysis import save_atomically, write_atomically
 from svdllm.cli import main
-from svdllm.disk import allocate, explain_full_disk
-from svdllm.errors import InputError, ResourceError, as_ours
-from svdllm.quantize import quantize
-from svdllm.recover import make_recovery, recover
-from svdllm.report.evaluation import store_evaluation
-from svdllm.slicing import slice_checkpoint
-from svdllm.stream import HiddenStates
-from svdllm.weights import save_tensors
+from svdllm.common.disk import allocate, explain_full_disk
+from svdllm.common.errors import InputError, ResourceError, as_ours
+from svdllm.common.files import save_atomically, save_tensors, write_atomically
+from svdllm.compression.slice import slice_checkpoint
+from svdllm.evaluation.document import store_evaluation
+from svdllm.export.quantize import quantize
+from svdllm.models.walk import HiddenStates
+from svdllm.recovery import make_recovery, recover
 
 # Its processes start with the library imported.
 FORKS = multiprocessing.get_context("forkserver")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from reference import measured_loss, optimal_outputs
-from svdllm.drone import drone_bytes, drone_factors
-from svdllm.errors import InputError, ResourceError
-from svdllm.linalg import factorise, output_spectrum
+from svdllm.common.errors import InputError, ResourceError
+from svdllm.compression.math.drone import drone_bytes, drone_factors
+from svdllm.compression.math.linalg import factorise, output_spectrum
 
 SHAPES = [(9, 14), (14, 9), (11, 11), (1, 6), (6, 1)]
 
@@ -98,7 +98,9 @@ def test_inputs_beyond_the_memory_are_refused_before_they_are_kept():
             seen.append(1)
             yield rand(10, 6)
 
-    with pytest.raises(ResourceError, match=r"60 tokens or more of 6 features take 0\.0 GB .*svdllm\.linalg"):
+    with pytest.raises(
+        ResourceError, match=r"60 tokens or more of 6 features take 0\.0 GB .*svdllm\.compression\.math\.linalg"
+    ):
         drone_factors(rand(4, 6), endless(), 2, memory=9792)
     assert len(seen) == 6
     drone_factors(rand(4, 6), [rand(10, 6)] * 5, 2, memory=9792)

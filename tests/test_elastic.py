@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 import svdllm
 from families import tiny_model
 from runs import TEXT, digests, run, small_recipe, token_windows
-from svdllm.allocation import Allocation
+from svdllm.checkpoint.elastic import ELASTIC_FILE
 from svdllm.cli import main
-from svdllm.config import make_recipe
-from svdllm.elastic import ELASTIC_FILE
+from svdllm.compression.ranks import Allocation
+from svdllm.compression.recipe import make_recipe
 
 LOSS_AWARE = {"metric": "two-sided", "shrinkage": 0.1, "allocation": "loss", "round_to": 2}
 # What an elastic checkpoint has of its own, beside the elastic files.
@@ -112,7 +112,7 @@ def hashes_of(folder: Path) -> dict[str, Any]:
 
 def test_several_files_in_the_order_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("llama", 0).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
-    monkeypatch.setattr("svdllm.checkpoint.SHARD_BYTES", 15_000)
+    monkeypatch.setattr("svdllm.checkpoint.shards.SHARD_BYTES", 15_000)
     whole = run(tmp_path / "dense", tmp_path / "elastic", recipe=small_recipe(ratio=0.2, elastic=True, **LOSS_AWARE))
     run(tmp_path / "dense", tmp_path / "direct", recipe=small_recipe(ratio=0.5, **LOSS_AWARE))
     files = sorted((tmp_path / "elastic" / "svdllm").glob("elastic-*.safetensors"))
@@ -254,7 +254,7 @@ def test_an_interrupted_slice_leaves_nothing(
         assert (tmp_path / "out.writing" / "model.safetensors").is_file()
         raise error
 
-    monkeypatch.setattr("svdllm.slicing.finish_checkpoint", stop)
+    monkeypatch.setattr("svdllm.compression.slice.finish_checkpoint", stop)
     with pytest.raises(kind):
         svdllm.slice_checkpoint(made, 0.5, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -265,7 +265,7 @@ def test_a_rank_more_than_is_held_is_one_too_many(made: Path, tmp_path: Path, mo
     first, rank = next(iter(ranks.items()))
     for wanted in (rank + 1, rank):
         allocation = Allocation(ranks | {first: wanted})
-        monkeypatch.setattr(sys.modules["svdllm.plan"], "choose_ranks", lambda *_, of=allocation: of)
+        monkeypatch.setattr(sys.modules["svdllm.compression.plan"], "choose_ranks", lambda *_, of=allocation: of)
         if wanted == rank:
             svdllm.slice_checkpoint(made, 0.31, tmp_path / "out")
         else:
@@ -278,7 +278,7 @@ def test_ranks_that_are_not_stored_are_refused(made: Path, tmp_path: Path, monke
     (first, rank), *_, (last, _) = ranks.items()
 
     def allocate(wanted: dict[str, int]) -> None:
-        monkeypatch.setattr(sys.modules["svdllm.plan"], "choose_ranks", lambda *_: Allocation(wanted))
+        monkeypatch.setattr(sys.modules["svdllm.compression.plan"], "choose_ranks", lambda *_: Allocation(wanted))
 
     allocate(ranks | {first: rank + 4})
     with pytest.raises(

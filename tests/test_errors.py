@@ -7,7 +7,7 @@ import errno
 import pytest
 import torch
 
-from svdllm.errors import CheckpointError, InputError, explaining
+from svdllm.common.errors import CheckpointError, InputError, explaining
 
 
 class PanicException(BaseException):

@@ -10,11 +10,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from families import tiny_model
-from svdllm import evaluate
+from svdllm.common.errors import InputError, NumericalError
 from svdllm.data import evaluation_tokens
-from svdllm.errors import InputError, NumericalError
-from svdllm.evaluate import perplexity
-from svdllm.protocols import prefix_token
+from svdllm.evaluation import perplexity as evaluate
+from svdllm.evaluation.perplexity import perplexity
+from svdllm.evaluation.windows import prefix_token
 from tokenizers_local import byte_tokenizer
 
 VOCABULARY = 50

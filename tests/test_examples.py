@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from svdllm.common.errors import InputError
 from svdllm.data.examples import NO_LABEL, holds_examples, padded, training_examples
-from svdllm.errors import InputError
 
 ROWS = [
     {"instruction": "Add.", "input": "1 2", "output": "3"},

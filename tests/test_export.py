@@ -15,10 +15,10 @@ from transformers import AutoConfig
 import svdllm
 from families import tiny_model, tiny_tokens
 from runs import run, save_dense, small_recipe
-from svdllm import graphs
-from svdllm.cache_names import cache_name
 from svdllm.cli import main
-from svdllm.errors import InputError, NumericalError, UnsupportedModelError
+from svdllm.common.errors import InputError, NumericalError, UnsupportedModelError
+from svdllm.export import graphs
+from svdllm.inference.cache_names import cache_name
 
 GRAPHS = "transformers.exporters.runners"
 OLD = "transformers before 5.23 has no graphs that can be saved and run"
@@ -108,7 +108,7 @@ def test_what_is_missing_or_in_the_way_is_found_first(tmp_path: Path, monkeypatc
         graphs.export_graph(tmp_path, tmp_path / "out", "onnx")
     with pytest.raises(InputError, match="nothing is overwritten"):
         graphs.export_graph(tmp_path / "dense", tmp_path / "dense", "onnx")
-    monkeypatch.setattr("svdllm.data.specs.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("svdllm.common.extras.importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         InputError, match=r"--format openvino needs the package 'openvino': pip install 'svdllm\[openvino\]"
     ):

@@ -15,16 +15,17 @@ from transformers import AutoModelForCausalLM
 import svdllm
 from families import tiny_model
 from runs import TEXT, run, save_dense, small_recipe
-from svdllm.checkpoint import read_report
+from svdllm.checkpoint.report import read_report
+from svdllm.checkpoint.tensors import SHARD_BYTES, Tensors, empty_file_bytes, file_bytes, shard_names, share_of_files
 from svdllm.cli import main
-from svdllm.config import load_settings, make_recipe
-from svdllm.errors import InputError
-from svdllm.file_sizes import QuantizedFiles
-from svdllm.grid.variants import variants_of
-from svdllm.layout import SHARD_BYTES, Tensors, empty_file_bytes, file_bytes, shard_names, share_of_files
-from svdllm.plan import structure_for
-from svdllm.quantize import quantize
-from svdllm.source import build_skeleton, open_config
+from svdllm.common.errors import InputError
+from svdllm.comparison.variants import variants_of
+from svdllm.compression.plan import structure_for
+from svdllm.compression.ranks.predicted_sizes import QuantizedFiles
+from svdllm.compression.recipe import load_settings, make_recipe
+from svdllm.export.quantize import quantize
+from svdllm.models.open import open_config
+from svdllm.models.skeleton import build_skeleton
 
 WIDE: dict[str, Any] = {"hidden_size": 160, "intermediate_size": 240}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -133,12 +134,12 @@ def test_several_files(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     dense = save_dense(tmp_path / "dense", "llama", **WIDE)
     ranks = {target.name: 16 for target in files_of(dense, bits).targets[::2]}
     run(dense, tmp_path / "small", recipe=small_recipe(ranks={f"^{name}$": rank for name, rank in ranks.items()}))
-    monkeypatch.setattr(sys.modules["svdllm.quantize"], "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(sys.modules["svdllm.export.quantize"], "SHARD_BYTES", 60_000)
     quantize(tmp_path / "small", tmp_path / "few", bits=bits)
     tensors, notes = files_of(dense, bits).content(ranks)
     assert len(list((tmp_path / "few").glob("*.safetensors"))) == len(shard_names(tensors, 60_000)) > 2
     assert file_bytes(tensors, 60_000, notes) == size(tmp_path / "few")
-    monkeypatch.setattr("svdllm.layout.SHARD_BYTES", 60_000)
+    monkeypatch.setattr("svdllm.checkpoint.tensors.SHARD_BYTES", 60_000)
     assert files_of(dense, bits).most_bytes(ranks, size(tmp_path / "few")) >= size(tmp_path / "few")
 
 

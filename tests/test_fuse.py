@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from families import FAMILIES, low_rank_model, tiny_tokens
 from svdllm import fuse_factors
-from svdllm.fuse import FusedLinear
+from svdllm.inference.fuse import FusedLinear
 
 
 @torch.no_grad()

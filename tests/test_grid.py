@@ -16,15 +16,15 @@ import torch
 import svdllm
 from runs import TEXT, digests, save_dense
 from svdllm.cli import main
+from svdllm.common.errors import InputError
+from svdllm.common.progress import Reporter
+from svdllm.comparison import Grid, Measures, run_grid, study, variants_of
+from svdllm.comparison import run as grid_run
+from svdllm.comparison.plots import _errors
+from svdllm.comparison.report import GridReport, write_report
+from svdllm.comparison.table import _relative, columns_of, groups_of, perplexity_text
 from svdllm.data import evaluation_tokens
-from svdllm.errors import InputError
-from svdllm.grid import Grid, Measures, run_grid, study, variants_of
-from svdllm.grid import run as grid_run
-from svdllm.progress import Reporter
-from svdllm.recover.needs import require_memory
-from svdllm.report.grid_plots import _errors
-from svdllm.report.grid_report import GridReport, write_report
-from svdllm.report.grid_table import _relative, columns_of, groups_of, perplexity_text
+from svdllm.recovery.memory import require_memory
 
 LORA = "svd-llm+sequential-lora"
 
@@ -133,7 +133,7 @@ def test_spectra_are_those_of_the_weights(made: Any, place: Path) -> None:
 
 
 def test_all_ratios_share_one_calibration(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from svdllm import calibration
+    from svdllm.compression import analyze as calibration
 
     blocks: list[int] = []
     decompose = calibration.Calibration._decompose
@@ -258,8 +258,8 @@ def test_a_full_disk_and_a_mistake_of_ours_are_told_apart(
 def test_what_to_do_about_memory_is_what_a_grid_can_do(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from svdllm import calibration
-    from svdllm.recover import checks
+    from svdllm.compression import analyze as calibration
+    from svdllm.recovery import checks
 
     monkeypatch.setattr(checks, "require_memory", lambda *_: require_memory({"distill": 2**60}, torch.device("cpu")))
     grid = make_grid(place, ["svd-llm+distill"])
@@ -270,7 +270,7 @@ def test_what_to_do_about_memory_is_what_a_grid_can_do(
 
     monkeypatch.setattr(calibration, "decompose", no_memory)
     compressed = by_name(run_grid(make_grid(place, ["svd"]), tmp_path / "compressed"))["svd 0.3"]["error"]
-    monkeypatch.setattr("svdllm.workspace.available_bytes", lambda: 0)
+    monkeypatch.setattr("svdllm.compression.room.available_bytes", lambda: 0)
     planned = by_name(run_grid(make_grid(place, ["svd"]), tmp_path / "planned"))["svd 0.3"]["error"]
     assert compressed["message"].startswith("Out of memory (MemoryError). When there is more memory")
     assert re.match(r"The run needs .* free\. When there is more memory", planned["message"])

@@ -17,11 +17,11 @@ from families import tiny_model, tiny_tokens
 from reference import optimal_outputs
 from runs import TEXT, digests, run, small_recipe, token_windows
 from svdllm import UnsupportedModelError, fuse_factors, load_model, recover
-from svdllm.latent_cache import cache_bytes, cache_size, use_latent_cache, use_ordinary_cache
-from svdllm.recover.settings import make_recovery
-from svdllm.source import build_skeleton
-from svdllm.structure import discover, with_joint_keys_and_values
-from svdllm.verify import verify
+from svdllm.checkpoint.verify import verify
+from svdllm.inference.latent_cache import cache_bytes, cache_size, use_latent_cache, use_ordinary_cache
+from svdllm.models.skeleton import build_skeleton
+from svdllm.models.structure import discover, with_joint_keys_and_values
+from svdllm.recovery.settings import make_recovery
 from test_calibration import analysed, grams_by_autograd
 from test_latent_cache import WAYS, assert_same, generated, in_parts
 
@@ -277,4 +277,4 @@ def test_a_config_that_shares_what_cannot_be_is_refused(shared: Any, checkpoint:
     config["svdllm"]["shared_factors"] = shared
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match="shared_factors"):
-        svdllm.source.load_config(tmp_path, "the model")
+        svdllm.models.open.load_config(tmp_path, "the model")

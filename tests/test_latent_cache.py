@@ -17,10 +17,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from families import ATTENTIONS, low_rank_model, tiny_model, tiny_tokens
 from svdllm import InputError, UnsupportedModelError, fuse_factors
-from svdllm.cache_names import CACHE_NAMES, cache_name, cache_of
-from svdllm.inference import prepare
-from svdllm.latent_cache import cache_bytes, cache_size, use_latent_cache, use_ordinary_cache
-from svdllm.progress import Reporter
+from svdllm.common.progress import Reporter
+from svdllm.inference.cache_names import CACHE_NAMES, cache_name, cache_of
+from svdllm.inference.latent_cache import cache_bytes, cache_size, use_latent_cache, use_ordinary_cache
+from svdllm.inference.prepare import prepare
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "opt", "stablelm", *ATTENTIONS]
 
@@ -298,8 +298,8 @@ def test_layers_that_call_their_cache_otherwise(name: str, monkeypatch: pytest.M
 
 
 def test_layers_without_a_cache_of_a_known_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("svdllm.cache_names.CACHE_NAMES", ("another_name",))
-    monkeypatch.setattr("svdllm.latent_cache.CACHE_NAMES", ("another_name", "a_third"))
+    monkeypatch.setattr("svdllm.inference.cache_names.CACHE_NAMES", ("another_name",))
+    monkeypatch.setattr("svdllm.inference.latent_cache.CACHE_NAMES", ("another_name", "a_third"))
     with pytest.raises(
         UnsupportedModelError, match="hand its keys and values to a cache that it takes as another_name or a_third"
     ):

@@ -15,12 +15,12 @@ import torch
 from families import tiny_model
 from runs import TEXT, run, save_dense
 from svdllm import InputError, load_model, perplexity
-from svdllm.bench import BenchSettings
-from svdllm.chat import Chat
 from svdllm.cli import main
-from svdllm.grid.measure import continuations
-from svdllm.limits import guard_embeddings, require_known_ids, within_context
-from svdllm.source import context_length
+from svdllm.comparison.measure import continuations
+from svdllm.inference.bench import BenchSettings
+from svdllm.inference.chat import Chat
+from svdllm.models.limits import guard_embeddings, require_known_ids, within_context
+from svdllm.models.open import context_length
 from tokenizers_local import byte_tokenizer
 
 UNKNOWN = r"token id 305 \('<x15>'\) is beyond the model's vocabulary of 300: the tokenizer does not fit the model"

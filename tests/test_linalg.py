@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reference import measured_loss, optimal_outputs, optimal_product, paper_product, scaled_product
-from svdllm.linalg import ENERGY_FLOOR, _congruence, factorise, output_spectrum, tail_energies
+from svdllm.compression.math.linalg import ENERGY_FLOOR, _congruence, factorise, output_spectrum, tail_energies
 
 SHAPES = {"wide": (9, 14), "tall": (14, 9), "square": (11, 11), "row": (1, 6), "column": (6, 1)}
 DEFINITE = ("well conditioned", "ill conditioned")

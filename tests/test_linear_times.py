@@ -17,18 +17,25 @@ import torch
 import svdllm
 from families import tiny_model
 from runs import TEXT, digests, run, save_dense, small_recipe, target
-from svdllm import linear_times
-from svdllm.allocation import Allocation, Evidence
-from svdllm.budget import choose_ranks, require_fast_enough
 from svdllm.cli import main
-from svdllm.config import PLAIN, Recipe
-from svdllm.errors import InputError
-from svdllm.file_sizes import WrittenFiles
-from svdllm.grid.variants import variants_of
-from svdllm.linear_times import LinearTimes, Shape, ShapeTimes, measure_linears, measured_ranks, rising, shape_of
-from svdllm.progress import Reporter
-from svdllm.source import build_skeleton
-from svdllm.structure import Structure, discover
+from svdllm.common.errors import InputError
+from svdllm.common.progress import Reporter
+from svdllm.comparison.variants import variants_of
+from svdllm.compression.ranks import Allocation, Evidence, linear_times
+from svdllm.compression.ranks.budget import choose_ranks, require_fast_enough
+from svdllm.compression.ranks.linear_times import (
+    LinearTimes,
+    Shape,
+    ShapeTimes,
+    measure_linears,
+    measured_ranks,
+    rising,
+    shape_of,
+)
+from svdllm.compression.ranks.predicted_sizes import WrittenFiles
+from svdllm.compression.recipe import PLAIN, Recipe
+from svdllm.models.skeleton import build_skeleton
+from svdllm.models.structure import Structure, discover
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 OUTSIDE = 700
@@ -215,7 +222,7 @@ def test_a_speed_out_of_reach_is_refused_with_one_that_is_not() -> None:
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        svdllm.config.make_recipe(settings)
+        svdllm.compression.recipe.make_recipe(settings)
 
 
 # --- whole runs ---
@@ -236,7 +243,7 @@ def made_up_times(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         )
 
     # The name svdllm.compress is the function's.
-    monkeypatch.setattr(importlib.import_module("svdllm.compress"), "measure_linears", measure)
+    monkeypatch.setattr(importlib.import_module("svdllm.compression.run"), "measure_linears", measure)
     return calls
 
 

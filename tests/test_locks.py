@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from svdllm import locks
-from svdllm.errors import InputError
-from svdllm.locks import locked
+from svdllm.common import locks
+from svdllm.common.errors import InputError
+from svdllm.common.locks import locked
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["svdllm", "runs"])
@@ -45,7 +45,7 @@ def no_kernel_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr("svdllm.locks.fcntl.flock", flock)
+    monkeypatch.setattr("svdllm.common.locks.fcntl.flock", flock)
 
 
 def left_by(file: Path, **holder: Any) -> None:
@@ -144,7 +144,7 @@ def test_a_file_that_its_holder_has_just_removed_is_not_held(file: Path, monkeyp
             swapped.append(file.write_text("{}"))
         flock(handle, flags)
 
-    monkeypatch.setattr("svdllm.locks.fcntl.flock", swap_then_lock)
+    monkeypatch.setattr("svdllm.common.locks.fcntl.flock", swap_then_lock)
     with locked(file, Path("out")):
         assert json.loads(file.read_text())["process"] == os.getpid()
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from reference import measured_loss, scaled_product
-from svdllm.linalg import factorise, output_spectrum
-from svdllm.methods import METHODS
-from svdllm.statistics import Gram, MeanAbsolute, RowFisher
+from svdllm.compression.math.linalg import factorise, output_spectrum
+from svdllm.compression.math.metrics import METHODS
+from svdllm.compression.math.statistics import Gram, MeanAbsolute, RowFisher
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:

@@ -28,19 +28,18 @@ from transformers import (
 )
 
 from families import FAMILIES, UNUSUAL, dense_weight, linear_targets, tiny_config, tiny_model, tiny_tokens
-from svdllm.errors import UnsupportedModelError
-from svdllm.modeling import (
+from svdllm.common.errors import UnsupportedModelError
+from svdllm.models.low_rank import (
     LowRankLinear,
     compare_hashes,
     families,
     family_classes,
     low_rank_config,
     register_all,
-    render,
     swap_linears,
     write_hashes,
 )
-from svdllm.modeling.factory import class_stem
+from svdllm.models.low_rank.families import class_stem
 
 register_all()
 
@@ -295,7 +294,7 @@ def test_pipeline_and_tokenizer(tmp_path: Path):
 def test_registering_imports_no_family():
     script = (
         "import sys, transformers; from transformers import AutoModelForCausalLM, PreTrainedModel; "
-        "from svdllm.modeling import register_all; before = len(sys.modules); register_all(); "
+        "from svdllm.models.low_rank import register_all; before = len(sys.modules); register_all(); "
         "assert len(sys.modules) == before, sorted(sys.modules)[:5]; "
         "assert 'svdllm_llama' in transformers.CONFIG_MAPPING; "
         "assert 'transformers.models.opt.configuration_opt' not in sys.modules"
@@ -433,7 +432,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
-from svdllm.modeling import register_all
+from svdllm.models.low_rank import register_all
 register_all()
 dist.init_process_group("gloo")
 expected = load_file(sys.argv[2])
@@ -589,13 +588,16 @@ def test_remote_code_without_the_library(family: str, tmp_path: Path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rendered_code_is_valid_and_the_same_each_time(family: str):
-    files = render(family)
-    assert files == render(family)
+    files = family_classes(family).causal_lm.code_files()
+    assert files == family_classes(family).causal_lm.code_files()
     assert all(name.endswith(".py") and name.removesuffix(".py").isidentifier() for name in files)
     for name, text in files.items():
         compile(text, name, "exec")
-        assert "svdllm.modeling" not in text
+        assert "svdllm.models.low_rank" not in text
 
 
 def test_file_names_of_a_type_with_a_dash():
-    assert set(render("openai-gpt")) == {"configuration_svdllm_openai_gpt.py", "modeling_svdllm_openai_gpt.py"}
+    assert set(family_classes("openai-gpt").causal_lm.code_files()) == {
+        "configuration_svdllm_openai_gpt.py",
+        "modeling_svdllm_openai_gpt.py",
+    }

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from svdllm.export import dense_config
-from svdllm.modeling import low_rank_config
+from svdllm.models.low_rank import low_rank_config
+from svdllm.models.low_rank.factory import dense_config
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 1024}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 1024, "attention_factor": 1.1, "beta_fast": 16.0}

@@ -15,16 +15,16 @@ import pytest
 
 import svdllm
 from runs import TEXT, digests, run, small_recipe, token_windows
-from svdllm import demo, workspace
-from svdllm.errors import InputError
-from svdllm.export import export_dense
-from svdllm.grid import Grid, Measures, run_grid, variants_of
-from svdllm.locks import locked
-from svdllm.padding import export_padded
-from svdllm.progress import Reporter
-from svdllm.quantize import quantize
-from svdllm.recover import make_recovery, recover
-from svdllm.workspace import LOCK, Output
+from svdllm.checkpoint import output as workspace
+from svdllm.checkpoint.output import LOCK, Output
+from svdllm.common.errors import InputError
+from svdllm.common.locks import locked
+from svdllm.common.progress import Reporter
+from svdllm.comparison import Grid, Measures, demo, run_grid, variants_of
+from svdllm.export.dense import export_dense
+from svdllm.export.padded_heads import export_padded
+from svdllm.export.quantize import quantize
+from svdllm.recovery import make_recovery, recover
 
 # Its processes start with the library imported.
 FORKS = multiprocessing.get_context("forkserver")
@@ -126,7 +126,7 @@ def mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "mounted"
     (folder / "lost+found").mkdir(parents=True)
     is_mount = workspace.is_mount
-    monkeypatch.setattr("svdllm.workspace.is_mount", lambda path: path == folder or is_mount(path))
+    monkeypatch.setattr("svdllm.checkpoint.output.is_mount", lambda path: path == folder or is_mount(path))
     return folder
 
 
@@ -380,7 +380,7 @@ def test_a_second_comparison_does_not_disturb_the_first(dense: Path, place: Path
 def test_a_demo_is_made_anew_in_any_folder(
     kind: str, mounted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("svdllm.demo.smollm2_file", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr("svdllm.comparison.demo.smollm2_file", lambda: tmp_path / "model.gguf")
     told = []
 
     def compared(output: Path, *_: object) -> str:
@@ -390,7 +390,7 @@ def test_a_demo_is_made_anew_in_any_folder(
         (output / "svd").mkdir()
         return "made"
 
-    monkeypatch.setattr("svdllm.demo._compared", compared)
+    monkeypatch.setattr("svdllm.comparison.demo._compared", compared)
     out = mounted if kind == "mounted" else tmp_path / "out"
     if kind == "link":
         (tmp_path / "real").mkdir()
@@ -403,7 +403,7 @@ def test_a_demo_is_made_anew_in_any_folder(
 
 
 def test_a_demo_removes_nothing_that_is_not_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("svdllm.demo.smollm2_file", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr("svdllm.comparison.demo.smollm2_file", lambda: tmp_path / "model.gguf")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="out exists and is not a demo's; nothing is overwritten"):

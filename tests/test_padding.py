@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 import svdllm
 from families import low_rank_model, tiny_config, tiny_model, tiny_tokens
 from runs import run, save_dense, small_recipe
-from svdllm import export_padded, padding
+from svdllm import export_padded
 from svdllm.cli import main
-from svdllm.errors import CheckpointError, InputError, UnsupportedModelError
-from svdllm.modeling import compare_hashes
-from svdllm.padding import Heads
+from svdllm.common.errors import CheckpointError, InputError, UnsupportedModelError
+from svdllm.export import padded_heads as padding
+from svdllm.export.padded_heads import Heads
+from svdllm.models.low_rank import compare_hashes
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "smollm3", "cohere", "glm", "hunyuan_v1_dense"]
 

@@ -9,7 +9,7 @@ import pytest
 
 from runs import run, small_recipe
 from svdllm.cli.console import ConsoleReporter
-from svdllm.progress import Reporter, SubReporter
+from svdllm.common.progress import Reporter, SubReporter
 
 
 class Clock:

@@ -22,18 +22,19 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 import svdllm
 from families import tiny_model, tiny_tokens
 from runs import TEXT, digests, run, save_dense, small_recipe
-from svdllm.byte_count import weight_bytes
+from svdllm.checkpoint.quantized import Scheme, choose_schemes, make_scheme, quantized_tensors, weights_pattern
+from svdllm.checkpoint.tensors import stored_tensors, tensor_bytes
+from svdllm.checkpoint.weight_sizes import weight_bytes
 from svdllm.cli import main
-from svdllm.errors import InputError, ResourceError
-from svdllm.layout import stored_tensors, tensor_bytes
-from svdllm.quantize import quantize
-from svdllm.schemes import Scheme, choose_schemes, make_scheme, quantized_tensors, weights_pattern
-from svdllm.source import build_skeleton, open_config
+from svdllm.common.errors import InputError, ResourceError
+from svdllm.export.quantize import quantize
+from svdllm.models.open import open_config
+from svdllm.models.skeleton import build_skeleton
 
 # Of blocks of width 64 with 96 inner: ranks in sixteens and not, and linears that stay dense.
 RANKS = {"q_proj": 16, "v_proj": 9, "up_proj": 32, "down_proj": 32}
 WIDTHS = {"hidden_size": 64, "intermediate_size": 96}
-QUANTIZE = importlib.import_module("svdllm.quantize")  # in the package, the function has its name
+QUANTIZE = importlib.import_module("svdllm.export.quantize")
 
 
 @pytest.fixture(scope="module")
@@ -424,7 +425,7 @@ def test_other_things_that_cannot_be(
 def test_a_missing_library_is_named(
     checkpoint: Path, in8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("svdllm.data.specs.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("svdllm.common.extras.importlib.util.find_spec", lambda name: None)
     for command in (
         ("quantize", checkpoint, "-o", tmp_path / "out"),
         ("eval", in8, "--ppl", "python-docs"),
@@ -448,7 +449,7 @@ def test_a_failure_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatch:
 
 def test_an_elastic_checkpoint_loses_its_sizes(dense: Path, tmp_path: Path) -> None:
     run(dense, tmp_path / "elastic", recipe=small_recipe(elastic=True))
-    reporter = svdllm.progress.Reporter()
+    reporter = svdllm.common.progress.Reporter()
     quantize(tmp_path / "elastic", tmp_path / "out", reporter=reporter)
     assert "smaller sizes of this elastic checkpoint are not carried over" in reporter.warnings[0]
     assert not list((tmp_path / "out").rglob("elastic*"))

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from svdllm.demo import smollm2_file
-from svdllm.errors import InputError
-from svdllm.gguf import convert_gguf, gguf_config
-from svdllm.side_by_side import evaluate_models, perplexity_rows
+from svdllm.common.errors import InputError
+from svdllm.comparison.demo import smollm2_file
+from svdllm.evaluation.side_by_side import evaluate_models, perplexity_rows
+from svdllm.models.gguf import convert_gguf, gguf_config
 
 pytestmark = pytest.mark.slow
 

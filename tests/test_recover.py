@@ -23,15 +23,15 @@ from transformers import AutoTokenizer
 import sharded_step
 from runs import TEXT, run, save_dense, small_recipe
 from svdllm import InputError, NumericalError, ResourceError, load_model, perplexity, recover, verify
-from svdllm.checkpoint import read_report
+from svdllm.checkpoint.report import read_report
 from svdllm.cli import main
+from svdllm.common.progress import Reporter
 from svdllm.data import evaluation_tokens
-from svdllm.modeling.lowrank import write_hashes
-from svdllm.progress import Reporter
-from svdllm.recover import blockwise, make_recovery, sequential_lora, training
-from svdllm.recover.blockwise import train_blocks
-from svdllm.recover.distill import distillation_loss
-from svdllm.recover.settings import DEFAULTS, OF_MEMORY, Recovery
+from svdllm.models.low_rank.lowrank import write_hashes
+from svdllm.recovery import blockwise, make_recovery, sequential_lora, training
+from svdllm.recovery.blockwise import train_blocks
+from svdllm.recovery.distill import distillation_loss
+from svdllm.recovery.settings import DEFAULTS, OF_MEMORY, Recovery
 
 SMALL = {"seqlen": 16, "batch": 4, "steps": 4, "lr": 1e-2}
 
@@ -578,7 +578,7 @@ def test_an_unfinished_run_does_not_go_on_with_anything_else_at_its_place(
 def test_an_unfinished_run_does_not_go_on_with_other_versions(
     library: str, killed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["svdllm.recover.run"]
+    module = sys.modules["svdllm.recovery.run"]
     monkeypatch.setattr(module if library == "svdllm" else getattr(module, library), "__version__", "0.0.1")
     refused(killed, of_all_methods(killed), f"{library} version")
 
@@ -600,7 +600,7 @@ def test_an_unfinished_run_may_go_on_with_less_memory_but_not_with_other_data(
 def test_what_is_learnt_is_kept_when_a_later_stage_fails(
     checkpoint: Path, dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from svdllm.recover import run
+    from svdllm.recovery import run
 
     def fails(*_: Any) -> None:
         raise ResourceError("no room")
@@ -613,7 +613,7 @@ def test_what_is_learnt_is_kept_when_a_later_stage_fails(
 
 
 def test_a_loss_of_zero_stops(checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from svdllm.recover import training
+    from svdllm.recovery import training
 
     plain = training._Trainer.compute_loss
     monkeypatch.setattr(training._Trainer, "compute_loss", lambda *args, **kwargs: 0 * plain(*args, **kwargs))
@@ -626,7 +626,7 @@ def test_a_merge_that_changes_the_answers_or_another_weight_is_noticed(
 ) -> None:
     from peft.tuners.lora import Linear
 
-    from svdllm.recover import sequential_lora
+    from svdllm.recovery import sequential_lora
 
     delta = Linear.get_delta_weight
     with monkeypatch.context() as patch:
@@ -649,7 +649,7 @@ def test_models_in_half_precision_are_merged_in_float32(
     dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, where the model stays in its own dtype."""
-    from svdllm.recover.models import Models
+    from svdllm.recovery.models import Models
 
     halved = tmp_path / "dense"
     load_model(dense, dtype=torch.bfloat16).save_pretrained(halved)
@@ -687,7 +687,7 @@ def test_a_loss_that_is_no_number_stops_with_step_and_layer_and_keeps_what_was_s
 def test_a_gradient_that_is_no_number_stops_before_the_weights(
     checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from svdllm.recover import training
+    from svdllm.recovery import training
 
     class Poisoned(training._Trainer):
         def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -745,7 +745,7 @@ def test_what_is_wrong_is_named_before_anything_is_done(
 def test_memory_that_cannot_suffice_is_told_before_anything_is_loaded(
     checkpoint: Path, dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from svdllm.recover import needs
+    from svdllm.recovery import memory as needs
 
     stored, teacher = (sum(t.numel() * 4 for t in weights(folder).values()) for folder in (checkpoint, dense))
     linears = sum(t.numel() for name, t in weights(checkpoint).items() if "layers" in name and "norm" not in name)
@@ -856,7 +856,7 @@ def test_blocks_that_share_keys_are_trained_on_those_of_their_own_model(
 ) -> None:
     """The errors that are reported, against whole models before and after."""
     walks: list[Any] = []
-    module = sys.modules["svdllm.recover.run"]
+    module = sys.modules["svdllm.recovery.run"]
     monkeypatch.setattr(module, "train_blocks", lambda *given: walks.extend(given) or train_blocks(*given))
     dense = save_dense(tmp_path / "dense", "gemma4_text", tokenizer=tokenizer)
     run(dense, tmp_path / "out")

@@ -18,14 +18,14 @@ import torch
 import svdllm
 from families import tiny_model
 from runs import TEXT, digests, run, save_dense, small_recipe, token_windows
-from svdllm.errors import InputError
+from svdllm.common.errors import InputError
 
 # Its processes start with the library imported.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["svdllm", "runs"])
 
 
-class Deadly(svdllm.progress.Reporter):
+class Deadly(svdllm.common.progress.Reporter):
     """The n-th call of a hook is the process's last act."""
 
     def __init__(self, where: str, nth: int):
@@ -142,7 +142,7 @@ def test_finished_blocks_are_not_decomposed_again(tmp_path: Path) -> None:
     model = save_dense(tmp_path / "dense")
     killed_run(model, tmp_path / "out", "block", 1)
 
-    class Counting(svdllm.progress.Reporter):
+    class Counting(svdllm.common.progress.Reporter):
         blocks: tuple[int, ...] = ()
         notes: tuple[str, ...] = ()
 
@@ -188,10 +188,10 @@ def test_other_settings_refuse_to_go_on(change: dict[str, object], named: str, t
     assert not (tmp_path / "out.partial").exists()
 
 
-COMPRESS = sys.modules["svdllm.compress"]  # in the package, the function has its name
+COMPRESS = sys.modules["svdllm.compression.run"]
 
 
-class Interrupting(svdllm.progress.Reporter):
+class Interrupting(svdllm.common.progress.Reporter):
     """Stops when the first block is done."""
 
     def block_done(self, *_: object) -> None:
@@ -350,7 +350,7 @@ def test_out_of_memory_keeps_finished_blocks(tmp_path: Path, monkeypatch: pytest
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
         return original(*args, **kwargs)
 
-    module = sys.modules["svdllm.calibration"]
+    module = sys.modules["svdllm.compression.analyze"]
     original = module.decompose
     monkeypatch.setattr(module, "decompose", second_fails)
     with pytest.raises(svdllm.ResourceError, match=r"lower --batch-tokens \(now 4096\)"):

@@ -19,10 +19,10 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import svdllm
 from runs import run, save_dense, small_recipe
-from svdllm import serving
 from svdllm.cli import main
-from svdllm.errors import InputError
-from svdllm.serving import prepare_service
+from svdllm.common.errors import InputError
+from svdllm.inference import serve as serving
+from svdllm.inference.serve import prepare_service
 from tokenizers_local import byte_tokenizer
 
 TEMPLATE = (
@@ -193,7 +193,7 @@ def test_mistakes_are_found_before_anything_is_loaded(
         ):
             with pytest.raises(InputError, match=message):
                 prepare_service(str(model), **{"port": port, **settings})
-    monkeypatch.setattr("svdllm.data.specs.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("svdllm.common.extras.importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"svdllm serve needs the package 'fastapi': pip install 'svdllm\[serve\]'"):
         prepare_service(str(dense), port=port, backend="transformers")
 

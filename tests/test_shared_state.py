@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from families import tiny_model, tiny_tokens
 from svdllm import UnsupportedModelError
-from svdllm.shared_state import SharedStates, StateGradients, WrittenArguments, differentiable
-from svdllm.source import build_skeleton
-from svdllm.stand_ins import Recorder
-from svdllm.stream import Walk
-from svdllm.structure import discover
-from svdllm.weights import MemoryWeights
+from svdllm.models.shared_state import SharedStates, StateGradients, WrittenArguments, differentiable
+from svdllm.models.skeleton import build_skeleton
+from svdllm.models.structure import discover
+from svdllm.models.stubs import Recorder
+from svdllm.models.walk import Walk
+from svdllm.models.weights import MemoryWeights
 
 
 def walk_through(model: Any, ids: Tensor, **settings: Any) -> Walk:

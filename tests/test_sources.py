@@ -17,10 +17,10 @@ import svdllm
 from families import low_rank_model, tiny_model, tiny_tokens
 from gguf_local import write_gguf
 from runs import TEXT, run, save_dense, small_recipe
-from svdllm.bench.checks import different_names
 from svdllm.cli import main
-from svdllm.model_names import display_name, short_name
-from svdllm.source import open_config, open_source, require_causal_lm
+from svdllm.inference.bench.checks import different_names
+from svdllm.models.model_names import display_name, short_name
+from svdllm.models.open import open_config, open_source, require_causal_lm
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 USES: list[Callable[[Any], Any]] = [open_source, open_config, svdllm.load_model]

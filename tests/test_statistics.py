@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdllm.statistics import PANEL, TOKENS_PER_PRODUCT, Gram, MeanAbsolute
+from svdllm.compression.math.statistics import PANEL, TOKENS_PER_PRODUCT, Gram, MeanAbsolute
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:

@@ -13,9 +13,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import svdllm
 from runs import run, small_recipe
-from svdllm.layout import buffer_names
-from svdllm.source import build_skeleton, open_source
-from svdllm.weights import survey
+from svdllm.checkpoint.tensors import buffer_names
+from svdllm.models.open import open_source
+from svdllm.models.skeleton import build_skeleton
+from svdllm.models.weights import survey
 
 COMMON = {
     "vocab_size": 128,

@@ -13,9 +13,9 @@ from torch import Tensor
 import svdllm
 from families import tiny_model
 from runs import digests, run, small_recipe, token_windows
-from svdllm.probing import probe_ids, probe_ranks, probe_tokens
-from svdllm.source import build_skeleton
-from svdllm.structure import Structure, discover
+from svdllm.compression.probe import probe_ids, probe_ranks, probe_tokens
+from svdllm.models.skeleton import build_skeleton
+from svdllm.models.structure import Structure, discover
 
 STRS = {"allocation": "strs", "probe_share": 0.97, "strs_ratios": (0.2, 0.45, 0.7)}
 
@@ -158,7 +158,7 @@ def test_the_plan_counts_every_truncation() -> None:
 
 
 def test_few_tokens_are_said(tmp_path: Path) -> None:
-    reporter = svdllm.progress.Reporter()
+    reporter = svdllm.common.progress.Reporter()
     recipe = small_recipe(method="svd", allocation="strs")
     run(tiny_model("llama"), tmp_path / "out", recipe=recipe, reporter=reporter)
     (warning,) = reporter.warnings

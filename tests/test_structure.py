@@ -11,9 +11,18 @@ from transformers import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from families import FAMILIES, linear_targets, tiny_config
-from svdllm.errors import InputError, UnsupportedModelError
-from svdllm.source import build_skeleton
-from svdllm.structure import Structure, discover, find_blocks, input_groups, is_linear, linears_of, replaced, to_device
+from svdllm.common.errors import InputError, UnsupportedModelError
+from svdllm.models.skeleton import build_skeleton
+from svdllm.models.structure import (
+    Structure,
+    discover,
+    find_blocks,
+    input_groups,
+    is_linear,
+    linears_of,
+    replaced,
+    to_device,
+)
 
 TINY = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 

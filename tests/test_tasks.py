@@ -19,16 +19,16 @@ import torch
 import svdllm
 from families import tiny_model
 from runs import TEXT, save_dense, small_recipe
-from svdllm import side_by_side
 from svdllm.cli import main
-from svdllm.errors import InputError
-from svdllm.progress import Reporter
-from svdllm.side_by_side import evaluate_models
-from svdllm.source import open_config
-from svdllm.tasks import TaskSuite, open_tasks, run_tasks
-from svdllm.tasks.index import tasks_folder
-from svdllm.tasks.local_files import find_files, read_file
-from svdllm.tasks.record import Metric, TaskScore, accuracy_average, compare_score, scores_of
+from svdllm.common.errors import InputError
+from svdllm.common.progress import Reporter
+from svdllm.evaluation import side_by_side
+from svdllm.evaluation.side_by_side import evaluate_models
+from svdllm.evaluation.tasks import TaskSuite, open_tasks, run_tasks
+from svdllm.evaluation.tasks.index import tasks_folder
+from svdllm.evaluation.tasks.local_files import find_files, read_file
+from svdllm.evaluation.tasks.record import Metric, TaskScore, accuracy_average, compare_score, scores_of
+from svdllm.models.open import open_config
 
 pytest.importorskip("lm_eval", reason="lm-eval is in the extra 'eval'")
 
@@ -144,7 +144,7 @@ def small_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three folders of the harness's definitions instead of thousands."""
     for name in ("arc", "piqa", "super_glue"):
         shutil.copytree(tasks_folder() / name, tmp_path / "lm_eval" / "tasks" / name)
-    monkeypatch.setattr("svdllm.tasks.index.tasks_folder", lambda: tmp_path / "lm_eval" / "tasks")
+    monkeypatch.setattr("svdllm.evaluation.tasks.index.tasks_folder", lambda: tmp_path / "lm_eval" / "tasks")
 
 
 def ready(names: list[str], **settings: Any) -> TaskSuite:
@@ -497,7 +497,7 @@ def test_packages_that_are_missing(data: Path, monkeypatch: pytest.MonkeyPatch) 
         InputError, match=r"truthfulqa_gen needs the package 'rouge_score': pip install 'svdllm\[eval\]'"
     ):
         ready(["truthfulqa_gen"], task_data=data)
-    monkeypatch.setattr("svdllm.data.specs.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("svdllm.common.extras.importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs the package 'lm_eval': pip install 'svdllm\[eval\]'"):
         ready(["piqa"])
 
@@ -676,7 +676,7 @@ def test_bad_options(arguments: list[str], said: str, dense: Path, capsys: pytes
 
 
 def test_a_choice_beyond_the_context_is_no_traceback(tokenizer: Any) -> None:
-    from svdllm.tasks.harness_model import HarnessModel
+    from svdllm.evaluation.tasks.harness_model import HarnessModel
 
     model = HarnessModel(tiny_model("llama", vocab_size=300), tokenizer, 1, Reporter(), "small")
     requests = [(("", ""), [1], [3] * 64), (("", ""), [1], [3] * 65)]

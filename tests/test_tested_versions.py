@@ -16,8 +16,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import svdllm
-from svdllm import tested_versions
-from svdllm.modeling import render
+from svdllm.common import tested_versions
+from svdllm.models.low_rank import family_classes
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,7 +58,7 @@ def test_tested_versions_are_not_warned_of(found: str, monkeypatch: pytest.Monke
 
 
 def test_code_files_of_checkpoints_know_nothing_of_it() -> None:
-    assert not any("tested_versions" in text for text in render("llama").values())
+    assert not any("tested_versions" in text for text in family_classes("llama").causal_lm.code_files().values())
 
 
 def test_the_tested_range_is_that_of_bounds_and_constraints(project: dict[str, Any]) -> None:

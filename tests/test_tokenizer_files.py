@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import tokenizers
 
-from svdllm.errors import InputError
-from svdllm.tokenizer_files import load_tokenizer
+from svdllm.common.errors import InputError
+from svdllm.models.tokenizer_files import load_tokenizer
 from tokenizers_local import byte_tokenizer
 
 PANIC = {"type": "Precompiled", "precompiled_charsmap": "/////w=="}

@@ -20,8 +20,8 @@ from gguf_local import write_gguf
 from runs import TEXT, run, save_dense, small_recipe
 from svdllm import UnusedTensorsWarning
 from svdllm.cli import main
-from svdllm.source import open_config, open_source
-from svdllm.unused_tensors import UnusedTensors, grouped_names
+from svdllm.models.open import open_config, open_source
+from svdllm.models.unused_tensors import UnusedTensors, grouped_names
 
 BIASES = [f"model.layers.0-1.self_attn.{name}_proj.bias" for name in "kqvo"]
 

@@ -3,13 +3,12 @@
 Importing it registers the low-rank model types, so that ``AutoModelForCausalLM.from_pretrained`` loads checkpoints.
 """
 
-from svdllm import quiet  # noqa: F401
-from svdllm.bench import BenchmarkRecord, BenchSettings, benchmark
-from svdllm.byte_count import WeightBytes, weight_bytes
-from svdllm.checkpoint import load_model
-from svdllm.compress import compress, compress_many
-from svdllm.config import Recipe
-from svdllm.errors import (
+from svdllm.common import silence_torchao  # noqa: F401
+
+# isort: split
+from svdllm.checkpoint.verify import verify
+from svdllm.checkpoint.weight_sizes import WeightBytes, weight_bytes
+from svdllm.common.errors import (
     CheckpointError,
     InputError,
     NumericalError,
@@ -17,23 +16,25 @@ from svdllm.errors import (
     SvdllmError,
     UnsupportedModelError,
 )
-from svdllm.evaluate import Perplexity, perplexity
-from svdllm.export import export_dense
-from svdllm.fuse import fuse_factors
-from svdllm.latent_cache import use_latent_cache, use_ordinary_cache
-from svdllm.modeling import register_all
-from svdllm.padding import export_padded
-from svdllm.plan import Plan, plan
-from svdllm.quantize import QuantizationResult, quantize
-from svdllm.records import CompressionResult
-from svdllm.recover import Recovery, RecoveryResult, recover
-from svdllm.side_by_side import evaluate_tasks
-from svdllm.slicing import slice_checkpoint
-from svdllm.tasks import TaskResults
-from svdllm.tested_versions import warn_if_untested
-from svdllm.unused_tensors import UnusedTensors, UnusedTensorsWarning
-from svdllm.verify import verify
-from svdllm.version import __version__
+from svdllm.common.tested_versions import warn_if_untested
+from svdllm.common.version import __version__
+from svdllm.compression.plan import Plan, plan
+from svdllm.compression.recipe import Recipe
+from svdllm.compression.records import CompressionResult
+from svdllm.compression.run import compress, compress_many
+from svdllm.compression.slice import load_model, slice_checkpoint
+from svdllm.evaluation.perplexity import Perplexity, perplexity
+from svdllm.evaluation.side_by_side import evaluate_tasks
+from svdllm.evaluation.tasks import TaskResults
+from svdllm.export.dense import export_dense
+from svdllm.export.padded_heads import export_padded
+from svdllm.export.quantize import QuantizationResult, quantize
+from svdllm.inference.bench import BenchmarkRecord, BenchSettings, benchmark
+from svdllm.inference.fuse import fuse_factors
+from svdllm.inference.latent_cache import use_latent_cache, use_ordinary_cache
+from svdllm.models.low_rank import register_all
+from svdllm.models.unused_tensors import UnusedTensors, UnusedTensorsWarning
+from svdllm.recovery import Recovery, RecoveryResult, recover
 
 warn_if_untested()
 register_all()

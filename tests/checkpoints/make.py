@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from runs import TEXT, run, save_dense, small_recipe
 from svdllm import quantize, recover
-from svdllm.recover import make_recovery
+from svdllm.recovery import make_recovery
 from tokenizers_local import byte_tokenizer
 
 

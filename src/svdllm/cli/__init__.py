@@ -30,8 +30,8 @@ from svdllm.cli import (
 )
 from svdllm.cli.console import error_console, print_warning
 from svdllm.cli.terminal import lenient_streams
-from svdllm.errors import SvdllmError, as_ours
-from svdllm.unused_tensors import UnusedTensorsWarning
+from svdllm.common.errors import SvdllmError, as_ours
+from svdllm.models.unused_tensors import UnusedTensorsWarning
 
 # ClickException, of the click that typer uses: newer versions carry their own.
 UsageProblem: type[Exception] = typer.BadParameter.mro()[2]

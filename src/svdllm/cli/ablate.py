@@ -8,7 +8,7 @@ import typer
 
 from svdllm.cli import grid_options as g
 from svdllm.cli import options as o
-from svdllm.grid import STUDIES, find_study, study
+from svdllm.comparison import STUDIES, find_study, study
 
 DESCRIPTIONS = "; ".join(f"{name}: {chosen.summary}" for name, chosen in STUDIES.items())
 

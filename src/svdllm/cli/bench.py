@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from svdllm.bench import BenchSettings, benchmark
 from svdllm.cli import options as o
 from svdllm.cli.bench_tables import show_benchmark
 from svdllm.cli.console import ConsoleReporter, console, print_json
 from svdllm.cli.options import option
-from svdllm.errors import InputError
-from svdllm.report.bench import check_output, store_benchmark
+from svdllm.common.errors import InputError
+from svdllm.inference.bench import BenchSettings, benchmark
+from svdllm.inference.bench.document import check_output, store_benchmark
 
 WHAT, MACHINE = "What is measured", "Machine"
 

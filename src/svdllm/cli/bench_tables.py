@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from svdllm.bench import BenchmarkRecord, CellRecord, ModelRecord, PhaseRecord
 from svdllm.cli.console import console, count, size
+from svdllm.inference.bench import BenchmarkRecord, CellRecord, ModelRecord, PhaseRecord
 
 
 def show_benchmark(record: BenchmarkRecord) -> None:

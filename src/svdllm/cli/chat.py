@@ -9,16 +9,16 @@ from typing import Annotated
 import torch
 import typer
 
-from svdllm.chat import Chat
-from svdllm.chat_template import require_default_template
-from svdllm.checkpoint import load_model
+from svdllm.checkpoint.load import load_model
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, error_console, print_warning
 from svdllm.cli.terminal import reader_is_gone
-from svdllm.errors import InputError
-from svdllm.inference import check_kv_cache, prepare
-from svdllm.plan import resolve_device, resolve_dtype
-from svdllm.source import open_config
+from svdllm.common.device import resolve_device, resolve_dtype
+from svdllm.common.errors import InputError
+from svdllm.data.chat_template import require_default_template
+from svdllm.inference.chat import Chat
+from svdllm.inference.prepare import check_kv_cache, prepare
+from svdllm.models.open import open_config
 
 
 def register(app: typer.Typer) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from svdllm.cli import grid_options as g
 from svdllm.cli import options as o
-from svdllm.grid import variants_of
+from svdllm.comparison import variants_of
 
 
 def register(app: typer.Typer) -> None:

@@ -10,7 +10,7 @@ import typer
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, console, print_json, show
 from svdllm.cli.tables import result_table
-from svdllm.compress import compress_many
+from svdllm.compression.run import compress_many
 
 
 def register(app: typer.Typer) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from svdllm.progress import Reporter
+from svdllm.common.progress import Reporter
 
 # Seconds between two lines on the progress of a stage, where there is no terminal.
 FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0

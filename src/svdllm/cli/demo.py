@@ -10,7 +10,7 @@ import typer
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, console, print_json
 from svdllm.cli.tables import demo_table
-from svdllm.demo import run_demo
+from svdllm.comparison.demo import run_demo
 
 
 def register(app: typer.Typer) -> None:

@@ -8,18 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
+from svdllm.checkpoint.output import require_new
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, console, print_json, show
 from svdllm.cli.options import option
 from svdllm.cli.tables import perplexity_table
 from svdllm.cli.task_tables import tasks_table
+from svdllm.common.errors import InputError
 from svdllm.data.specs import check_source, split_specs
-from svdllm.errors import InputError
-from svdllm.protocols import PROTOCOLS
-from svdllm.report.evaluation import evaluation_document, require_new, store_evaluation
-from svdllm.side_by_side import evaluate_models, perplexity_rows
-from svdllm.source import open_config
-from svdllm.tasks import open_tasks
+from svdllm.evaluation.document import evaluation_document, store_evaluation
+from svdllm.evaluation.side_by_side import evaluate_models, perplexity_rows
+from svdllm.evaluation.tasks import open_tasks
+from svdllm.evaluation.windows import PROTOCOLS
+from svdllm.models.open import open_config
 
 PERPLEXITY, TASKS, MACHINE = "Perplexity", "Tasks", "Machine"
 

@@ -10,9 +10,9 @@ import typer
 
 from svdllm.cli import options as o
 from svdllm.cli.console import console, print_json
-from svdllm.errors import InputError
-from svdllm.export import export_dense
-from svdllm.padding import export_padded
+from svdllm.common.errors import InputError
+from svdllm.export.dense import export_dense
+from svdllm.export.padded_heads import export_padded
 
 
 class Format(str, Enum):
@@ -65,7 +65,7 @@ def export(
             f"of {padding.before.kv}; largest difference from the original {padding.difference:.1e} of the largest logit."
         )
     else:
-        from svdllm.graphs import export_graph
+        from svdllm.export.graphs import export_graph
 
         difference, cached = export_graph(folder, output, format.value)
         document |= {"largest_difference": difference, "past_key_values": cached}

@@ -17,15 +17,15 @@ from rich.table import Table
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, console, print_json
 from svdllm.cli.options import option
+from svdllm.common.errors import InputError
+from svdllm.comparison import Grid, Measures, Study, Variant, run_grid
+from svdllm.comparison.report import GridReport, read_spectra_files, write_report
+from svdllm.comparison.settings import PROMPTS
 from svdllm.data.specs import split_specs
-from svdllm.errors import InputError
-from svdllm.grid import Grid, Measures, Study, Variant, run_grid
-from svdllm.grid.settings import PROMPTS
-from svdllm.limits import within_context
-from svdllm.model_names import short_name
-from svdllm.report.grid_report import GridReport, read_spectra_files, write_report
-from svdllm.side_by_side import SEQLEN
-from svdllm.source import context_length, open_config
+from svdllm.evaluation.side_by_side import SEQLEN
+from svdllm.models.limits import within_context
+from svdllm.models.model_names import short_name
+from svdllm.models.open import context_length, open_config
 
 Command = TypeVar("Command", bound=Callable[..., None])
 REPORT_EVERY = 120  # seconds, while the grid is made

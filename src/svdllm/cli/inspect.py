@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from svdllm.checkpoint import read_report
+from svdllm.checkpoint.report import read_report
 from svdllm.cli import options as o
 from svdllm.cli.console import console, print_json, show
 from svdllm.cli.tables import linears_table, report_table

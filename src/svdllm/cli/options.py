@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from svdllm.config import (
+from svdllm.checkpoint.quantized import NVFP4_GROUP
+from svdllm.common.errors import InputError
+from svdllm.compression.recipe import (
     ALLOCATIONS,
     BUDGETS,
-    NVFP4_GROUP,
     OF_A_BUDGET,
     PROBING,
     Recipe,
@@ -20,7 +21,6 @@ from svdllm.config import (
     parse_amount,
     preset_settings,
 )
-from svdllm.errors import InputError
 
 # Flags that do nothing unless another setting has one of these values.
 ONLY_WITH = {

@@ -7,7 +7,7 @@ import typer
 from svdllm.cli import options as o
 from svdllm.cli.console import print_json, print_warning, show
 from svdllm.cli.tables import plan_table
-from svdllm.plan import plan as make_plans
+from svdllm.compression.plan import plan as make_plans
 
 
 def register(app: typer.Typer) -> None:

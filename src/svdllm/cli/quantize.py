@@ -10,7 +10,7 @@ import typer
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, console, print_json, show
 from svdllm.cli.tables import quantization_table
-from svdllm.quantize import quantize
+from svdllm.export.quantize import quantize
 
 
 def register(app: typer.Typer) -> None:

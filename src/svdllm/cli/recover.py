@@ -11,8 +11,8 @@ from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, console, print_json, show
 from svdllm.cli.options import option
 from svdllm.cli.tables import recovery_table
-from svdllm.recover import make_recovery, recover
-from svdllm.recover.processes import is_main
+from svdllm.recovery import make_recovery, recover
+from svdllm.recovery.distributed import is_main
 
 DATA, TRAINING, LORA, MEASURE = "Data", "Training", "Sequential LoRA", "Measuring"
 

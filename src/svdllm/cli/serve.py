@@ -8,7 +8,7 @@ import typer
 
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, error_console, print_warning
-from svdllm.serving import prepare_service
+from svdllm.inference.serve import prepare_service
 
 
 def register(app: typer.Typer) -> None:

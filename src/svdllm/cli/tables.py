@@ -8,16 +8,16 @@ from typing import Any
 
 from rich.table import Table
 
+from svdllm.checkpoint.card import quantization_text, recovery_text
 from svdllm.cli.console import count, duration, size
-from svdllm.demo import DemoResult
-from svdllm.model_names import given_name
-from svdllm.plan import Plan
-from svdllm.quantize import QuantizationResult
-from svdllm.records import CompressionResult
-from svdllm.recover import RecoveryResult
-from svdllm.report.card import quantization_text, recovery_text
-from svdllm.side_by_side import ModelPerplexity
-from svdllm.unused_tensors import UnusedTensors
+from svdllm.comparison.demo import DemoResult
+from svdllm.compression.plan import Plan
+from svdllm.compression.records import CompressionResult
+from svdllm.evaluation.side_by_side import ModelPerplexity
+from svdllm.export.quantize import QuantizationResult
+from svdllm.models.model_names import given_name
+from svdllm.models.unused_tensors import UnusedTensors
+from svdllm.recovery import RecoveryResult
 
 Titled = tuple[str, list[Table]]  # a line of its own, never cut or wrapped, and what stands below it
 

@@ -8,10 +8,10 @@ from rich.table import Table
 
 from svdllm.cli.console import duration
 from svdllm.cli.tables import Titled
-from svdllm.model_names import short_name
-from svdllm.side_by_side import ModelEvaluation
-from svdllm.tasks import TaskResults, TaskScore
-from svdllm.tasks.record import accuracy_average, compare_score
+from svdllm.evaluation.side_by_side import ModelEvaluation
+from svdllm.evaluation.tasks import TaskResults, TaskScore
+from svdllm.evaluation.tasks.record import accuracy_average, compare_score
+from svdllm.models.model_names import short_name
 
 LEGEND = "±: standard error"
 SHARES = (

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from svdllm.checkpoint.verify import verify as verify_checkpoint
 from svdllm.cli import options as o
 from svdllm.cli.console import console, print_json
-from svdllm.verify import verify as verify_checkpoint
 
 
 def register(app: typer.Typer) -> None:

@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from svdllm.chat_template import require_default_template
-from svdllm.errors import InputError, explaining
+from svdllm.common.errors import InputError, explaining
+from svdllm.data.chat_template import require_default_template
 
 Message = dict[str, Any]
 # The beginning of a list of messages that was put into a string, as JSON or as Python writes it.

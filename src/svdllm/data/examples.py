@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from svdllm.common.errors import InputError
 from svdllm.data.chats import messages_of, render
 from svdllm.data.sources import CHAT_FIELD, documents_of_spec, rows_of_spec
 from svdllm.data.specs import DocsSpec, MixtureSpec, NamedSet, parse_spec
 from svdllm.data.tokens import encode, token_stream
-from svdllm.errors import InputError
 
 TEMPLATES = ("alpaca", "chat")
 NO_LABEL = -100  # what transformers' losses leave out

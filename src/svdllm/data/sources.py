@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from svdllm.common.errors import InputError, explaining, first_line
+from svdllm.common.extras import require_extra
 from svdllm.data.corpus import python_docs
 from svdllm.data.specs import (
     ROW_JOINER,
@@ -20,9 +22,7 @@ from svdllm.data.specs import (
     NamedSet,
     Spec,
     check_texts,
-    require_extra,
 )
-from svdllm.errors import InputError, explaining, first_line
 
 CHAT_FIELD = "messages"
 DEFAULT_FIELDS = ("text", CHAT_FIELD)

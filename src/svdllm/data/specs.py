@@ -12,7 +12,6 @@ An existing path wins over every other reading.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 from collections.abc import Sequence
@@ -22,7 +21,8 @@ from typing import Any
 
 from torch import Tensor
 
-from svdllm.errors import InputError, did_you_mean
+from svdllm.common.errors import InputError, did_you_mean
+from svdllm.common.extras import require_extra
 
 TEXT_SUFFIXES = (".txt", ".raw")
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -194,12 +194,6 @@ def check_token_tensor(ids: Tensor) -> None:
         raise InputError(f"token ids must be integers of 16 bits or more (torch.int64), found {ids.dtype}")
     if ids.numel() and int(ids.min()) < 0:
         raise InputError(f"token ids must not be negative, found {int(ids.min())}: remove padding such as -100")
-
-
-def require_extra(package: str, needed_for: str, extra: str = "data") -> None:
-    """``package`` of an extra of ours can be imported."""
-    if importlib.util.find_spec(package) is None:
-        raise InputError(f"{needed_for} needs the package '{package}': pip install 'svdllm[{extra}]'")
 
 
 def _check_extras(spec: Spec) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdllm.common.errors import InputError, explaining
 from svdllm.data.chats import decoded, messages_of, render
 from svdllm.data.sources import Documents
-from svdllm.errors import InputError, explaining
 
 
 def token_stream(documents: Documents, tokenizer: Any) -> Tensor:

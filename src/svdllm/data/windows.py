@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdllm.common.errors import InputError
 from svdllm.data.sources import Documents, documents_of, documents_of_spec
 from svdllm.data.specs import MixtureSpec, check_source, parse_spec
 from svdllm.data.tokens import document_tokens, token_stream
-from svdllm.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)

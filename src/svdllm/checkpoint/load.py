@@ -1,0 +1,90 @@
+"""Loads a model, compressed or not, with svdllm's errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from svdllm.common.errors import CheckpointError
+from svdllm.models.low_rank.lowrank import unpacking_one_by_one
+from svdllm.models.model_names import display_name
+from svdllm.models.open import hub_folder, load_config, open_config
+from svdllm.models.unused_tensors import warn_of_unused
+from svdllm.models.weights import read_header, unused_in, weight_files
+
+
+def load_model(model: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """A model by ``from_pretrained``, compressed or not, with this library's errors.
+
+    Args:
+        model: a folder, a hub id, or a GGUF file.
+        kwargs: for ``from_pretrained``. Only safetensors are read, and code that comes with a model is not run.
+
+    Warns of tensors in the files that are not used (``UnusedTensorsWarning``).
+
+    Raises:
+        CheckpointError: a file is missing, truncated or altered; names it.
+        InputError: no such model.
+        UnsupportedModelError: it is not a causal language model.
+    """
+    want_info = kwargs.pop("output_loading_info", False)
+    place = _place_of(model, kwargs)
+    try:
+        with unpacking_one_by_one():
+            settings = {"trust_remote_code": False, "use_safetensors": True, "ignore_mismatched_sizes": True} | kwargs
+            both: Any = AutoModelForCausalLM.from_pretrained(str(place), output_loading_info=True, **settings)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind, by the class of the model and what is wrong in its files
+        raise CheckpointError(f"{model} cannot be loaded: {type(error).__name__}: {error}") from error
+    loaded, info = both
+    _require_loaded(model, loaded, info)
+    if "gguf_file" not in kwargs and getattr(loaded, "hf_quantizer", None) is None:
+        warn_of_unused(display_name(model), unused_in(place, loaded))
+    dtype = kwargs.get("dtype")
+    if isinstance(dtype, torch.dtype) and is_torchao(loaded):
+        loaded.to(dtype)  # a weight of 4 bits unpacks to the dtype that it was stored with
+    return both if want_info else loaded
+
+
+def _require_loaded(model: str | Path, loaded: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where transformers has put random weights in place of the files'."""
+    misshapen = [
+        f"{name} (in the file {list(found)}, by the config {list(wanted)})"
+        for name, found, wanted in info["mismatched_keys"]
+    ]
+    for what, names in (("missing", info["missing_keys"]), ("of another shape", misshapen)):
+        if names:
+            raise CheckpointError(
+                f"{model}: {len(names)} tensors of {type(loaded).__name__} are {what}, for instance "
+                f"{', '.join(sorted(names)[:3])}. The files and config.json do not belong together: fetch the model again."
+            )
+
+
+def _place_of(model: str | Path, kwargs: dict[str, Any]) -> Path:
+    """The folder that ``from_pretrained`` reads a model from, after the checks that every other use of it makes.
+
+    Takes what is for the hub out of ``kwargs``, and puts in what a GGUF file needs.
+    """
+    path = Path(model)
+    if path.is_file():
+        open_config(path)
+        kwargs["gguf_file"] = path.name
+        return path.parent
+    if not path.is_dir():
+        offline, revision = kwargs.pop("local_files_only", False), kwargs.pop("revision", None)
+        path = hub_folder(str(model), revision, offline, weights=True)
+    load_config(path, str(model), allow_quantized=True)
+    for file in weight_files(path):
+        read_header(file)
+    return path
+
+
+def is_torchao(model: PreTrainedModel) -> bool:
+    """Whether weights of a model are tensors of torchao, in few bits."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer is not None and quantizer.quantization_config.quant_method == "torchao"

@@ -1,0 +1,63 @@
+"""Computes and stores the logits that a checkpoint gives for a few fixed tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from svdllm.checkpoint.load import load_model
+from svdllm.common.errors import NumericalError
+from svdllm.common.files import save_tensors
+from svdllm.models.skeleton import build_skeleton
+from svdllm.models.structure import discover
+from svdllm.models.walk import Walk
+from svdllm.models.weights import SafetensorsWeights
+
+REFERENCE_FILE = "svdllm/reference.safetensors"
+
+
+REFERENCE_TOKENS = 16
+
+
+REFERENCE_POSITIONS = 4
+
+
+def write_reference(folder: Path, config: PreTrainedConfig, device: torch.device) -> None:
+    ids, logits = reference_logits(folder, config, device)
+    save_tensors({"token_ids": ids, "logits": logits}, folder / REFERENCE_FILE)
+
+
+def reference_logits(folder: Path, config: PreTrainedConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A few fixed tokens, and the logits after the last of them: float32, computed from the files of a folder.
+
+    Raises:
+        NumericalError: they are not finite.
+    """
+    ids = (torch.arange(REFERENCE_TOKENS).unsqueeze(0) * 7919 + 11) % config.get_text_config().vocab_size
+    logits_of = _loaded_logits if getattr(config, "quantization_config", None) else _walked_logits
+    logits = logits_of(folder, config, ids, device)[:, -REFERENCE_POSITIONS:].float().cpu().contiguous()
+    if not bool(torch.isfinite(logits).all()):
+        raise NumericalError("The compressed model's logits are not finite.")
+    return ids, logits
+
+
+def _walked_logits(folder: Path, config: PreTrainedConfig, ids: Tensor, device: torch.device) -> Tensor:
+    """With one block resident."""
+    skeleton = build_skeleton(config)
+    weights = SafetensorsWeights(folder, skeleton)
+    walk = Walk(
+        weights=weights, skeleton=skeleton, structure=discover(skeleton), ids=ids, device=device, dtype=torch.float32
+    )
+    for block in walk.blocks():
+        block.run()
+    return walk.logits()
+
+
+@torch.no_grad()
+def _loaded_logits(folder: Path, config: PreTrainedConfig, ids: Tensor, device: torch.device) -> Tensor:
+    """Of weights in few bits, which only the loaded model can read."""
+    model = load_model(folder, dtype=torch.float32).to(device)  # type: ignore[arg-type]
+    return model.eval()(input_ids=ids.to(device)).logits

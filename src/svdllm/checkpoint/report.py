@@ -1,0 +1,45 @@
+"""Reads the report of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from svdllm.common.errors import CheckpointError, InputError
+
+REPORT_FILE = "svdllm/report.json"
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report of a checkpoint.
+
+    Raises:
+        InputError: the folder is not a checkpoint of this library.
+    """
+    file = Path(folder) / REPORT_FILE
+    if not file.is_file():
+        raise InputError(f"{folder} is no svdllm checkpoint: it has no {REPORT_FILE}. Make one with `svdllm compress`.")
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{REPORT_FILE} in {folder} is damaged: {error}") from error
+    if not isinstance(report, dict) or not {"linears", "source", "recipe", "params"} <= set(report):
+        raise CheckpointError(f"{REPORT_FILE} in {folder} is damaged: entries are missing.")
+    return report
+
+
+def ranks_of(report: Mapping[str, Any]) -> dict[str, int]:
+    """The rank of every factorised linear, by the report of a checkpoint."""
+    rows = [row for row in report["linears"] if row["rank"] is not None]
+    return {name: row["rank"] for row in rows for name in row.get("parts") or [row["name"]]}
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    return (Path(folder) / REPORT_FILE).is_file()
+
+
+def holds_checkpoints(folder: Path) -> bool:
+    """A checkpoint, or a folder with one for each ratio."""
+    return is_checkpoint(folder) or (folder.is_dir() and any(map(is_checkpoint, folder.glob("ratio-*"))))

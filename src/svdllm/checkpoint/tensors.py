@@ -1,0 +1,194 @@
+"""The exact accounting of what a compressed model's files hold: tensors, parameters, bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from svdllm.models.open import Source
+from svdllm.models.structure import Structure, Target
+
+Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and dtype
+# What headers say beside names, shapes and places: a text for each weight, the same in every file. Few bits have some.
+Notes = Mapping[str, str]
+NO_NOTES: Notes = {}
+
+# A shard is held in memory while it is written.
+SHARD_BYTES = 2 * 10**9
+
+# The dtypes of safetensors, in the order in which its writer lays tensors out.
+SAFETENSORS_CODES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def stored_tensors(source: Source, skeleton: PreTrainedModel) -> Tensors:
+    """What the source's files hold, or would hold if only its config is known (tied tensors once)."""
+    if source.weights is not None:
+        return {name: source.weights.shape_and_dtype(name) for name in source.weights.names()}
+    return loaded_tensors(skeleton, source.dtype)
+
+
+def loaded_tensors(skeleton: PreTrainedModel, dtype: torch.dtype) -> Tensors:
+    """What a file would hold of a model that is loaded in a dtype (tied tensors once)."""
+    tied = tied_names(skeleton)
+    return {
+        name: (tuple(tensor.shape), dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in skeleton.state_dict().items()
+        if name not in tied
+    }
+
+
+def tied_names(skeleton: PreTrainedModel) -> set[str]:
+    """Tensors that are another's, and in no file."""
+    return set(getattr(skeleton, "all_tied_weights_keys", None) or ())
+
+
+def compressed_tensors(stored: Tensors, targets: Sequence[Target], ranks: Mapping[str, int]) -> Tensors:
+    """What the compressed model's files hold: ``weight`` becomes ``svd_v.weight`` and ``svd_u.weight``.
+
+    Of several linears with one first factor the first has it.
+    """
+    owners = {name: target for target in targets if target.name in ranks for name in target.linears}
+    result: Tensors = {}
+    for name, (shape, dtype) in stored.items():
+        owner, _, leaf = name.rpartition(".")
+        target = owners.get(owner)
+        if target is None:
+            result[name] = (shape, dtype)
+        elif leaf == "weight":
+            rank, out_features = ranks[target.name], shape[1] if target.is_conv1d else shape[0]
+            if owner == target.linears[0]:
+                result[f"{owner}.svd_v.weight"] = ((rank, target.in_features), dtype)
+            result[f"{owner}.svd_u.weight"] = ((out_features, rank), dtype)
+            if target.added_params:
+                result[f"{owner}.svd_u.bias"] = ((out_features,), dtype)
+        else:
+            result[f"{owner}.svd_u.{leaf}"] = (shape, dtype)
+    return result
+
+
+def buffer_names(skeleton: PreTrainedModel) -> set[str]:
+    """Tensors of a model that are no parameters, in its files or not."""
+    return {name for name, _ in skeleton.named_buffers()}
+
+
+def num_params(tensors: Tensors, buffers: Collection[str] = ()) -> int:
+    """Floating-point values of all but the buffers: what transformers' ``num_parameters`` counts."""
+    parameters = (tensor for name, tensor in tensors.items() if name not in buffers)
+    return sum(torch.Size(shape).numel() for shape, dtype in parameters if dtype.is_floating_point)
+
+
+def tensor_bytes(tensors: Tensors, names: Sequence[str] | None = None) -> int:
+    chosen = tensors if names is None else {name: tensors[name] for name in names}
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in chosen.values())
+
+
+def shard_names(tensors: Tensors, limit: int = SHARD_BYTES) -> list[list[str]]:
+    """The names of each shard, in order; the factors of a target stay together."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for unit in _units(tensors):
+        unit_bytes = tensor_bytes(tensors, unit)
+        if shards[-1] and size + unit_bytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].extend(unit)
+        size += unit_bytes
+    return shards
+
+
+def file_bytes(tensors: Tensors, limit: int = SHARD_BYTES, notes: Notes = NO_NOTES) -> int:
+    """Exact size of the safetensors files, headers included."""
+    shards = shard_names(tensors, limit)
+    return sum(_header_bytes(tensors, names, notes) + tensor_bytes(tensors, names) for names in shards)
+
+
+def share_of_files(tensors: Tensors, total: int, notes: Notes = NO_NOTES) -> int:
+    """The most that some tensors, with what the headers say of them, take of files that have ``total`` bytes together.
+
+    Shares add up: those of all tensors and ``empty_file_bytes`` are no less than ``file_bytes``, and more by the digits
+    of a few offsets (and by the notes of a file or two where there are several).
+    """
+    entries = {name: _entry(shape, dtype, total, total) for name, (shape, dtype) in tensors.items()}
+    return tensor_bytes(tensors) + _added(entries) + _most_files(total) * (_added(notes) + _added_names(notes))
+
+
+def empty_file_bytes(total: int) -> int:
+    """The most that headers which name nothing take of files that have ``total`` bytes together."""
+    return _most_files(total) * (8 + len(_json({"__metadata__": _metadata({"": ""})})) + 7)
+
+
+def elastic_tensors(structure: Structure, stored: Tensors, spare: Mapping[str, int]) -> Tensors:
+    """What the elastic files hold: the energies of every target, and factors of the ``spare`` ranks."""
+    energies: Tensors = {f"{t.name}.energies": ((t.full_rank,), torch.float64) for t in structure.targets}
+    dense = {f"{n}.weight": stored[f"{n}.weight"] for t in structure.targets if t.name in spare for n in t.linears}
+    return energies | compressed_tensors(dense, structure.targets, spare)
+
+
+def _units(tensors: Tensors) -> list[list[str]]:
+    units: list[list[str]] = []
+    for name in tensors:
+        pair = name.removesuffix(".svd_u.weight") + ".svd_v.weight"
+        if name.endswith(".svd_u.weight") and units and units[-1] == [pair]:
+            units[-1].append(name)
+        else:
+            units.append([name])
+    return units
+
+
+def _header_bytes(tensors: Tensors, names: Sequence[str], notes: Notes) -> int:
+    """Length of a safetensors header: the format pads the JSON to a multiple of eight."""
+    order = list(SAFETENSORS_CODES)
+    names_by_layout = sorted(names, key=lambda name: (order.index(tensors[name][1]), name))
+    entries, offset = {}, 0
+    for name in names_by_layout:
+        shape, dtype = tensors[name]
+        end = offset + torch.Size(shape).numel() * dtype.itemsize
+        entries[name] = _entry(shape, dtype, offset, end)
+        offset = end
+    text = _json({"__metadata__": _metadata(notes), **entries})
+    return 8 + -(-len(text) // 8) * 8
+
+
+def _entry(shape: tuple[int, ...], dtype: torch.dtype, start: int, end: int) -> dict[str, Any]:
+    return {"dtype": SAFETENSORS_CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+
+
+def _metadata(notes: Notes) -> dict[str, str]:
+    """``tensor_names`` is torchao's: the weights that it has notes on."""
+    return {"format": "pt", **notes} | ({"tensor_names": json.dumps(list(notes))} if notes else {})
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _added(entries: Mapping[str, Any]) -> int:
+    """What entries add to the text of a map that has others."""
+    return len(_json(entries)) - len("{}") + len(",") if entries else 0
+
+
+def _added_names(names: Iterable[str]) -> int:
+    """What names add to a list of others, written as a string."""
+    return sum(len(_json(json.dumps([name, name]))) - len(_json(json.dumps([name]))) for name in names)
+
+
+def _most_files(total: int) -> int:
+    """Two files that follow each other hold more than the limit."""
+    return 1 if total <= SHARD_BYTES else 1 + 2 * total // SHARD_BYTES

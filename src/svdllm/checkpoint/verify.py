@@ -1,0 +1,75 @@
+"""Is a checkpoint what was written, and does it compute what it computed then?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from svdllm.checkpoint.load import load_model
+from svdllm.checkpoint.reference import REFERENCE_FILE, REFERENCE_POSITIONS
+from svdllm.checkpoint.report import REPORT_FILE, ranks_of, read_report
+from svdllm.common.device import resolve_device
+from svdllm.common.errors import CheckpointError, NumericalError
+from svdllm.models.low_rank import HASHES_FILE, LowRankLinear, compare_hashes
+from svdllm.models.open import load_config
+
+# Logits of two processes, computed in float32 with other products, relative to the largest logit.
+REFERENCE_TOLERANCE = 1e-3
+
+
+def verify(folder: str | Path, device: str = "auto") -> list[tuple[str, str]]:
+    """Checks hashes, shapes, finiteness and the stored reference logits of a checkpoint.
+
+    Returns the checks that were made, as (name, what was found).
+
+    Raises:
+        CheckpointError: the first check that fails; names the file or tensor.
+        NumericalError: a weight or logit is NaN or infinite.
+    """
+    folder = Path(folder)
+    report = read_report(folder)
+    if not (folder / HASHES_FILE).is_file():
+        raise CheckpointError(f"{folder} has no svdllm/hashes.json: nothing to verify its files against.")
+    problems = compare_hashes(folder)
+    if problems:
+        raise CheckpointError(f"{folder} is not as it was written: {' '.join(problems)} Fetch or write it again.")
+    load_config(folder, str(folder), allow_quantized=True)
+    checks = [("hashes", "every file is as it was written")]
+    model = load_model(folder, dtype=torch.float32, check_integrity=False)
+    ranks = {name: m.svd_v.out_features for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    wanted = ranks_of(report)
+    if ranks != wanted:
+        different = sorted(name for name in {**ranks, **wanted} if ranks.get(name) != wanted.get(name))
+        raise CheckpointError(f"{folder}: the ranks of {', '.join(different[:3])} are not those of {REPORT_FILE}.")
+    if model.num_parameters() != report["params"]:
+        raise CheckpointError(f"{folder}: {report['params']:,} parameters expected, {model.num_parameters():,} found.")
+    checks.append(("shapes", f"{len(ranks)} low-rank linears, {report['params']:,} parameters"))
+    for name, parameter in model.named_parameters():
+        values = parameter.dequantize() if hasattr(parameter, "tensor_data_names") else parameter  # of torchao
+        if not bool(torch.isfinite(values).all()):
+            raise NumericalError(f"{folder}: {name} has NaN or infinite values.")
+    checks.append(("finite", "every weight"))
+    checks.append(
+        ("logits", f"largest difference {_reference_difference(folder, model, device):.1e} of the largest logit")
+    )
+    return checks
+
+
+def _reference_difference(folder: Path, model: PreTrainedModel, device: str) -> float:
+    reference = load_file(folder / REFERENCE_FILE)
+    place = resolve_device(device)
+    model.to(place)  # type: ignore[arg-type]
+    with torch.no_grad():
+        logits = model.eval()(input_ids=reference["token_ids"].to(place)).logits[:, -REFERENCE_POSITIONS:].float().cpu()
+    if not bool(torch.isfinite(logits).all()):
+        raise NumericalError(f"{folder}: the logits are not finite.")
+    difference = float((logits - reference["logits"]).abs().max() / reference["logits"].abs().max())
+    if difference > REFERENCE_TOLERANCE:
+        raise CheckpointError(
+            f"{folder}: the logits differ from the stored reference by {difference:.1e} of the largest logit "
+            f"(at most {REFERENCE_TOLERANCE:.0e} expected): the model does not compute what was written."
+        )
+    return difference

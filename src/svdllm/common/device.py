@@ -1,0 +1,35 @@
+"""Chooses the device and the dtype of a computation."""
+
+from __future__ import annotations
+
+import torch
+
+from svdllm.common.errors import InputError
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is the first accelerator, else the CPU. Raises InputError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise InputError(f"--device {name!r} is not available here; there is {', '.join(available)}.") from error
+    if device.type in ("meta", "mps"):
+        raise InputError(f"--device {name!r} has no float64, which decompositions need; use cpu or cuda.")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device, source_dtype: torch.dtype) -> torch.dtype:
+    """``auto`` computes in float32 on a CPU, where half precision is slow, else in the source's dtype."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise InputError(f"--dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}.")
+        return getattr(torch, name)
+    if source_dtype == torch.float64:
+        return torch.float64
+    return torch.float32 if device.type == "cpu" else source_dtype

@@ -1,0 +1,13 @@
+"""Checks for packages that only some commands need."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from svdllm.common.errors import InputError
+
+
+def require_extra(package: str, needed_for: str, extra: str = "data") -> None:
+    """``package`` of an extra of ours can be imported."""
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{needed_for} needs the package '{package}': pip install 'svdllm[{extra}]'")

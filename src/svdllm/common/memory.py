@@ -1,0 +1,82 @@
+"""What memory the process has and has used."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from svdllm.common.errors import ResourceError, first_line
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Of the parameters of a model, tied ones counted once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now (its highest so far where the system does not tell)."""
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Highest resident memory of this process so far; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.is_file() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(match[1]) * 1024  # getrusage would count what the parent had when it forked
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes() -> int | None:
+    """Memory that could be taken without swapping, within the limit of a container; None where not told."""
+    found = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        if match:
+            found.append(int(match[1]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+        # Cached file pages count as used there, though they are given up when memory is asked for.
+        cached = re.search(r"^inactive_file (\d+)$", (used.parent / "memory.stat").read_text(), re.MULTILINE)
+        found.append(max(0, int(limit.read_text()) - int(used.read_text()) + int(cached[1] if cached else 0)))
+    return min(found) if found else None
+
+
+def device_peak_bytes(device: torch.device) -> int:
+    """Highest memory of an accelerator since the process began; 0 for the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+@contextmanager
+def saying_what_to_lower(advice: str) -> Iterator[None]:
+    """Turns every way in which memory runs out, also that of torch's CPU allocator, into a ResourceError with advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and "allocate memory" not in str(error):
+            raise
+        said = first_line(error)[:200]
+        raise ResourceError(f"Out of memory ({said}).", advice) from error
+
+
+def weight_bytes(skeleton: PreTrainedModel) -> int:
+    """Of a model without data, what is tied counted once."""
+    skeleton.tie_weights()
+    return parameter_bytes(skeleton)

@@ -1,0 +1,47 @@
+"""Shares the look of all plots: colours, panels, legends and SVG text."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+# Okabe and Ito's colours, which are told apart with any kind of colour vision; black is the dense model.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#666666")
+
+
+MARKERS = "osD^vP*X"
+
+
+DENSE_LINE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
+
+
+def line_style(number: int) -> dict[str, Any]:
+    colour = COLOURS[number % len(COLOURS)]
+    return {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markersize": 4, "linewidth": 1.2, "capsize": 2}
+
+
+def make_panels(rows: int, columns: int, *, width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row in axes:
+        for axis in row:
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(visible=True, linewidth=0.4, alpha=0.4)
+            axis.set_axisbelow(True)
+    return figure, axes
+
+
+def place_legend(figure: Any, axis: Any) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+
+
+def as_svg(figure: Any) -> str:
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "svdllm", "font.family": "sans-serif"}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return out.getvalue()

@@ -1,0 +1,268 @@
+"""The report of a grid: one HTML page without a network, the same as Markdown, and everything as JSON."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from svdllm.common.files import write_atomically
+from svdllm.common.version import __version__
+from svdllm.comparison import plots as grid_plots
+from svdllm.comparison.settings import Grid, file_name_of
+from svdllm.comparison.studies import Study
+from svdllm.comparison.table import Column, Entry, Group, columns_of, groups_of
+from svdllm.comparison.variants import BASELINES
+
+Record = dict[str, Any]
+STAGES = {"analyze": "calibration, forward", "gradients": "calibration, backward", "probe": "probing"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    name: str
+    title: str
+    caption: str
+    svg: str
+
+    @property
+    def data_uri(self) -> str:
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg.encode()).decode()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridReport:
+    """A grid as it is shown. ``command`` made it; ``study`` is what varies in it, if it is a sensitivity study."""
+
+    grid: Grid
+    records: list[Record]
+    spectra: dict[str, Record] = field(default_factory=dict)
+    command: str = ""
+    study: Study | None = None
+
+    @property
+    def columns(self) -> list[Column]:
+        return columns_of(self.records)
+
+    @property
+    def groups(self) -> list[Group]:
+        return groups_of(self.records, self.columns)
+
+    @property
+    def failed(self) -> list[Record]:
+        return [record for record in self.records if record["status"] != "done"]
+
+    @property
+    def missing(self) -> int:
+        """Cells that are not made yet."""
+        return len(self.grid.cells) - len(self.records)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {"svdllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+    @property
+    def findings(self) -> list[str]:
+        """For every ratio, what is best on the first text, and by how much."""
+        if not any(record.get("perplexity") for record in self.records):
+            return []
+        column, lines = self.columns[0], []
+        for group in self.groups[1:]:
+            for row in group.rows:
+                if row.entries and row.entries[0].best:
+                    entry = row.entries[0]
+                    gain = (
+                        f", {entry.gain.strip('()')} {'of' if '/' in entry.gain else 'against'} the best of {self.baselines}"
+                        if entry.gain
+                        else ""
+                    )
+                    lines.append(f"{group.title} removed: {row.method} has the lowest, {_full(entry)}{gain}")
+        return [f"{column.title} perplexity. {line}." for line in lines]
+
+    @property
+    def baselines(self) -> str:
+        """Those that are in the grid."""
+        return ", ".join(variant.name for variant in self.grid.variants if variant.name in BASELINES)
+
+    @property
+    def protocol(self) -> list[str]:
+        """How the figures were taken, in sentences."""
+        measures = self.grid.measures
+        lines = []
+        described = [row for record in self.records for row in record.get("perplexity", {}).values()]
+        if described:
+            lines.append(
+                f"Perplexity by the protocol {described[0]['protocol']}: {described[0]['description']}. ± is the standard "
+                "error over windows."
+            )
+        if measures.tasks:
+            limit = "all examples" if measures.limit is None else f"the first {measures.limit} examples"
+            lines.append(f"Tasks: lm-evaluation-harness, {limit} of each; ± is the harness's standard error.")
+        recipes = [variant.recipe for variant in self.grid.variants if variant.recipe.needs_tokens]
+        lines += dict.fromkeys(
+            f"Calibration: {recipe.samples} windows of {recipe.seqlen} tokens of {recipe.calibration}, seed {recipe.seed}."
+            for recipe in recipes
+        )
+        if self.baselines:
+            lines.append(
+                f"In brackets: change against the best of {self.baselines} at the same ratio, or what part of it is left. Bold: best of the ratio, "
+                "whatever the standard errors."
+            )
+        return lines
+
+    @property
+    def times(self) -> dict[str, dict[str, float]]:
+        """Seconds by variant and stage; of the ratios, the one in which calibration was done."""
+        times: dict[str, dict[str, float]] = {}
+        for record in self.records:
+            if record["status"] == "done" and record["variant"]:
+                found = _stages(record)
+                if sum(found.values()) > sum(times.get(record["variant"], {}).values()):
+                    times[record["variant"]] = found
+        return times
+
+    @property
+    def generations(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        """By prompt: what each model wrote."""
+        prompts = [row["prompt"] for record in self.records for row in record.get("generations", [])]
+        return [
+            (
+                prompt,
+                [
+                    (record["name"], row["text"])
+                    for record in self.records
+                    for row in record.get("generations", [])
+                    if row["prompt"] == prompt
+                ],
+            )
+            for prompt in dict.fromkeys(prompts)
+        ]
+
+    @property
+    def recipes(self) -> dict[str, str]:
+        """YAML of every variant's settings."""
+        return {
+            variant.name: variant.recipe.to_yaml()
+            + (
+                ""
+                if variant.recovery is None
+                else f"recovery: {json.dumps(variant.recovery.model_dump(mode='json'))}\n"
+            )
+            for variant in self.grid.variants
+        }
+
+    def figures(self) -> list[Figure]:
+        made = [record for record in self.records if record["status"] == "done" and record["variant"]]
+        figures = []
+        if made and self.grid.measures.texts:
+            if self.study is not None:
+                svg = grid_plots.study_figure(self.records, self.study.axis, self.study.numeric)
+                figures.append(Figure(name="study", title="Sensitivity", caption=self.study.summary, svg=svg))
+            else:
+                figures += [
+                    Figure(
+                        name=f"perplexity-{against}",
+                        title=f"Perplexity against {title}",
+                        caption="Bars are standard errors over windows; the broken line is the dense model.",
+                        svg=grid_plots.perplexity_figure(self.records, against),
+                    )
+                    for against, title in (("ratio", "ratio"), ("bytes", "bytes"))
+                ]
+        if any(record["linears"] and not record["recovery"] for record in made):
+            figures += [
+                Figure(
+                    name=f"linears-{quantity}",
+                    title=title,
+                    caption="Blocks from left to right, kinds of linears from top to bottom.",
+                    svg=grid_plots.heat_map_figure(self.records, quantity),
+                )
+                for quantity, title in (("params", "Where the parameters are"), ("kept_energy", "Kept energy"))
+            ]
+        shown = [v.untrained.name for v in self.grid.variants if file_name_of(v.untrained.name) in self.spectra]
+        if shown:
+            variant = "svd-llm" if "svd-llm" in shown else shown[0]
+            figures.append(
+                Figure(
+                    name="spectra",
+                    title="Spectra",
+                    caption=f"Singular values of every weight in the metric of {variant}: a line for each block, from the "
+                    "first (dark) to the last (bright).",
+                    svg=grid_plots.spectra_figure(self.spectra[file_name_of(variant)]),
+                )
+            )
+        if times := self.times:
+            figures.append(
+                Figure(
+                    name="time",
+                    title="Time to compress",
+                    caption="Calibration is done once for all ratios; a run that was interrupted shows the last part only.",
+                    svg=grid_plots.time_figure(times),
+                )
+            )
+        return figures
+
+    def to_dict(self) -> Record:
+        return {
+            "format_version": 1,
+            "title": self.grid.title,
+            "model": self.grid.model,
+            "command": self.command,
+            "versions": self.versions,
+            "measures": self.grid.measures.to_dict(),
+            "cells": [_without_harness(record) for record in self.records],
+        }
+
+
+def write_report(report: GridReport, folder: Path) -> None:
+    """``report.html``, ``report.md`` with its figures in ``figures``, and ``report.json``."""
+    figures = report.figures()
+    (folder / "figures").mkdir(exist_ok=True)
+    for figure in figures:
+        write_atomically(folder / "figures" / f"{figure.name}.svg", figure.svg.encode())
+    for name in ("report.html", "report.md"):
+        write_atomically(folder / name, _template(name).render(report=report, figures=figures, full=_full).encode())
+    write_atomically(folder / "report.json", json.dumps(report.to_dict()).encode())
+
+
+def read_spectra_files(folder: Path) -> dict[str, Record]:
+    return {
+        file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted((folder / "spectra").glob("*.json"))
+    }
+
+
+def _template(name: str) -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    text = (resources.files("svdllm.comparison") / f"{name}.jinja").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=name.endswith(".html"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["cell"] = lambda text: " ".join(str(text).split()).replace("|", "\\|")
+    return environment.from_string(text)
+
+
+def _without_harness(record: Record) -> Record:
+    """The harness's own document of every model is in its cell."""
+    if "tasks" not in record:
+        return record
+    left_out = ("harness", "model")  # long; and where the model was while it was measured
+    return record | {"tasks": {key: value for key, value in record["tasks"].items() if key not in left_out}}
+
+
+def _full(entry: Entry) -> str:
+    return " ".join(part for part in (entry.text, entry.stderr) if part)
+
+
+def _stages(record: Record) -> dict[str, float]:
+    seconds = dict(record["compression_seconds"])
+    stages = {title: seconds.pop(name) for name, title in STAGES.items() if name in seconds}
+    stages["other"] = sum(seconds.values())
+    for run in record["recovery"] or []:
+        stages["training"] = stages.get("training", 0.0) + sum(stage["seconds"] for stage in run["stages"])
+    return stages

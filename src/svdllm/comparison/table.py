@@ -1,0 +1,208 @@
+"""The table of a grid, in the layout of the paper's Table 1: ratio by ratio, best in bold, gains over the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from svdllm.comparison.settings import DENSE
+from svdllm.comparison.variants import BASELINES
+from svdllm.evaluation.tasks.record import mean_and_error
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One figure of one model, as it is shown."""
+
+    value: float
+    stderr: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A measured quantity; ``gain`` puts a value against the best baseline's into words."""
+
+    title: str
+    lower_is_better: bool
+    of: Callable[[Record], Measurement | None]
+    show: Callable[[float], str]
+    gain: Callable[[float, float], str] | None = None
+
+    @property
+    def heading(self) -> str:
+        return f"{self.title} {'↓' if self.lower_is_better else '↑'}"
+
+
+@dataclass(kw_only=True)
+class Entry:
+    text: str
+    stderr: str = ""
+    gain: str = ""
+    is_gain: bool = False  # whether it is one
+    best: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """``error`` says why a model is missing; it has no entries then."""
+
+    method: str
+    size: str
+    entries: list[Entry] = field(default_factory=list)
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The models of one ratio."""
+
+    title: str
+    rows: list[Row]
+
+
+def columns_of(records: Sequence[Record]) -> list[Column]:
+    """Perplexities, then accuracies and their average, then what is left."""
+    texts = dict.fromkeys(text for record in records for text in record.get("perplexity", {}))
+    scores = {
+        score["task"]: score
+        for record in records
+        for score in record.get("tasks", {}).get("scores", [])
+        if score.get("group") is None  # a group counts once, its members do not
+    }
+    accuracies = [task for task, score in scores.items() if score["main"]["name"] == "acc"]
+    others = [task for task in scores if task not in accuracies]
+    names = text_names(texts)
+    columns = [
+        Column(
+            title=names[text],
+            lower_is_better=True,
+            of=lambda record, text=text: _perplexity(record, text),
+            show=perplexity_text,
+            gain=_relative,
+        )
+        for text in texts
+    ]
+    columns += [_task(task, scores[task], None) for task in accuracies]
+    if len(accuracies) > 1:
+        columns.append(
+            Column(
+                title="average",
+                lower_is_better=False,
+                of=lambda r: _average(r, accuracies),
+                show=_share,
+                gain=_relative,
+            )
+        )
+    return columns + [_task(task, scores[task], _difference) for task in others]
+
+
+def groups_of(records: Sequence[Record], columns: Sequence[Column]) -> list[Group]:
+    """The dense model, then the others by ratio."""
+    ratios = sorted({record["ratio"] for record in records if record["ratio"] is not None})
+    groups = []
+    for ratio in [None, *ratios]:
+        members = [record for record in records if record["ratio"] == ratio]
+        if members:
+            title = "0 %" if ratio is None else f"{ratio * 100:.4g} %"
+            groups.append(Group(title=title, rows=_rows(members, columns)))
+    return groups
+
+
+def perplexity_text(value: float) -> str:
+    """With what can be told of it, and no more."""
+    if value >= 1e5:
+        return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
+def text_names(texts: Iterable[str]) -> dict[str, str]:
+    """Short names of texts: of files, without their folders, as long as that tells them apart."""
+    short = {text: text.replace("\\", "/").rsplit("/", 1)[-1] for text in texts}
+    return short if len(set(short.values())) == len(short) else {text: text for text in short}
+
+
+def _rows(members: Sequence[Record], columns: Sequence[Column]) -> list[Row]:
+    rows = [_row(record, columns) for record in members]
+    compared = [(record, row) for record, row in zip(members, rows, strict=True) if row.entries and record["variant"]]
+    for position, column in enumerate(columns):
+        values = [(found.value, record, row) for record, row in compared if (found := column.of(record)) is not None]
+        if not values:
+            continue
+        sign = 1 if column.lower_is_better else -1
+        best = min(sign * value for value, _, _ in values)
+        baselines = [sign * value for value, record, _ in values if record["variant"] in BASELINES]
+        for value, record, row in values:
+            entry = row.entries[position]
+            entry.best = len(values) > 1 and sign * value == best
+            if column.gain is not None and baselines and record["variant"] not in BASELINES:
+                entry.gain = column.gain(value, sign * min(baselines))
+                entry.is_gain = sign * value < min(baselines)
+    return rows
+
+
+def _row(record: Record, columns: Sequence[Column]) -> Row:
+    method = record["variant"] or DENSE
+    if record["status"] != "done":
+        return Row(method=method, size="", error=f"{record['error']['type']}: {record['error']['message']}")
+    entries = []
+    for column in columns:
+        found = column.of(record)
+        if found is None:
+            entries.append(Entry(text="–"))
+        else:
+            stderr = "" if found.stderr is None else f"± {column.show(found.stderr)}"
+            entries.append(Entry(text=column.show(found.value), stderr=stderr))
+    return Row(method=method, size=f"{record['weight_bytes'] / 1e6:,.0f} MB", entries=entries)
+
+
+def _perplexity(record: Record, text: str) -> Measurement | None:
+    found = record.get("perplexity", {}).get(text)
+    return None if found is None else Measurement(value=found["perplexity"], stderr=found["stderr"])
+
+
+def _score(record: Record, task: str) -> Measurement | None:
+    for score in record.get("tasks", {}).get("scores", []):
+        if score["task"] == task and score["main"]["value"] is not None:
+            return Measurement(value=score["main"]["value"], stderr=score["main"]["stderr"])
+    return None
+
+
+def _average(record: Record, tasks: Sequence[str]) -> Measurement | None:
+    found = [_score(record, task) for task in tasks]
+    known = [(measured.value, measured.stderr) for measured in found if measured is not None]
+    if len(known) < len(tasks):
+        return None
+    mean, stderr = mean_and_error(known)
+    return Measurement(value=mean, stderr=stderr)
+
+
+def _task(task: str, score: Record, gain: Callable[[float, float], str] | None) -> Column:
+    return Column(
+        title=task,
+        lower_is_better=not score["main"]["higher_is_better"],
+        of=lambda record: _score(record, task),
+        show=_share,
+        gain=gain,
+    )
+
+
+def _share(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _relative(value: float, baseline: float) -> str:
+    if baseline <= 0:
+        return ""
+    change = value / baseline - 1
+    if change < -0.99 and value > 0:  # a share of 100 % would say nothing
+        return f"(1/{baseline / value:,.0f})"
+    if abs(change) < 0.005:
+        return "(0%)"
+    return f"({'↓' if change < 0 else '↑'}{abs(change) * 100:.0f}%)"
+
+
+def _difference(value: float, baseline: float) -> str:
+    return f"({value - baseline:+.3f})"

@@ -1,0 +1,177 @@
+"""The analysis: one file per finished block with the spectrum and basis of every target.
+
+It is what resume and several ratios live on: any rank is a slice of a basis, and a finished file is final.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from svdllm.checkpoint.elastic import Probes
+from svdllm.common.files import save_atomically, write_atomically
+from svdllm.common.settings_file import FINGERPRINT_FILE, read_settings, refuse_other_settings
+from svdllm.compression.math.linalg import Spectrum
+from svdllm.models.structure import Target
+
+
+class Analysis:
+    """The folder of a run's analysis.
+
+    ``settings`` are all that decides its content; opening a folder that was made with others is refused.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]):
+        self.folder = folder
+        self.settings = json.loads(json.dumps(settings))
+
+    def open(self) -> None:
+        """Creates the folder, or takes up an earlier run's.
+
+        Raises:
+            InputError: the earlier run had other settings; names them.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if found := read_settings(self.folder):
+            refuse_other_settings(found, self.settings, self.folder.parent)
+        else:
+            write_atomically(self.folder / FINGERPRINT_FILE, json.dumps(self.settings, indent=2).encode())
+
+    def is_done(self, block: int) -> bool:
+        return self._file(block).is_file()
+
+    def write(
+        self,
+        block: int,
+        spectra: Mapping[str, Spectrum],
+        seconds: Mapping[str, float],
+        means: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Makes a block final: the file appears under its name only when it is complete.
+
+        ``means`` are the mean inputs, by group, where a bias is to be corrected.
+        """
+        tensors = {f"{group}.mean": mean for group, mean in (means or {}).items()}
+        for name, spectrum in spectra.items():
+            tensors[f"{name}.energies"] = spectrum.energies_K
+            tensors[f"{name}.basis"] = spectrum.basis_OD
+            if spectrum.dual_DO is not None:
+                tensors[f"{name}.dual"] = spectrum.dual_DO
+        write_atomically(self._file(block).with_suffix(".json"), json.dumps(dict(seconds)).encode())
+        save_atomically(tensors, self._file(block))
+        self._metrics_file(block).unlink(missing_ok=True)
+
+    def spectrum(self, target: Target) -> Spectrum:
+        with safe_open(self._file(target.block), framework="pt") as file:
+            stored = set(file.keys())
+            parts = [f"{target.name}.{part}" for part in ("energies", "basis", "dual")]
+            return Spectrum(*(file.get_tensor(part).clone() for part in parts if part in stored))
+
+    def is_ready(self, block: int) -> bool:
+        """Whether nothing of the forward walk is missing for a block."""
+        return self.is_done(block) or self._metrics_file(block).is_file()
+
+    def mean(self, target: Target, *, waiting: bool = False) -> Tensor:
+        """The mean input of a target, float64; of a block that waits for the reverse walk if asked for."""
+        file_of = self._metrics_file if waiting else self._file
+        with safe_open(file_of(target.block), framework="pt") as file:
+            return file.get_tensor(f"{target.group}.mean").clone()
+
+    def write_metrics(
+        self, block: int, metrics: Mapping[str, Tensor], means: Mapping[str, Tensor], seconds: float
+    ) -> None:
+        """Right metrics of a block, by group, that wait for the reverse walk; float32, gone when the block is done."""
+        write_atomically(self._file(block).with_suffix(".json"), json.dumps({"": seconds}).encode())
+        named_means = {f"{group}.mean": mean for group, mean in means.items()}
+        kept = {group: metric.float() for group, metric in metrics.items()}
+        save_atomically(kept | named_means, self._metrics_file(block))
+
+    def metric(self, target: Target) -> Tensor | None:
+        """The right metric of a block that waits for the reverse walk; None where it is the identity."""
+        with safe_open(self._metrics_file(target.block), framework="pt") as file:
+            return file.get_tensor(target.group).clone() if target.group in file.keys() else None  # noqa: SIM118
+
+    def write_left_metrics(self, block: int, metrics: Mapping[str, Tensor]) -> None:
+        """Left metrics of a block's targets, for a sequential calibration; float32."""
+        save_atomically({name: metric.float() for name, metric in metrics.items()}, self._left_file(block))
+
+    def left_metric(self, target: Target) -> Tensor | None:
+        """``G`` of a target, or None where error is measured in its outputs as they are."""
+        if not self._left_file(target.block).is_file():
+            return None
+        with safe_open(self._left_file(target.block), framework="pt") as file:
+            return file.get_tensor(target.name).clone() if target.name in file.keys() else None  # noqa: SIM118
+
+    def energies(self, target: Target) -> Tensor:
+        with safe_open(self._file(target.block), framework="pt") as file:
+            return file.get_tensor(f"{target.name}.energies").clone()
+
+    def write_probes(self, allocation: str, probes: Probes) -> None:
+        content = {name: list(measured.items()) for name, measured in probes.items()}
+        write_atomically(self._probes_file(allocation), json.dumps(content).encode())
+
+    def read_probes(self, allocation: str) -> Probes:
+        """The probes of an earlier run; empty if there are none."""
+        file = self._probes_file(allocation)
+        if not file.is_file():
+            return {}
+        return {name: dict(measured) for name, measured in json.loads(file.read_text(encoding="utf-8")).items()}
+
+    def seconds(self, block: int) -> dict[str, float]:
+        """Seconds of each target's decomposition, and of the block's forward pass and statistics (``""``)."""
+        return json.loads(self._file(block).with_suffix(".json").read_text(encoding="utf-8"))
+
+    def _file(self, block: int) -> Path:
+        return self.folder / f"block-{block:04d}.safetensors"
+
+    def _probes_file(self, allocation: str) -> Path:
+        return self.folder / f"probes-{allocation}.json"
+
+    def _left_file(self, block: int) -> Path:
+        return self.folder / f"left-{block:04d}.safetensors"
+
+    def _metrics_file(self, block: int) -> Path:
+        return self.folder / f"metrics-{block:04d}.safetensors"
+
+
+class FinalFactors:
+    """Factors of one allocation that are no slices of a basis, and fitted dense weights: one file per finished block."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def is_done(self, block: int) -> bool:
+        return self._file(block).is_file()
+
+    def write(self, block: int, factors: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]) -> None:
+        """``factors`` are target -> the tensors of its low-rank linear, by their names in it."""
+        write_atomically(self._file(block).with_suffix(".json"), json.dumps(record).encode())
+        tensors = {f"{name} {leaf}": tensor for name, leaves in factors.items() for leaf, tensor in leaves.items()}
+        save_atomically(tensors, self._file(block))
+
+    def read(self, block: int) -> dict[str, dict[str, Tensor]]:
+        factors: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in load_file(self._file(block)).items():
+            target, leaf = name.split(" ")
+            factors.setdefault(target, {})[leaf] = tensor
+        return factors
+
+    def of(self, target: Target) -> dict[str, Tensor]:
+        """The tensors of one target; none where it stays as it is."""
+        with safe_open(self._file(target.block), framework="pt") as file:
+            names = [name for name in file.keys() if name.split(" ")[0] == target.name]  # noqa: SIM118
+            return {name.split(" ")[1]: file.get_tensor(name).clone() for name in names}
+
+    def betas(self) -> dict[str, float]:
+        """What each target was pulled to the dense outputs by."""
+        records = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(self.folder.glob("block-*.json")))
+        return {name: beta for record in records for name, beta in record["betas"].items()}
+
+    def _file(self, block: int) -> Path:
+        return self.folder / f"block-{block:04d}.safetensors"

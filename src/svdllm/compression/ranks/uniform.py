@@ -1,0 +1,82 @@
+"""Uniform ranks: every linear loses the same share of its parameters, as in the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import floor
+
+from svdllm.models.structure import Target
+
+Ranks = dict[str, int]  # target name -> rank; a target that is not in it stays dense
+# Of a target: what its factors of a rank cost, or the dense matrix (None), in the unit of the budget. Rises with rank.
+Cost = Callable[[Target, int | None], int]
+
+
+def uniform_rank(target: Target, ratio: float, round_to: int = 1) -> int:
+    """``floor((1 - ratio) d n / (d + n))``, down to a multiple of ``round_to``; may be 0."""
+    exact = _exact_rank(target, ratio)
+    return min(exact_floor(exact / round_to) * round_to, target.break_even_rank // round_to * round_to)
+
+
+def uniform_ranks(targets: Sequence[Target], ratio: float, round_to: int = 1) -> Ranks:
+    """The paper's allocation."""
+    return {target.name: uniform_rank(target, ratio, round_to) for target in targets}
+
+
+def fill_budget(targets: Sequence[Target], budget: int, round_to: int = 1, cost: Cost = Target.params) -> Ranks | None:
+    """Uniform ranks whose total cost is at most ``budget`` and within one rank step of it.
+
+    Args:
+        targets: what is compressed.
+        budget: what may be spent on the factors of all targets.
+        round_to: ranks are multiples of this, and at least this.
+        cost: of a target's factors, in the unit of the budget; parameters by default.
+
+    Returns:
+        The ranks, or None where not even the least ranks fit. A target whose least rank is not below break-even gets
+        rank 0.
+    """
+
+    def ranks_at(ratio: float) -> Ranks:
+        return {
+            t.name: max(uniform_rank(t, ratio, round_to), round_to) if round_to <= t.break_even_rank else 0
+            for t in targets
+        }
+
+    def total(ranks: Ranks) -> int:
+        return sum(cost(t, ranks[t.name]) for t in targets if ranks[t.name])
+
+    low, high = 0.0, 1.0  # ratio 1 costs least
+    if total(ranks_at(high)) > budget:
+        return None
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if total(ranks_at(middle)) <= budget else (middle, high)
+    ranks = ranks_at(high)
+    left = budget - total(ranks)
+    # What rounding left over goes to the targets that lost most by it, one step each.
+    by_loss = sorted(targets, key=lambda t: (ranks[t.name] - _exact_rank(t, high), t.name))
+    spent = True
+    while spent:
+        spent = False
+        for target in by_loss:
+            rank = ranks[target.name]
+            if rank + round_to > target.break_even_rank:
+                continue
+            step = cost(target, rank + round_to) - cost(target, rank)
+            if step <= left:
+                ranks[target.name] += round_to
+                left -= step
+                spent = True
+    return ranks
+
+
+def exact_floor(value: float) -> int:
+    """Floor that is not fooled by ``0.8 * 10 == 8.000000000000002`` or ``7.999999999999999``."""
+    nearest = round(value)
+    return nearest if abs(value - nearest) < 1e-9 * max(1.0, abs(value)) else floor(value)
+
+
+def _exact_rank(target: Target, ratio: float) -> float:
+    weights = (1 - ratio) * target.num_weights - target.added_params
+    return max(0.0, weights) / (target.in_features + target.out_features)

@@ -1,0 +1,101 @@
+"""Other forms of a checkpoint: the factors multiplied out to a plain model. Graphs of other runtimes: ``graphs.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from svdllm.checkpoint.output import new_folder
+from svdllm.checkpoint.shards import write_shards
+from svdllm.checkpoint.tensors import Tensors, tensor_bytes
+from svdllm.common.errors import CheckpointError, InputError, UnsupportedModelError
+from svdllm.models.companions import copy_companion_files
+from svdllm.models.low_rank import HASHES_FILE, compare_hashes
+from svdllm.models.low_rank.factory import dense_config
+from svdllm.models.open import load_config
+from svdllm.models.skeleton import build_skeleton
+from svdllm.models.weights import SafetensorsWeights
+
+
+def export_dense(folder: str | Path, output_dir: str | Path) -> None:
+    """Multiplies the factors out: a plain model of the base family, loadable everywhere, as large as the original.
+
+    Raises:
+        InputError: ``folder`` is no checkpoint, or ``output_dir`` is not empty.
+        CheckpointError: a file is truncated or altered.
+        ResourceError: the disk does not suffice.
+        UnsupportedModelError: the base family has no place for the biases of a bias correction.
+    """
+    folder = Path(folder)
+    config = config_to_export(folder)
+    if not getattr(config, "svdllm", None):
+        raise InputError(f"{folder} is a dense model already ({config.model_type}); there is nothing to multiply out.")
+    with new_folder(output_dir, "an export") as (output, partial):
+        require_intact(folder)
+        base = dense_config(config)
+        ranks, shared = config.svdllm["ranks"], config.svdllm.get("shared_factors", {})
+        dense = _Products(SafetensorsWeights(folder, build_skeleton(config)), build_skeleton(base), ranks, shared)
+        dense.require_places()
+        output.require_disk(tensor_bytes(dense.tensors), "the weights need")
+        write_shards(partial, dense, dense.tensors)
+        base.save_pretrained(partial)
+        copy_companion_files(folder, partial)
+
+
+def config_to_export(folder: Path) -> PreTrainedConfig:
+    """The config of a model's folder. Raises InputError if there is none."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no svdllm checkpoint: it has no config.json.")
+    return load_config(folder, str(folder))
+
+
+def require_intact(folder: Path) -> None:
+    """Raises CheckpointError if the weights are not those that the hashes in the folder tell of."""
+    problems = compare_hashes(folder, weights_only=True) if (folder / HASHES_FILE).is_file() else []
+    if problems:
+        raise CheckpointError(f"{folder} is not as it was written: {' '.join(problems)}")
+
+
+class _Products:
+    """The tensors of the dense model that a low-rank one multiplies out to."""
+
+    def __init__(
+        self, weights: SafetensorsWeights, skeleton: PreTrainedModel, ranks: dict[str, int], shared: dict[str, str]
+    ):
+        self._weights, self._skeleton, self._ranks, self._shared = weights, skeleton, ranks, shared
+        self.tensors: Tensors = {}
+        for name in weights.names():
+            shape, dtype = weights.shape_and_dtype(name)
+            owner = name.rpartition(".")[0].removesuffix(".svd_u").removesuffix(".svd_v")
+            if owner not in ranks:
+                self.tensors[name] = (shape, dtype)
+            elif name.endswith(".svd_u.weight"):
+                shape = tuple(skeleton.get_parameter(f"{owner}.weight").shape)
+                self.tensors[f"{owner}.weight"] = (shape, dtype)
+            elif name.endswith(".svd_u.bias"):
+                self.tensors[f"{owner}.bias"] = (shape, dtype)
+
+    def require_places(self) -> None:
+        """Raises UnsupportedModelError if transformers would drop a tensor, because the base family has none of its name."""
+        dropped = sorted(self.tensors.keys() - self._skeleton.state_dict().keys())
+        if dropped:
+            raise UnsupportedModelError(
+                f"{type(self._skeleton).__name__} has no place for {len(dropped)} biases that --bias-correction added, such "
+                f"as {dropped[0]}: a plain model would compute without them. Use the checkpoint as it is, or compress "
+                "without --bias-correction."
+            )
+
+    def get(self, name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        if owner not in self._ranks:
+            return self._weights.get(name)
+        if leaf == "bias":
+            return self._weights.get(f"{owner}.svd_u.bias")
+        u_OR = self._weights.get(f"{owner}.svd_u.weight")
+        v_RI = self._weights.get(f"{self._shared.get(owner, owner)}.svd_v.weight")
+        product_OI = u_OR.double() @ v_RI.double()
+        is_conv1d = isinstance(self._skeleton.get_submodule(owner), Conv1D)  # which keeps its weight as (in, out)
+        return (product_OI.mT if is_conv1d else product_OI).to(u_OR.dtype)

@@ -1,0 +1,164 @@
+"""A model as one graph for another runtime, ONNX Runtime or OpenVINO, by transformers' exporters; compared before it is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from svdllm.checkpoint.load import load_model
+from svdllm.checkpoint.output import new_folder
+from svdllm.common.errors import InputError, NumericalError, UnsupportedModelError, first_line
+from svdllm.common.extras import require_extra
+from svdllm.common.memory import parameter_bytes
+from svdllm.export.dense import config_to_export
+from svdllm.inference.cache_names import cache_name, cache_of
+from svdllm.models.companions import copy_companion_files
+from svdllm.models.low_rank.factory import dense_config
+
+GRAPH_FORMATS = ("onnx", "openvino")
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
+# The largest difference of a logit, as a share of the largest logit: rounding is below 1e-5, a wrong graph far above.
+TOLERANCE = 1e-3
+# Sequences and tokens: a graph that has kept a length that it was traced with fails at another.
+TRACED, CHECKED = (2, 7), (3, 20)
+PIECES = (13, 1, 6)  # of the checked tokens: a prompt, the next token, several more
+
+
+def export_graph(folder: str | Path, output_dir: str | Path, format: str) -> tuple[float, bool]:
+    """Writes a float32 graph of the model, compressed or not, and compares it with the model.
+
+    The graph takes ``input_ids`` and ``attention_mask`` of any size, and the key-value cache, which it also returns. A
+    model of which some layers keep only the last tokens gets a graph without a cache.
+
+    Returns:
+        The largest difference of a logit as a share of the largest logit, and whether there is a cache.
+
+    Raises:
+        InputError: ``folder`` is no model, ``output_dir`` is not empty, or a package is missing.
+        CheckpointError: a file is truncated or altered.
+        UnsupportedModelError: the exporter cannot trace the model.
+        NumericalError: the graph does not compute what the model does; nothing is written.
+    """
+    folder = Path(folder)
+    if format not in GRAPH_FORMATS:
+        raise InputError(f"There is no graph format {format!r}; use {' or '.join(GRAPH_FORMATS)}.")
+    config = config_to_export(folder)
+    with new_folder(output_dir, "an export") as (output, partial):
+        _check_packages(format)
+        model = load_model(folder, dtype=torch.float32).eval()
+        output.require_disk(parameter_bytes(model), "the graph needs")
+        past = _past(model, _token_ids(model, TRACED))
+        with torch.no_grad(), _quiet():
+            graph = _traced(model, past, format)
+            # The factors are in the graph: nobody who runs it needs the code of a low-rank config.
+            graph.config = dense_config(config) if getattr(config, "svdllm", None) else config
+            graph.save_pretrained(partial)
+            copy_companion_files(folder, partial)
+            difference = _difference(model, _opened(partial, format), cached=past is not None)
+        if not difference <= TOLERANCE:
+            raise NumericalError(
+                f"The {format} graph of {folder} differs from the model by {difference:.1e} of the largest logit (at most "
+                f"{TOLERANCE:.0e} expected), so it is not kept. Other versions of {', '.join(PACKAGES[format])} may do "
+                "better."
+            )
+    return difference, past is not None
+
+
+def _check_packages(format: str) -> None:
+    for package in PACKAGES[format]:
+        require_extra(package, f"--format {format}", extra=format)
+    try:
+        from transformers.exporters.base import ExportedModel  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"--format {format} needs transformers 5.23 or newer (and Python 3.11), found {transformers.__version__}."
+        ) from error
+
+
+def _traced(model: PreTrainedModel, past: DynamicCache | None, format: str) -> Any:
+    exporters: Any = importlib.import_module("transformers.exporters")
+    exporter, settings = {
+        "onnx": (exporters.OnnxExporter, exporters.OnnxConfig(dynamic=True)),
+        # Not stateful: the same inputs and outputs in both formats.
+        "openvino": (exporters.OpenVINOExporter, exporters.OpenVINOConfig(dynamic=True, stateful=False)),
+    }[format]
+    ids = _token_ids(model, TRACED)
+    try:
+        return exporter().export(model, _inputs(model, ids, past), config=settings)
+    except Exception as error:  # of torch, of either runtime, of transformers: of many kinds
+        raise UnsupportedModelError(
+            f"transformers' exporter cannot make an {format} graph of {type(model).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _opened(folder: Path, format: str) -> Any:
+    from transformers.exporters.base import ExportedModel
+
+    # OpenVINO computes in bfloat16 where the processor can, which differs far more than a float32 graph may.
+    settings: dict[str, Any] = {"config": {"INFERENCE_PRECISION_HINT": "f32"}} if format == "openvino" else {}
+    return ExportedModel.from_pretrained(folder, device="cpu", **settings)
+
+
+def _inputs(model: PreTrainedModel, ids: Tensor, past: DynamicCache | None) -> dict[str, Any]:
+    if past is None:
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    mask = ids.new_ones(ids.shape[0], past.get_seq_length() + ids.shape[1])
+    return {"input_ids": ids, "attention_mask": mask, cache_name(model): past, "use_cache": True}
+
+
+def _past(model: PreTrainedModel, ids: Tensor) -> DynamicCache | None:
+    """The cache after some tokens, or None if a layer forgets tokens: then its shape follows from more than its length."""
+    with torch.no_grad():
+        past = cache_of(model(input_ids=ids, use_cache=True))
+    keeps_all = type(past) is DynamicCache and all(type(layer) is DynamicLayer for layer in past.layers)
+    return past if keeps_all else None
+
+
+def _empty(past: DynamicCache) -> DynamicCache:
+    for layer in past.layers:
+        layer.keys, layer.values = layer.keys[..., :0, :], layer.values[..., :0, :]  # type: ignore[index]
+    return past
+
+
+def _difference(model: PreTrainedModel, graph: Any, *, cached: bool) -> float:
+    """Of the logits of other tokens, in other numbers than traced; with a cache, given in several pieces."""
+    ids = _token_ids(model, CHECKED)
+    expected = model(input_ids=ids, use_cache=False).logits
+    past = _past(model, ids) if cached else None
+    past = None if past is None else _empty(past)
+    found = []
+    for piece in ids.split(PIECES if cached else CHECKED[1], dim=1):
+        output = graph(**_inputs(model, piece, past))
+        past = cache_of(output) if cached else None
+        found.append(output.logits)
+    return float((torch.cat(found, dim=1) - expected).abs().max() / expected.abs().max())
+
+
+def _token_ids(model: PreTrainedModel, shape: tuple[int, int]) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch, onnxscript and the exporters tell of every step, on standard output and in the log."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,109 @@
+"""What can be wrong with a benchmark, found before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from svdllm.common.errors import InputError, ResourceError
+from svdllm.common.memory import available_bytes, weight_bytes
+from svdllm.inference.bench.settings import BenchSettings
+from svdllm.models.low_rank.factory import dense_config
+from svdllm.models.model_names import short_name
+from svdllm.models.open import Source, context_length, open_config
+from svdllm.models.skeleton import build_skeleton
+
+
+def different_names(models: Sequence[str | Path], base: str | Path | None) -> dict[str, str]:
+    """The models, the dense one first, by short names: the last parts of their paths, or all where those are alike.
+
+    Raises:
+        InputError: there is none to measure, or one is named twice.
+    """
+    if not models:
+        raise InputError("Nothing to measure: name a checkpoint.")
+    given = [str(model) for model in ([] if base is None else [base]) + list(models)]
+    places = [str(Path(model).resolve()) if Path(model).exists() else model for model in given]
+    if twice := sorted({place for place in places if places.count(place) > 1}):
+        raise InputError(f"{', '.join(twice)} is named twice; give every model once.")
+    short = [short_name(place) for place in places]
+    return dict(zip(short if len(set(short)) == len(short) else given, given, strict=True))
+
+
+def open_compressed(model: str, offline: bool) -> Source:
+    """Raises InputError unless it is a checkpoint of this library."""
+    source = open_config(model, offline=offline)
+    if not getattr(source.config, "svdllm", None):
+        raise InputError(
+            f"{model} is no svdllm checkpoint, it is a dense model ({source.config.model_type}). Give the dense model "
+            "with --base, and beside it a checkpoint that `svdllm compress` made."
+        )
+    return source
+
+
+def open_base(model: str, offline: bool) -> Source:
+    """Raises InputError if it is compressed."""
+    source = open_config(model, offline=offline)
+    if getattr(source.config, "svdllm", None):
+        raise InputError(f"--base {model} is compressed itself; give the dense model that it was made of.")
+    return source
+
+
+def check_alike(base: Source, models: Sequence[Source]) -> None:
+    """Raises InputError unless the dense model has the family and the shapes of what the others were made of."""
+    shapes = _shapes(base)
+    for model in models:
+        family = model.config.svdllm["base_model_type"]  # type: ignore[attr-defined]
+        if family != base.config.model_type:
+            raise InputError(
+                f"--base {base.name} is of the family {base.config.model_type}, {model.name} was made of a {family}: give "
+                "the dense model that it was made of."
+            )
+        wanted = _shapes(model)
+        for name in [*wanted, *shapes]:
+            if wanted.get(name) != shapes.get(name):
+                raise InputError(
+                    f"--base {base.name} has {_shown(shapes.get(name))} as {name}, {model.name} was made of a model with "
+                    f"{_shown(wanted.get(name))}: give the dense model that it was made of."
+                )
+
+
+def shortest_context(configs: Iterable[PreTrainedConfig]) -> int | None:
+    """The most tokens that every one of the models can take; None where no config has a limit."""
+    limits = [limit for config in configs if (limit := context_length(config)) is not None]
+    return min(limits, default=None)
+
+
+def check_context(sources: Mapping[str, Source], settings: BenchSettings) -> None:
+    """Raises InputError if the longest prompt and what follows it are more than a model can take."""
+    for name, source in sources.items():
+        limit = context_length(source.config)
+        if limit is not None and settings.longest > limit:
+            raise InputError(
+                f"--prompt {max(settings.prompt_lengths)} and --gen {settings.gen} are {settings.longest} tokens, beyond the "
+                f"context of {name}, {limit} tokens: lower one of them."
+            )
+
+
+def check_room(sources: Iterable[Source], dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ResourceError if the weights of all models together are more than there is memory."""
+    needed = sum(weight_bytes(build_skeleton(source.config, dtype)) for source in sources)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    if free is not None and needed > free:
+        raise ResourceError(
+            f"The weights of all models together need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on {device}: "
+            "they are measured in turns. Give fewer models, or a smaller --dtype."
+        )
+
+
+def _shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """Of the parameters of the dense model, or of the one that it was made of."""
+    config = dense_config(source.config) if getattr(source.config, "svdllm", None) else source.config
+    return {name: tuple(parameter.shape) for name, parameter in build_skeleton(config).named_parameters()}
+
+
+def _shown(shape: tuple[int, ...] | None) -> str:
+    return "nothing" if shape is None else " x ".join(map(str, shape))

@@ -1,0 +1,244 @@
+"""An attention layer of transformers with a cache of latents: the family's own forward, with three things exchanged.
+
+``k_proj`` and ``v_proj`` hand over ``V x``; what the layer takes for the cache puts that into the cache; and the
+attention function rebuilds ``U V x``, or works with the latents where that takes fewer multiplications.
+
+Shapes: ``B`` batch, ``H`` heads, ``T`` new tokens, ``S`` slots of the cache, ``D`` width of a head, ``R`` rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from svdllm.inference.cache_names import cache_name
+from svdllm.inference.fuse import FusedLowRankLinear, is_plain
+from svdllm.inference.latent_keys import KeyPath
+from svdllm.models.low_rank import LowRankLinear
+
+ATTENTION_FUNCTION = "svdllm_latent"
+
+
+class _Tapped(LowRankLinear):
+    """A low-rank linear that keeps its latent for the attention layer, or gives nothing else."""
+
+    kept: Tensor | None
+    keeps: bool
+    gives_nothing: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        nothing = x.new_zeros(()).expand(*x.shape[:-1], self.svd_u.out_features)
+        if self.gives_nothing and not self.keeps:
+            return nothing
+        latent = self.latent(x) if isinstance(self, FusedLowRankLinear) else self.svd_v(x)
+        self.kept = latent if self.keeps else None
+        return nothing if self.gives_nothing else self.svd_u(latent)
+
+    def expect(self, keeps: bool, gives_nothing: bool) -> None:
+        self.kept, self.keeps, self.gives_nothing = None, keeps, gives_nothing
+
+    def take(self) -> Tensor:
+        """What was kept, as one head: (B, 1, T, R)."""
+        latent, self.kept = self.kept, None
+        assert latent is not None
+        return latent[:, None]
+
+
+@functools.cache
+def _tapped(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (_Tapped, cls), {"__module__": cls.__module__})
+
+
+class LatentAttention:
+    """What makes one attention layer keep latents: ``install`` and ``remove`` change the layer in place.
+
+    ``key_path`` and ``latent_values`` say what is kept as latents: without a key path, keys as they are ordinarily. If
+    both are and have one first factor, its latent is kept once, in the place of the keys.
+    """
+
+    def __init__(self, layer: Any, heads: int, key_path: KeyPath | None, latent_values: bool):
+        self.layer, self.heads = layer, heads
+        self.key_path = key_path
+        self.taps = [layer.k_proj] * (key_path is not None) + [layer.v_proj] * latent_values
+        self.latent_values = latent_values
+        self.joint = len(self.taps) == 2 and layer.k_proj.svd_v is layer.v_proj.svd_v
+        self.config = layer.config
+        self.cache_name = cache_name(layer)
+        self.cache: Any = None
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+    def install(self) -> None:
+        AttentionInterface.register(ATTENTION_FUNCTION, attention_function)
+        for linear in self.taps:
+            linear.__class__ = _tapped(type(linear))
+            linear.expect(keeps=False, gives_nothing=False)
+        self.layer.config = copy.copy(self.config)
+        self.layer.config._attn_implementation_internal = ATTENTION_FUNCTION
+        self.layer.latent_attention = self
+        self.hook = self.layer.register_forward_pre_hook(self._enter, with_kwargs=True)
+
+    def remove(self) -> None:
+        self.hook.remove()
+        del self.layer.latent_attention
+        self.layer.config = self.config
+        for linear in self.taps:
+            linear.__class__ = type(linear).__bases__[1]
+            del linear.kept, linear.keeps, linear.gives_nothing
+
+    def _enter(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Stands between the layer and its cache, and makes positions the slots of the cache.
+
+        A rotation turns the scores by the distance of two positions alone, and tokens that see each other are as far
+        apart in the cache as in the text.
+        """
+        self.cache, self.kept = kwargs.get(self.cache_name), None
+        if self.cache is None:
+            for linear in self.taps:
+                linear.expect(keeps=False, gives_nothing=False)
+            return args, kwargs
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        self.new = hidden_states.shape[1]
+        past = self.cache.get_seq_length(self.layer.layer_idx)
+        self.past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on in place
+        self.empty = not isinstance(past, Tensor) and past == 0
+        for linear in self.taps:
+            repeats = self.joint and linear is layer.v_proj
+            linear.expect(keeps=not repeats, gives_nothing=not self.empty)
+        kwargs = {**kwargs, self.cache_name: self}
+        if self.key_path is not None and self.key_path.positions is not None:
+            kwargs["position_embeddings"] = self._turns_of_new(hidden_states)
+        return args, kwargs
+
+    def _turns_of_new(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        new = hidden_states.shape[1]
+        if isinstance(self.past, Tensor):
+            cos, sin = self._turns(self.cache.layers[self.layer.layer_idx].max_cache_len, hidden_states)
+            slots = torch.arange(new, device=cos.device) + self.past
+            return cos[slots][None], sin[slots][None]
+        cos, sin = self._turns(self.past + new, hidden_states)
+        return cos[None, self.past : self.past + new], sin[None, self.past : self.past + new]
+
+    def _turns(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.key_path is not None
+        if self.key_path.positions is None:
+            return like.new_empty(length, 0), like.new_empty(length, 0)
+        return self.key_path.positions.table(length, like)
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Called by the layer in place of its cache's: ``keys`` and ``values`` (B, H, T, D) are those of new tokens.
+
+        Kept are one head of latents, or one head of the whole width: (B, 1, T, R) or (B, 1, T, H * D). Of a joint latent
+        the cache has no values: (B, 1, T, 0).
+        """
+        new_keys = _as_one_head(keys) if self.key_path is None else self.layer.k_proj.take()
+        if self.joint:
+            new_values = new_keys[..., :0]
+        else:
+            new_values = self.layer.v_proj.take() if self.latent_values else _as_one_head(values)
+        kept = self.cache.update(new_keys, new_values, *args, **kwargs)
+        if self.joint:
+            kept = kept[0], kept[0]
+        self.cache = None
+        if self.empty and kept[0].shape[-2] == keys.shape[-2]:
+            return keys, values
+        self.kept = kept
+        return kept
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        kept, self.kept = self.kept, None
+        if kept is not None and self._works_with_latents(query, mask, kwargs):
+            return self._attend_to_latents(query, *kept, mask, kwargs.get("scaling"))
+        if kept is not None:
+            key, value = self._keys(kept[0]), self._values(kept[1])
+        eager: Any = getattr(sys.modules[type(self.layer).__module__], "eager_attention_forward", None)
+        ordinary: Any = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        return ordinary(self.layer, query, key, value, mask, **kwargs)
+
+    def _works_with_latents(self, query: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+        """For few new tokens: then a product of all heads with ``R`` latents is smaller than ``U`` times the latents."""
+        _, heads, new, width = query.shape
+        return (
+            new * heads < self.heads * width
+            and ((mask is None and new == 1) or (isinstance(mask, Tensor) and mask.ndim == 4))
+            and self.config._attn_implementation in ("sdpa", "eager")
+            and kwargs.get("softcap") is None
+            and kwargs.get("s_aux") is None
+            and all(is_plain(linear.svd_u) for linear in self.taps)
+        )
+
+    def _attend_to_latents(
+        self, query: Tensor, kept_keys: Tensor, kept_values: Tensor, mask: Tensor | None, scaling: float | None
+    ) -> tuple[Tensor, Tensor]:
+        batch, heads, new, width = query.shape
+        grouped = query.reshape(batch, self.heads, -1, width) * (width**-0.5 if scaling is None else scaling)
+        scores = self._scores(grouped, kept_keys).view(batch, heads, new, -1)
+        if mask is not None:
+            lowest = torch.finfo(scores.dtype).min
+            scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        output = self._weighted(weights, kept_values).reshape(batch, heads, new, -1)
+        return output.transpose(1, 2).contiguous(), weights
+
+    def _scores(self, query: Tensor, kept: Tensor) -> Tensor:
+        """Of ``query`` (B, H, N, D), all queries of a head of keys, with every slot: (B, H, N, S)."""
+        if self.key_path is None:
+            return query @ self._heads(kept[:, 0]).mT
+        factor = self.layer.k_proj.svd_u
+        if not self.key_path.steps:  # the bias moves all scores of a query alike
+            latent_query = query @ factor.weight.view(self.heads, -1, factor.in_features)
+            return (latent_query.flatten(1, 2) @ kept[:, 0].mT).unflatten(1, (self.heads, -1))
+        return query @ self._stepped(_transposed_product(factor, kept[:, 0]).unflatten(1, (self.heads, -1)).mT).mT
+
+    def _weighted(self, weights: Tensor, kept: Tensor) -> Tensor:
+        """Sums of values by ``weights`` (B, all heads, T, S): (B, H, N, D)."""
+        if not self.latent_values:
+            return weights.reshape(weights.shape[0], self.heads, -1, weights.shape[-1]) @ self._heads(kept[:, 0])
+        factor = self.layer.v_proj.svd_u
+        sums = (weights.flatten(1, 2) @ kept[:, 0]).unflatten(1, (self.heads, -1))
+        values = sums @ factor.weight.view(self.heads, -1, factor.in_features).mT
+        return values if factor.bias is None else values + factor.bias.view(self.heads, 1, -1)  # weights sum to one
+
+    def _keys(self, kept: Tensor) -> Tensor:
+        if self.key_path is None:
+            return self._heads(kept[:, 0])
+        return self._stepped(self._heads(self.layer.k_proj.svd_u(kept[:, 0])))
+
+    def _stepped(self, keys: Tensor) -> Tensor:
+        """Norm and rotation of ``keys`` (B, H, S, D) of all slots that the cache gave."""
+        assert self.key_path is not None
+        slots, first = keys.shape[-2], 0
+        if not isinstance(self.past, Tensor):  # a window has left the slots before it
+            first = max(0, self.past + self.new - slots)
+        cos, sin = (part[first : first + slots] for part in self._turns(first + slots, keys))
+        for step in self.key_path.steps:
+            keys = step(keys, cos, sin)
+        return keys
+
+    def _values(self, kept: Tensor) -> Tensor:
+        return self._heads(self.layer.v_proj.svd_u(kept[:, 0]) if self.latent_values else kept[:, 0])
+
+    def _heads(self, joined: Tensor) -> Tensor:
+        """``(B, S, H * D)`` as ``(B, H, S, D)``."""
+        return joined.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def _as_one_head(parts: Tensor) -> Tensor:
+    """``(B, H, T, D)`` as ``(B, 1, T, H * D)``."""
+    return parts.transpose(1, 2).flatten(-2)[:, None]
+
+
+def _transposed_product(factor: nn.Linear, latents: Tensor) -> Tensor:
+    """``U m + b`` of latents (B, S, R) as (B, out, S): what turns pairs of rows reads them from end to end."""
+    product = torch.bmm(factor.weight.expand(latents.shape[0], -1, -1), latents.mT)
+    return product if factor.bias is None else product.add_(factor.bias[:, None])
+
+
+def attention_function(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    """Registered with transformers for layers that keep latents."""
+    return module.latent_attention.attend(query, key, value, mask, **kwargs)

@@ -1,0 +1,178 @@
+"""A key-value cache of latents: ``V x``, as wide as the rank, instead of keys and values ``U V x``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from svdllm.common.errors import InputError, UnsupportedModelError
+from svdllm.inference.cache_names import CACHE_NAMES, cache_name, cache_of
+from svdllm.inference.latent_attention import LatentAttention
+from svdllm.inference.latent_keys import Positions, Seen, find_key_path, rotary_modules, watched
+
+
+class CacheSize(NamedTuple):
+    """Bytes that a token takes in the caches of all layers."""
+
+    ordinary: int
+    latent: int
+
+
+def use_latent_cache(model: Any, *, keys: bool = True) -> int:
+    """Make ``model`` keep latents in its key-value cache, in place. Returns the number of layers changed.
+
+    A projection of keys or values is kept as a latent if it is factorised at a rank below its width; others, and keys
+    and values of layers with neither, are kept as ever. Where both have one first factor (``joint_kv`` of a recipe), its
+    latent is kept once. Caches are those of transformers, and so are the attention
+    implementations. The logits are those of the ordinary cache but for rounding, which is tried on a few tokens.
+    A cache that was filled before is of no use afterwards. For inference: call it after ``fuse_factors``.
+
+    Keys of models that rotate them are rebuilt at every step, for all slots of the cache; values are not. With
+    ``keys=False`` keys are kept as ever, which saves less memory and costs little time.
+
+    Raises:
+        InputError: the model is in training mode.
+        UnsupportedModelError: a layer makes its keys and values in a way that is not known here; the message names its
+            class and the way. The model is as it was.
+    """
+    if model.training:
+        raise InputError("A latent cache is for inference, and the model is in training mode: call model.eval() first.")
+    layers = _layers_to_change(model, keys)
+    if not layers:
+        return 0
+    with torch.no_grad():
+        with watched(layers) as seen:
+            expected = _trial(model)
+        changed = _latent_attentions(model, layers, seen, keys)
+        for attention in changed:
+            attention.install()
+        error = _relative_error(_trial(model), expected)
+    if not error <= torch.finfo(expected.dtype).eps ** 0.5:
+        use_ordinary_cache(model)
+        classes = ", ".join(sorted({type(layer).__name__ for layer in layers.values()}))
+        raise UnsupportedModelError(
+            f"With latents in the cache of {classes}, logits differ by {error:.1e} of their size from those with the "
+            "ordinary cache: these layers do something with keys or values that is not known here. "
+            "Use the ordinary cache."
+        )
+    return len(changed)
+
+
+def use_ordinary_cache(model: nn.Module) -> int:
+    """Undo ``use_latent_cache``. Returns the number of layers changed."""
+    changed: list[Any] = [module.latent_attention for module in model.modules() if hasattr(module, "latent_attention")]
+    for attention in changed:
+        attention.remove()
+    return len(changed)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values, or latents, in a cache of transformers; slots that wait in a static one count."""
+    tensors = [part for layer in cache.layers for part in (layer.keys, layer.values) if part is not None]
+    return sum(part.numel() * part.element_size() for part in tensors)
+
+
+def cache_size(config: Any, dtype: torch.dtype | None = None) -> CacheSize:
+    """What a token takes in the cache, ``layers * 2 * kv_dim`` elements or the sum of ``min(rank, kv_dim)``.
+
+    By the config of a checkpoint, whether its layers can be changed or not; a rank that keys and values share counts once.
+    ``dtype`` is the config's by default.
+    """
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    ranks = (getattr(config, "svdllm", None) or {}).get("ranks", {})
+    shared = (getattr(config, "svdllm", None) or {}).get("shared_factors", {})
+    latents = {name: rank for name, rank in ranks.items() if name.endswith((".k_proj", ".v_proj"))}
+    kept = [
+        min(rank, width * (2 if name in shared.values() else 1)) for name, rank in latents.items() if name not in shared
+    ]
+    elements = 2 * config.num_hidden_layers * width
+    size = (dtype or config.dtype or torch.float32).itemsize
+    return CacheSize(elements * size, (elements - len(latents) * width + sum(kept)) * size)
+
+
+def _layers_to_change(model: nn.Module, keys: bool) -> dict[str, Any]:
+    """Attention layers with a projection that is worth keeping as a latent."""
+    modules = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if {"k_proj", "v_proj"} <= set(module._modules)}
+    if not layers and (factored := [name for name, module in modules.items() if _rank(module)]):
+        owners = sorted({type(modules[name.rpartition(".")[0]]).__name__ for name in factored})
+        raise UnsupportedModelError(
+            f"No layer of {type(model).__name__} has a k_proj and a v_proj (its factorised linears are in "
+            f"{', '.join(owners)}): only keys and values that are projected apart can be cached as latents. "
+            "Use the ordinary cache."
+        )
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if not hasattr(layer, "latent_attention")
+        and ((keys and (_is_narrow(layer.k_proj) or _is_joint(layer))) or _is_narrow(layer.v_proj))
+    }
+
+
+def _rank(linear: Any) -> int | None:
+    return linear.svd_v.out_features if hasattr(linear, "svd_v") and hasattr(linear, "svd_u") else None
+
+
+def _is_narrow(linear: Any) -> bool:
+    rank = _rank(linear)
+    return rank is not None and rank < linear.svd_u.out_features
+
+
+def _is_joint(layer: Any) -> bool:
+    """Whether one latent of keys and values is worth keeping."""
+    rank = _rank(layer.k_proj)
+    return (
+        rank is not None
+        and getattr(layer.v_proj, "svd_v", None) is layer.k_proj.svd_v
+        and rank < layer.k_proj.svd_u.out_features + layer.v_proj.svd_u.out_features
+    )
+
+
+def _latent_attentions(model: Any, layers: dict[str, Any], seen: dict[str, Seen], keys: bool) -> list[LatentAttention]:
+    positions = rotary_modules(model, sorted(set(getattr(model.config, "layer_types", None) or [])))
+    return [_latent_attention(name, layer, seen[name], positions, keys) for name, layer in layers.items()]
+
+
+def _latent_attention(name: str, layer: Any, seen: Seen, positions: list[Positions], keys: bool) -> LatentAttention:
+    def refused(why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{type(layer).__name__} ({name}) cannot keep latents in its cache: {why}. Use the ordinary cache."
+        )
+
+    module = sys.modules[type(layer).__module__]
+    if not (hasattr(module, "ALL_ATTENTION_FUNCTIONS") and hasattr(module, "eager_attention_forward")):
+        raise refused("it does not call the attention functions of transformers")
+    if seen.keys is None or seen.values is None:
+        raise refused(f"it does not hand its keys and values to a cache that it takes as {' or '.join(CACHE_NAMES)}")
+    joint = keys and _is_joint(layer)
+    latent_values = joint or _is_narrow(layer.v_proj)
+    if latent_values and not torch.equal(seen.values.transpose(1, 2).flatten(-2), seen.projected["v_proj"]):
+        raise refused("its values are not what v_proj gives")
+    path = None
+    if joint or (keys and _is_narrow(layer.k_proj)):
+        path = find_key_path(layer, seen, positions)
+        if path is None:
+            raise refused("its keys are not what k_proj gives, nor that with a norm and a rotation that are known here")
+        if path.positions is not None and path.positions.change_with_length:
+            raise refused(f"its angles change with the length of the text (rope_type {path.positions.kind})")
+    return LatentAttention(layer, seen.keys.shape[1], path, latent_values)
+
+
+def _trial(model: Any) -> Tensor:
+    """Logits (2, 7, vocabulary) of a few tokens: five at once, then two one by one."""
+    embeddings = model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(embeddings.num_embeddings, (2, 7), generator=generator).to(embeddings.weight.device)
+    outputs = [model(input_ids=ids[:, :5], use_cache=True)]
+    cache = {cache_name(model): cache_of(outputs[0])}
+    for slot in (5, 6):
+        outputs.append(model(input_ids=ids[:, slot : slot + 1], **cache, use_cache=True))
+    return torch.cat([output.logits for output in outputs], dim=1)
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).float().norm() / (expected - expected.mean()).float().norm()).item()

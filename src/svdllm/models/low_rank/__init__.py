@@ -1,0 +1,30 @@
+"""Low-rank model classes: made for every family of transformers, registered with it, and shipped in checkpoints."""
+
+from svdllm.models.low_rank.factory import FamilyClasses, family_classes, low_rank_config, register_all
+from svdllm.models.low_rank.families import families
+from svdllm.models.low_rank.lowrank import (
+    HASHES_FILE,
+    LowRankLinear,
+    LowRankMixin,
+    compare_hashes,
+    swap_linears,
+    write_hashes,
+)
+from svdllm.models.low_rank.lowrank_config import FORMAT_VERSION, LowRankConfigMixin, check_svdllm
+
+__all__ = [
+    "FORMAT_VERSION",
+    "HASHES_FILE",
+    "FamilyClasses",
+    "LowRankConfigMixin",
+    "LowRankLinear",
+    "LowRankMixin",
+    "check_svdllm",
+    "compare_hashes",
+    "families",
+    "family_classes",
+    "low_rank_config",
+    "register_all",
+    "swap_linears",
+    "write_hashes",
+]

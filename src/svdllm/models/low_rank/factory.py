@@ -1,0 +1,133 @@
+"""The classes of every low-rank family, made from transformers' own mappings when they are first needed."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+)
+from transformers.models.auto import tokenization_auto
+
+from svdllm.models.low_rank.families import MODEL_TYPE_PREFIX, base_classes, class_stem, families
+from svdllm.models.low_rank.lowrank import LowRankMixin
+from svdllm.models.low_rank.lowrank_config import LowRankConfigMixin
+from svdllm.models.low_rank.render import render
+
+
+class FamilyClasses(NamedTuple):
+    config: type[Any]
+    model: type[Any]
+    causal_lm: type[Any]
+
+
+@functools.cache
+def _families_by_stem() -> dict[str, str]:
+    return {class_stem(family): family for family in families()}
+
+
+@functools.cache
+def family_classes(base_model_type: str) -> FamilyClasses:
+    """The low-rank config, bare model and causal LM of a family, registered with the auto classes.
+
+    Raises ``UnsupportedModelError`` if transformers has no causal LM of type ``base_model_type``.
+    """
+    base = base_classes(base_model_type)
+    stem = class_stem(base_model_type)
+    model_type = MODEL_TYPE_PREFIX + base_model_type
+    config = _make_class(f"{stem}Config", (LowRankConfigMixin, base.config), {"model_type": model_type})
+    members = {"config_class": config, "code_files": classmethod(_code_files)}
+    model = _make_class(f"{stem}Model", (LowRankMixin, base.model), members)
+    causal_lm = _make_class(f"{stem}ForCausalLM", (LowRankMixin, base.causal_lm), members)
+    AutoConfig.register(model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+    _share_tokenizer(base_model_type, model_type)
+    return FamilyClasses(config, model, causal_lm)
+
+
+def _make_class(name: str, bases: tuple[type, ...], members: dict[str, Any]) -> type[Any]:
+    return type(name, bases, {"__module__": __name__, "__qualname__": name, **members})
+
+
+def _code_files(cls: type[Any]) -> dict[str, str]:
+    config = cls.config_class
+    return render(config.model_type.removeprefix(MODEL_TYPE_PREFIX), config.code_modules())
+
+
+def _share_tokenizer(base_model_type: str, model_type: str) -> None:
+    """Choose a low-rank model's tokenizer class as for its base: by these tables, where the files do not settle it."""
+    names = tokenization_auto.TOKENIZER_MAPPING_NAMES
+    if base_model_type in names:
+        names.setdefault(model_type, names[base_model_type])
+    mistrusted = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", None)
+    if isinstance(mistrusted, set) and base_model_type in mistrusted:
+        mistrusted.add(model_type)
+
+
+class _LazyConfig(type):
+    """A stand-in for a config class that makes the real one when anything is asked of it.
+
+    Making the config classes of every family would import every config module of transformers, which takes seconds.
+    """
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(cls.real(), name)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.real()(*args, **kwargs)
+
+    def real(cls) -> type[Any]:
+        return family_classes(cls.__dict__["model_type"].removeprefix(MODEL_TYPE_PREFIX)).config
+
+
+def register_all() -> None:
+    """Register every low-rank model type with ``AutoConfig``; the models follow when a config is first made."""
+    for family in families():
+        model_type = MODEL_TYPE_PREFIX + family
+        if model_type not in CONFIG_MAPPING:
+            members = {"__module__": __name__, "model_type": model_type}
+            AutoConfig.register(model_type, _LazyConfig(f"{class_stem(family)}Config", (), members), exist_ok=True)
+
+
+def low_rank_config(base_config: PreTrainedConfig, svdllm: dict[str, Any]) -> Any:
+    """The low-rank config of a model: every field of ``base_config``, and ``svdllm``.
+
+    Raises:
+        UnsupportedModelError: there is no such family.
+        ValueError: ``svdllm`` is not a valid entry of format version 1.
+    """
+    classes = family_classes(base_config.model_type)
+    fields = base_config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "transformers_version"):
+        fields.pop(key, None)
+    config = classes.config(**fields, svdllm=svdllm, architectures=[classes.causal_lm.__name__])
+    config.auto_map = config.full_auto_map()
+    config._attn_implementation = base_config._attn_implementation
+    return config
+
+
+def __getattr__(name: str) -> Any:
+    """The classes by name, so that pickle finds them in a process that has not made them yet."""
+    for field, suffix in (("causal_lm", "ForCausalLM"), ("model", "Model"), ("config", "Config")):
+        if name.startswith("Svdllm") and name.endswith(suffix):
+            family = _families_by_stem().get(name.removesuffix(suffix))
+            if family is not None:
+                return getattr(family_classes(family), field)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The base family's config of a low-rank config."""
+    base = base_classes(config.svdllm["base_model_type"])  # type: ignore[attr-defined]
+    fields = config.to_dict()
+    for key in ("svdllm", "auto_map", "model_type", "architectures", "transformers_version", "rope_scaling"):
+        fields.pop(key, None)
+    return base.config(**fields, architectures=[base.causal_lm.__name__])

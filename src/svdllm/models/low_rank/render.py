@@ -1,0 +1,57 @@
+"""The two code files of a checkpoint, with which ``trust_remote_code=True`` loads it where svdllm is not installed."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import transformers
+
+from svdllm.models.low_rank.families import MODEL_TYPE_PREFIX, base_classes, class_stem
+
+_CONFIG = """
+
+class {stem}Config(LowRankConfigMixin, {base}):
+    model_type = "{model_type}"
+"""
+
+_MODELS = """
+
+class {stem}Model(LowRankMixin, {model}):
+    config_class = {stem}Config
+
+
+class {stem}ForCausalLM(LowRankMixin, {causal_lm}):
+    config_class = {stem}Config
+"""
+
+
+def render(base_model_type: str, modules: tuple[str, str]) -> dict[str, str]:
+    """Names and texts of ``configuration_*.py`` and ``modeling_*.py`` of a family; the same on every machine.
+
+    ``modules`` are the names of the two files, see ``LowRankConfigMixin.code_modules``.
+
+    Raises ``UnsupportedModelError`` if there is no such family.
+    """
+    base, stem = base_classes(base_model_type), class_stem(base_model_type)
+    configuration, modeling = modules
+    config_text = _with_imports("lowrank_config.py", [_import_of(base.config)]) + _CONFIG.format(
+        stem=stem, base=base.config.__name__, model_type=MODEL_TYPE_PREFIX + base_model_type
+    )
+    imports = sorted({_import_of(base.model), _import_of(base.causal_lm)})
+    modeling_text = _with_imports(
+        "lowrank.py", [*imports, f"from .{configuration} import {stem}Config"]
+    ) + _MODELS.format(stem=stem, model=base.model.__name__, causal_lm=base.causal_lm.__name__)
+    return {f"{configuration}.py": config_text, f"{modeling}.py": modeling_text}
+
+
+def _import_of(cls: type) -> str:
+    public = getattr(transformers, cls.__name__, None) is cls
+    return f"from {'transformers' if public else cls.__module__} import {cls.__name__}"
+
+
+def _with_imports(source: str, imports: list[str]) -> str:
+    """Our own file with ``imports`` put behind its own, which end at the first blank line that code follows."""
+    text = resources.files("svdllm.models.low_rank").joinpath(source).read_text(encoding="utf-8")
+    lines = text.splitlines()
+    last = max(i for i, line in enumerate(lines) if line.startswith(("import ", "from ")))
+    return "\n".join([*lines[: last + 1], *imports, *lines[last + 1 :]]) + "\n"

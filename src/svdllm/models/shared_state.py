@@ -1,0 +1,214 @@
+"""State that blocks hand to later blocks beside the hidden states: the keys and values of layers that share a cache.
+
+Such a model passes one mapping to all of its blocks (``shared_kv_states`` in Gemma 3n and Gemma 4). Some blocks write
+tensors into it, later ones read them. The mapping is a second output of the model up to there, as the hidden states
+are the first: every stream (dense, compressed, one probe) needs one of its own for every batch, and the gradient goes
+back through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from svdllm.common.errors import UnsupportedModelError
+
+Argument = str | int  # of a block's call: its keyword, or its position behind the hidden states
+Key = tuple[Argument, Hashable]  # argument and the key in its mapping
+State = Mapping[Key, Any]  # nested tuples of tensors
+NOTHING: State = {}
+
+
+def contents(argument: Argument, mapping: Mapping[Any, Any]) -> dict[Key, Any]:
+    """The entries of a mapping that is handed to blocks."""
+    return {(argument, key): entry for key, entry in mapping.items()}
+
+
+def refilled(argument: Argument, mapping: MutableMapping[Any, Any], state: State) -> MutableMapping[Any, Any]:
+    """A mapping of the same class with the entries of ``state``, which a block may write into."""
+    fresh = copy(mapping)
+    fresh.update({key: entry for (owner, key), entry in state.items() if owner == argument})
+    return fresh
+
+
+def written(before: State, after: State) -> dict[Key, Any]:
+    """The entries of ``after`` that are not those of ``before``, told by the identity of their tensors."""
+    held = {key: [id(leaf) for leaf in tree_leaves(entry)] for key, entry in before.items()}
+    return {key: entry for key, entry in after.items() if [id(leaf) for leaf in tree_leaves(entry)] != held.get(key)}
+
+
+def moved(state: State, move: Callable[[Tensor], Tensor]) -> dict[Key, Any]:
+    """The state with ``move`` applied to every tensor."""
+    return {key: tree_map(lambda leaf: move(leaf) if isinstance(leaf, Tensor) else leaf, e) for key, e in state.items()}
+
+
+def tensors_of(entry: Any) -> list[Tensor]:
+    """The tensors of an entry, in a fixed order."""
+    return [leaf for leaf in tree_leaves(entry) if isinstance(leaf, Tensor)]
+
+
+class SharedStates:
+    """What the blocks of one stream have written, by batch, with the block that wrote it."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, dict[Key, list[tuple[int, Any]]]] = {}
+
+    def write(self, batch: int, block: int, entries: State) -> None:
+        """Adds what a block wrote in a batch; earlier entries of the same keys stay for the reverse walk."""
+        of_batch = self._entries.setdefault(batch, {})
+        for key, entry in entries.items():
+            of_batch.setdefault(key, []).append((block, entry))
+
+    def before(self, batch: int, block: int) -> State:
+        """What a block finds: of every key the last entry that an earlier block wrote."""
+        found = {
+            key: [entry for writer, entry in entries if writer < block]
+            for key, entries in self._entries.get(batch, {}).items()
+        }
+        return {key: entries[-1] for key, entries in found.items() if entries}
+
+
+class StateGradients:
+    """Gradients of the loss in the entries of the shared state, by batch, while the reverse walk goes on."""
+
+    def __init__(self) -> None:
+        self._gradients: dict[int, dict[Key, list[Tensor | None]]] = {}
+
+    def of_written(self, batch: int, entries: State) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tensors that a block wrote, each with its gradient by the blocks after it; those that none of them read are left out."""
+        gradients = self._gradients.get(batch, {})
+        for key, entry in entries.items():
+            for tensor, gradient in zip(tensors_of(entry), gradients.get(key, ()), strict=False):
+                if tensor.requires_grad and gradient is not None:
+                    yield tensor, gradient.to(tensor.device)
+
+    def step_back(self, batch: int, found: State, entries: State) -> None:
+        """From the gradients behind a block to those before it.
+
+        Args:
+            found: the state that the block was run with, whose tensors have their ``grad`` by this block.
+            entries: what it wrote.
+        """
+        behind = self._gradients.get(batch, {})
+        before: dict[Key, list[Tensor | None]] = {}
+        for key in {**found, **behind}:
+            later = [] if key in entries else behind.get(key, [])
+            own = [tensor.grad for tensor in tensors_of(found[key])] if key in found else []
+            before[key] = _summed(later, own)
+        self._gradients[batch] = before
+
+
+def differentiable(state: State, device: torch.device) -> dict[Key, Any]:
+    """The state as leaves of which a backward pass gives the gradients."""
+
+    def leaf(tensor: Tensor) -> Tensor:
+        fresh = tensor.detach().to(device, copy=True)
+        return fresh.requires_grad_() if fresh.is_floating_point() else fresh
+
+    return moved(state, leaf)
+
+
+def _summed(first: list[Tensor | None], second: list[Tensor | None]) -> list[Tensor | None]:
+    if not first or not second:
+        return [gradient if gradient is None else gradient.cpu() for gradient in first or second]
+    pairs = zip(first, second, strict=True)
+    return [b if a is None else a if b is None else (a.cpu() + b.cpu()) for a, b in pairs]
+
+
+class WrittenArguments:
+    """Finds the arguments that blocks write into, while they run one after the other.
+
+    Mappings of tensors can be carried as a shared state. Whatever else a block changes or hands to the next one (a
+    list, a tensor changed in place, an output beside the hidden states) cannot, and is refused. So is a block that runs
+    twice, whose calls would have to be told apart.
+    """
+
+    def __init__(self, model: str, num_tokens: int):
+        self._model, self._num_tokens = model, num_tokens
+        self._mappings: dict[Argument, MutableMapping[Any, Any]] = {}
+        self._sizes: dict[Key, int] = {}
+        self._returned: list[Tensor] = []  # beside the hidden states
+        self._called: set[str] = set()
+
+    @property
+    def names(self) -> tuple[Argument, ...]:
+        return tuple(dict.fromkeys(argument for argument, _ in self._sizes))
+
+    @property
+    def num_features(self) -> int:
+        """Values that the shared state holds for a token, after the last block."""
+        return sum(self._sizes.values()) // self._num_tokens
+
+    def watch(
+        self,
+        block: str,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        move: Callable[[Any], Any],
+    ) -> Any:
+        """Calls a block with its arguments moved, and looks at what it did to them.
+
+        Raises:
+            UnsupportedModelError: it changed one that cannot be carried, or ran before; names block and argument.
+        """
+        if block in self._called:
+            raise self._refusal(block, "runs more than once in one pass")
+        self._called.add(block)
+        given: dict[Argument, Any] = {**{position - 1: value for position, value in enumerate(args)}, **kwargs}
+        if any(leaf is tensor for leaf in tree_leaves(list(given.values())) for tensor in self._returned):
+            raise self._refusal(block, "is handed an output of an earlier block beside the hidden states")
+        mappings = {name: value for name, value in given.items() if isinstance(value, MutableMapping)}
+        ours = {name: move(value) for name, value in given.items() if name not in mappings}
+        found = {name: moved(contents(name, mapping), move) for name, mapping in mappings.items()}
+        ours |= {name: refilled(name, mapping, found[name]) for name, mapping in mappings.items()}
+        before = {name: _marks(value) for name, value in ours.items() if name not in mappings}
+        positional = [ours[position - 1] for position in range(len(args))]
+        output = call(*positional, **{name: ours[name] for name in kwargs})
+        for name, marks in before.items():
+            if _marks(ours[name]) != marks:
+                what = "hidden states" if name in (-1, "hidden_states") else f"argument {name!r}"
+                raise self._refusal(block, f"changes its {what} ({type(ours[name]).__name__}) in place")
+        for name, mapping in mappings.items():
+            self._note(block, name, mapping, found[name], contents(name, ours[name]))
+        self._returned += tensors_of(output[1:]) if isinstance(output, tuple) else []
+        return output
+
+    def _note(self, block: str, name: Argument, mapping: Any, found: State, after: State) -> None:
+        entries = written(found, after)
+        if not entries and name not in self.names:
+            return
+        if self._mappings.setdefault(name, mapping) is not mapping:
+            raise self._refusal(block, f"gets a mapping of its own in argument {name!r}, where others share one")
+        if set(found) - set(after):
+            raise self._refusal(block, f"removes entries from its argument {name!r}")
+        for key, entry in entries.items():
+            tensors = tensors_of(entry)
+            if not tensors or len(tensors) != len(tree_leaves(entry)):
+                raise self._refusal(block, f"writes something else than tensors into its argument {name!r}")
+            mapping[key[1]] = entry
+            self._sizes[key] = sum(tensor.numel() for tensor in tensors)
+
+    def _refusal(self, block: str, what: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self._model} is not supported: {block} {what}. From block to block svdllm carries the hidden states, and "
+            "mappings of tensors that blocks write into."
+        )
+
+
+def _marks(value: Any) -> Any:
+    """What changes where a block writes into a value: the versions of tensors, the members of collections and objects."""
+    if isinstance(value, Tensor):
+        return value._version
+    if isinstance(value, list | tuple):
+        return [(id(member), _marks(member)) for member in value]
+    if isinstance(value, set):
+        return sorted(map(id, value))
+    if isinstance(value, torch.nn.Module) or not hasattr(value, "__dict__"):
+        return None
+    return {name: id(member) for name, member in vars(value).items()}

@@ -1,0 +1,118 @@
+"""What stands in the place of a decoder block while the rest of its model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from svdllm.models.shared_state import NOTHING, Argument, State, contents, moved, refilled, written
+from svdllm.models.structure import to_device
+
+
+class Ran(NamedTuple):
+    """What a block made: the hidden states, and the entries that it wrote into the shared state."""
+
+    hidden: Tensor
+    written: State
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a block is called for one batch, the hidden states and the shared state apart.
+
+    ``shared`` has the mappings that blocks write into, as the model handed them over before any block had run.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden_by_name: bool
+    shared: dict[Argument, MutableMapping[Any, Any]] = field(default_factory=dict)
+
+    def run(self, block: nn.Module, hidden: Tensor, state: State = NOTHING) -> Ran:
+        """Runs the block on hidden states and the shared state that it finds; ``state`` is not changed."""
+        found = moved(state, lambda tensor: tensor.to(hidden.device))
+        shared = {argument: refilled(argument, mapping, found) for argument, mapping in self.shared.items()}
+        args = to_device(self.args, hidden.device)
+        args = tuple(shared.get(position, value) for position, value in enumerate(args))
+        kwargs = to_device(self.kwargs, hidden.device)
+        kwargs |= {argument: mapping for argument, mapping in shared.items() if isinstance(argument, str)}
+        output = block(hidden_states=hidden, **kwargs) if self.hidden_by_name else block(hidden, *args, **kwargs)
+        after: dict[Any, Any] = {}
+        for argument, mapping in shared.items():
+            after |= contents(argument, mapping)
+        return Ran(output[0] if isinstance(output, tuple) else output, written(found, after))
+
+    def same_as(self, other: Call) -> bool:
+        """Equal by value, so that one copy can serve both."""
+        ours, our_shape = tree_flatten(self._values())
+        theirs, their_shape = tree_flatten(other._values())
+        return our_shape == their_shape and all(map(_same, ours, theirs))
+
+    def _values(self) -> Any:
+        return self.args, self.kwargs, {argument: dict(mapping) for argument, mapping in self.shared.items()}
+
+
+class StandIn(nn.Module):
+    """Stands in the place of a block; whatever else the model asks of the block is answered by the block."""
+
+    def __init__(self, block: nn.Module, returns_tuple: bool):
+        super().__init__()
+        self.__dict__["block"] = block  # not a submodule: its weights are not ours
+        self.returns_tuple = returns_tuple
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+    def wrapped(self, hidden: Tensor) -> Any:
+        return (hidden, None) if self.returns_tuple else hidden
+
+
+class Recorder(StandIn):
+    """Keeps what its block is called with and hands the hidden states on unchanged."""
+
+    hidden: Tensor
+    call: Call
+
+    def __init__(self, block: nn.Module, returns_tuple: bool, shared_arguments: Iterable[Argument] = ()):
+        super().__init__(block, returns_tuple)
+        self.shared_arguments = tuple(shared_arguments)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        by_name = not args
+        self.hidden = kwargs.pop("hidden_states") if by_name else args[0]
+        others = args[1:]
+        given: dict[Any, Any] = {**dict(enumerate(others)), **kwargs}
+        shared = {argument: given[argument] for argument in self.shared_arguments if argument in given}
+        others = tuple(None if position in shared else value for position, value in enumerate(others))
+        kwargs = {name: value for name, value in kwargs.items() if name not in shared}
+        self.call = Call(others, kwargs, by_name, shared)
+        return self.wrapped(self.hidden)
+
+
+class Replay(StandIn):
+    """Answers with hidden states computed before."""
+
+    def replay(self, hidden: Tensor) -> None:
+        self.__dict__["replayed"] = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        return self.wrapped(self.__dict__["replayed"].to(given.device))
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return ours is theirs or (
+            ours.shape == theirs.shape and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+        )
+    if isinstance(ours, Tensor) or isinstance(theirs, Tensor):
+        return False
+    return ours is theirs or ours == theirs

@@ -1,0 +1,317 @@
+"""The walk through a model with one decoder block resident.
+
+A *skeleton pass* runs the model with its blocks replaced by recorders, so only embeddings and position machinery do
+work: it yields the hidden states that enter the first block and, for every block, the arguments it is called with.
+Then each block is loaded, run over all batches (its outputs take the place of its inputs) and freed. Masks, rotary
+tables and per-layer variants are thus right for any architecture without knowing it.
+
+The *reverse walk* goes from the last block to the first: each is loaded again, run with gradients on the input that the
+forward walk kept, and handed the gradient of its output; that yields the gradient of the block before.
+
+A *stream* is what is carried from block to block: hidden states, and the entries of the mappings that blocks write into
+for later ones (``shared_state``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from svdllm.common.disk import allocate
+from svdllm.common.errors import NumericalError, UnsupportedModelError
+from svdllm.common.files import save_tensors
+from svdllm.models.loaded_weights import resident
+from svdllm.models.shared_state import SharedStates, State, StateGradients, differentiable, moved
+from svdllm.models.structure import Structure, replaced
+from svdllm.models.stubs import Call, Ran, Recorder, Replay
+from svdllm.models.weights import Weights
+
+
+class HiddenStates:
+    """Hidden states of a stream (``... x windows x seqlen x hidden``), in RAM or in a memory-mapped file.
+
+    ``shared`` has what its blocks wrote for later ones.
+
+    Raises:
+        OSError: the disk has no room for the file.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, file: Path | None = None):
+        self.shared = SharedStates()
+        self._parts: list[HiddenStates] = []
+        self.file = file
+        if file is None:
+            self.tensor = torch.empty(shape, dtype=dtype)
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            allocate(file, prod(shape) * dtype.itemsize)
+            self.tensor = torch.from_file(str(file), shared=True, size=prod(shape), dtype=dtype).view(shape)
+
+    def share(self, batch: int, block: int, entries: State) -> None:
+        """Keeps what a block wrote for later ones, where the hidden states are kept."""
+        self.shared.write(batch, block, moved(entries, self._kept))
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        if self.file is None:
+            return tensor.detach().cpu()
+        file = self.file.with_name(f"{self.file.name}-shared-{len(self._parts)}")
+        self._parts.append(HiddenStates(tuple(tensor.shape), tensor.dtype, file))
+        return self._parts[-1].tensor.copy_(tensor)
+
+    def close(self) -> None:
+        self.shared = SharedStates()
+        for part in self._parts:
+            part.close()
+        del self.tensor
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+
+@dataclass
+class Walk:
+    """Carries windows of tokens through a model, block by block.
+
+    ``on_batch(block, batches done, batches)`` is called after each batch of each block (progress).
+    ``kept_batches`` is how many batches leave their inputs of every block in ``kept_folder`` for a reverse walk; they
+    are files, because all blocks' together would be many times what the walk itself carries. With ``two_streams``
+    there is a second set of hidden states, for the compressed model, which starts from the same embeddings.
+    """
+
+    weights: Weights
+    skeleton: PreTrainedModel
+    structure: Structure
+    ids: Tensor  # windows x seqlen
+    device: torch.device
+    dtype: torch.dtype
+    batch_tokens: int = 4096
+    spill_file: Path | None = None
+    on_batch: Callable[[int, int, int], None] | None = None
+    kept_batches: int = 0
+    kept_folder: Path | None = None
+    two_streams: bool = False
+    hidden: HiddenStates = field(init=False)
+    compressed: HiddenStates | None = field(init=False, default=None)
+    calls: list[list[Call]] = field(init=False)  # per batch, per block
+    state_gradients: StateGradients = field(init=False, default_factory=StateGradients)
+
+    @property
+    def batches(self) -> list[slice]:
+        size = max(1, self.batch_tokens // self.ids.shape[1])
+        return [slice(start, min(start + size, len(self.ids))) for start in range(0, len(self.ids), size)]
+
+    def blocks(self) -> Iterator[Block]:
+        """Runs the skeleton pass, then yields each block, loaded; after the yield its memory is free again."""
+        self._skeleton_pass()
+        yield from self._loaded(range(len(self.structure.blocks)))
+
+    def _loaded(self, indices: Iterable[int]) -> Iterator[Block]:
+        for index in indices:
+            name = self.structure.blocks[index]
+            module = self.skeleton.get_submodule(name)
+            with resident(module, name, self.weights, self.device, self.dtype):
+                yield Block(walk=self, index=index, name=name, module=module)
+
+    @property
+    def kept_windows(self) -> int:
+        return self.batches[: self.kept_batches][-1].stop if self.kept_batches else 0
+
+    def kept_file(self, block: int) -> Path:
+        assert self.kept_folder is not None
+        return self.kept_folder / f"inputs-{block:04d}.safetensors"
+
+    def reversed_blocks(self, gradient: Callable[[slice, Tensor], Tensor]) -> Iterator[Block]:
+        """After a forward walk with kept batches: each block again, loaded, from the last to the first.
+
+        ``gradient(windows, logits)`` gives the gradient of the loss in the logits. For every block, ``run_backward``
+        has to be called.
+        """
+        with self.head() as head:
+            for number in range(self.kept_windows):
+                window = slice(number, number + 1)  # logits are wide: one window at a time
+                hidden = self.hidden.tensor[window].to(self.device).requires_grad_()
+                with torch.enable_grad():
+                    logits = head(window, hidden)
+                logits.backward(gradient(window, logits.detach()))
+                self.hidden.tensor[window] = self._finite_gradient(hidden, f"the last block, window {number}")
+        yield from self._loaded(reversed(range(len(self.structure.blocks))))
+
+    def close(self) -> None:
+        """Forgets the hidden states, and their files."""
+        for states in (self.hidden, self.compressed):
+            if states is not None:
+                states.close()
+        for block in range(len(self.structure.blocks) if self.kept_batches else 0):
+            self.kept_file(block).unlink(missing_ok=True)
+
+    def logits(self) -> Tensor:
+        """Logits of all windows, after the walk."""
+        with self.head() as head, torch.no_grad():
+            outputs = [head(batch, self.hidden.tensor[batch]).float().cpu() for batch in self.batches]
+        return torch.cat(outputs)
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[slice, Tensor], Tensor]]:
+        """What follows the blocks, loaded: a function of windows and their last hidden states that gives logits."""
+        blocks = self.structure.blocks
+        last = Replay(self.skeleton.get_submodule(blocks[-1]), self.structure.returns_tuple[-1])
+
+        def logits_of(windows: slice, hidden: Tensor) -> Tensor:
+            last.replay(hidden)
+            return self.skeleton(input_ids=self.ids[windows].to(self.device), use_cache=False).logits
+
+        with self._outside_resident(everything=True), replaced(self.skeleton, {**self._recorders(), blocks[-1]: last}):
+            yield logits_of
+
+    def _finite_gradient(self, hidden: Tensor, where: str) -> Tensor:
+        assert hidden.grad is not None
+        if not bool(torch.isfinite(hidden.grad).all()):
+            raise NumericalError(
+                f"The gradient at {where}, has NaN or infinite values. If the model computes in float16, try "
+                "--dtype float32."
+            )
+        return hidden.grad.to("cpu", self.dtype)
+
+    def _skeleton_pass(self) -> None:
+        self.calls = []
+        recorders = self._recorders()
+        with self._outside_resident(everything=False), replaced(self.skeleton, recorders), torch.no_grad():
+            for batch in self.batches:
+                self.skeleton.base_model(input_ids=self.ids[batch].to(self.device), use_cache=False)
+                recorded = list(recorders.values())
+                first = recorded[0].hidden
+                if not self.calls:
+                    self._make_room(first.shape[-1])
+                self.hidden.tensor[batch] = first.cpu()
+                if self.compressed is not None:
+                    self.compressed.tensor[batch] = first.cpu()
+                self.calls.append(self._shared([recorder.call for recorder in recorded]))
+
+    def _recorders(self) -> dict[str, Recorder]:
+        blocks = zip(self.structure.blocks, self.structure.returns_tuple, strict=True)
+        shared = self.structure.shared_arguments
+        return {name: Recorder(self.skeleton.get_submodule(name), is_tuple, shared) for name, is_tuple in blocks}
+
+    def _make_room(self, hidden_size: int) -> None:
+        shape = (self.ids.shape[1], hidden_size)
+        self.hidden = HiddenStates((len(self.ids), *shape), self.dtype, self.spill_file)
+        if self.two_streams:
+            spill = self.spill_file
+            file = None if spill is None else spill.with_name(f"{spill.name}-compressed")
+            self.compressed = HiddenStates((len(self.ids), *shape), self.dtype, file)
+
+    def _shared(self, calls: list[Call]) -> list[Call]:
+        """Calls of a batch, those of an earlier batch where they are equal: the arguments rarely depend on the text."""
+        known = [call for batch in self.calls[:1] for call in batch]
+        return [next((other for other in known if other.same_as(call)), call) for call in calls]
+
+    @contextmanager
+    def _outside_resident(self, *, everything: bool):
+        """What is not in a block has its weights while the context lasts; the head only if asked for."""
+        inside = tuple(f"{name}." for name in self.structure.blocks)
+        root = self.skeleton if everything else self.skeleton.base_model
+        prefix = "" if root is self.skeleton else f"{self.skeleton.base_model_prefix}."
+        with resident(root, prefix[:-1], self.weights, self.device, self.dtype, skip=inside):
+            if everything:
+                self.skeleton.tie_weights()
+            yield
+
+
+@dataclass(frozen=True)
+class Block:
+    """A loaded block of a walk."""
+
+    walk: Walk
+    index: int
+    name: str
+    module: nn.Module
+
+    def run(self, after_batch: Callable[[], None] | None = None) -> None:
+        """Runs every batch; the outputs take the place of the inputs.
+
+        Raises:
+            NumericalError: a hidden state is NaN or infinite; names block and batch.
+        """
+        walk = self.walk
+        if walk.kept_batches:
+            path = walk.kept_file(self.index)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors({"inputs": walk.hidden.tensor[: walk.kept_windows].contiguous()}, path)
+        for number, batch in enumerate(walk.batches):
+            with torch.no_grad():
+                output, written = self.run_on(walk.hidden, number)
+            if after_batch is not None:
+                after_batch()
+            if not bool(torch.isfinite(output).all()):
+                raise NumericalError(
+                    f"The output of block {self.index} ({self.name}) has NaN or infinite values in batch {number} "
+                    f"(windows {batch.start} to {batch.stop - 1}). If it computes in float16, try --dtype float32."
+                )
+            walk.hidden.tensor[batch] = output.to("cpu", walk.dtype)
+            walk.hidden.share(number, self.index, written)
+            if walk.on_batch is not None:
+                walk.on_batch(self.index, number + 1, len(walk.batches))
+
+    def inputs_of(self, module: nn.Module, states: HiddenStates, number: int) -> Tensor:
+        """What a module of the block is handed for a batch of a stream; the block is run no further than that."""
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(args[0] if args else next(iter(kwargs.values())))
+
+        handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                self.run_on(states, number)
+        except _Reached as reached:
+            return reached.inputs
+        finally:
+            handle.remove()
+        raise UnsupportedModelError(f"{self.name} ran without calling one of its linears, which it called before.")
+
+    def run_on(self, states: HiddenStates, number: int) -> Ran:
+        """What the block makes of a batch of a stream, which stays as it is."""
+        walk = self.walk
+        hidden = states.tensor[walk.batches[number]].to(walk.device)
+        return walk.calls[number][self.index].run(self.module, hidden, states.shared.before(number, self.index))
+
+    def run_backward(self) -> None:
+        """Runs every kept batch with gradients: the gradient of the outputs is replaced by that of the inputs.
+
+        Inputs are the hidden states and the shared state that the block finds, outputs the hidden states and what it
+        writes into the shared state.
+
+        Raises:
+            NumericalError: a gradient is NaN or infinite; names block and batch.
+        """
+        walk = self.walk
+        inputs = load_file(walk.kept_file(self.index))["inputs"]
+        for number, batch in enumerate(walk.batches[: walk.kept_batches]):
+            hidden = inputs[batch].to(walk.device, copy=True).requires_grad_()
+            found = differentiable(walk.hidden.shared.before(number, self.index), walk.device)
+            with torch.enable_grad():
+                output, written = walk.calls[number][self.index].run(self.module, hidden, found)
+            pairs = [(output, walk.hidden.tensor[batch].to(walk.device))]
+            pairs += walk.state_gradients.of_written(number, written)
+            torch.autograd.backward([made for made, _ in pairs], [gradient for _, gradient in pairs])
+            walk.state_gradients.step_back(number, found, written)
+            walk.hidden.tensor[batch] = walk._finite_gradient(
+                hidden, f"block {self.index} ({self.name}), batch {number}"
+            )
+            if walk.on_batch is not None:
+                walk.on_batch(len(walk.structure.blocks) - 1 - self.index, number + 1, walk.kept_batches)
+        walk.kept_file(self.index).unlink()
+
+
+class _Reached(Exception):
+    """Thrown out of a block that need not run to its end."""
+
+    def __init__(self, inputs: Tensor):
+        self.inputs = inputs

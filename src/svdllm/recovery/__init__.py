@@ -1,0 +1,9 @@
+"""Recovery: a little training after compression, by Algorithm 3 of the paper or by what beats it."""
+
+from __future__ import annotations
+
+from svdllm.recovery.record import RecoveryResult, TrainingRecord
+from svdllm.recovery.run import recover
+from svdllm.recovery.settings import Recovery, make_recovery
+
+__all__ = ["Recovery", "RecoveryResult", "TrainingRecord", "make_recovery", "recover"]

@@ -1,0 +1,125 @@
+"""Block by block: each compressed block is trained to hand on what the dense block hands on.
+
+The compressed block gets the inputs that the compressed model makes, the dense one those of the dense model. One block
+of each is in memory; finished blocks are files, so a killed run goes on with the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import get_cosine_schedule_with_warmup
+
+from svdllm.common.errors import NumericalError
+from svdllm.common.files import save_atomically
+from svdllm.models.walk import Block, Walk
+from svdllm.recovery.settings import BETA2, Recovery
+from svdllm.recovery.stage import Task
+
+
+@dataclass(frozen=True)
+class BlockErrors:
+    """Mean relative error of one block's outputs, before and after training it."""
+
+    before: float
+    after: float
+
+
+def train_blocks(dense: Walk, compressed: Walk, task: Task) -> list[BlockErrors]:
+    """Leaves a file of trained tensors for every block in the task's folder; returns what was gained.
+
+    Both walks carry the same windows in the same batches.
+
+    Raises:
+        NumericalError: a loss is not finite; names the block.
+    """
+    task.folder.mkdir(parents=True, exist_ok=True)
+    reporter = task.reporter
+    errors = []
+    num_blocks = len(compressed.structure.blocks)
+    with reporter.stage(task.title, num_blocks):
+        for ours, theirs in zip(compressed.blocks(), dense.blocks(), strict=True):
+            theirs.run()
+            file = task.folder / f"block-{ours.index:04d}.safetensors"
+            before = _mean_error(_outputs(ours), dense)
+            if file.is_file():
+                stored = load_file(file)
+                for name, parameter in _parameters(ours).items():
+                    parameter.data.copy_(stored[name])
+            else:
+                _train_block(ours, dense, task.settings)
+                save_atomically(_parameters(ours), file)
+            ours.run()
+            outputs = (compressed.hidden.tensor[batch] for batch in compressed.batches)
+            errors.append(BlockErrors(before, _mean_error(outputs, dense)))
+            reporter.advance(ours.index + 1, num_blocks)
+            reporter.note(
+                f"block {ours.index + 1}/{num_blocks}: error {errors[-1].before:.4f} -> {errors[-1].after:.4f} of the output"
+            )
+    for walk in (dense, compressed):
+        walk.close()
+    return errors
+
+
+def _train_block(block: Block, dense: Walk, settings: Recovery) -> None:
+    """All parameters of a block, norms included, by AdamW."""
+    walk = block.walk
+    parameters = [parameter.requires_grad_(True) for parameter in block.module.parameters()]
+    rate = settings.of("blockwise", "lr")
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, BETA2), weight_decay=settings.weight_decay)
+    epochs, batches = int(settings.of("blockwise", "epochs")), walk.batches
+    steps = epochs * len(batches)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * steps), steps)
+    generator = torch.Generator().manual_seed(settings.seed + block.index)
+    for _ in range(epochs):
+        for number in torch.randperm(len(batches), generator=generator).tolist():
+            wanted = dense.hidden.tensor[batches[number]].to(walk.device)
+            with torch.enable_grad():
+                found = block.run_on(walk.hidden, number).hidden
+                loss = _relative_errors(found, wanted).mean()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+            if not bool(torch.isfinite(loss) and torch.isfinite(norm)):
+                raise NumericalError(
+                    f"The loss is {float(loss)}, the norm of its gradient {float(norm)} in block {block.index} ({block.name}). "
+                    "Finished blocks are kept; start over with a lower --lr."
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+
+
+@torch.no_grad()
+def _outputs(block: Block) -> Iterator[Tensor]:
+    """The block's outputs, batch by batch; the walk stays as it is."""
+    for number in range(len(block.walk.batches)):
+        yield block.run_on(block.walk.hidden, number).hidden.cpu()
+
+
+def _relative_errors(found: Tensor, wanted: Tensor) -> Tensor:
+    """``||y - y'||^2 / ||y||^2`` of every token.
+
+    One by one, because the first tokens of a text may be a thousand times larger than the others, and would be all that
+    is learnt. Being relative, one learning rate fits all blocks.
+    """
+    difference = (found.float() - wanted.float()).pow(2).sum(-1)
+    return difference / wanted.float().pow(2).sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _mean_error(outputs: Iterable[Tensor], dense: Walk) -> float:
+    """Of a block's outputs, batch by batch, against those that the dense walk has now."""
+    lost = [
+        _relative_errors(found, dense.hidden.tensor[batch]).flatten()
+        for found, batch in zip(outputs, dense.batches, strict=True)
+    ]
+    return float(torch.cat(lost).double().mean())
+
+
+def _parameters(block: Block) -> dict[str, Tensor]:
+    return {f"{block.name}.{name}": parameter.detach() for name, parameter in block.module.named_parameters()}

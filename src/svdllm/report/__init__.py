@@ -1,1 +1,0 @@
-"""Records made readable: tables, cards."""

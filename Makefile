@@ -1,6 +1,7 @@
-# make demo | test | test-newest | test-oldest | lint | clean. Another interpreter: make test PYTHON=python3.12
+# make demo | test | test-fast | test-newest | test-oldest | lint | clean. Another interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
 WORKERS ?= 2
+TESTS ?= tests
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,11 +20,12 @@ OLDEST_EXTRAS := data,eval,gguf,quantize,recover,report,serve,tensorboard
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test newest test-newest test-oldest lint clean
+.PHONY: help demo test test-fast newest test-newest test-oldest lint clean
 
 help:
 	@echo "make demo         compress SmolLM2-135M-Instruct and compare it with the dense model"
 	@echo "make test         run the whole test suite, with the versions in constraints.txt"
+	@echo "make test-fast    run the tests that need no real model; one folder of them: make test-fast TESTS=tests/data"
 	@echo "make test-newest  run the fast tests with the newest versions of all packages but torch"
 	@echo "make test-oldest  run the fast tests with the lower bounds of pyproject.toml, torch apart"
 	@echo "make lint         ruff and pyright, as pre-commit runs them"
@@ -35,6 +37,9 @@ demo: $(VENV)/.installed-demo
 # One worker begins with the tests of the real model; the others take what is left of the rest.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+test-fast: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' $(PYTEST_OPTIONS) $(TESTS)
 
 test-newest: newest
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -m 'not slow' $(PYTEST_OPTIONS)

@@ -28,8 +28,8 @@ from rich.table import Table
 from torch import Tensor
 
 from decomposition import shown, summary
+from drone_factors import drone_factors
 from svdllm.common.memory import peak_bytes, resident_bytes
-from svdllm.compression.math.drone import drone_factors
 from svdllm.compression.math.linalg import factorise, output_spectrum
 from svdllm.compression.math.statistics import Gram
 

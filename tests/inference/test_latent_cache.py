@@ -16,6 +16,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from families import ATTENTIONS, low_rank_model, tiny_model, tiny_tokens
+from generation import WAYS, assert_same, generated, in_parts
 from svdllm import InputError, UnsupportedModelError, fuse_factors
 from svdllm.common.progress import Reporter
 from svdllm.inference.cache_names import CACHE_NAMES, cache_name, cache_of
@@ -43,29 +44,6 @@ def latent_model(family: str = "llama", **settings: Any) -> Any:
     return model
 
 
-@torch.no_grad()
-def in_parts(model: Any, ids: Tensor, lengths: list[int], cache: Any = None) -> Tensor:
-    """Logits of all ``ids``, of which ``lengths`` are given at a time."""
-    cache, logits = DynamicCache(config=model.config) if cache is None else cache, []
-    for part in ids.split(lengths, dim=1):
-        logits.append(model(input_ids=part, **{cache_name(model): cache}).logits)
-    return torch.cat(logits, dim=1)
-
-
-@torch.no_grad()
-def generated(model: Any, **settings: Any) -> Any:
-    """Tokens and scores of a greedy generation after two prompts, of which the first is padded on the left."""
-    ids = tiny_tokens(2, 9)
-    mask = torch.ones_like(ids)
-    ids[0, :4], mask[0, :4] = 0, 0
-    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None} | settings
-    return model.generate(ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **settings)
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_ordinary_cache(family: str, implementation: str) -> None:
@@ -75,14 +53,6 @@ def test_logits_are_those_of_the_ordinary_cache(family: str, implementation: str
     ordinary, latent = random_model(family, **settings), latent_model(family, **settings)
     assert ordinary.config._attn_implementation == latent.config._attn_implementation == implementation
     assert_same(in_parts(latent, ids, lengths), in_parts(ordinary, ids, lengths))
-
-
-WAYS = {
-    "padded": {},
-    "beams": {"num_beams": 3, "num_return_sequences": 2},
-    "static": {"cache_implementation": "static"},
-    "static beams": {"cache_implementation": "static", "num_beams": 2},
-}
 
 
 @pytest.mark.parametrize("way", WAYS)

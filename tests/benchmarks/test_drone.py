@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from drone_factors import drone_bytes, drone_factors
 from reference import measured_loss, optimal_outputs
 from svdllm.common.errors import InputError, ResourceError
-from svdllm.compression.math.drone import drone_bytes, drone_factors
 from svdllm.compression.math.linalg import factorise, output_spectrum
 
 SHAPES = [(9, 14), (14, 9), (11, 11), (1, 6), (6, 1)]

@@ -10,76 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from analysed import analysed, grams_by_autograd
 from families import FAMILIES, tiny_model
 from runs import run as compress_tiny
 from runs import small_recipe, token_windows
 from svdllm import NumericalError, Recipe
 from svdllm.common.progress import Reporter
-from svdllm.compression.analysis import Analysis
-from svdllm.compression.analyze import Calibration
 from svdllm.compression.math.linalg import factorise
-from svdllm.compression.plan import structure_for
 from svdllm.compression.probe import MEASURES, probe, probe_ids, probe_rank, probe_ranks, probe_tokens
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.structure import discover, weight_of
-from svdllm.models.walk import Walk
-from svdllm.models.weights import MemoryWeights
 
 ROUND_ROBIN = ("llama", "gpt2", "opt", "gemma3_text", "gemma4_text", "phi3", "gpt_neox")
-
-
-def analysed(model: Any, folder: Path, ids: Tensor, **settings: Any) -> SimpleNamespace:
-    """A model, analysed in float64; batches of two windows."""
-    model = model.double().eval()
-    skeleton = build_skeleton(model.config, torch.float64)
-    recipe = Recipe(**({"ratio": 0.3, "shrinkage": 0.0, "round_to": 1, "input_only": ()} | settings))
-    structure = structure_for(skeleton, recipe)
-    walk = Walk(
-        weights=MemoryWeights(model, skeleton),
-        skeleton=skeleton,
-        structure=structure,
-        ids=ids,
-        device=torch.device("cpu"),
-        dtype=torch.float64,
-        batch_tokens=2 * ids.shape[1],
-    )
-    walk.kept_folder = folder
-    walk.kept_batches = -(-recipe.gradient_samples // 2)
-    analysis = Analysis(folder, {})
-    analysis.open()
-    depths = {target.name: target.full_rank for target in structure.targets}
-    Calibration(
-        walk=walk, recipe=recipe, analysis=analysis, depths=depths, keeps_left_metrics=False, reporter=Reporter()
-    ).run()
-    return SimpleNamespace(model=model, structure=structure, analysis=analysis, walk=walk, recipe=recipe)
-
-
-def grams_by_autograd(
-    model: Any, names: list[str], ids: Tensor, gradient_ids: Tensor
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """``(C, G)`` of each linear from one pass over the whole model."""
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-
-    def hook(name: str):
-        def keep(module: Any, args: Any, output: Tensor) -> None:
-            inputs[name], outputs[name] = args[0].detach(), output
-
-        return keep
-
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-    grams = {name: x.flatten(0, -2).T @ x.flatten(0, -2) for name, x in inputs.items()}
-    logits = model(input_ids=gradient_ids, use_cache=False).logits
-    loss = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), gradient_ids[:, 1:].flatten(), reduction="sum"
-    )
-    gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
-    for handle in handles:
-        handle.remove()
-    flat = [gradient.flatten(0, -2) for gradient in gradients]
-    return {name: (grams[name], g.T @ g) for name, g in zip(names, flat, strict=True)}
 
 
 @pytest.mark.parametrize("family", ROUND_ROBIN)

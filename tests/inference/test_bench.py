@@ -475,7 +475,7 @@ def test_mistakes_on_the_command_line(
 @pytest.fixture(scope="module")
 def script() -> Any:
     """The program that makes models of random weights."""
-    file = Path(__file__).resolve().parents[1] / "benchmarks" / "inference_gpu.py"
+    file = Path(__file__).resolve().parents[2] / "benchmarks" / "inference_gpu.py"
     spec = importlib.util.spec_from_file_location("inference_gpu", file)
     assert spec is not None
     assert spec.loader is not None

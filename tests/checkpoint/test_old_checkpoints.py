@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from svdllm import export_dense, load_model, slice_checkpoint, verify
 from svdllm.cli import main
 
-FOLDERS = sorted(path.parent for path in (Path(__file__).parent / "checkpoints").glob("*/config.json"))
+FOLDERS = sorted(path.parent for path in (Path(__file__).parents[1] / "checkpoints").glob("*/config.json"))
 
 
 def logits_of(folder: Path, **how: Any) -> torch.Tensor:

@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import svdllm
+from analysed import analysed, grams_by_autograd
 from families import tiny_model, tiny_tokens
+from generation import WAYS, assert_same, generated, in_parts
 from reference import optimal_outputs
 from runs import TEXT, digests, run, small_recipe, token_windows
 from svdllm import UnsupportedModelError, fuse_factors, load_model, recover
@@ -22,8 +24,6 @@ from svdllm.inference.latent_cache import cache_bytes, cache_size, use_latent_ca
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.structure import discover, with_joint_keys_and_values
 from svdllm.recovery.settings import make_recovery
-from test_calibration import analysed, grams_by_autograd
-from test_latent_cache import WAYS, assert_same, generated, in_parts
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma3_text", "opt", "cohere", "hunyuan_v1_dense"]
 PAIRS = [("model.layers.0.self_attn", 0), ("model.layers.1.self_attn", 1)]

@@ -19,7 +19,7 @@ import svdllm
 from svdllm.common import tested_versions
 from svdllm.models.low_rank import family_classes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -131,11 +131,11 @@ def linears_in_blocks(skeleton: PreTrainedModel, scheme: Scheme) -> list[Quantiz
     return [
         quantized_linear(name, module.out_features, module.in_features, scheme)
         for name, module in skeleton.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(blocks) and has_form(module.in_features)
+        if isinstance(module, nn.Linear) and name.startswith(blocks) and can_quantize(module.in_features)
     ]
 
 
-def has_form(in_features: int) -> bool:
+def can_quantize(in_features: int) -> bool:
     """Whether torchao has a form of a linear: of one input, as the second factor of rank 1 has it, there is none."""
     return in_features > 1
 

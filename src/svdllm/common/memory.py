@@ -64,7 +64,7 @@ def device_peak_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def saying_what_to_lower(advice: str) -> Iterator[None]:
+def explain_out_of_memory(advice: str) -> Iterator[None]:
     """Turns every way in which memory runs out, also that of torch's CPU allocator, into a ResourceError with advice."""
     try:
         yield

@@ -117,10 +117,10 @@ def plan(
     recipe.require_budget()
     source = open_config(model, offline=offline, revision=revision)
     recipe = recipe.within(context_length(source.config))
-    return plans_of(source, *look_at(source, recipe), recipe, hidden_states_limit)
+    return plan_each_ratio(source, *discover_targets(source, recipe), recipe, hidden_states_limit)
 
 
-def plans_of(
+def plan_each_ratio(
     source: Source,
     skeleton: PreTrainedModel,
     structure: Structure,
@@ -148,7 +148,7 @@ def plans_of(
     ]
 
 
-def look_at(source: Source, recipe: Recipe) -> tuple[PreTrainedModel, Structure]:
+def discover_targets(source: Source, recipe: Recipe) -> tuple[PreTrainedModel, Structure]:
     """The skeleton of a model and what it is made of.
 
     Raises:
@@ -168,7 +168,7 @@ def look_at(source: Source, recipe: Recipe) -> tuple[PreTrainedModel, Structure]
 
 
 def structure_for(skeleton: PreTrainedModel, recipe: Recipe) -> Structure:
-    """What a model is made of, as a recipe compresses it. Raises InputError, UnsupportedModelError as ``look_at``."""
+    """What a model is made of, as a recipe compresses it. Raises InputError, UnsupportedModelError as ``discover_targets``."""
     structure = discover(skeleton, recipe.ignore)
     if recipe.joint_kv:
         structure = with_joint_keys_and_values(structure)

@@ -34,14 +34,14 @@ from svdllm.common.disk import explain_full_disk
 from svdllm.common.errors import InputError, ResourceError, SvdllmError
 from svdllm.common.files import write_atomically
 from svdllm.common.locks import locked
-from svdllm.common.memory import device_peak_bytes, peak_bytes, saying_what_to_lower
+from svdllm.common.memory import device_peak_bytes, explain_out_of_memory, peak_bytes
 from svdllm.common.progress import Reporter
 from svdllm.common.settings_file import read_settings, refuse_other_settings
 from svdllm.common.version import __version__
 from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.analyze import Calibration
 from svdllm.compression.math.metrics import METHODS
-from svdllm.compression.plan import Plan, calibration_warnings, look_at, plans_of
+from svdllm.compression.plan import Plan, calibration_warnings, discover_targets, plan_each_ratio
 from svdllm.compression.probe import MEASURES, probe, probe_ids, probe_ranks, probe_tokens
 from svdllm.compression.ranks import Evidence
 from svdllm.compression.ranks.budget import require_fast_enough
@@ -212,7 +212,7 @@ class _Run:
             f"{self.recipe.batch_tokens}) or --samples; `svdllm plan` tells what a run needs."
         )
         try:
-            with saying_what_to_lower(advice), explain_full_disk(self.work, f"{goes_on}."):
+            with explain_out_of_memory(advice), explain_full_disk(self.work, f"{goes_on}."):
                 yield
         except SvdllmError as error:
             finished = any(self.work.glob("**/block-*.safetensors"))
@@ -225,8 +225,8 @@ class _Run:
     def execute(self) -> list[CompressionResult]:
         with self.reporter.stage("plan", 1):
             config_only = open_config(self.model, offline=self.offline, revision=self.revision)
-            skeleton, structure = look_at(config_only, self.recipe)
-            plans = plans_of(config_only, skeleton, structure, self.recipe, self.hidden_states_limit)
+            skeleton, structure = discover_targets(config_only, self.recipe)
+            plans = plan_each_ratio(config_only, skeleton, structure, self.recipe, self.hidden_states_limit)
             require_room(self.output, max(plans, key=lambda plan: plan.disk_bytes))
         claim_work_folder(self.work)
         with self.reporter.stage("open", 1):
@@ -235,7 +235,7 @@ class _Run:
                 source = open_source(
                     self.model, offline=self.offline, revision=self.revision, gguf_folder=self.work / "source"
                 )
-                plans = plans_of(source, skeleton, structure, self.recipe, self.hidden_states_limit)
+                plans = plan_each_ratio(source, skeleton, structure, self.recipe, self.hidden_states_limit)
         windows = self._calibration_windows(source, skeleton, structure)
         fingerprint = self._survey(source, skeleton)
         if not self.resume or not read_settings(self.work / "analysis"):
@@ -248,7 +248,7 @@ class _Run:
             evidence = self._evidence(source, skeleton, structure, windows, analysis, times)
         if evidence is not None:
             with self.reporter.stage("allocate", 1):
-                known = plans_of(source, skeleton, structure, self.recipe, self.hidden_states_limit, evidence)
+                known = plan_each_ratio(source, skeleton, structure, self.recipe, self.hidden_states_limit, evidence)
                 plans = [plan.with_ranks_of(other) for plan, other in zip(plans, known, strict=True)]
         provenance = Provenance.of(source.name, source.revision, fingerprint, windows)
         finals = [self._sequential(source, structure, plan, windows, analysis) for plan in plans]

@@ -22,7 +22,7 @@ from svdllm.checkpoint.shards import write_shards
 from svdllm.common.disk import explain_full_disk
 from svdllm.common.errors import NumericalError, SvdllmError
 from svdllm.common.files import save_atomically, write_atomically
-from svdllm.common.memory import peak_bytes, saying_what_to_lower
+from svdllm.common.memory import explain_out_of_memory, peak_bytes
 from svdllm.common.progress import Reporter
 from svdllm.common.settings_file import FINGERPRINT_FILE, read_settings, refuse_other_settings
 from svdllm.common.version import __version__
@@ -144,7 +144,7 @@ class _Run:
         )
         full = "The last saved step is kept: the same command goes on from there."
         try:
-            with saying_what_to_lower(advice), explain_full_disk(self.work, full):
+            with explain_out_of_memory(advice), explain_full_disk(self.work, full):
                 yield
         except NumericalError:
             raise

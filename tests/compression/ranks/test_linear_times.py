@@ -27,9 +27,9 @@ from svdllm.compression.ranks.linear_times import (
     LinearTimes,
     Shape,
     ShapeTimes,
+    isotonic,
     measure_linears,
     measured_ranks,
-    rising,
     shape_of,
 )
 from svdllm.compression.ranks.predicted_sizes import WrittenFiles
@@ -113,9 +113,9 @@ def test_times_survive_their_file(tmp_path: Path) -> None:
 
 
 def test_noise_does_not_make_a_higher_rank_cheaper() -> None:
-    assert rising([1.0, 2.0, 4.0]) == [1, 2, 4]
-    assert rising([1.0, 8.0, 4.0, 6.0, 9.0]) == [1, 6, 6, 7, 9]  # above 1 8 8 8 9, below 1 4 4 6 9
-    assert rising([]) == []
+    assert isotonic([1.0, 2.0, 4.0]) == [1, 2, 4]
+    assert isotonic([1.0, 8.0, 4.0, 6.0, 9.0]) == [1, 6, 6, 7, 9]  # above 1 8 8 8 9, below 1 4 4 6 9
+    assert isotonic([]) == []
 
 
 def test_measured_ranks_go_from_the_least_to_break_even() -> None:

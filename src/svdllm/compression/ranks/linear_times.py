@@ -187,7 +187,7 @@ class _Watch:
         ):
             for rank in options:
                 samples[rank].append(self._sample(x, shape, rank, counts[rank]))
-        factored = rising([median(samples[rank]) for rank in ranks])
+        factored = isotonic([median(samples[rank]) for rank in ranks])
         return ShapeTimes(shape, round(median(samples[None])), ranks, factored)
 
     def _sample(self, x: Tensor, shape: Shape, rank: int | None, count: int) -> float:
@@ -228,7 +228,7 @@ def _multiply(x: Tensor, linears: Iterable[Sequence[Tensor]]) -> None:
             product = F.linear(product, matrix)
 
 
-def rising(values: Sequence[float]) -> list[int]:
+def isotonic(values: Sequence[float]) -> list[int]:
     """Without what noise makes fall: midway between the least rising sequence above and the greatest below."""
     above = np.maximum.accumulate(values)
     below = np.minimum.accumulate(values[::-1])[::-1]

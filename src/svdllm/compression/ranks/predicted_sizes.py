@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from svdllm.checkpoint.quantized import (
     QuantizedLinear,
     Scheme,
+    can_quantize,
     file_notes,
-    has_form,
     linears_in_blocks,
     make_scheme,
     quantized_linear,
@@ -104,7 +104,7 @@ class QuantizedFiles(WrittenFiles):
             if (rank := ranks.get(target.name)) is None:
                 continue
             linears.append(quantized_linear(f"{target.linears[0]}.svd_v", rank, target.in_features, self.scheme))
-            if has_form(rank):
+            if can_quantize(rank):
                 parts = target.parts or ((target.name, target.out_features),)
                 linears += [quantized_linear(f"{name}.svd_u", rows, rank, self.scheme) for name, rows in parts]
         return quantized_tensors(written, linears), file_notes([*written, *self.tied], linears, self.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from svdllm.common.errors import ResourceError
-from svdllm.common.memory import saying_what_to_lower
+from svdllm.common.memory import explain_out_of_memory
 from svdllm.common.progress import Reporter
 from svdllm.inference.bench.forward import turn
 from svdllm.inference.bench.memory import measure_memory, require_room
@@ -101,7 +101,7 @@ def _phases(
 @contextmanager
 def _noting_lack_of_memory(errors: dict[str, str], name: str) -> Iterator[None]:
     try:
-        with saying_what_to_lower("Lower --batch or --prompt."):
+        with explain_out_of_memory("Lower --batch or --prompt."):
             yield
     except ResourceError as error:
         errors[name] = str(error)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from svdllm.checkpoint.load import load_model
 from svdllm.common.device import resolve_device, resolve_dtype
 from svdllm.common.errors import InputError
-from svdllm.common.memory import parameter_bytes, saying_what_to_lower
+from svdllm.common.memory import explain_out_of_memory, parameter_bytes
 from svdllm.common.progress import Reporter
 from svdllm.common.version import __version__
 from svdllm.inference.bench.checks import (
@@ -80,7 +80,7 @@ def benchmark(
     check_room(sources.values(), chosen, place)
     loaded = {}
     for name, model in names.items():
-        with reporter.stage(f"load {name}", 1), saying_what_to_lower("Measure fewer models at once."):
+        with reporter.stage(f"load {name}", 1), explain_out_of_memory("Measure fewer models at once."):
             loaded[name] = load_model(model, dtype=chosen, local_files_only=offline).to(place)  # type: ignore[arg-type]
     with _threads(threads):
         return benchmark_loaded(loaded, dense, settings, reporter=reporter)

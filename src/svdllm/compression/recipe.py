@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,7 +46,7 @@ class Recipe(BaseModel):
         panel="Method",
     )
     asvd_alpha: float = setting(
-        0.5, "Exponent of ASVD's channel scales.", panel="Method", only_with=("method", ("asvd",)), ge=0, le=1
+        0.5, "Exponent of ASVD's channel scales.", panel="Method", only_with={"method": ("asvd",)}, ge=0, le=1
     )
     metric: Literal["input", "two-sided"] = setting(
         "two-sided",
@@ -56,13 +55,18 @@ class Recipe(BaseModel):
         panel="Method",
     )
     gradient_samples: int = setting(
-        32, "Calibration windows of the backward pass (two-sided, fwsvd).", panel="Method", ge=1
+        32,
+        "Calibration windows of the backward pass (two-sided, fwsvd).",
+        panel="Method",
+        only_with={"metric": ("two-sided",), "method": ("fwsvd",)},
+        ge=1,
     )
     input_only: tuple[str, ...] = setting(
         QUERY_AND_KEY,
         "Linears whose error is not weighted by gradients (two-sided); may be repeated.",
         panel="Method",
         metavar="REGEX",
+        only_with={"metric": ("two-sided",)},
     )
     shrinkage: float = setting(
         0.1,
@@ -72,7 +76,12 @@ class Recipe(BaseModel):
         le=1,
     )
     gradient_shrinkage: float = setting(
-        0.3, "Share of the mean diagonal mixed into the gradients' Gram (two-sided).", panel="Method", gt=0, le=1
+        0.3,
+        "Share of the mean diagonal mixed into the gradients' Gram (two-sided).",
+        panel="Method",
+        only_with={"metric": ("two-sided",)},
+        gt=0,
+        le=1,
     )
 
     ratio: Ratio | tuple[Ratio, ...] | None = setting(
@@ -128,13 +137,14 @@ class Recipe(BaseModel):
         "loss (measured on the model; may leave linears dense), strs (ASVD's search; may too). Or a JSON or YAML file "
         "of explicit ranks: linear (a regular expression): rank, full or dense.",
         panel="Allocation",
+        metavar="NAME|FILE",
         reader="allocation",
     )
     probe_share: float = setting(
         0.5,
         "Upper limit on probing, as a share of the work of calibration and probing together (loss, strs).",
         panel="Allocation",
-        only_with=("allocation", PROBING),
+        only_with={"allocation": PROBING},
         gt=0,
         lt=1,
     )
@@ -142,8 +152,8 @@ class Recipe(BaseModel):
         (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
         "Ratios at which each linear alone is tried (strs); fewer leave more tokens for each.",
         panel="Allocation",
-        reader="ratios",
-        only_with=("allocation", ("strs",)),
+        reader="ratio list",
+        only_with={"allocation": ("strs",)},
         min_length=1,
     )
     ignore: tuple[str, ...] = setting(
@@ -194,7 +204,11 @@ class Recipe(BaseModel):
         le=1,
     )
     sequential_samples: int = setting(
-        32, "Calibration windows of the second walk (sequential).", panel="Calibration", ge=1
+        32,
+        "Calibration windows of the second walk (sequential).",
+        panel="Calibration",
+        only_with={"calibration_mode": ("sequential",)},
+        ge=1,
     )
     bias_correction: bool = setting(
         False,
@@ -431,20 +445,6 @@ def preset_settings(name: str) -> dict[str, Any]:
         raise InputError(f"Unknown preset {name!r}; known are {', '.join(PRESETS)}.")
     text = (resources.files("svdllm.compression") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)
-
-
-def parse_amount(text: str, *, what: str, bytes_allowed: bool) -> int:
-    """``100M`` or ``1.5B`` parameters, ``300MB`` or ``2GiB`` bytes, as an integer."""
-    units = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
-    if bytes_allowed:
-        units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-        units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-    amount = 0 if match is None else int(Decimal(match[1]) * units.get(match[2].upper(), 0))
-    if amount <= 0:
-        examples = "300MB, 1.5GB or 2GiB" if bytes_allowed else "100M or 1.5B"
-        raise InputError(f"{what} {text!r} is not an amount above zero; write it like {examples}.")
-    return amount
 
 
 def problems_of(error: ValidationError) -> str:

@@ -10,7 +10,7 @@ from svdllm.common.errors import InputError, did_you_mean
 from svdllm.comparison.settings import Variant
 from svdllm.comparison.variants import variants_of
 from svdllm.compression.recipe import make_recipe
-from svdllm.recovery.settings import ORDERS
+from svdllm.recovery.sequential_lora import ORDERS
 
 
 @dataclass(frozen=True, kw_only=True)

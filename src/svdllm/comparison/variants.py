@@ -10,7 +10,7 @@ from svdllm.common.errors import InputError, did_you_mean
 from svdllm.comparison.settings import DENSE, Variant
 from svdllm.compression.recipe import BUDGETS, OF_A_BUDGET, PRESETS, load_settings, make_recipe, preset_settings
 from svdllm.recovery import Recovery, make_recovery
-from svdllm.recovery.settings import DEFAULTS as TRAINING
+from svdllm.recovery.methods import METHODS as TRAINING
 
 # The published methods with the ranks they are published with; presets by their names.
 METHOD_NAMES: dict[str, dict[str, Any]] = {
@@ -80,7 +80,7 @@ def _recovery(
         raise InputError(f"Method {name} needs what to learn from: --recover 'data: alpaca.json', or another source.")
     if "methods" in recover:
         raise InputError("--recover: methods are written behind the method, as in svd-llm+sequential-lora.")
-    taught = {"teacher": teacher} if {"distill", "blockwise"} & set(training) else {}
+    taught = {"teacher": teacher} if any(TRAINING[method].teacher != "unused" for method in training) else {}
     return make_recovery({"device": device, **taught, **recover, "methods": tuple(training)})
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from svdllm.checkpoint.quantized import NVFP4_GROUP
 from svdllm.common.errors import InputError
+from svdllm.common.settings import DEVICE, setting
 from svdllm.compression.math.metrics import METHODS
 
 PRESETS = ("paper", "balanced", "best")
@@ -40,92 +41,183 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    method: str = Field("svd-llm", description="Row of the table of methods: svd-llm, svd, asvd or fwsvd.")
-    asvd_alpha: float = Field(0.5, ge=0, le=1, description="Exponent of ASVD's channel scales.")
-    metric: Literal["input", "two-sided"] = Field(
-        "two-sided", description="Error of the outputs as it is, or weighted by what the loss says of each (gradients)."
+    method: str = setting(
+        "svd-llm",
+        "svd-llm (truncation-aware), svd (plain), asvd (input scales) or fwsvd (Fisher weights of output rows).",
+        panel="Method",
     )
-    gradient_samples: int = Field(32, ge=1, description="Calibration windows of the backward pass (two-sided, fwsvd).")
-    input_only: tuple[str, ...] = Field(
-        QUERY_AND_KEY, description="Regular expressions of linears whose metric stays that of their inputs (two-sided)."
+    asvd_alpha: float = setting(
+        0.5, "Exponent of ASVD's channel scales.", panel="Method", only_with=("method", ("asvd",)), ge=0, le=1
     )
-    shrinkage: float = Field(0.1, ge=0, le=1, description="Share of the Gram's diagonal mixed into the Gram.")
-    gradient_shrinkage: float = Field(
-        0.3, gt=0, le=1, description="Share of the mean diagonal mixed into the gradients' Gram (two-sided)."
+    metric: Literal["input", "two-sided"] = setting(
+        "two-sided",
+        "Which error is minimised: that of the outputs (input, as in the paper), or that error weighted by the "
+        "gradients of the loss (two-sided; one backward pass more).",
+        panel="Method",
+    )
+    gradient_samples: int = setting(
+        32, "Calibration windows of the backward pass (two-sided, fwsvd).", panel="Method", ge=1
+    )
+    input_only: tuple[str, ...] = setting(
+        QUERY_AND_KEY,
+        "Linears whose error is not weighted by gradients (two-sided); may be repeated.",
+        panel="Method",
+        metavar="REGEX",
+    )
+    shrinkage: float = setting(
+        0.1,
+        "Share of the Gram's diagonal mixed into the Gram, against over-fitting the text; 0 is the paper.",
+        panel="Method",
+        ge=0,
+        le=1,
+    )
+    gradient_shrinkage: float = setting(
+        0.3, "Share of the mean diagonal mixed into the gradients' Gram (two-sided).", panel="Method", gt=0, le=1
     )
 
-    ratio: Ratio | tuple[Ratio, ...] | None = Field(
-        None, description="Share of the parameters of the compressed linears that is removed (the paper's ratio)."
-    )
-    target_params: int | None = Field(None, gt=0, description="Parameters of the whole compressed model.")
-    target_size: int | None = Field(None, gt=0, description="Bytes of the weight files of the whole compressed model.")
-    factor_bits: Literal[8, 4] | None = Field(
+    ratio: Ratio | tuple[Ratio, ...] | None = setting(
         None,
-        description="Bits in which target_size counts the linears: the size is that of what `svdllm quantize` makes of the "
-        "compressed model.",
+        "Share of the parameters of the compressed linears that is removed: 0.2 keeps 80 %. Several, as in "
+        "0.2,0.4,0.6, share one calibration.",
+        panel="Budget (exactly one)",
+        reader="ratios",
     )
-    target_speedup: float | None = Field(
+    target_params: int | None = setting(
         None,
+        "Parameters of the whole compressed model, as in 100M.",
+        panel="Budget (exactly one)",
+        reader="parameters",
+        gt=0,
+    )
+    target_size: int | None = setting(
+        None,
+        "Bytes of the weight files of the whole compressed model, as in 300MB.",
+        panel="Budget (exactly one)",
+        reader="bytes",
+        gt=0,
+    )
+    factor_bits: Literal[8, 4] | None = setting(
+        None,
+        "8 or 4: target_size is the size after `svdllm quantize` with that many bits. With 4, ranks are multiples of 16.",
+        panel="Budget (exactly one)",
+        shown_default="the size as written",
+    )
+    target_speedup: float | None = setting(
+        None,
+        "How many times as fast all linears together shall be, as in 1.3, by times measured on the device of the run. "
+        "The head and linears that stay dense count; attention, norms and Python do not.",
+        panel="Budget (exactly one)",
         gt=1,
         allow_inf_nan=False,
-        description="How many times as fast all linears together shall be, by times measured on the device of the run.",
     )
-    speedup_tokens: int = Field(
-        1, ge=1, description="Tokens at once that target_speedup is for: 1 is decoding, 1024 a prompt."
+    speedup_tokens: int = setting(
+        1,
+        "Tokens at once that target_speedup is for: 1 is decoding of one text, 1024 a prompt.",
+        panel="Budget (exactly one)",
+        ge=1,
     )
-    ranks: dict[str, int | Literal["full", "dense"]] | None = Field(
+    ranks: dict[str, int | Literal["full", "dense"]] | None = setting(
         None,
-        description="Explicit ranks by regular expression, the first match wins; other linears stay dense. 'full' "
-        "keeps full rank.",
+        "Explicit ranks by regular expression; the first match wins, other linears stay dense. 'full' keeps full rank.",
+        panel="Allocation",
+        flag="--allocation",
     )
-    allocation: Literal["uniform", "v2", "effective-rank", "loss", "strs"] = Field(
-        "loss", description="How the budget is spread over the linears."
+    allocation: Literal["uniform", "v2", "effective-rank", "loss", "strs"] = setting(
+        "loss",
+        "How the budget is spread over the linears: uniform (the paper), v2 (SVD-LLM V2), effective-rank (D-Rank), "
+        "loss (measured on the model; may leave linears dense), strs (ASVD's search; may too). Or a JSON or YAML file "
+        "of explicit ranks: linear (a regular expression): rank, full or dense.",
+        panel="Allocation",
+        reader="allocation",
     )
-    probe_share: float = Field(
+    probe_share: float = setting(
         0.5,
+        "Upper limit on probing, as a share of the work of calibration and probing together (loss, strs).",
+        panel="Allocation",
+        only_with=("allocation", PROBING),
         gt=0,
         lt=1,
-        description="Most of the work of calibration and probing together that probing may be (loss, strs).",
     )
-    strs_ratios: tuple[Ratio, ...] = Field(
+    strs_ratios: tuple[Ratio, ...] = setting(
         (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+        "Ratios at which each linear alone is tried (strs); fewer leave more tokens for each.",
+        panel="Allocation",
+        reader="ratios",
+        only_with=("allocation", ("strs",)),
         min_length=1,
-        description="Ratios that each linear is tried at, alone (strs).",
     )
-    ignore: tuple[str, ...] = Field((), description="Regular expressions of linears that stay dense.")
-    overrides: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default_factory=dict, description="Ratio by regular expression; the first match wins; 0 leaves it dense."
+    ignore: tuple[str, ...] = setting(
+        (),
+        "Linears that stay dense; may be repeated. Searched in names like model.layers.0.mlp.up_proj.",
+        panel="Allocation",
+        metavar="REGEX",
     )
-    round_to: int = Field(8, ge=1, description="Ranks are multiples of this.")
+    overrides: dict[str, Annotated[float, Field(ge=0, lt=1)]] = setting(
+        {},
+        "Another ratio for some linears; may be repeated. The first match wins; 0 leaves a linear dense.",
+        panel="Allocation",
+        flag="--override",
+        metavar="REGEX=RATIO",
+        reader="overrides",
+    )
+    round_to: int = setting(
+        8, "Ranks are multiples of this number, which kernels and group-wise quantisers want.", panel="Allocation", ge=1
+    )
 
-    elastic: bool = Field(
-        False, description="Also write what every smaller size needs, so that `svdllm slice` makes it without data."
-    )
-
-    calibration: str = Field("wikitext2", description="Calibration text: a name, a file, a hub data set or a mixture.")
-    samples: int = Field(256, ge=1, description="Calibration windows.")
-    seqlen: int = Field(2048, ge=2, description="Tokens of a calibration window.")
-    calibration_mode: Literal["dense", "sequential"] = Field(
-        "dense", description="Inputs from the dense model, or from the model as far as it is compressed already."
-    )
-    beta: float | None = Field(
-        None, ge=0, le=1, description="How far outputs are pulled to the dense model's (sequential); null chooses."
-    )
-    sequential_samples: int = Field(32, ge=1, description="Calibration windows of the second walk (sequential).")
-    bias_correction: bool = Field(
-        False, description="Factor centred inputs and give every low-rank linear the bias that this leaves over."
-    )
-    joint_kv: bool = Field(
+    elastic: bool = setting(
         False,
-        description="One first factor for k_proj and v_proj of a layer: a latent cache then keeps one latent for both.",
+        "Also write what every smaller size needs: `svdllm slice` then makes it in seconds, without text.",
+        panel="Recipe",
     )
-    seed: int = Field(3, ge=0, description="Seed of the random windows.")
 
-    device: str = Field("auto", description="Where the blocks run: auto, cpu, cuda, cuda:1, ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
-        "auto", description="What the blocks compute in; the checkpoint keeps the source's dtype."
+    calibration: str = setting(
+        "wikitext2",
+        "Calibration text: python-docs (built in), wikitext2, c4, ptb; owner/name[:config][:split][:field] on the hub; "
+        "a .txt, .jsonl, .json or .parquet file[:field]; or a mixture a:0.7,b:0.3.",
+        panel="Calibration",
+        flag="--calib",
     )
-    batch_tokens: int = Field(4096, ge=1, description="Tokens that run through a block at once.")
+    samples: int = setting(256, "Calibration windows.", panel="Calibration", ge=1)
+    seqlen: int = setting(2048, "Tokens of a calibration window.", panel="Calibration", ge=2)
+    calibration_mode: Literal["dense", "sequential"] = setting(
+        "dense",
+        "Whose inputs a linear is fitted to: those of the dense model, or those of the model as far as it is "
+        "compressed (sequential; several forward passes more).",
+        panel="Calibration",
+    )
+    beta: float | None = setting(
+        None,
+        "How far outputs are pulled to those of the dense model, 0 to 1 (sequential).",
+        panel="Calibration",
+        shown_default="chosen for each group of linears on held-out text",
+        ge=0,
+        le=1,
+    )
+    sequential_samples: int = setting(
+        32, "Calibration windows of the second walk (sequential).", panel="Calibration", ge=1
+    )
+    bias_correction: bool = setting(
+        False,
+        "Factor centred inputs, and give every low-rank linear a bias that corrects its mean output.",
+        panel="Method",
+    )
+    joint_kv: bool = setting(
+        False,
+        "One first factor for k_proj and v_proj of a layer, as in multi-head latent attention: a latent cache then "
+        "keeps one latent for both.",
+        panel="Method",
+    )
+    seed: int = setting(3, "Seed of the random windows.", panel="Calibration", ge=0)
+
+    device: str = setting("auto", DEVICE, panel="Machine")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = setting(
+        "auto",
+        "What is computed in: auto is float32 on a CPU, the model's own dtype on a GPU. Files keep the model's dtype.",
+        panel="Machine",
+    )
+    batch_tokens: int = setting(
+        4096, "Tokens that run through a block at once; lower it when memory is short.", panel="Machine", ge=1
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -213,8 +305,8 @@ class Recipe(BaseModel):
             raise ValueError("factor_bits does nothing without target_size, which it says how to count")
         if self.factor_bits == 4 and self.round_to % NVFP4_GROUP:
             raise ValueError(
-                f"factor_bits 4 shares a scale among {NVFP4_GROUP} inputs, and a factor of another rank gets 8 bits; use "
-                f"round_to {NVFP4_GROUP} or a multiple of it"
+                f"factor_bits 4 shares a scale among {NVFP4_GROUP} inputs, and a factor of another rank gets 8 bits; "
+                f"use round_to {NVFP4_GROUP} or a multiple of it"
             )
         if self.speedup_tokens > 1 and self.target_speedup is None:
             raise ValueError("speedup_tokens does nothing without target_speedup")
@@ -227,7 +319,7 @@ class Recipe(BaseModel):
         return self
 
     def _why_not_nested(self) -> str | None:
-        """Why a run at another ratio would not give the first columns and rows of these factors; None where it would."""
+        """Why a run at another ratio would not give the leading part of these factors; None if it would."""
         if isinstance(self.ratio, tuple) and len(self.ratio) > 1:
             return f"{len(self.ratio)} ratios are given; give the smallest ({min(self.ratio)}) and slice the others"
         for budget in BUDGETS[1:]:
@@ -314,8 +406,8 @@ def allocation_file(path: str | Path) -> dict[str, int | str]:
     path = Path(path)
     if not path.is_file():
         raise InputError(
-            f"--allocation {str(path)!r} is neither one of {', '.join(ALLOCATIONS)} nor a file. A file is a JSON or YAML "
-            "map from linear to rank, like {'mlp.down_proj': 200, 'q_proj': dense}."
+            f"--allocation {str(path)!r} is neither one of {', '.join(ALLOCATIONS)} nor a file. A file is a JSON or "
+            "YAML map from linear to rank, like {'mlp.down_proj': 200, 'q_proj': dense}."
         )
     ranks = load_settings(path)
     wrong = [

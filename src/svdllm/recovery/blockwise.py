@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
-from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from svdllm.common.errors import NumericalError
 from svdllm.common.files import save_atomically
+from svdllm.common.settings import setting
 from svdllm.models.walk import Block, Walk
 from svdllm.recovery.method import Method
 from svdllm.recovery.models import Models
@@ -32,7 +32,9 @@ SAMPLES = 64
 class BlockwiseSettings(TrainingSettings):
     """The settings of block by block training alone."""
 
-    samples: int | None = Field(None, ge=1, description="Random windows of a text (blockwise).")
+    samples: int | None = setting(
+        None, "Random windows of a text (blockwise).", panel="Data", shown_default=str(SAMPLES), ge=1
+    )
 
 
 class Blockwise(Method):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from svdllm.common.memory import weight_bytes
+from svdllm.common.settings import setting
 from svdllm.data.examples import NO_LABEL
 from svdllm.models.structure import find_blocks, is_linear
 from svdllm.recovery.memory import logits_bytes
@@ -25,13 +26,14 @@ ADAMW_BYTES = 4 + 4 + 4
 class DistillSettings(TrainingSettings):
     """The settings of distillation alone."""
 
-    kl: float = Field(
+    kl: float = setting(
         0.5,
+        "Share of the divergence from the teacher in the loss; the rest is the loss of the text (distill).",
+        panel="Training",
         ge=0,
         le=1,
-        description="Share of the divergence from the teacher in the loss; the rest is the text's (distill).",
     )
-    train_norms: bool = Field(False, description="Also train the norms (distill).")
+    train_norms: bool = setting(False, "Also train the norms (distill).", panel="Training")
 
     @model_validator(mode="after")
     def _kl_has_a_teacher(self) -> DistillSettings:

@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from svdllm.common.errors import NumericalError
 from svdllm.common.memory import weight_bytes
+from svdllm.common.settings import setting
 from svdllm.evaluation.perplexity import evaluation_mode
 from svdllm.models.low_rank.lowrank import share_first_factors
 from svdllm.recovery.memory import logits_bytes
@@ -34,11 +34,13 @@ TOLERANCE = 1e-3
 class LoraSettings(TrainingSettings):
     """The settings of the sequential update alone."""
 
-    order: Literal["u-first", "v-first", "joint"] = Field(
-        "u-first", description="Which factor is trained first; joint trains both at once (sequential-lora)."
+    order: Literal["u-first", "v-first", "joint"] = setting(
+        "u-first",
+        "Which factor is trained first; joint trains both at once (the paper's ablation).",
+        panel="Sequential LoRA",
     )
-    r: int = Field(8, ge=1, description="Rank of the LoRA adapters.")
-    alpha: float = Field(16, gt=0, description="Scale of the LoRA adapters: alpha / r.")
+    r: int = setting(8, "Rank of the LoRA adapters.", panel="Sequential LoRA", ge=1)
+    alpha: float = setting(16, "Scale of the LoRA adapters: alpha / r.", panel="Sequential LoRA", gt=0)
 
 
 class SequentialLora(Method):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, create_model, model_validator
+from pydantic import AfterValidator, PrivateAttr, ValidationError, create_model, model_validator
 
 from svdllm.common.errors import InputError
+from svdllm.common.settings import Panel, setting
 from svdllm.compression.recipe import problems_of
 from svdllm.recovery.methods import METHODS
 from svdllm.recovery.training_settings import Schedule, TrainingSettings
@@ -36,19 +37,50 @@ def _own_settings(settings: type[TrainingSettings]) -> set[str]:
     return set(settings.model_fields) - set(TrainingSettings.model_fields)
 
 
+def _of_schedule(name: str, description: str, *, panel: Panel, **constraints: Any) -> Any:
+    """A setting whose default is the method's own; the help shows the first method's, and those of others that differ."""
+    defaults = {method.name: getattr(method.defaults, name) for method in METHODS.values()}
+    first, *others = defaults
+    shown = [_number(defaults[first])] if defaults[first] is not None else []
+    shown += [
+        f"{other} {_number(defaults[other])}" for other in others if defaults[other] not in (defaults[first], None)
+    ]
+    return setting(None, description, panel=panel, shown_default=", ".join(shown), **constraints)
+
+
+def _number(value: float) -> str:
+    """``1.5e-4`` for small numbers, ``256`` for others."""
+    if value >= 0.01:
+        return f"{value:g}"
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
 class Recovery(SettingsOfMethods):
     """Settings of a recovery; keyword-only, frozen, unknown keys are errors. None stands for the method's own default."""
 
     _context: int | None = PrivateAttr(None)
 
-    methods: tuple[Annotated[str, AfterValidator(_known)], ...] = Field(
-        ("sequential-lora",), min_length=1, description="Run one after the other."
+    methods: tuple[Annotated[str, AfterValidator(_known)], ...] = setting(
+        ("sequential-lora",),
+        f"{'; '.join(f'{method.name}: {method.summary}' for method in METHODS.values())}. Several run one after the other, "
+        "as in blockwise,distill.",
+        panel="Training",
+        flag="--method",
+        reader="names",
+        min_length=1,
     )
-    lr: float | None = Field(None, gt=0, description="Highest learning rate.")
-    epochs: float | None = Field(None, gt=0, description="Passes over the examples, where no steps are given.")
-    steps: int | None = Field(None, ge=1, description="Optimizer steps of each stage.")
-    batch: int | None = Field(None, ge=1, description="Sequences of one step.")
-    seqlen: int | None = Field(None, ge=2, description="Longest sequence, in tokens.")
+    lr: float | None = _of_schedule("lr", "Highest learning rate.", panel="Training", gt=0)
+    epochs: float | None = _of_schedule(
+        "epochs", "Passes over the examples, where steps are not given.", panel="Training", gt=0
+    )
+    steps: int | None = _of_schedule(
+        "steps", "Optimizer steps of each stage, instead of epochs.", panel="Training", ge=1
+    )
+    batch: int | None = _of_schedule("batch", "Sequences of one step.", panel="Training", ge=1)
+    seqlen: int | None = _of_schedule(
+        "seqlen", "Longest sequence, in tokens; by default at most the model's context.", panel="Data", ge=2
+    )
 
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> Recovery:

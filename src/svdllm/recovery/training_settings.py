@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
+
+from svdllm.common.settings import DEVICE, setting
 
 MICRO_BATCH = 4
 # Of AdamW. The usual 0.999 still remembers the first, largest gradients after a few hundred steps.
@@ -45,25 +47,62 @@ class TrainingSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    data: str = Field(description="Examples or text: a file, a hub data set or a named text.")
-    micro_batch: int | None = Field(None, ge=1, description="Sequences at once; the gradients of a step add up.")
-    warmup: float = Field(
-        0.05, ge=0, lt=1, description="Share of the steps in which the rate rises; it then falls as a cosine."
+    data: str = setting(
+        ...,
+        "What to learn from: a .json, .jsonl or .parquet file or a hub data set with instruction/input/output, "
+        "prompt/completion or messages; or text, as for --calib of `svdllm compress`.",
+        panel="Data",
     )
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
-    template: Literal["alpaca", "chat"] = Field("alpaca", description="How instructions are put to the model.")
-    train_on: Literal["completions", "everything"] = Field("completions", description="Which tokens are learnt.")
-    packing: bool = Field(False, description="Put examples one after the other in rows of full length.")
-    teacher: str | None = Field(None, description="The dense model, whose predictions are learnt (distill).")
-    seed: int = Field(3, ge=0, description="Seed of the order, of the adapters and of random windows.")
-    gradient_checkpointing: bool = Field(False, description="Less memory, a third more work.")
-    eval_data: str | None = Field(None, description="Held-out examples or text, whose loss is taken during training.")
-    eval_samples: int = Field(32, ge=1, description="Its first sequences.")
-    eval_steps: int | None = Field(None, ge=1, description="Steps between two looks at it; a fifth of a stage.")
-    device: str = Field("auto", description="auto, cpu, cuda, ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of the products: bfloat16 on a GPU that has it, else float32. Sums are in float32."
+    micro_batch: int | None = setting(
+        None,
+        "Sequences in memory at once; the gradients of a step add up.",
+        panel="Training",
+        shown_default=str(MICRO_BATCH),
+        ge=1,
+    )
+    warmup: float = setting(
+        0.05,
+        "Share of the steps in which the learning rate rises; it then falls as a cosine.",
+        panel="Training",
+        ge=0,
+        lt=1,
+    )
+    weight_decay: float = setting(0.0, "Weight decay of AdamW.", panel="Training", ge=0)
+    clip: float = setting(
+        1.0, "Largest norm of the gradient; greater ones are scaled down to it.", panel="Training", gt=0
+    )
+    template: Literal["alpaca", "chat"] = setting(
+        "alpaca", "How instructions are put to the model: alpaca, or chat (the tokenizer's template).", panel="Data"
+    )
+    train_on: Literal["completions", "everything"] = setting(
+        "completions", "Which tokens are learnt: completions (only the answers) or everything.", panel="Data"
+    )
+    packing: bool = setting(False, "Put examples one after the other in rows of full length.", panel="Data")
+    teacher: str | None = setting(
+        None,
+        "The dense model. distill learns its predictions and the text (without it the text only); blockwise needs it.",
+        panel="Training",
+    )
+    seed: int = setting(3, "Seed of the order, of the adapters and of random windows.", panel="Training", ge=0)
+    gradient_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass: less memory, about a third more work.", panel="Training"
+    )
+    eval_data: str | None = setting(
+        None, "Held-out examples or text, whose loss is measured during training.", panel="Measuring"
+    )
+    eval_samples: int = setting(32, "First sequences of eval_data that are measured.", panel="Measuring", ge=1)
+    eval_steps: int | None = setting(
+        None,
+        "Steps between two measurements of eval_data.",
+        panel="Measuring",
+        shown_default="a fifth of a stage",
+        ge=1,
+    )
+    device: str = setting("auto", DEVICE, panel="Machine")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto",
+        "What products are computed in: auto is bfloat16 on a GPU that has it, else float32. Sums are in float32.",
+        panel="Machine",
     )
 
     @property

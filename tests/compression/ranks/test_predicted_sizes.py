@@ -20,9 +20,9 @@ from svdllm.checkpoint.tensors import SHARD_BYTES, Tensors, empty_file_bytes, fi
 from svdllm.cli import main
 from svdllm.common.errors import InputError
 from svdllm.comparison.variants import variants_of
-from svdllm.compression.plan import structure_for
 from svdllm.compression.ranks.predicted_sizes import QuantizedFiles
 from svdllm.compression.recipe import load_settings, make_recipe
+from svdllm.compression.subject import structure_for
 from svdllm.export.quantize import quantize
 from svdllm.models.open import open_config
 from svdllm.models.skeleton import build_skeleton
@@ -64,7 +64,7 @@ def check(dense: Path, work: Path, bits: int, **settings: Any) -> None:
     result = run(dense, work / "small", recipe=recipe)
     ranks = result.plan.ranks
     quantize(work / "small", work / "few", bits=bits)
-    assert result.plan.quantized_file_bytes == size(work / "few") <= budget
+    assert result.plan.sizes.quantized_file_bytes == size(work / "few") <= budget
     assert result.plan.file_bytes == size(work / "small")
     if recipe.allocation == "strs":
         return  # which takes the ranks of one threshold and no more

@@ -7,7 +7,7 @@ Gram of every output's gradient; the input Grams wait on disk until it reaches t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,12 @@ from torch import Tensor
 from svdllm.common.errors import InputError, NumericalError
 from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis
-from svdllm.compression.math.linalg import Spectrum, equal_energies, output_spectrum, shrunk_to_diagonal, shrunk_to_mean
+from svdllm.compression.math.linalg import Spectrum, equal_energies, output_spectrum
 from svdllm.compression.math.metrics import METHODS, Method
-from svdllm.compression.math.statistics import Gram, RowFisher, Statistic
+from svdllm.compression.math.statistics import BackwardStatistic, Gram, Statistic
 from svdllm.compression.recipe import Recipe
-from svdllm.models.structure import Target, input_groups, matches, weight_of
+from svdllm.models.structure import Target, input_groups, weight_of
 from svdllm.models.walk import Block, Walk
-
-# Keeps the left metric of several linears defined where one of them has no gradient.
-LEAST_SHARE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +76,7 @@ class Calibration:
         forward = time.perf_counter() - started
 
         def metric_of(target: Target) -> Tensor | None:
-            return right_metric(
-                target,
-                statistics,
-                self.method,
-                alpha=self.recipe.asvd_alpha,
-                shrinkage=self.recipe.shrinkage,
-                centred=self.recipe.bias_correction,
-            )
+            return right_metric(target, statistics, self.method, self.recipe)
 
         leaders = {target.group: target for target in targets}
         means = {}
@@ -116,22 +106,11 @@ class Calibration:
         self._decompose(block, targets, self.analysis.metric, means, seconds, lefts)
 
     def _left_metrics(self, block: Block, targets: list[Target]) -> dict[str, Tensor]:
-        if self.method.left is not None:
-            fishers = collect_fisher(block, targets)
-            return {name: torch.diag(self.method.left(fisher.value())) for name, fisher in fishers.items()}
-        input_only = {t.name: [name for name in t.linears if self._input_only(name)] for t in targets}
-        gradients = collect_gradients(block, [t for t in targets if len(input_only[t.name]) < len(t.linears)])
-        shrinkage = self.recipe.gradient_shrinkage
-        return {
-            t.name: joint_left_metric(t, gradients[t.name].value(), input_only[t.name], shrinkage)
-            if t.parts
-            else shrunk_to_mean(gradients[t.name].value(), shrinkage)
-            for t in targets
-            if t.name in gradients
-        }
-
-    def _input_only(self, linear: str) -> bool:
-        return any(matches(pattern, linear) for pattern in self.recipe.input_only)
+        left = self.recipe.left_metric
+        assert left is not None
+        weighed = [target for target in targets if left.weighs(target, self.recipe)]
+        statistics = collect_backward(block, weighed, left.statistic)
+        return {t.name: left.of(t, statistics[t.name].value(), self.recipe) for t in weighed if t.name in statistics}
 
     def _decompose(
         self,
@@ -183,56 +162,20 @@ def collect_statistics(block: Block, targets: list[Target], method: Method) -> d
     return {target.name: statistics[groups[target.name]] for target in targets}
 
 
-def right_metric(
-    target: Target,
-    statistics: Mapping[str, Statistic],
-    method: Method,
-    *,
-    alpha: float,
-    shrinkage: float,
-    centred: bool = False,
-) -> Tensor | None:
-    """The metric ``C = S S^T`` of a target, from what was accumulated over its inputs; ``centred`` if a bias is added.
+def right_metric(target: Target, statistics: Mapping[str, Statistic], method: Method, recipe: Recipe) -> Tensor | None:
+    """The metric ``C = S S^T`` of a target, from what was accumulated over its inputs; centred if a bias is added.
 
     Raises:
         NumericalError: the inputs are not finite.
     """
     statistic = statistics.get(target.name)
     value = None if statistic is None else statistic.value()
-    if centred and isinstance(statistic, Gram):
+    if recipe.bias_correction and isinstance(statistic, Gram):
         value = statistic.centred()
-    metric = method.right(value, alpha)
+    metric = method.right(value, recipe)
     if metric is not None and not bool(torch.isfinite(metric).all()):
         raise NumericalError(f"The inputs of {target.name} have NaN or infinite values over the calibration text.")
-    return shrunk_to_diagonal(metric, shrinkage)
-
-
-def collect_gradients(block: Block, targets: list[Target]) -> dict[str, Gram]:
-    """Runs a block backward over the kept batches and accumulates ``G``, the Gram of each target's output gradients."""
-    grams: dict[str, Gram] = {}
-
-    def watch(target: Target, inputs: Tensor, gradients: Tensor) -> None:
-        if target.name not in grams:
-            grams[target.name] = Gram(target.out_features, gradients.device)
-        grams[target.name].add(gradients)
-
-    _run_backward(block, targets, watch)
-    return grams
-
-
-def joint_left_metric(target: Target, gradient_OO: Tensor, input_only: Sequence[str], shrinkage: float) -> Tensor:
-    """Of several linears with one first factor: the left metric of each in its place, in proportion to its gradients.
-
-    A linear that is to be judged by its inputs alone keeps that proportion and no direction.
-    """
-    whole = gradient_OO.diagonal().mean().clamp_min(torch.finfo(gradient_OO.dtype).tiny)
-    blocks, start = [], 0
-    for name, size in target.parts:
-        own_OO = gradient_OO[start : start + size, start : start + size]
-        share = (own_OO.diagonal().mean() / whole).clamp_min(LEAST_SHARE)
-        blocks.append(share * shrunk_to_mean(own_OO, 1.0 if name in input_only else shrinkage))
-        start += size
-    return torch.block_diag(*blocks)
+    return metric
 
 
 def left_metric_of(target: Target, weight_OI: Tensor, metric: Tensor | None, left_OO: Tensor | None) -> Tensor | None:
@@ -242,18 +185,23 @@ def left_metric_of(target: Target, weight_OI: Tensor, metric: Tensor | None, lef
     return equal_energies(list(target.split(weight_OI).values()), metric)
 
 
-def collect_fisher(block: Block, targets: list[Target]) -> dict[str, RowFisher]:
-    """Runs a block backward over the kept batches and accumulates the Fisher information of each target's rows."""
-    fishers: dict[str, RowFisher] = {}
+def collect_backward(
+    block: Block, targets: list[Target], statistic: type[BackwardStatistic]
+) -> dict[str, BackwardStatistic]:
+    """Runs a block backward over the kept batches and accumulates one statistic per target, by its name.
+
+    A target that the loss does not reach is not in it.
+    """
+    statistics: dict[str, BackwardStatistic] = {}
     seqlen = block.walk.ids.shape[1]
 
     def watch(target: Target, inputs: Tensor, gradients: Tensor) -> None:
-        if target.name not in fishers:
-            fishers[target.name] = RowFisher(target.out_features, gradients.device)
-        fishers[target.name].add(_by_window(inputs, seqlen), _by_window(gradients, seqlen))
+        if target.name not in statistics:
+            statistics[target.name] = statistic(target.out_features, gradients.device)
+        statistics[target.name].add(_by_window(inputs, seqlen), _by_window(gradients, seqlen))
 
     _run_backward(block, targets, watch)
-    return fishers
+    return statistics
 
 
 def _by_window(tokens: Tensor, seqlen: int) -> Tensor:

@@ -14,9 +14,8 @@ from svdllm.common.device import resolve_device, resolve_dtype
 from svdllm.common.errors import InputError, UnsupportedModelError
 from svdllm.compression.estimate import Needs
 from svdllm.compression.math.metrics import METHODS
-from svdllm.compression.math.statistics import Gram
-from svdllm.compression.probe import WINDOW, probe_ranks, probe_tokens
-from svdllm.compression.ranks import Evidence
+from svdllm.compression.probe import probe_ranks, probe_tokens
+from svdllm.compression.ranks import ALLOCATIONS, Evidence
 from svdllm.compression.ranks.budget import choose_ranks, elastic_bytes
 from svdllm.compression.ranks.linear_times import LinearTimes, Speed
 from svdllm.compression.ranks.predicted_sizes import QuantizedFiles, WrittenFiles
@@ -197,7 +196,7 @@ def make_plan(
     allocation = choose_ranks(recipe, structure, files, evidence)
     ranks = allocation.ranks
     written = compressed_tensors(stored, structure.targets, ranks)
-    ranks_known = recipe.allocation == "uniform" or evidence is not None
+    ranks_known = not ALLOCATIONS[recipe.allocation].needs_spectra or evidence is not None
     times = None if evidence is None else evidence.times
     # Of an unknown allocation by time it is only known that the model will not be larger than the dense one.
     most = stored if recipe.target_speedup is not None and not ranks_known else written
@@ -256,17 +255,18 @@ def calibration_warnings(structure: Structure, skeleton: PreTrainedModel, recipe
     """What to say about the amount of calibration text."""
     warnings = []
     widest = max(structure.targets, key=lambda target: target.in_features)
-    if METHODS[recipe.method].statistic is Gram and num_tokens < widest.in_features:
+    if METHODS[recipe.method].collects_gram and num_tokens < widest.in_features:
         warnings.append(
             f"Only {num_tokens:,} calibration tokens ({recipe.samples} x {recipe.seqlen}), fewer than the widest input has "
             f"features ({widest.in_features:,}, {widest.name}): its Gram is singular and the result fits these tokens "
             f"only. Use at least {widest.in_features:,} tokens, better ten times as many."
         )
-    if recipe.allocation == "strs" and (probed := probe_tokens(recipe, structure, skeleton)) < WINDOW:
+    probing = ALLOCATIONS[recipe.allocation].probing
+    if probing is not None and (probed := probe_tokens(recipe, structure, skeleton)) < probing.least_tokens:
         tried = sum(map(len, probe_ranks(recipe, structure).values()))
         warnings.append(
-            f"Allocation strs measures the loss of {tried:,} truncations on {probed:,} tokens only: chance has a part in "
-            f"which it takes. Use more --samples or --probe-share (now {recipe.probe_share}), or fewer --strs-ratios."
+            f"Allocation {recipe.allocation} measures the loss of {tried:,} truncations on {probed:,} tokens only: chance "
+            f"has a part in which it takes. Use more --samples or --probe-share (now {recipe.probe_share}){probing.advice}."
         )
     return warnings
 

@@ -38,12 +38,13 @@ from svdllm.common.memory import device_peak_bytes, explain_out_of_memory, peak_
 from svdllm.common.progress import Reporter
 from svdllm.common.settings_file import read_settings, refuse_other_settings
 from svdllm.common.version import __version__
+from svdllm.compression.after_analysis import settings_after_analysis
 from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.analyze import Calibration
 from svdllm.compression.math.metrics import METHODS
 from svdllm.compression.plan import Plan, calibration_warnings, discover_targets, plan_each_ratio
-from svdllm.compression.probe import MEASURES, probe, probe_ids, probe_ranks, probe_tokens
-from svdllm.compression.ranks import Evidence
+from svdllm.compression.probe import probe, probe_ids, probe_ranks, probe_tokens
+from svdllm.compression.ranks import ALLOCATIONS, Evidence
 from svdllm.compression.ranks.budget import require_fast_enough
 from svdllm.compression.ranks.linear_times import LinearTimes, measure_linears
 from svdllm.compression.recipe import Recipe
@@ -59,23 +60,6 @@ from svdllm.models.structure import Structure
 from svdllm.models.walk import Walk
 from svdllm.models.weights import survey
 
-# Settings of a recipe that come after its analysis.
-NOT_OF_THE_ANALYSIS = (
-    "ratio",
-    "target_params",
-    "target_size",
-    "factor_bits",
-    "target_speedup",
-    "speedup_tokens",
-    "allocation",
-    "strs_ratios",
-    "overrides",
-    "round_to",
-    "elastic",
-    "calibration_mode",
-    "sequential_samples",
-    "beta",
-)
 LINEAR_TIMES_FILE = "linear-times.json"
 # A part of the batches is held out to choose beta.
 LEAST_SEQUENTIAL_BATCHES = 8
@@ -367,7 +351,7 @@ class _Run:
         times: LinearTimes | None,
     ) -> Evidence | None:
         """What the allocation is chosen by; None where shapes are enough."""
-        if self.recipe.allocation == "uniform":
+        if not ALLOCATIONS[self.recipe.allocation].needs_spectra:
             return None
         energies = {target.name: analysis.energies(target) for target in structure.targets}
         if not self.recipe.needs_probes:
@@ -390,7 +374,9 @@ class _Run:
             ids = probe_ids(windows.ids, probe_tokens(self.recipe, structure, skeleton))
             walk = self._walk(source, structure, ids)
             walk.batch_tokens = ids.numel()
-            probes = probe(walk, analysis, ranks, MEASURES[allocation], self.reporter)
+            probing = ALLOCATIONS[allocation].probing
+            assert probing is not None
+            probes = probe(walk, analysis, ranks, probing.measure, self.reporter)
             walk.close()
             analysis.write_probes(allocation, probes)
         return probes
@@ -485,7 +471,8 @@ class _Run:
 
 def analysis_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Those of a run's settings that decide its analysis: not the budget, nor how it is spread."""
-    return {key: value for key, value in settings.items() if key.removeprefix("recipe: ") not in NOT_OF_THE_ANALYSIS}
+    later = settings_after_analysis(Recipe)
+    return {key: value for key, value in settings.items() if key.removeprefix("recipe: ") not in later}
 
 
 def _recipe_settings(recipe: Recipe) -> dict[str, Any]:

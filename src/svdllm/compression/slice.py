@@ -29,7 +29,8 @@ from svdllm.common.progress import Reporter
 from svdllm.compression.plan import Plan, make_plan, structure_for
 from svdllm.compression.ranks import Evidence
 from svdllm.compression.ranks.budget import spare_ranks
-from svdllm.compression.recipe import Recipe, load_settings, make_recipe
+from svdllm.compression.recipe import Recipe
+from svdllm.compression.recipe_files import load_settings, make_recipe
 from svdllm.compression.records import CompressionResult, LinearRecord, Provenance, linear_record
 from svdllm.compression.room import require_room
 from svdllm.compression.write import ranks_entry, report_of
@@ -215,7 +216,7 @@ def _open(folder: str | Path, ratio: float, device: str | None, *, check_integri
         skeleton,
         structure,
         recipe.model_copy(update={"device": device or recipe.device}),
-        evidence=None if recipe.allocation == "uniform" else evidence,
+        evidence=evidence,
     )
     stored_ranks: dict[str, int] = config.svdllm["ranks"]  # type: ignore[attr-defined]
     _require_nested(folder, whole, structure, stored_ranks, plan.ranks, ratio)

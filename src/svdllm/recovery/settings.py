@@ -7,8 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 
 from svdllm.common.errors import InputError
-from svdllm.common.settings import DEVICE, setting
-from svdllm.compression.recipe import problems_of
+from svdllm.common.settings import DEVICE, problems_of, setting
 
 Method = Literal["sequential-lora", "blockwise", "distill"]
 # Which factors each stage trains; joint is the paper's ablation (NFT).

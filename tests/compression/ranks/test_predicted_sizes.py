@@ -22,7 +22,7 @@ from svdllm.common.errors import InputError
 from svdllm.comparison.variants import variants_of
 from svdllm.compression.plan import structure_for
 from svdllm.compression.ranks.predicted_sizes import QuantizedFiles
-from svdllm.compression.recipe import load_settings, make_recipe
+from svdllm.compression.recipe_files import load_settings, make_recipe
 from svdllm.export.quantize import quantize
 from svdllm.models.open import open_config
 from svdllm.models.skeleton import build_skeleton

@@ -20,7 +20,7 @@ from runs import TEXT, digests, run, small_recipe, token_windows
 from svdllm.checkpoint.elastic import ELASTIC_FILE
 from svdllm.cli import main
 from svdllm.compression.ranks import Allocation
-from svdllm.compression.recipe import make_recipe
+from svdllm.compression.recipe_files import make_recipe
 
 LOSS_AWARE = {"metric": "two-sided", "shrinkage": 0.1, "allocation": "loss", "round_to": 2}
 # What an elastic checkpoint has of its own, beside the elastic files.

@@ -21,7 +21,9 @@ from svdllm.compression.math.linalg import Spectrum, equal_energies, output_spec
 from svdllm.compression.math.metrics import METHODS, Method
 from svdllm.compression.math.statistics import Gram, RowFisher, Statistic
 from svdllm.compression.recipe import Recipe
-from svdllm.models.structure import Target, input_groups, matches, weight_of
+from svdllm.models.hooks import input_groups
+from svdllm.models.linears import matches
+from svdllm.models.structure import Target, weight_of
 from svdllm.models.walk import Block, Walk
 
 # Keeps the left metric of several linears defined where one of them has no gradient.

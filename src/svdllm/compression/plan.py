@@ -21,10 +21,11 @@ from svdllm.compression.ranks.budget import choose_ranks, elastic_bytes
 from svdllm.compression.ranks.linear_times import LinearTimes, Speed
 from svdllm.compression.ranks.predicted_sizes import QuantizedFiles, WrittenFiles
 from svdllm.compression.recipe import Recipe
+from svdllm.models.discover import discover
 from svdllm.models.limits import require_context
 from svdllm.models.open import Source, context_length, open_config, refuse_several_parts
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import Structure, bias_corrected, discover, with_joint_keys_and_values
+from svdllm.models.structure import Structure, bias_corrected, with_joint_keys_and_values
 from svdllm.models.unused_tensors import UnusedTensors
 
 

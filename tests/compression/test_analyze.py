@@ -20,8 +20,9 @@ from svdllm.compression.math.linalg import factorise
 from svdllm.compression.probe import probe, probe_ids, probe_ranks, probe_tokens
 from svdllm.compression.ranks import ALLOCATIONS
 from svdllm.compression.ranks.loss import probe_rank
+from svdllm.models.discover import discover
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import discover, weight_of
+from svdllm.models.structure import weight_of
 
 ROUND_ROBIN = ("llama", "gpt2", "opt", "gemma3_text", "gemma4_text", "phi3", "gpt_neox")
 

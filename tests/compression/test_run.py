@@ -19,9 +19,10 @@ from families import FAMILIES, dense_weight, linear_targets, tiny_model
 from runs import TEXT, digests, run, save_dense, small_recipe, token_windows
 from svdllm.compression.collect import collect_statistics
 from svdllm.compression.math.metrics import METHODS
+from svdllm.models.discover import discover
+from svdllm.models.linears import is_linear
 from svdllm.models.open import open_source
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import discover, is_linear
 from svdllm.models.walk import Walk
 
 

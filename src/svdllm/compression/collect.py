@@ -16,7 +16,8 @@ from svdllm.compression.math.linalg import equal_energies
 from svdllm.compression.math.metrics import Method
 from svdllm.compression.math.statistics import BackwardStatistic, Gram, Statistic
 from svdllm.compression.recipe import Recipe
-from svdllm.models.structure import Target, input_groups
+from svdllm.models.hooks import input_groups
+from svdllm.models.structure import Target
 from svdllm.models.walk import Block
 
 

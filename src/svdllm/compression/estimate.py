@@ -15,7 +15,8 @@ from svdllm.compression.probe import WINDOW as PROBE_WINDOW
 from svdllm.compression.probe import probe_ranks, probe_tokens
 from svdllm.compression.ranks.linear_times import SECONDS, work_bytes
 from svdllm.compression.recipe import Recipe
-from svdllm.models.structure import Structure, Target, linear_shape, linears_of
+from svdllm.models.linears import linear_shape, linears_of
+from svdllm.models.structure import Structure, Target
 
 # Share of the free memory that hidden states may take before they go to disk.
 HIDDEN_STATES_SHARE = 0.5

@@ -10,7 +10,6 @@ Legend: ``T`` tokens of a window, ``V`` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from svdllm.compression.math.measures import Measure
 from svdllm.compression.math.metrics import METHODS
 from svdllm.compression.ranks import ALLOCATIONS
 from svdllm.compression.recipe import Recipe
+from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.shared_state import State, moved
 from svdllm.models.structure import Structure, Target, weight_of
 from svdllm.models.stubs import Call
@@ -94,7 +94,7 @@ def probe(walk: Walk, analysis: Analysis, ranks: Ranks, measure: Measure, report
                 weight_OI = weight_of(walk.skeleton, target)
                 products = _truncations(weight_OI, analysis.spectrum(target), ranks[target.name])
                 for rank, product_OI in products:
-                    with _weight_replaced(walk.skeleton, target, product_OI):
+                    with tensors_replaced(walk.skeleton, _weights_of_linears(target, product_OI)):
                         streams[target.name, rank] = dense.through(call, block.module, walk.device)
                 reporter.advance(len(streams), num_streams)
             block.run()
@@ -129,17 +129,10 @@ def _truncations(weight_OI: Tensor, spectrum: Spectrum, ranks: Sequence[int]) ->
         yield rank, spectrum.basis_OD[:, :rank] @ coefficients_RI[:rank]
 
 
-@contextmanager
-def _weight_replaced(model: PreTrainedModel, target: Target, weight_OI: Tensor) -> Iterator[None]:
-    modules: dict[str, Any] = {name: model.get_submodule(name) for name in target.linears}
-    dense = {name: module.weight.data for name, module in modules.items()}
-    for name, rows in target.split(weight_OI).items():
-        modules[name].weight.data = (rows.mT if target.is_conv1d else rows).contiguous()
-    try:
-        yield
-    finally:
-        for name, module in modules.items():
-            module.weight.data = dense[name]
+def _weights_of_linears(target: Target, weight_OI: Tensor) -> dict[str, Tensor]:
+    """The parts of a target's weight by the names of the parameters, laid out as the modules keep them."""
+    parts = target.split(weight_OI).items()
+    return {f"{name}.weight": (rows.mT if target.is_conv1d else rows).contiguous() for name, rows in parts}
 
 
 def _measured(walk: Walk, streams: list[Tensor], measure: Measure) -> list[float]:

@@ -16,9 +16,10 @@ from svdllm.common.device import resolve_device, resolve_dtype
 from svdllm.common.errors import InputError, UnsupportedModelError
 from svdllm.common.run_options import RunOptions
 from svdllm.compression.recipe import Recipe
+from svdllm.models.discover import discover
 from svdllm.models.open import Source, hub_folder, refuse_several_parts
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import Structure, bias_corrected, discover, with_joint_keys_and_values
+from svdllm.models.structure import Structure, bias_corrected, with_joint_keys_and_values
 from svdllm.models.walk import Walk
 from svdllm.models.weights import SafetensorsWeights, Weights
 

@@ -24,9 +24,9 @@ from svdllm.checkpoint.verify import REFERENCE_TOLERANCE
 from svdllm.common.errors import InputError, UnsupportedModelError, first_line
 from svdllm.export.dense import config_to_export, require_intact
 from svdllm.models.companions import copy_companion_files
+from svdllm.models.linears import is_linear, linear_shape
 from svdllm.models.low_rank import family_classes, write_hashes
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import is_linear, linear_shape
 from svdllm.models.weights import SafetensorsWeights
 
 FIXED_WIDTH = "the width of a head follows from their number there, whatever config.json says."

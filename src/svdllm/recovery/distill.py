@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from svdllm.data.examples import NO_LABEL
-from svdllm.models.structure import find_blocks, is_linear
+from svdllm.models.linears import find_blocks, is_linear
 
 # Of a batch: the sum over its tokens, and how many they are.
 Loss = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor]]

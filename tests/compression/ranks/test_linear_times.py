@@ -34,8 +34,9 @@ from svdllm.compression.ranks.linear_times import (
 )
 from svdllm.compression.ranks.predicted_sizes import WrittenFiles
 from svdllm.compression.recipe import PLAIN, Recipe
+from svdllm.models.discover import discover
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import Structure, discover
+from svdllm.models.structure import Structure
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 OUTSIDE = 700

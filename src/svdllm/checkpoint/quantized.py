@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from svdllm.checkpoint.tensors import Notes, Tensors
+from svdllm.checkpoint.tensors import Tensors
 from svdllm.common.errors import InputError
 from svdllm.models.structure import find_blocks, matches
 
@@ -29,42 +29,21 @@ class Scheme:
     def __str__(self) -> str:
         return f"{self.bits} bits, a scale per {f'{self.group_size} inputs' if self.group_size else 'row'}"
 
-    def fits(self, out_features: int, in_features: int) -> bool:
-        """Whether a weight of this shape has whole groups; NVFP4 wants its rows in sixteens too."""
+    def for_shape(self, out_features: int, in_features: int) -> Scheme:
+        """This scheme where a weight of this shape has whole groups (of rows too, with NVFP4), else ``FALLBACK``."""
         rows = out_features % NVFP4_GROUP == 0 if self.bits == 4 else True
-        return rows and in_features % (self.group_size or 1) == 0
+        return self if rows and in_features % (self.group_size or 1) == 0 else FALLBACK
 
-    def tensors(self, linear: str, out_features: int, in_features: int) -> Tensors:
-        """What a file holds in place of ``<linear>.weight``.
+    def num_bytes(self, out_features: int, in_features: int) -> int:
+        """What a file holds in place of a weight, beside what its header says.
 
-        8 bits: integers, float32 scales and a zero point of a byte beside each. 4 bits: pairs of E2M1 numbers, their
-        scales in E4M3 in tiles of 128 x 4, and one float32.
+        8 bits: integers, and for every scale four bytes and a zero point of one. 4 bits: pairs of E2M1 numbers, scales of
+        one byte in tiles of 128 rows x 4 groups, and one float32.
         """
-        start = f"{linear}._weight_"
         if self.bits == 4:
-            tiles = (-(-out_features // 128) * 32, -(-in_features // (4 * NVFP4_GROUP)) * 16)
-            return {
-                f"{start}qdata": ((out_features, in_features // 2), torch.uint8),
-                f"{start}scale": (tiles, torch.float8_e4m3fn),
-                f"{start}per_tensor_scale": ((), torch.float32),
-            }
-        groups = (out_features, in_features // (self.group_size or in_features))
-        return {
-            f"{start}qdata": ((out_features, in_features), torch.int8),
-            f"{start}scale": (groups, torch.float32),
-            f"{start}zero_point": (groups, torch.int8),
-        }
-
-    def note(self, in_features: int, dtype: torch.dtype) -> str:
-        """What torchao writes into the header of a file on such a weight, and reads again; ``dtype`` is of the source."""
-        kind = {"_type": "torch.dtype", "_data": str(dtype).removeprefix("torch.")}
-        if self.bits == 4:
-            form = {"is_swizzled_scales": True, "use_triton_kernel": False, "act_quant_kwargs": None}
-            form |= {"block_size": NVFP4_GROUP, "orig_dtype": kind}
-            return _note("NVFP4Tensor", form, ["per_tensor_scale", "qdata", "scale"])
-        form = {"act_quant_kwargs": None, "reduce_range": False}
-        form |= {"block_size": [1, self.group_size or in_features], "dtype": kind}
-        return _note("Int8Tensor", form, ["zero_point", "qdata", "scale"])
+            tiles = -(-out_features // 128) * -(-in_features // (4 * NVFP4_GROUP))
+            return out_features * in_features // 2 + 512 * tiles + 4
+        return out_features * (in_features + 5 * (in_features // (self.group_size or in_features)))
 
     def torchao_config(self) -> Any:
         from torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
@@ -78,8 +57,9 @@ class Scheme:
 
 # What a linear gets that the scheme asked for does not fit: any shape has rows.
 FALLBACK = Scheme(8)
-# What torchao writes into the header of a file on a tensor that is as it was.
-PLAIN_NOTE = json.dumps({"_type": "Tensor"})
+# What torchao adds to headers for one weight beside its name, in the file that holds it (three entries: 281 bytes in
+# version 0.18) and in every file (how to put the three together: 302 bytes), with a margin for other versions.
+ENTRY_BYTES = NOTE_BYTES = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +75,9 @@ class QuantizedLinear:
 
 def quantized_linear(name: str, out_features: int, in_features: int, scheme: Scheme) -> QuantizedLinear:
     """A linear with the scheme asked for, or with one that fits its shape."""
-    reason = None
-    if not scheme.fits(out_features, in_features):
-        reason = f"{out_features} x {in_features} is not in groups of {scheme.group_size}"
-        scheme = FALLBACK
-    return QuantizedLinear(name=name, out_features=out_features, in_features=in_features, scheme=scheme, reason=reason)
+    fitting = scheme.for_shape(out_features, in_features)
+    reason = None if fitting == scheme else f"{out_features} x {in_features} is not in groups of {scheme.group_size}"
+    return QuantizedLinear(name=name, out_features=out_features, in_features=in_features, scheme=fitting, reason=reason)
 
 
 def make_scheme(bits: int, group_size: int | None) -> Scheme:
@@ -182,22 +160,18 @@ def choose_schemes(
     return chosen, left
 
 
-def file_notes(names: Iterable[str], linears: Iterable[QuantizedLinear], dtype: torch.dtype) -> Notes:
-    """What headers say of these tensors of a model in few bits, tied ones among them; ``dtype`` is of the source."""
-    notes = {f"{linear.name}.weight": linear.scheme.note(linear.in_features, dtype) for linear in linears}
-    return {name: notes.get(name, PLAIN_NOTE) for name in names}
+def quantized_bytes(tensors: Tensors, schemes: Mapping[str, Scheme], num_files: int) -> int:
+    """The most that the weight files of a quantised model hold, beside what headers say of no tensor.
 
-
-def quantized_tensors(stored: Tensors, linears: Iterable[QuantizedLinear]) -> Tensors:
-    """What the files of a quantised model hold, from what those of the model itself do."""
-    by_weight = {f"{linear.name}.weight": linear for linear in linears}
-    result: Tensors = {}
-    for name, entry in stored.items():
-        linear = by_weight.get(name)
-        if linear is None:
-            result[name] = entry
-        else:
-            result |= linear.scheme.tensors(linear.name, linear.out_features, linear.in_features)
+    Args:
+        tensors: of the model as it is.
+        schemes: by the names of the tensors that are quantised.
+        num_files: the most files there will be; torchao names every tensor in each of them.
+    """
+    result = 0
+    for name, (shape, dtype) in tensors.items():
+        result += schemes[name].num_bytes(*shape) if name in schemes else prod(shape) * dtype.itemsize
+        result += ENTRY_BYTES + 3 * len(name) + num_files * (NOTE_BYTES + 2 * len(name))
     return result
 
 
@@ -232,10 +206,6 @@ def weights_pattern(linears: Sequence[str]) -> str:
 def _blocks(skeleton: PreTrainedModel) -> tuple[str, ...]:
     """How the names of what is inside the blocks begin."""
     return tuple(f"{block}." for block in find_blocks(skeleton))
-
-
-def _note(kind: str, form: dict[str, Any], parts: list[str]) -> str:
-    return json.dumps({"_type": kind, "_data": form, "_tensor_data_names": parts})
 
 
 # Inputs that share a scale in NVFP4, the only form of four bits that torchao packs, saves and runs on every device.

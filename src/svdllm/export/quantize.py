@@ -13,17 +13,18 @@ from transformers import GenerationConfig, PreTrainedModel
 from svdllm.checkpoint.elastic import ELASTIC_STEM
 from svdllm.checkpoint.finish import RECIPE_FILE, finish_checkpoint
 from svdllm.checkpoint.load import load_model
-from svdllm.checkpoint.output import new_folder
+from svdllm.checkpoint.output import Output, new_folder
 from svdllm.checkpoint.quantized import (
     QuantizedLinear,
+    Scheme,
     choose_schemes,
     make_scheme,
     quantization_config,
-    quantized_tensors,
+    quantized_bytes,
     require_dtype,
 )
 from svdllm.checkpoint.report import REPORT_FILE, is_checkpoint, read_report
-from svdllm.checkpoint.tensors import SHARD_BYTES, stored_tensors, tensor_bytes
+from svdllm.checkpoint.tensors import SHARD_BYTES, stored_tensors
 from svdllm.checkpoint.weight_sizes import weight_bytes
 from svdllm.common.device import resolve_device
 from svdllm.common.errors import InputError, ResourceError
@@ -99,29 +100,11 @@ def quantize(
     scheme = make_scheme(bits, group_size)
     with new_folder(output_dir, "a run") as (output, partial):
         with reporter.stage("check", 1):
-            source = open_config(model, offline=offline, revision=revision)
-            place = resolve_device(device)
-            _require_quantizable(source, bits)
-            skeleton = build_skeleton(source.config)
-            linears, left = choose_schemes(skeleton, scheme, skip)
-            needed = tensor_bytes(quantized_tensors(stored_tensors(source, skeleton), linears))
-            output.require_disk(needed, "the weights need")
-            _require_memory(needed, place)
-        if source.folder is not None and any(source.folder.glob(f"{ELASTIC_STEM}*")):
-            reporter.warn(
-                "The smaller sizes of this elastic checkpoint are not carried over; slice before you quantise."
-            )
+            source, place = open_config(model, offline=offline, revision=revision), resolve_device(device)
+            linears, left = _choose_linears(source, scheme, skip, place, output)
+        _warn_of_elastic_files(source, reporter)
         with reporter.stage("quantise", 1):
-            options: dict[str, Any] = {} if place.type == "cpu" else {"device_map": {"": str(place)}}
-            if revision is not None:
-                options["revision"] = revision
-            loaded = load_model(
-                model,
-                dtype=source.dtype,
-                quantization_config=quantization_config(linears),
-                local_files_only=offline,
-                **options,
-            )
+            loaded = _load_quantized(model, source, linears, place, offline, revision)
         with reporter.stage("write", 1):
             _write(loaded, partial, source)
             del loaded
@@ -138,10 +121,42 @@ def quantize(
         )
         if source.folder is not None and is_checkpoint(source.folder):
             with reporter.stage("finish", 1):
-                recipe = make_recipe(load_settings(source.folder / RECIPE_FILE) | {"elastic": False})
-                report = _report(source.folder, result) | {"recipe": recipe.to_dict()}
-                finish_checkpoint(partial, recipe.to_yaml(), report, place, reporter)
+                _finish(source.folder, partial, result, place, reporter)
     return result
+
+
+def _choose_linears(
+    source: Source, scheme: Scheme, skip: Sequence[str], place: torch.device, output: Output
+) -> tuple[list[QuantizedLinear], dict[str, str]]:
+    """The linears to quantise and what is left, once model, disk and memory are known to allow it."""
+    _require_quantizable(source, scheme.bits)
+    skeleton = build_skeleton(source.config)
+    linears, left = choose_schemes(skeleton, scheme, skip)
+    schemes = {f"{linear.name}.weight": linear.scheme for linear in linears}
+    needed = quantized_bytes(stored_tensors(source, skeleton), schemes, num_files=1)
+    output.require_disk(needed, "the weights need")
+    _require_memory(needed, place)
+    return linears, left
+
+
+def _warn_of_elastic_files(source: Source, reporter: Reporter) -> None:
+    if source.folder is not None and any(source.folder.glob(f"{ELASTIC_STEM}*")):
+        reporter.warn("The smaller sizes of this elastic checkpoint are not carried over; slice before you quantise.")
+
+
+def _load_quantized(
+    model: str | Path,
+    source: Source,
+    linears: Sequence[QuantizedLinear],
+    place: torch.device,
+    offline: bool,
+    revision: str | None,
+) -> PreTrainedModel:
+    options: dict[str, Any] = {} if place.type == "cpu" else {"device_map": {"": str(place)}}
+    if revision is not None:
+        options["revision"] = revision
+    config = quantization_config(linears)
+    return load_model(model, dtype=source.dtype, quantization_config=config, local_files_only=offline, **options)
 
 
 def _require_quantizable(source: Source, bits: int) -> None:
@@ -176,6 +191,15 @@ def _write(loaded: PreTrainedModel, folder: Path, source: Source) -> None:
     mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)  # the library makes them readable by their owner only
+
+
+def _finish(
+    checkpoint: Path, partial: Path, result: QuantizationResult, place: torch.device, reporter: Reporter
+) -> None:
+    """Recipe, report, card, reference logits and hashes of a checkpoint that was quantised."""
+    recipe = make_recipe(load_settings(checkpoint / RECIPE_FILE) | {"elastic": False})
+    report = _report(checkpoint, result) | {"recipe": recipe.to_dict()}
+    finish_checkpoint(partial, recipe.to_yaml(), report, place, reporter)
 
 
 def _report(folder: Path, result: QuantizationResult) -> dict[str, Any]:

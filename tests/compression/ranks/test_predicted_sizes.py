@@ -173,7 +173,7 @@ def test_weights_are_counted_to_the_byte(bits: int, tmp_path: Path) -> None:
     found = weight_bytes(tmp_path / "few")
     headers = sum(ENTRY_BYTES + NOTE_BYTES + 5 * len(name) for name in files.dense) + EMPTY_QUANTIZED_BYTES
     assert files.num_bytes({}) - headers == found.quantized + found.other
-    assert 0.6 * headers < found.headers < headers
+    assert 0.35 * headers < found.headers < headers
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -194,7 +194,7 @@ def test_of_a_model_of_real_size_the_margin_is_below_half_a_percent(bits: int) -
     files = QuantizedFiles.of(skeleton, structure.targets, torch.bfloat16, bits)
     ranks = {target.name: target.break_even_rank // 32 * 16 for target in structure.targets}
     headers = sum(ENTRY_BYTES + NOTE_BYTES + 5 * len(name) for name in files.tensors(ranks)) + EMPTY_QUANTIZED_BYTES
-    assert 0.4 * headers < 0.005 * files.num_bytes(ranks)  # real headers have more than 0.6 of it
+    assert 0.65 * headers < 0.005 * files.num_bytes(ranks)  # real headers have more than 0.35 of it
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -62,7 +62,7 @@ def test_a_slice_is_the_run_at_its_ratio_byte_for_byte(
     assert digests(tmp_path / "elastic", skip=()) == before
     assert result.plan.ranks == direct.plan.ranks
     assert [row.loss for row in result.linears] == [row.loss for row in direct.linears]
-    assert elastic.plan.elastic_bytes == (tmp_path / "elastic" / "svdllm" / "elastic.safetensors").stat().st_size
+    assert elastic.plan.sizes.elastic_bytes == (tmp_path / "elastic" / "svdllm" / "elastic.safetensors").stat().st_size
     svdllm.verify(tmp_path / "sliced", "cpu")
 
     loaded, in_memory = result.load(), svdllm.load_model(tmp_path / "elastic", ratio=0.5)
@@ -117,7 +117,7 @@ def test_several_files_in_the_order_of_the_source(tmp_path: Path, monkeypatch: p
     run(tmp_path / "dense", tmp_path / "direct", recipe=small_recipe(ratio=0.5, **LOSS_AWARE))
     files = sorted((tmp_path / "elastic" / "svdllm").glob("elastic-*.safetensors"))
     assert len(files) > 1
-    assert whole.plan.elastic_bytes <= sum(file.stat().st_size for file in files)
+    assert whole.plan.sizes.elastic_bytes <= sum(file.stat().st_size for file in files)
     svdllm.slice_checkpoint(tmp_path / "elastic", 0.5, tmp_path / "sliced")
     assert len(list((tmp_path / "sliced").glob("model-*.safetensors"))) > 1
     assert digests(tmp_path / "sliced") == digests(tmp_path / "direct")
@@ -167,7 +167,7 @@ def test_the_plan_counts_the_elastic_files(allocation: str, dense: Path, tmp_pat
     (planned,) = svdllm.plan(dense, recipe)
     result = run(dense, tmp_path / "out", recipe=recipe)
     actual = (tmp_path / "out" / "svdllm" / "elastic.safetensors").stat().st_size
-    assert result.plan.elastic_bytes == actual
+    assert result.plan.sizes.elastic_bytes == actual
     assert planned.elastic_bytes == actual if allocation in ("uniform", "v2") else planned.elastic_bytes >= actual
     (plain,) = svdllm.plan(dense, recipe.model_copy(update={"elastic": False}))
     assert planned.disk_bytes == plain.disk_bytes + planned.elastic_bytes

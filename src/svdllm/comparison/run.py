@@ -241,8 +241,9 @@ class _Run:
         if cell.variant.recovery is not None:
             folder = self._trained(cell, folder, reporter)
         report = read_report(folder)
-        record = {key: report[key] for key in ("ratio", "dense_params", "file_bytes", "dense_file_bytes", "linears")}
-        record["achieved_ratio"] = record.pop("ratio")
+        record = {
+            key: report[key] for key in ("achieved_ratio", "dense_params", "file_bytes", "dense_file_bytes", "linears")
+        }
         record |= {"compression_seconds": report["seconds"], "allocation": report["allocation"]}
         record["recovery"] = report.get("recovery")
         if (analysis := self._analysis(cell.variant.analysis_key)).is_dir():

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from svdllm.compression.recipe import Recipe
-from svdllm.compression.run import NOT_OF_THE_ANALYSIS
 from svdllm.recovery import Recovery
 
 DENSE = "dense"
@@ -44,8 +43,7 @@ class Variant:
     @property
     def analysis_key(self) -> str:
         """The same for variants that share calibration and decomposition."""
-        settings = {key: value for key, value in self.recipe.to_dict().items() if key not in NOT_OF_THE_ANALYSIS}
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.recipe.analysis_settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def within(self, context: int | None) -> Variant:
         """The same, whose calibration keeps to the context of a model where nobody said how long its windows are."""

@@ -6,26 +6,118 @@ Gram of every output's gradient; the input Grams wait on disk until it reaches t
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
-from svdllm.common.errors import InputError, NumericalError
+from svdllm.checkpoint.output import LOCK, start_over
+from svdllm.common.errors import NumericalError
+from svdllm.common.locks import locked
 from svdllm.common.progress import Reporter
+from svdllm.common.settings_file import read_settings
+from svdllm.common.version import __version__
 from svdllm.compression.analysis import Analysis
-from svdllm.compression.math.linalg import Spectrum, equal_energies, output_spectrum, shrunk_to_diagonal, shrunk_to_mean
+from svdllm.compression.collect import (
+    collect_fisher,
+    collect_gradients,
+    collect_statistics,
+    joint_left_metric,
+    left_metric_of,
+    right_metric,
+)
+from svdllm.compression.math.linalg import Spectrum, output_spectrum, shrunk_to_mean
 from svdllm.compression.math.metrics import METHODS, Method
-from svdllm.compression.math.statistics import Gram, RowFisher, Statistic
+from svdllm.compression.math.statistics import Gram, Statistic
+from svdllm.compression.plan import Plan
 from svdllm.compression.recipe import Recipe
-from svdllm.models.structure import Target, input_groups, matches, weight_of
+from svdllm.compression.records import Provenance
+from svdllm.compression.session import Run, recipe_settings
+from svdllm.compression.subject import Subject
+from svdllm.data import TokenWindows
+from svdllm.models.structure import Structure, Target, matches, weight_of
 from svdllm.models.walk import Block, Walk
 
-# Keeps the left metric of several linears defined where one of them has no gradient.
-LEAST_SHARE = 1e-6
+
+@contextmanager
+def open_analysis(run: Run, subject: Subject, provenance: Provenance) -> Iterator[Analysis]:
+    """The analysis of a run. No other run writes to it while the context lasts; afterwards it is only read.
+
+    Raises:
+        InputError: it was begun with other settings, which are named, or another run is writing to it.
+    """
+    if not run.resume or not read_settings(run.analysis_folder):
+        start_over(run.work)
+    beside = _settings_beside_the_recipe(run.recipe, subject, provenance)
+    own = Analysis(run.analysis_folder, recipe_settings(run.recipe.to_dict()) | beside)
+    own.open()
+    if run.analysis_dir is None:
+        yield own
+        return
+    with locked(run.analysis_dir / LOCK, run.analysis_dir) as warning:
+        if warning is not None:
+            run.reporter.warn(warning)
+        shared = Analysis(run.analysis_dir, recipe_settings(run.recipe.analysis_settings) | beside)
+        shared.open()
+        yield shared
+
+
+def analyze(
+    run: Run, subject: Subject, windows: TokenWindows | None, plans: Sequence[Plan], analysis: Analysis
+) -> None:
+    """Algorithm 1, lines 5 to 9, and Algorithm 2: the statistics of the tokens and the spectrum of every weight.
+
+    Raises:
+        NumericalError: a hidden state, a gradient or a metric is NaN or infinite, or a spectrum does not converge.
+    """
+    recipe = run.recipe
+    ids = torch.zeros(1, 2, dtype=torch.long)  # where the method asks nothing of the text
+    if windows is not None and METHODS[recipe.method].needs_tokens:
+        ids = windows.ids
+    walk = subject.walk(ids, recipe, run.spill_file(plans[0]))
+    if recipe.needs_gradients:
+        kept = min(recipe.gradient_samples, len(walk.ids))
+        walk.kept_folder = run.work / "inputs"
+        walk.kept_batches = sum(batch.start < kept for batch in walk.batches)
+    Calibration(
+        walk=walk,
+        recipe=recipe,
+        analysis=analysis,
+        depths=_depths(subject.structure, plans),
+        keeps_left_metrics=recipe.calibration_mode == "sequential" or run.analysis_dir is not None,
+        reporter=run.reporter,
+    ).run()
+
+
+def _settings_beside_the_recipe(recipe: Recipe, subject: Subject, provenance: Provenance) -> dict[str, Any]:
+    """All that decides the bytes of the result beside the recipe."""
+    device, dtype = subject.placement(recipe)
+    config = subject.source.config.to_json_string(use_diff=False)
+    return {
+        "device": str(device),
+        "computed in": str(dtype),
+        "weights of the model": provenance.weights_fingerprint,
+        "config of the model": hashlib.sha256(config.encode()).hexdigest(),
+        "calibration tokens": provenance.calibration_fingerprint,
+        "svdllm version": __version__,
+        "torch version": torch.__version__,
+        "transformers version": transformers.__version__,
+    }
+
+
+def _depths(structure: Structure, plans: Sequence[Plan]) -> dict[str, int]:
+    """Directions of each basis to keep: up to break-even, so that any ratio is a slice, or more if a rank asks for it."""
+    depths = {target.name: target.break_even_rank for target in structure.targets}
+    for plan in plans:
+        for name, rank in plan.ranks.items():
+            depths[name] = max(depths[name], rank)
+    return depths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,135 +250,6 @@ class Calibration:
         steps = len(self.walk.structure.blocks) * batches
         self.walk.on_batch = lambda block, done, of: self.reporter.advance(block * of + done, steps)
         return self.reporter.stage(name, steps)
-
-
-def collect_statistics(block: Block, targets: list[Target], method: Method) -> dict[str, Statistic]:
-    """Runs a block over all its batches and accumulates one statistic per distinct input.
-
-    Returns a dict target -> statistic; targets that read the same tensor share the object.
-    """
-    linears = [(target.name, block.walk.skeleton.get_submodule(target.linears[0])) for target in targets]
-    in_features = {target.name: target.in_features for target in targets}
-    statistics: dict[str, Statistic] = {}
-    assert method.statistic is not None
-
-    def on_input(leader: str, inputs: Tensor) -> None:
-        if leader not in statistics:
-            statistics[leader] = method.statistic(in_features[leader], inputs.device)  # type: ignore[misc]
-        statistics[leader].add(inputs)
-
-    with input_groups(linears, on_input) as (groups, release):
-        block.run(after_batch=release)
-    uncalled = [name for name, _ in linears if name not in groups]
-    if uncalled:
-        raise InputError(f"{', '.join(uncalled)} saw no token; leave them dense with --ignore.")
-    return {target.name: statistics[groups[target.name]] for target in targets}
-
-
-def right_metric(
-    target: Target,
-    statistics: Mapping[str, Statistic],
-    method: Method,
-    *,
-    alpha: float,
-    shrinkage: float,
-    centred: bool = False,
-) -> Tensor | None:
-    """The metric ``C = S S^T`` of a target, from what was accumulated over its inputs; ``centred`` if a bias is added.
-
-    Raises:
-        NumericalError: the inputs are not finite.
-    """
-    statistic = statistics.get(target.name)
-    value = None if statistic is None else statistic.value()
-    if centred and isinstance(statistic, Gram):
-        value = statistic.centred()
-    metric = method.right(value, alpha)
-    if metric is not None and not bool(torch.isfinite(metric).all()):
-        raise NumericalError(f"The inputs of {target.name} have NaN or infinite values over the calibration text.")
-    return shrunk_to_diagonal(metric, shrinkage)
-
-
-def collect_gradients(block: Block, targets: list[Target]) -> dict[str, Gram]:
-    """Runs a block backward over the kept batches and accumulates ``G``, the Gram of each target's output gradients."""
-    grams: dict[str, Gram] = {}
-
-    def watch(target: Target, inputs: Tensor, gradients: Tensor) -> None:
-        if target.name not in grams:
-            grams[target.name] = Gram(target.out_features, gradients.device)
-        grams[target.name].add(gradients)
-
-    _run_backward(block, targets, watch)
-    return grams
-
-
-def joint_left_metric(target: Target, gradient_OO: Tensor, input_only: Sequence[str], shrinkage: float) -> Tensor:
-    """Of several linears with one first factor: the left metric of each in its place, in proportion to its gradients.
-
-    A linear that is to be judged by its inputs alone keeps that proportion and no direction.
-    """
-    whole = gradient_OO.diagonal().mean().clamp_min(torch.finfo(gradient_OO.dtype).tiny)
-    blocks, start = [], 0
-    for name, size in target.parts:
-        own_OO = gradient_OO[start : start + size, start : start + size]
-        share = (own_OO.diagonal().mean() / whole).clamp_min(LEAST_SHARE)
-        blocks.append(share * shrunk_to_mean(own_OO, 1.0 if name in input_only else shrinkage))
-        start += size
-    return torch.block_diag(*blocks)
-
-
-def left_metric_of(target: Target, weight_OI: Tensor, metric: Tensor | None, left_OO: Tensor | None) -> Tensor | None:
-    """The left metric; several linears with one first factor that have none count for as much as each other."""
-    if left_OO is not None or not target.parts:
-        return left_OO
-    return equal_energies(list(target.split(weight_OI).values()), metric)
-
-
-def collect_fisher(block: Block, targets: list[Target]) -> dict[str, RowFisher]:
-    """Runs a block backward over the kept batches and accumulates the Fisher information of each target's rows."""
-    fishers: dict[str, RowFisher] = {}
-    seqlen = block.walk.ids.shape[1]
-
-    def watch(target: Target, inputs: Tensor, gradients: Tensor) -> None:
-        if target.name not in fishers:
-            fishers[target.name] = RowFisher(target.out_features, gradients.device)
-        fishers[target.name].add(_by_window(inputs, seqlen), _by_window(gradients, seqlen))
-
-    _run_backward(block, targets, watch)
-    return fishers
-
-
-def _by_window(tokens: Tensor, seqlen: int) -> Tensor:
-    """(windows, seqlen, features), also of what some models hand on as one row of tokens (experts: as one window)."""
-    if tokens.ndim == 2:
-        return tokens.unflatten(0, (-1, seqlen if len(tokens) % seqlen == 0 else len(tokens)))
-    return tokens
-
-
-def _run_backward(block: Block, targets: list[Target], watch: Callable[[Target, Tensor, Tensor], None]) -> None:
-    """``watch(target, inputs, gradients of the outputs)`` is called for every target and batch."""
-    arrived: dict[str, dict[str, Tensor]] = {}
-
-    def on(target: Target, linear: str) -> Any:
-        def after_backward(inputs: Tensor, gradients: Tensor) -> None:
-            parts = arrived.setdefault(target.name, {})
-            parts[linear] = gradients
-            if len(parts) == len(target.linears):
-                del arrived[target.name]
-                watch(target, inputs, torch.cat([parts[name] for name in target.linears], dim=-1))
-
-        def after_forward(module: torch.nn.Module, args: Any, output: Tensor) -> None:
-            inputs = args[0].detach()
-            output.register_hook(lambda gradients: after_backward(inputs, gradients))
-
-        return block.walk.skeleton.get_submodule(linear).register_forward_hook(after_forward)
-
-    handles = [on(target, linear) for target in targets for linear in target.linears]
-    try:
-        block.run_backward()
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def decompose(

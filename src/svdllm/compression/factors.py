@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from svdllm.common.errors import NumericalError
 from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.math.linalg import corrected_bias, factorise
-from svdllm.models.structure import Structure, Target
-from svdllm.models.weights import Weights
+from svdllm.compression.subject import Subject
+from svdllm.models.structure import Target
 
 
 class TargetFactors:
@@ -20,15 +20,15 @@ class TargetFactors:
 
     def __init__(
         self,
-        weights: Weights,
-        structure: Structure,
-        ranks: dict[str, int],
+        subject: Subject,
+        ranks: Mapping[str, int],
         analysis: Analysis,
         finals: FinalFactors | None,
         device: torch.device,
         reporter: Reporter,
     ):
-        self._weights, self._ranks, self._device = weights, ranks, device
+        structure = subject.structure
+        self._weights, self._ranks, self._device = subject.weights, ranks, device
         self._analysis, self._finals = analysis, finals
         self.targets = {target.name: target for target in structure.targets}
         self._owners = {name: target for target in structure.targets for name in target.linears}

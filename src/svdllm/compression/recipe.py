@@ -22,6 +22,25 @@ PROBING = ("loss", "strs")
 BUDGETS = ("ratio", "target_params", "target_size", "target_speedup", "ranks")
 # Settings that say how a budget counts, and go with it.
 OF_A_BUDGET = ("factor_bits", "speedup_tokens")
+# Settings that come after the analysis: recipes that differ in these alone share one.
+AFTER_THE_ANALYSIS = frozenset(
+    {
+        "ratio",
+        "target_params",
+        "target_size",
+        "factor_bits",
+        "target_speedup",
+        "speedup_tokens",
+        "allocation",
+        "strs_ratios",
+        "overrides",
+        "round_to",
+        "elastic",
+        "calibration_mode",
+        "sequential_samples",
+        "beta",
+    }
+)
 # The loss reaches queries and keys only through a softmax: their gradients are small and few, and left out.
 QUERY_AND_KEY = (r"\.(q|k)_proj$", r"\.(query|key)$")
 # What a method without Grams of its own, or explicit ranks, cannot use and are not given by default.
@@ -267,6 +286,11 @@ class Recipe(BaseModel):
         if "seqlen" in self.model_fields_set or context is None or self.seqlen <= context:
             return self
         return self.model_copy(update={"seqlen": context})
+
+    @property
+    def analysis_settings(self) -> dict[str, Any]:
+        """The settings that decide the analysis: not the budget, nor how it is spread."""
+        return {name: value for name, value in self.to_dict().items() if name not in AFTER_THE_ANALYSIS}
 
     def single(self) -> list[Recipe]:
         """One recipe per ratio."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+from svdllm.common.version import __version__
 from svdllm.compression.math.linalg import tail_energies
 from svdllm.compression.plan import Plan
 from svdllm.compression.recipe import Recipe
 from svdllm.data import TokenWindows
-from svdllm.models.structure import Target
+from svdllm.models.low_rank import FORMAT_VERSION
+from svdllm.models.structure import Structure, Target, linear_ranks, shared_factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,24 +107,14 @@ class CompressionResult:
         return load_model(self.output_dir, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        sizes = {
-            key: getattr(self.plan, key)
-            for key in (
-                "model",
-                "method",
-                "achieved_ratio",
-                "params",
-                "dense_params",
-                "file_bytes",
-                "dense_file_bytes",
-                "quantized_file_bytes",
-                "ranks",
-            )
-        }
         unused = self.plan.unused_tensors
         return {
             "output_dir": str(self.output_dir),
-            **sizes,
+            "model": self.plan.model,
+            "method": self.recipe.method,
+            "ratio": self.recipe.ratio,
+            **asdict(self.plan.sizes),
+            "ranks": self.plan.ranks,
             "seconds": self.seconds,
             "peak_ram_bytes": self.peak_ram_bytes,
             "planned_ram_bytes": self.plan.peak_ram_bytes,
@@ -128,3 +124,33 @@ class CompressionResult:
             "warnings": self.warnings,
             "recipe": self.recipe.to_dict(),
         }
+
+
+def report_of(plan: Plan, recipe: Recipe, provenance: Provenance, linears: list[LinearRecord]) -> dict[str, Any]:
+    """The content of ``svdllm/report.json``, without the times of the run."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "source": provenance.to_dict(),
+        "method": recipe.method,
+        "recipe": recipe.to_dict(),
+        "allocation": {
+            "name": plan.allocation_name,
+            "predicted_loss": plan.allocation.predicted_loss,
+            "gap": plan.allocation.gap,
+            "threshold": plan.allocation.threshold,
+        },
+        "speed": None if plan.speed is None else asdict(plan.speed),
+        "linear_times": None if plan.linear_times is None else asdict(plan.linear_times),
+        "ratio": recipe.ratio,
+        **asdict(plan.sizes),
+        "versions": {"svdllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "warnings": plan.warnings,
+        "unused_tensors": None if plan.unused_tensors is None else asdict(plan.unused_tensors),
+        "linears": [asdict(record) for record in linears],
+    }
+
+
+def ranks_entry(structure: Structure, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """What ``config.json`` says of ranks by target: of every linear, and where several have one first factor."""
+    shared = shared_factors(structure.targets, ranks)
+    return {"ranks": linear_ranks(structure.targets, ranks), **({"shared_factors": shared} if shared else {})}

@@ -22,52 +22,48 @@ from torch import Tensor
 from svdllm.common.errors import NumericalError
 from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis, FinalFactors
-from svdllm.compression.analyze import left_metric_of
+from svdllm.compression.collect import left_metric_of
 from svdllm.compression.math.linalg import anchored, corrected_bias, factorise, output_spectrum
-from svdllm.compression.math.statistics import CrossGram, Gram
+from svdllm.compression.plan import Plan
+from svdllm.compression.products import Products, Sums, relative_error
 from svdllm.compression.recipe import Recipe
+from svdllm.compression.session import Run
+from svdllm.compression.subject import Subject
+from svdllm.data import TokenWindows
 from svdllm.models.structure import Target, bias_of, weight_of
 from svdllm.models.walk import Block, Walk
 
 # Candidates among which a group's beta is chosen by its error on tokens that it was not fitted to.
 BETAS = (0.0, 0.5, 1.0)
 HELD_OUT_SHARE = 0.125
-# Keeps the regression defined where a text excites fewer directions than there are: a share of the mean diagonal.
-RIDGE = 1e-6
+# Batches are made small enough for so many, because some of them are held out.
+LEAST_BATCHES = 8
 
 
-class Products(NamedTuple):
-    """What a group's inputs ``X`` (dense stream) and ``X'`` (compressed stream) are reduced to; all float64."""
+def refit(
+    run: Run, subject: Subject, windows: TokenWindows | None, analysis: Analysis, plan: Plan
+) -> FinalFactors | None:
+    """Fits the factors of one plan to the inputs that the compressed model makes itself.
 
-    dense_II: Tensor  # C = X X^T
-    compressed_II: Tensor  # S' = X' X'^T
-    cross_II: Tensor  # K = X X'^T
-    dense_sum_I: Tensor
-    compressed_sum_I: Tensor
-    num_tokens: int
-
-    def plus(self, other: Products) -> Products:
-        sums = {name: ours + theirs for name, ours, theirs in zip(self._fields, self, other, strict=True)}
-        return self._replace(**sums)
-
-    def centred(self) -> Products:
-        """Of the inputs less their means: what is left to a weight where a bias takes care of the means."""
-        dense_I, compressed_I, count = self.dense_sum_I, self.compressed_sum_I, max(self.num_tokens, 1)
-        return self._replace(
-            dense_II=self.dense_II - torch.outer(dense_I, dense_I) / count,
-            compressed_II=self.compressed_II - torch.outer(compressed_I, compressed_I) / count,
-            cross_II=self.cross_II - torch.outer(dense_I, compressed_I) / count,
-        )
-
-    def shrunk(self, amount: float) -> Products:
-        """Shrunk alike, so that ``K = S'`` still gives the weight back, and positive definite."""
-        diagonal_I = self.compressed_II.diagonal()
-        ridge = RIDGE * diagonal_I.mean().clamp_min(torch.finfo(torch.float64).tiny)
-        kept_II = torch.diag(amount * diagonal_I + ridge)
-        return self._replace(
-            compressed_II=(1 - amount) * self.compressed_II + kept_II,
-            cross_II=(1 - amount) * self.cross_II + kept_II,
-        )
+    None where the recipe does not ask for it: the factors are slices of the analysis then.
+    """
+    if run.recipe.calibration_mode == "dense":
+        return None
+    assert windows is not None
+    ids = windows.ids[: run.recipe.sequential_samples]
+    walk = subject.walk(ids, run.recipe, run.spill_file(plan))
+    walk.two_streams = True
+    walk.batch_tokens = min(walk.batch_tokens, max(1, ids.numel() // LEAST_BATCHES))
+    finals = FinalFactors(run.analysis_folder / f"sequential-{plan.achieved_ratio:.6f}")
+    Sequential(
+        walk=walk,
+        ranks=plan.ranks,
+        recipe=run.recipe,
+        analysis=analysis,
+        finals=finals,
+        reporter=run.reporter,
+    ).run()
+    return finals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +145,7 @@ class Sequential:
         module = self.walk.skeleton.get_submodule(leader.linears[0])
         num_batches = len(self.walk.batches)
         num_held = 0 if self.recipe.beta is not None else max(1, round(HELD_OUT_SHARE * num_batches))
-        sums = [_Sums(leader.in_features, self.walk.device) for _ in range(2)]
+        sums = [Sums(leader.in_features, self.walk.device) for _ in range(2)]
         for number in range(num_batches):
             dense = block.inputs_of(module, self.walk.hidden, number)
             with self._weights(replaced):
@@ -245,35 +241,3 @@ class Replacement(NamedTuple):
 
     weight_OI: Tensor
     bias_O: Tensor | None
-
-
-class _Sums:
-    """The three products of a group, while the batches come."""
-
-    def __init__(self, in_features: int, device: torch.device):
-        self.dense, self.compressed = Gram(in_features, device), Gram(in_features, device)
-        self.cross = CrossGram(in_features, device)
-
-    def add(self, dense: Tensor, compressed: Tensor) -> None:
-        self.dense.add(dense)
-        self.compressed.add(compressed)
-        self.cross.add(dense, compressed)
-
-    def value(self) -> Products:
-        count = self.dense.num_tokens
-        return Products(
-            dense_II=self.dense.value(),
-            compressed_II=self.compressed.value(),
-            cross_II=self.cross.value(),
-            dense_sum_I=self.dense.mean() * count,
-            compressed_sum_I=self.compressed.mean() * count,
-            num_tokens=count,
-        )
-
-
-def relative_error(weight_OI: Tensor, product_OI: Tensor, products: Products) -> float:
-    """``||W X - W' X'||_F^2 / ||W X||_F^2``, from products alone."""
-    dense = (weight_OI @ products.dense_II * weight_OI).sum()
-    cross = (weight_OI @ products.cross_II * product_OI).sum()
-    compressed = (product_OI @ products.compressed_II * product_OI).sum()
-    return float((dense - 2 * cross + compressed) / dense.clamp_min(torch.finfo(torch.float64).tiny))

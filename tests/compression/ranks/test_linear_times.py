@@ -243,7 +243,7 @@ def made_up_times(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         )
 
     # The name svdllm.compress is the function's.
-    monkeypatch.setattr(importlib.import_module("svdllm.compression.run"), "measure_linears", measure)
+    monkeypatch.setattr(importlib.import_module("svdllm.compression.allocate"), "measure_linears", measure)
     return calls
 
 
@@ -321,8 +321,8 @@ def test_before_the_times_are_known_uniform_ranks_stand_in() -> None:
     assert not plan.ranks_known
     assert plan.speed is None
     assert plan.ranks == uniform.ranks
-    assert plan.disk_bytes >= plan.dense_file_bytes
-    assert plan.seconds_by_stage["time linears"] > 0 == uniform.seconds_by_stage["time linears"]
+    assert plan.needs.disk_bytes >= plan.sizes.dense_file_bytes
+    assert plan.needs.seconds_by_stage["time linears"] > 0 == uniform.needs.seconds_by_stage["time linears"]
     (extreme,) = svdllm.plan(model, fast_recipe(target_speedup=1000))
     assert set(extreme.ranks.values()) == {1}
 

@@ -30,9 +30,9 @@ from svdllm.checkpoint.weight_sizes import weight_bytes
 from svdllm.cli import main
 from svdllm.common.errors import InputError
 from svdllm.comparison.variants import variants_of
-from svdllm.compression.plan import structure_for
 from svdllm.compression.ranks.predicted_sizes import EMPTY_QUANTIZED_BYTES, QuantizedFiles
 from svdllm.compression.recipe import load_settings, make_recipe
+from svdllm.compression.subject import structure_for
 from svdllm.export.quantize import quantize
 from svdllm.models.open import open_config
 from svdllm.models.skeleton import build_skeleton
@@ -74,7 +74,7 @@ def check(dense: Path, work: Path, bits: int, **settings: Any) -> None:
     result = run(dense, work / "small", recipe=recipe)
     ranks = result.plan.ranks
     quantize(work / "small", work / "few", bits=bits)
-    predicted = result.plan.quantized_file_bytes
+    predicted = result.plan.sizes.quantized_file_bytes
     assert predicted is not None
     assert predicted <= budget
     assert_close_from_above(predicted, files, ranks, work / "few")

@@ -1,4 +1,4 @@
-"""How torchao stores a linear in few bits: the forms there are, which one a linear gets, and what files then hold."""
+"""The forms in which torchao stores a quantised linear, which one a linear gets, and the bytes of the files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from svdllm.models.structure import find_blocks, matches
 
 @dataclass(frozen=True)
 class Scheme:
-    """A form of a weight. ``group_size`` inputs share a scale; None is a whole row."""
+    """A form of a quantised weight. ``group_size`` inputs share a scale; None stands for a whole row."""
 
     bits: int
     group_size: int | None = None
@@ -35,10 +35,10 @@ class Scheme:
         return self if rows and in_features % (self.group_size or 1) == 0 else FALLBACK
 
     def num_bytes(self, out_features: int, in_features: int) -> int:
-        """What a file holds in place of a weight, beside what its header says.
+        """Bytes of a quantised weight in a file, without the header.
 
-        8 bits: integers, and for every scale four bytes and a zero point of one. 4 bits: pairs of E2M1 numbers, scales of
-        one byte in tiles of 128 rows x 4 groups, and one float32.
+        8 bits: a byte per weight, and five per scale (a float32 and a zero point). 4 bits: a byte per two weights
+        (E2M1), a byte per scale (E4M3, in whole tiles of 128 rows x 4 groups), and one float32.
         """
         if self.bits == 4:
             tiles = -(-out_features // 128) * -(-in_features // (4 * NVFP4_GROUP))
@@ -55,16 +55,16 @@ class Scheme:
         return Int8WeightOnlyConfig(granularity=granularity, set_inductor_config=False)  # which is the whole process's
 
 
-# What a linear gets that the scheme asked for does not fit: any shape has rows.
+# For linears whose shape the scheme asked for does not fit. A scale per row fits every shape.
 FALLBACK = Scheme(8)
-# What torchao adds to headers for one weight beside its name, in the file that holds it (three entries: 281 bytes in
-# version 0.18) and in every file (how to put the three together: 302 bytes), with a margin for other versions.
+# Bytes that torchao adds to headers for one weight, without its name: three entries in the file that holds it (281
+# bytes in version 0.18), and a description of them in every file (302 bytes). With a margin for other versions.
 ENTRY_BYTES = NOTE_BYTES = 400
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedLinear:
-    """One linear in few bits; ``reason`` is why it has another scheme than was asked for."""
+    """One linear to quantise; ``reason`` says why its scheme is not the one asked for."""
 
     name: str
     out_features: int
@@ -74,14 +74,14 @@ class QuantizedLinear:
 
 
 def quantized_linear(name: str, out_features: int, in_features: int, scheme: Scheme) -> QuantizedLinear:
-    """A linear with the scheme asked for, or with one that fits its shape."""
+    """A linear with the scheme asked for, or with ``FALLBACK`` where its shape does not fit."""
     fitting = scheme.for_shape(out_features, in_features)
     reason = None if fitting == scheme else f"{out_features} x {in_features} is not in groups of {scheme.group_size}"
     return QuantizedLinear(name=name, out_features=out_features, in_features=in_features, scheme=fitting, reason=reason)
 
 
 def make_scheme(bits: int, group_size: int | None) -> Scheme:
-    """The scheme that was asked for. Raises InputError if there is none of these numbers."""
+    """The scheme of some options of ``quantize``. Raises InputError if there is none."""
     if bits not in (4, 8):
         raise InputError(f"--bits {bits} is not possible: weights are stored in 8 or in 4 bits.")
     if bits == 4 and group_size not in (None, NVFP4_GROUP):
@@ -95,16 +95,16 @@ def make_scheme(bits: int, group_size: int | None) -> Scheme:
 
 
 def require_dtype(bits: int, dtype: torch.dtype, model: str) -> None:
-    """Raises InputError for 4 bits of what torchao makes none of."""
+    """Raises InputError if torchao cannot quantise weights of a dtype to 4 bits."""
     if bits == 4 and dtype not in (torch.bfloat16, torch.float32):
         raise InputError(
-            f"{model} is stored in {str(dtype).removeprefix('torch.')}; 4 bits can be made of bfloat16 and float32 only. "
-            "Use 8 bits, or re-save the model in bfloat16."
+            f"{model} is stored in {str(dtype).removeprefix('torch.')}; 4 bits can be made of bfloat16 and float32 "
+            "only. Use 8 bits, or re-save the model in bfloat16."
         )
 
 
 def linears_in_blocks(skeleton: PreTrainedModel, scheme: Scheme) -> list[QuantizedLinear]:
-    """All that torchao has a form of, if none is left as it is."""
+    """All linears in the blocks that torchao can quantise, with the scheme of each."""
     blocks = _blocks(skeleton)
     return [
         quantized_linear(name, module.out_features, module.in_features, scheme)
@@ -114,20 +114,20 @@ def linears_in_blocks(skeleton: PreTrainedModel, scheme: Scheme) -> list[Quantiz
 
 
 def can_quantize(in_features: int) -> bool:
-    """Whether torchao has a form of a linear: of one input, as the second factor of rank 1 has it, there is none."""
+    """Whether torchao can quantise a linear. It cannot if there is one input, as in ``svd_u`` at rank 1."""
     return in_features > 1
 
 
 def choose_schemes(
     skeleton: PreTrainedModel, scheme: Scheme, skip: Sequence[str] = ()
 ) -> tuple[list[QuantizedLinear], dict[str, str]]:
-    """The linears of the blocks with the scheme of each, and what is left as it is with the reason.
+    """The linears to quantise with the scheme of each, and the linears and embeddings that are left with the reason.
 
     Embeddings and ``lm_head`` are outside the blocks, and left.
 
     Raises:
         InputError: a pattern of ``skip`` matches nothing, or everything.
-        UnsupportedModelError: there are no blocks to be found.
+        UnsupportedModelError: the model has no blocks that can be found.
     """
     blocks = _blocks(skeleton)
     found = {linear.name: linear for linear in linears_in_blocks(skeleton, scheme)}
@@ -161,12 +161,12 @@ def choose_schemes(
 
 
 def quantized_bytes(tensors: Tensors, schemes: Mapping[str, Scheme], num_files: int) -> int:
-    """The most that the weight files of a quantised model hold, beside what headers say of no tensor.
+    """An upper limit on the bytes of a quantised model's weight files, without the frame of their headers.
 
     Args:
-        tensors: of the model as it is.
-        schemes: by the names of the tensors that are quantised.
-        num_files: the most files there will be; torchao names every tensor in each of them.
+        tensors: of the unquantised model.
+        schemes: tensor name -> scheme, of the tensors that are quantised.
+        num_files: the most files there will be. torchao describes every tensor in each of them.
     """
     result = 0
     for name, (shape, dtype) in tensors.items():
@@ -176,7 +176,7 @@ def quantized_bytes(tensors: Tensors, schemes: Mapping[str, Scheme], num_files: 
 
 
 def quantization_config(linears: Sequence[QuantizedLinear]) -> Any:
-    """transformers' config of a model in which each linear has its scheme; other weights, and biases, are left."""
+    """The config for transformers that gives each linear its scheme and leaves all other tensors."""
     from torchao.quantization import FqnToConfig
     from transformers import TorchAoConfig
 
@@ -191,9 +191,9 @@ def quantization_config(linears: Sequence[QuantizedLinear]) -> Any:
 
 
 def weights_pattern(linears: Sequence[str]) -> str:
-    """The regular expression, as torchao writes them, of exactly the weights of these linears of the blocks.
+    """A regular expression, in torchao's syntax, that matches exactly the weights of these linears of the blocks.
 
-    Those that differ in the number of their block only are written once.
+    Linears that differ only in the number of their block share one alternative.
     """
     numbers: dict[tuple[str, str], list[str]] = {}
     for name in linears:
@@ -204,9 +204,9 @@ def weights_pattern(linears: Sequence[str]) -> str:
 
 
 def _blocks(skeleton: PreTrainedModel) -> tuple[str, ...]:
-    """How the names of what is inside the blocks begin."""
+    """The prefixes of the names of everything inside the blocks."""
     return tuple(f"{block}." for block in find_blocks(skeleton))
 
 
-# Inputs that share a scale in NVFP4, the only form of four bits that torchao packs, saves and runs on every device.
+# Inputs that share a scale in NVFP4, the only 4-bit form that torchao packs, saves and runs on every device.
 NVFP4_GROUP = 16

@@ -118,10 +118,10 @@ def file_bytes(tensors: Tensors, limit: int = SHARD_BYTES) -> int:
 
 
 def share_of_files(tensors: Tensors, total: int) -> int:
-    """The most that some tensors and their entries in headers take of files that have ``total`` bytes together.
+    """An upper limit on the bytes of some tensors, with their entries in headers, in files of ``total`` bytes together.
 
-    Shares add up: those of all tensors and ``empty_files_bytes`` are no less than ``file_bytes``, and more by the digits
-    of a few offsets.
+    The limits add up: with ``empty_files_bytes``, those of all tensors are at least ``file_bytes``, and above it only
+    by the digits of a few offsets.
     """
     return tensor_bytes(tensors) + sum(
         len(_json({name: _entry(shape, dtype, total, total)})) - len("{}") + len(",")
@@ -130,12 +130,12 @@ def share_of_files(tensors: Tensors, total: int) -> int:
 
 
 def empty_files_bytes(total: int) -> int:
-    """The most that headers which name nothing take of files that have ``total`` bytes together."""
+    """An upper limit on the bytes of headers without entries, in files of ``total`` bytes together."""
     return most_files(total) * (8 + len(_json({"__metadata__": METADATA})) + 7)
 
 
 def most_files(total: int) -> int:
-    """The most files that ``total`` bytes come in: two that follow each other hold more than the limit."""
+    """The largest number of files of ``total`` bytes together: any two in a row hold more than ``SHARD_BYTES``."""
     return 1 if total <= SHARD_BYTES else 1 + 2 * total // SHARD_BYTES
 
 

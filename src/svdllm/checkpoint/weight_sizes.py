@@ -1,4 +1,4 @@
-"""What weights take on disk, quantised or not, counted from the files."""
+"""Counts the bytes of weight files, quantised or not, from their headers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUANTIZED_PREFIX = "_weight_"
 class WeightBytes:
     """Bytes of the weight files of a folder: ``files == headers + quantized + other``.
 
-    ``quantized`` are the integers of weights in few bits, with their scales; ``other`` is every other tensor.
+    ``quantized`` are the integers and scales of quantised weights, ``other`` is every other tensor.
     """
 
     files: int
@@ -27,7 +27,7 @@ class WeightBytes:
 
     @property
     def files_at_16_bits(self) -> int:
-        """If the floating-point tensors that are not quantised were stored in bfloat16 or float16."""
+        """Bytes of the files if unquantised floating-point tensors were stored in 16 bits."""
         return self.files - self.other + self.other_at_16_bits
 
 

@@ -23,7 +23,7 @@ MARGIN = 1.25  # of the longest time: shapes do not tell everything
 def predicted_seconds(work: Workload) -> tuple[dict[str, float], tuple[float, float]]:
     """Seconds of every stage at the median speed, and the least and most of all together.
 
-    The least counts with the best speed that was measured; the most with the median one, or with the share of the machine
+    The least is that of the best speed measured. The most is that of the median speed, or of the share of the machine
     that other processes leave, whichever is longer.
     """
     shapes = Counter((target.out_features, target.in_features) for target in work.structure.targets)
@@ -38,7 +38,7 @@ def _seconds_by_stage(work: Workload, speed: MachineSpeed) -> dict[str, float]:
     spectra = sum(_spectrum_seconds(target, work, speed) for target in work.structure.targets)
     walk = _forward_seconds(work, work.tokens, speed) + _gram_seconds(work, work.tokens, speed)
     speedup = work.recipe.target_speedup
-    stages = {
+    return {
         "open": work.num_stored_weights / GGUF_WEIGHTS if work.gguf_bytes else 0.0,
         "check weights": tensor_bytes(work.stored) / READ_BYTES,
         "time linears": 0.0 if speedup is None else SECONDS_PER_SHAPE * len(work.linear_shapes),
@@ -48,13 +48,12 @@ def _seconds_by_stage(work: Workload, speed: MachineSpeed) -> dict[str, float]:
         "sequential": work.num_outputs * _sequential_seconds(work, speed),
         "write": work.num_outputs * _write_seconds(work, speed),
     }
-    return {stage: seconds for stage, seconds in stages.items() if seconds}
 
 
-def _forward_seconds(work: Workload, tokens: float, speed: MachineSpeed, seqlen: int | None = None) -> float:
+def _forward_seconds(work: Workload, tokens: int, speed: MachineSpeed) -> float:
     """Of all blocks: products, attention and element-wise operations."""
     weights, depth = work.structure.num_target_params, len(work.structure.blocks)
-    attention = 3 * (seqlen or work.recipe.seqlen) * work.hidden_size * depth
+    attention = 3 * work.recipe.seqlen * work.hidden_size * depth
     passed = PASSES * sum(target.out_features for target in work.structure.targets)
     return tokens * ((2 * weights + attention) / speed.multiply + passed / speed.elements)
 

@@ -12,8 +12,8 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-# Sizes of the measured operations, about 10 ms each on one core: long enough to be timed, and short enough that the best of
-# several is hardly ever interrupted by other processes. A GPU needs larger ones to be busy at all.
+# Sizes of the measured operations, about 10 ms each on one core: long enough to be timed, and short enough for the best
+# of several to run without interruption by other processes. A GPU needs larger ones to be busy at all.
 MOST_TOKENS, MOST_FEATURES, MOST_EIGH = 512, 1024, 384
 GPU_FACTOR = 4
 LEAST_SAMPLES, MOST_SAMPLES = 5, 12

@@ -1,4 +1,4 @@
-"""A model in fewer bits: the factors (or dense linears) stored in 8 or 4 bits each by torchao, in a folder like any other."""
+"""Quantises the factors, or dense linears, of a model to 8 or 4 bits with torchao, and writes an ordinary folder."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ from svdllm.models.skeleton import build_skeleton
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationResult:
-    """What was written. Sizes in bytes of weight files."""
+    """The record of a quantisation. Sizes are bytes of weight files."""
 
     output_dir: Path
     model: str
     bits: int
     group_size: int | None
     linears: list[QuantizedLinear]
-    left: dict[str, str]  # linears and embeddings that are as they were, and why
+    left: dict[str, str]  # linears and embeddings that are not quantised -> the reason
     bytes_before: int
     bytes_after: int
     seconds: dict[str, float]
 
     def by_scheme(self) -> dict[str, int]:
-        """How many linears have each scheme."""
+        """Number of linears with each scheme."""
         names = [str(linear.scheme) for linear in self.linears]
         return {name: names.count(name) for name in dict.fromkeys(names)}
 
@@ -73,26 +73,26 @@ def quantize(
     revision: str | None = None,
     reporter: Reporter | None = None,
 ) -> QuantizationResult:
-    """Stores the linears of a model's blocks in few bits, and writes a folder that ``from_pretrained`` loads.
+    """Quantises the linears of a model's blocks and writes a folder that ``from_pretrained`` loads.
 
-    Of a checkpoint of this library, report, recipe, card and hashes are carried over; of a dense model, weights and
-    tokenizer. Embeddings, ``lm_head``, norms and biases are left in their dtype.
+    Embeddings, ``lm_head``, norms and biases keep their dtype. A checkpoint of this library keeps its report, recipe,
+    card and hashes, brought up to date.
 
     Args:
         model: a checkpoint, or a dense model (folder or hub id).
         output_dir: made by this call; must not exist, or be empty.
-        bits: 8, symmetric integers; or 4, NVFP4 (numbers of four bits, a scale of eight for every 16). A linear whose
-            shape is not in groups gets 8 bits and a scale per row.
-        group_size: inputs that share a scale, with 8 bits; by default all of a row.
-        skip: regular expressions of linears that are left as they are.
+        bits: 8, symmetric integers; or 4, NVFP4 (4-bit floats with an 8-bit scale for every 16). A linear whose shape
+            does not fit gets 8 bits and a scale per row.
+        group_size: inputs that share a scale, with 8 bits; by default a whole row.
+        skip: regular expressions of linears that are not quantised.
         device: where the weights are rounded: auto, cpu, cuda, ...
-        offline, revision: of a hub id.
+        offline, revision: as for ``from_pretrained``, of a hub id.
         reporter: is told about stages.
 
     Raises:
         InputError: torchao is missing, an option is wrong, or the output exists; nothing is left behind.
-        UnsupportedModelError: the model is quantised already, or of no kind that can be.
-        ResourceError: memory or disk does not suffice.
+        UnsupportedModelError: the model is already quantised, or cannot be.
+        ResourceError: memory or disk is too small.
         CheckpointError: a file is missing or altered.
     """
     reporter = reporter or Reporter()
@@ -128,7 +128,11 @@ def quantize(
 def _choose_linears(
     source: Source, scheme: Scheme, skip: Sequence[str], place: torch.device, output: Output
 ) -> tuple[list[QuantizedLinear], dict[str, str]]:
-    """The linears to quantise and what is left, once model, disk and memory are known to allow it."""
+    """The linears to quantise, and those left with the reason; checks model, disk and memory.
+
+    Raises:
+        InputError, UnsupportedModelError, ResourceError: as ``quantize``.
+    """
     _require_quantizable(source, scheme.bits)
     skeleton = build_skeleton(source.config)
     linears, left = choose_schemes(skeleton, scheme, skip)
@@ -162,19 +166,19 @@ def _load_quantized(
 def _require_quantizable(source: Source, bits: int) -> None:
     if source.gguf is not None:
         raise InputError(
-            f"{source.gguf} is a GGUF file, whose weights are in few bits already. Quantise a folder of safetensors."
+            f"{source.gguf} is a GGUF file, whose weights are already quantised. Quantise a folder of safetensors."
         )
     assert source.folder is not None
     if getattr(source.config, "svdllm", None) and not is_checkpoint(source.folder):
         raise InputError(
-            f"{source.name} is a compressed model without {REPORT_FILE}; of a checkpoint on the hub, download the whole "
-            "repository first."
+            f"{source.name} is a compressed model without {REPORT_FILE}. If the checkpoint is on the hub, download the "
+            "whole repository first."
         )
     require_dtype(bits, source.dtype, source.name)
 
 
 def _require_memory(needed: int, place: torch.device) -> None:
-    """Raises ResourceError unless the memory holds the result, where the weights are rounded there."""
+    """Raises ResourceError if the quantised weights do not fit in memory; they are only kept there on the CPU."""
     memory = available_bytes()
     if place.type == "cpu" and memory is not None and needed > memory:
         raise ResourceError(
@@ -183,14 +187,14 @@ def _require_memory(needed: int, place: torch.device) -> None:
 
 
 def _write(loaded: PreTrainedModel, folder: Path, source: Source) -> None:
-    loaded.generation_config = GenerationConfig()  # the source's file is copied; saving may refuse what is in it
+    loaded.generation_config = GenerationConfig()  # that of the source is copied as a file, since saving may refuse it
     loaded.save_pretrained(folder, max_shard_size=SHARD_BYTES, save_original_format=False)
     (folder / "generation_config.json").unlink(missing_ok=True)
     assert source.folder is not None
     copy_companion_files(source.folder, folder)
     mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
-        path.chmod(mode)  # the library makes them readable by their owner only
+        path.chmod(mode)  # save_pretrained makes them readable by their owner only
 
 
 def _finish(
@@ -203,7 +207,7 @@ def _finish(
 
 
 def _report(folder: Path, result: QuantizationResult) -> dict[str, Any]:
-    """The report of the checkpoint with what quantisation changed in it."""
+    """The report of a checkpoint, brought up to date with its quantisation."""
     import torchao
 
     report = read_report(folder)

@@ -292,8 +292,8 @@ def test_before_the_analysis_ranks_of_the_same_size_stand_in(tmp_path: Path) -> 
     recipe = small_recipe(target_size=budget, factor_bits=4, round_to=16, allocation="loss")
     (planned,) = svdllm.plan(dense, recipe)
     assert not planned.ranks_known
-    assert planned.quantized_file_bytes is not None
-    assert 0.97 * budget < planned.quantized_file_bytes <= budget
+    assert planned.sizes.quantized_file_bytes is not None
+    assert 0.97 * budget < planned.sizes.quantized_file_bytes <= budget
     assert {rank % 16 for rank in planned.ranks.values()} == {0}
     assert set(planned.ranks) == {target.name for target in files.targets}
     check(dense, tmp_path, 4, allocation="loss", ignore=("k_proj", "v_proj"))

@@ -87,7 +87,7 @@ def test_the_new_rows_and_columns_are_zero_and_the_old_ones_as_they_were(family:
 
 
 def test_nine_heads_in_groups_of_three(tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """The shape of SmolLM2-135M, by the command; what is written loads with and without the library, and saves again."""
+    """The shape of SmolLM2-135M, by the command. The result loads with and without the library, and saves again."""
     heads = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 1}
     dense = save_dense(tmp_path / "dense", tokenizer=tokenizer, **heads)
     small, out = tmp_path / "small", tmp_path / "out"

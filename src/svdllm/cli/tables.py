@@ -247,7 +247,7 @@ def allocation_text(plan: Plan, dense: int) -> str:
 
 def quantized_text(num_bytes: int, bits: int | None) -> str:
     """The size that the ranks were chosen for."""
-    return f"{size(num_bytes)}, by `svdllm quantize` with --bits {bits}"
+    return f"at most {size(num_bytes)}, by `svdllm quantize` with --bits {bits}"
 
 
 def threshold_text(threshold: float | None) -> str:

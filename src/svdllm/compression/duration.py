@@ -13,8 +13,12 @@ from svdllm.models.structure import Target
 # Bytes per second of reading weights and looking for NaN, and of writing a checkpoint, hashing it and reading it back.
 READ_BYTES, WRITE_BYTES = 4e8, 1e8
 GGUF_WEIGHTS = 1.5e7  # dequantised, written and hashed per second
-# Element-wise operations on activations beside the products: norms, residuals, rotations and gates of a block.
-PASSES = 8
+# Element-wise operations for every output of a linear: norms, residuals, rotations, gates, copies.
+PASSES = 16
+# Times the forward pass that a backward pass takes, with the forward pass that it repeats.
+BACKWARD = 2.5
+# A call of few tokens takes as long as with this many more, in which time the weights are read from memory.
+CALL_TOKENS = 32
 # How much of the products' work a symmetric product needs, computed panel by panel.
 SYMMETRIC = 0.65
 MARGIN = 1.25  # of the longest time: shapes do not tell everything
@@ -69,7 +73,7 @@ def _backward_seconds(work: Workload, speed: MachineSpeed) -> float:
     tokens, head = work.gradient_tokens, work.vocab_size * work.hidden_size
     lefts = sum(target.out_features**2 for target in work.structure.targets)
     return (
-        2 * _forward_seconds(work, tokens, speed)
+        BACKWARD * _forward_seconds(work, tokens, speed)
         + 2 * SYMMETRIC * tokens * lefts / speed.multiply32
         + tokens * (4 * head / speed.multiply + 6 * work.vocab_size / speed.elements)
     )
@@ -85,7 +89,7 @@ def _probe_seconds(work: Workload, speed: MachineSpeed) -> float:
     if not count:
         return 0.0
     return (
-        blocks * _forward_seconds(work, work.probe_tokens, speed)
+        blocks * _forward_seconds(work, work.probe_tokens + CALL_TOKENS, speed)
         + count * work.probe_tokens * head
         + products / speed.multiply
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -144,5 +145,6 @@ class Workload:
     def _insides(self) -> tuple[str, ...]:
         return tuple(f"{block}." for block in self.structure.blocks)
 
-    def _numel(self, wanted) -> int:
+    def _numel(self, wanted: Callable[[str], bool]) -> int:
+        """Stored numbers in the tensors with wanted names."""
         return sum(torch.Size(shape).numel() for name, (shape, _) in self.stored.items() if wanted(name))

@@ -1,4 +1,4 @@
-"""Sizes of quantised models, predicted before there is a file: never exceeded by the files, and within 0.5 % of real ones."""
+"""Predicted sizes of quantised models: files are never larger, and of real models at most 0.5 % smaller."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def budget_of(files: QuantizedFiles, least: int) -> int:
 
 
 def check(dense: Path, work: Path, bits: int, **settings: Any) -> None:
-    """Compresses and quantises: the size is below the prediction, which is in the budget, and no rank could be higher."""
+    """Compresses and quantises: files within the prediction, which is within the budget; no rank could be higher."""
     settings = {"round_to": 16 if bits == 4 else 1} | settings
     files = files_of(dense, bits, **settings)
     budget = budget_of(files, settings["round_to"])
@@ -178,7 +178,7 @@ def test_weights_are_counted_to_the_byte(bits: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_of_a_model_of_real_size_the_margin_is_below_half_a_percent(bits: int) -> None:
-    """SmolLM2-135M, the smallest that is compressed in earnest: all that is said of headers is the most it can be off."""
+    """The shapes of SmolLM2-135M. Only the limit on headers is not exact, and files hold more than 0.35 of it."""
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -194,7 +194,7 @@ def test_of_a_model_of_real_size_the_margin_is_below_half_a_percent(bits: int) -
     files = QuantizedFiles.of(skeleton, structure.targets, torch.bfloat16, bits)
     ranks = {target.name: target.break_even_rank // 32 * 16 for target in structure.targets}
     headers = sum(ENTRY_BYTES + NOTE_BYTES + 5 * len(name) for name in files.tensors(ranks)) + EMPTY_QUANTIZED_BYTES
-    assert 0.65 * headers < 0.005 * files.num_bytes(ranks)  # real headers have more than 0.35 of it
+    assert 0.65 * headers < 0.005 * files.num_bytes(ranks)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -158,7 +158,7 @@ def test_attention_sinks_are_refused(tmp_path: Path) -> None:
 
 def test_other_widths_have_to_be_divisible(tmp_path: Path) -> None:
     save_low_rank(tmp_path / "small", intermediate_size=50, dense=("down_proj",))
-    message = "3 processes cannot share the 50 outputs of model.layers.0.mlp.gate_proj.svd_u evenly, and only heads are padded"
+    message = "3 processes cannot share the 50 outputs of model.layers.0.mlp.gate_proj.svd_u evenly, and only heads"
     with pytest.raises(UnsupportedModelError, match=message):
         export_padded(tmp_path / "small", tmp_path / "out", 3)
     export_padded(tmp_path / "small", tmp_path / "out", 5)

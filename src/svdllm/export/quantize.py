@@ -103,11 +103,8 @@ def quantize(
             source, place = open_config(model, offline=offline, revision=revision), resolve_device(device)
             linears, left = _choose_linears(source, scheme, skip, place, output)
         _warn_of_elastic_files(source, reporter)
-        with reporter.stage("quantise", 1):
-            loaded = _load_quantized(model, source, linears, place, offline, revision)
-        with reporter.stage("write", 1):
-            _write(loaded, partial, source)
-            del loaded
+        options = {"local_files_only": offline} | ({} if revision is None else {"revision": revision})
+        _round_and_write(model, partial, source, linears, place, options, reporter)
         result = QuantizationResult(
             output_dir=output.path,
             model=source.name,
@@ -148,19 +145,22 @@ def _warn_of_elastic_files(source: Source, reporter: Reporter) -> None:
         reporter.warn("The smaller sizes of this elastic checkpoint are not carried over; slice before you quantise.")
 
 
-def _load_quantized(
+def _round_and_write(
     model: str | Path,
+    partial: Path,
     source: Source,
     linears: Sequence[QuantizedLinear],
     place: torch.device,
-    offline: bool,
-    revision: str | None,
-) -> PreTrainedModel:
-    options: dict[str, Any] = {} if place.type == "cpu" else {"device_map": {"": str(place)}}
-    if revision is not None:
-        options["revision"] = revision
-    config = quantization_config(linears)
-    return load_model(model, dtype=source.dtype, quantization_config=config, local_files_only=offline, **options)
+    options: dict[str, Any],
+    reporter: Reporter,
+) -> None:
+    """Loads the model with quantised linears and writes its weights; ``options`` are those of ``from_pretrained``."""
+    with reporter.stage("quantise", 1):
+        if place.type != "cpu":
+            options = options | {"device_map": {"": str(place)}}
+        loaded = load_model(model, dtype=source.dtype, quantization_config=quantization_config(linears), **options)
+    with reporter.stage("write", 1):
+        _write(loaded, partial, source)
 
 
 def _require_quantizable(source: Source, bits: int) -> None:

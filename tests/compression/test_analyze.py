@@ -17,7 +17,9 @@ from runs import small_recipe, token_windows
 from svdllm import NumericalError, Recipe
 from svdllm.common.progress import Reporter
 from svdllm.compression.math.linalg import factorise
-from svdllm.compression.probe import MEASURES, probe, probe_ids, probe_rank, probe_ranks, probe_tokens
+from svdllm.compression.probe import probe, probe_ids, probe_ranks, probe_tokens
+from svdllm.compression.ranks import ALLOCATIONS
+from svdllm.compression.ranks.loss import probe_rank
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.structure import discover, weight_of
 
@@ -162,8 +164,9 @@ def test_probing_leaves_the_walk_dense(tmp_path: Path):
 
 def probed_on(run: SimpleNamespace, ids: Tensor) -> Any:
     run.walk.ids, run.walk.kept_batches, run.walk.batch_tokens = ids, 0, ids.numel()
-    measure = MEASURES[run.recipe.allocation]
-    return probe(run.walk, run.analysis, probe_ranks(run.recipe, run.structure), measure, Reporter())
+    probing = ALLOCATIONS[run.recipe.allocation].probing
+    assert probing is not None
+    return probe(run.walk, run.analysis, probe_ranks(run.recipe, run.structure), probing.measure, Reporter())
 
 
 def truncated_logits(run: SimpleNamespace, target: Any, rank: int, ids: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from svdllm.comparison.measure import measure
 from svdllm.comparison.settings import Cell, Grid, Variant, file_name_of
 from svdllm.comparison.spectra import read_spectra
 from svdllm.compression.plan import plan
-from svdllm.compression.recipe import make_recipe
+from svdllm.compression.recipe_files import make_recipe
 from svdllm.compression.run import compress
 from svdllm.data import check_source
 from svdllm.evaluation.tasks import TaskSuite, check_models, open_tasks

@@ -43,7 +43,7 @@ class Variant:
     @property
     def analysis_key(self) -> str:
         """The same for variants that share calibration and decomposition."""
-        return hashlib.sha256(json.dumps(self.recipe.analysis_settings, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.recipe.analysis_settings(), sort_keys=True).encode()).hexdigest()[:16]
 
     def within(self, context: int | None) -> Variant:
         """The same, whose calibration keeps to the context of a model where nobody said how long its windows are."""

@@ -9,7 +9,7 @@ from typing import Any
 from svdllm.common.errors import InputError, did_you_mean
 from svdllm.comparison.settings import Variant
 from svdllm.comparison.variants import variants_of
-from svdllm.compression.recipe import make_recipe
+from svdllm.compression.recipe_files import make_recipe
 from svdllm.recovery.settings import ORDERS
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from svdllm.common.errors import InputError, did_you_mean
 from svdllm.comparison.settings import DENSE, Variant
-from svdllm.compression.recipe import BUDGETS, OF_A_BUDGET, PRESETS, load_settings, make_recipe, preset_settings
+from svdllm.compression.recipe_files import PRESETS, load_settings, make_recipe, preset_settings
+from svdllm.compression.recipe_parts import BUDGETS, OF_A_BUDGET
 from svdllm.recovery import Recovery, make_recovery
 from svdllm.recovery.settings import DEFAULTS as TRAINING
 

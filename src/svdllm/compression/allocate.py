@@ -8,8 +8,8 @@ from svdllm.checkpoint.elastic import Probes
 from svdllm.common.files import write_atomically
 from svdllm.compression.analysis import Analysis
 from svdllm.compression.plan import Plan, refine
-from svdllm.compression.probe import MEASURES, probe, probe_ids, probe_ranks, probe_tokens
-from svdllm.compression.ranks import Evidence
+from svdllm.compression.probe import probe, probe_ids, probe_ranks, probe_tokens
+from svdllm.compression.ranks import ALLOCATIONS, Evidence
 from svdllm.compression.ranks.budget import require_fast_enough
 from svdllm.compression.ranks.linear_times import LinearTimes, measure_linears
 from svdllm.compression.session import Run
@@ -61,7 +61,7 @@ def allocate(
     Raises:
         NumericalError: a probe is not finite; names the linear.
     """
-    if run.recipe.allocation == "uniform":
+    if not ALLOCATIONS[run.recipe.allocation].needs_spectra:
         return list(plans)
     energies = {target.name: analysis.energies(target) for target in subject.structure.targets}
     evidence = Evidence(energies)
@@ -81,7 +81,9 @@ def _probes(run: Run, subject: Subject, windows: TokenWindows, analysis: Analysi
         ids = probe_ids(windows.ids, probe_tokens(recipe, structure, subject.skeleton))
         walk = subject.walk(ids, recipe)
         walk.batch_tokens = ids.numel()
-        probes = probe(walk, analysis, ranks, MEASURES[recipe.allocation], run.reporter)
+        probing = ALLOCATIONS[recipe.allocation].probing
+        assert probing is not None
+        probes = probe(walk, analysis, ranks, probing.measure, run.reporter)
         walk.close()
         analysis.write_probes(recipe.allocation, probes)
     return probes

@@ -24,15 +24,8 @@ from svdllm.common.progress import Reporter
 from svdllm.common.settings_file import read_settings
 from svdllm.common.version import __version__
 from svdllm.compression.analysis import Analysis
-from svdllm.compression.collect import (
-    collect_fisher,
-    collect_gradients,
-    collect_statistics,
-    joint_left_metric,
-    left_metric_of,
-    right_metric,
-)
-from svdllm.compression.math.linalg import Spectrum, output_spectrum, shrunk_to_mean
+from svdllm.compression.collect import collect_backward, collect_statistics, left_metric_of, right_metric
+from svdllm.compression.math.linalg import Spectrum, output_spectrum
 from svdllm.compression.math.metrics import METHODS, Method
 from svdllm.compression.math.statistics import Gram, Statistic
 from svdllm.compression.plan import Plan
@@ -41,7 +34,7 @@ from svdllm.compression.records import Provenance
 from svdllm.compression.session import Run, recipe_settings
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
-from svdllm.models.structure import Structure, Target, matches, weight_of
+from svdllm.models.structure import Structure, Target, weight_of
 from svdllm.models.walk import Block, Walk
 
 
@@ -63,7 +56,7 @@ def open_analysis(run: Run, subject: Subject, provenance: Provenance) -> Iterato
     with locked(run.analysis_dir / LOCK, run.analysis_dir) as warning:
         if warning is not None:
             run.reporter.warn(warning)
-        shared = Analysis(run.analysis_dir, recipe_settings(run.recipe.analysis_settings) | beside)
+        shared = Analysis(run.analysis_dir, recipe_settings(run.recipe.analysis_settings()) | beside)
         shared.open()
         yield shared
 
@@ -171,14 +164,7 @@ class Calibration:
         forward = time.perf_counter() - started
 
         def metric_of(target: Target) -> Tensor | None:
-            return right_metric(
-                target,
-                statistics,
-                self.method,
-                alpha=self.recipe.asvd_alpha,
-                shrinkage=self.recipe.shrinkage,
-                centred=self.recipe.bias_correction,
-            )
+            return right_metric(target, statistics, self.method, self.recipe)
 
         leaders = {target.group: target for target in targets}
         means = {}
@@ -208,22 +194,11 @@ class Calibration:
         self._decompose(block, targets, self.analysis.metric, means, seconds, lefts)
 
     def _left_metrics(self, block: Block, targets: list[Target]) -> dict[str, Tensor]:
-        if self.method.left is not None:
-            fishers = collect_fisher(block, targets)
-            return {name: torch.diag(self.method.left(fisher.value())) for name, fisher in fishers.items()}
-        input_only = {t.name: [name for name in t.linears if self._input_only(name)] for t in targets}
-        gradients = collect_gradients(block, [t for t in targets if len(input_only[t.name]) < len(t.linears)])
-        shrinkage = self.recipe.gradient_shrinkage
-        return {
-            t.name: joint_left_metric(t, gradients[t.name].value(), input_only[t.name], shrinkage)
-            if t.parts
-            else shrunk_to_mean(gradients[t.name].value(), shrinkage)
-            for t in targets
-            if t.name in gradients
-        }
-
-    def _input_only(self, linear: str) -> bool:
-        return any(matches(pattern, linear) for pattern in self.recipe.input_only)
+        left = self.recipe.left_metric
+        assert left is not None
+        weighed = [target for target in targets if left.weighs(target, self.recipe)]
+        statistics = collect_backward(block, weighed, left.statistic)
+        return {t.name: left.of(t, statistics[t.name].value(), self.recipe) for t in weighed if t.name in statistics}
 
     def _decompose(
         self,

@@ -5,21 +5,19 @@ The statistics of a linear's inputs make the right metric, those of the gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from svdllm.common.errors import InputError, NumericalError
-from svdllm.compression.math.linalg import equal_energies, shrunk_to_diagonal, shrunk_to_mean
+from svdllm.compression.math.linalg import equal_energies
 from svdllm.compression.math.metrics import Method
-from svdllm.compression.math.statistics import Gram, RowFisher, Statistic
+from svdllm.compression.math.statistics import BackwardStatistic, Gram, Statistic
+from svdllm.compression.recipe import Recipe
 from svdllm.models.structure import Target, input_groups
 from svdllm.models.walk import Block
-
-# Keeps the left metric of several linears defined where one of them has no gradient.
-LEAST_SHARE = 1e-6
 
 
 def collect_statistics(block: Block, targets: list[Target], method: Method) -> dict[str, Statistic]:
@@ -45,56 +43,20 @@ def collect_statistics(block: Block, targets: list[Target], method: Method) -> d
     return {target.name: statistics[groups[target.name]] for target in targets}
 
 
-def right_metric(
-    target: Target,
-    statistics: Mapping[str, Statistic],
-    method: Method,
-    *,
-    alpha: float,
-    shrinkage: float,
-    centred: bool = False,
-) -> Tensor | None:
-    """The metric ``C = S S^T`` of a target, from what was accumulated over its inputs; ``centred`` if a bias is added.
+def right_metric(target: Target, statistics: Mapping[str, Statistic], method: Method, recipe: Recipe) -> Tensor | None:
+    """The metric ``C = S S^T`` of a target, from what was accumulated over its inputs; centred if a bias is added.
 
     Raises:
         NumericalError: the inputs are not finite.
     """
     statistic = statistics.get(target.name)
     value = None if statistic is None else statistic.value()
-    if centred and isinstance(statistic, Gram):
+    if recipe.bias_correction and isinstance(statistic, Gram):
         value = statistic.centred()
-    metric = method.right(value, alpha)
+    metric = method.right(value, recipe)
     if metric is not None and not bool(torch.isfinite(metric).all()):
         raise NumericalError(f"The inputs of {target.name} have NaN or infinite values over the calibration text.")
-    return shrunk_to_diagonal(metric, shrinkage)
-
-
-def collect_gradients(block: Block, targets: list[Target]) -> dict[str, Gram]:
-    """Runs a block backward over the kept batches and accumulates ``G``, the Gram of each target's output gradients."""
-    grams: dict[str, Gram] = {}
-
-    def watch(target: Target, inputs: Tensor, gradients: Tensor) -> None:
-        if target.name not in grams:
-            grams[target.name] = Gram(target.out_features, gradients.device)
-        grams[target.name].add(gradients)
-
-    _run_backward(block, targets, watch)
-    return grams
-
-
-def joint_left_metric(target: Target, gradient_OO: Tensor, input_only: Sequence[str], shrinkage: float) -> Tensor:
-    """Of several linears with one first factor: the left metric of each in its place, in proportion to its gradients.
-
-    A linear that is to be judged by its inputs alone keeps that proportion and no direction.
-    """
-    whole = gradient_OO.diagonal().mean().clamp_min(torch.finfo(gradient_OO.dtype).tiny)
-    blocks, start = [], 0
-    for name, size in target.parts:
-        own_OO = gradient_OO[start : start + size, start : start + size]
-        share = (own_OO.diagonal().mean() / whole).clamp_min(LEAST_SHARE)
-        blocks.append(share * shrunk_to_mean(own_OO, 1.0 if name in input_only else shrinkage))
-        start += size
-    return torch.block_diag(*blocks)
+    return metric
 
 
 def left_metric_of(target: Target, weight_OI: Tensor, metric: Tensor | None, left_OO: Tensor | None) -> Tensor | None:
@@ -104,18 +66,23 @@ def left_metric_of(target: Target, weight_OI: Tensor, metric: Tensor | None, lef
     return equal_energies(list(target.split(weight_OI).values()), metric)
 
 
-def collect_fisher(block: Block, targets: list[Target]) -> dict[str, RowFisher]:
-    """Runs a block backward over the kept batches and accumulates the Fisher information of each target's rows."""
-    fishers: dict[str, RowFisher] = {}
+def collect_backward(
+    block: Block, targets: list[Target], statistic: type[BackwardStatistic]
+) -> dict[str, BackwardStatistic]:
+    """Runs a block backward over the kept batches and accumulates one statistic per target, by its name.
+
+    A target that the loss does not reach is not in it.
+    """
+    statistics: dict[str, BackwardStatistic] = {}
     seqlen = block.walk.ids.shape[1]
 
     def watch(target: Target, inputs: Tensor, gradients: Tensor) -> None:
-        if target.name not in fishers:
-            fishers[target.name] = RowFisher(target.out_features, gradients.device)
-        fishers[target.name].add(_by_window(inputs, seqlen), _by_window(gradients, seqlen))
+        if target.name not in statistics:
+            statistics[target.name] = statistic(target.out_features, gradients.device)
+        statistics[target.name].add(_by_window(inputs, seqlen), _by_window(gradients, seqlen))
 
     _run_backward(block, targets, watch)
-    return fishers
+    return statistics
 
 
 def _by_window(tokens: Tensor, seqlen: int) -> Tensor:

@@ -9,10 +9,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from svdllm.compression.math.metrics import METHODS
-from svdllm.compression.math.statistics import Gram
 from svdllm.compression.needs import RunNeeds, needs_of
-from svdllm.compression.probe import WINDOW, probe_ranks, probe_tokens
-from svdllm.compression.ranks import Allocation, Evidence
+from svdllm.compression.probe import probe_ranks, probe_tokens
+from svdllm.compression.ranks import ALLOCATIONS, Allocation, Evidence
 from svdllm.compression.ranks.budget import choose_ranks
 from svdllm.compression.ranks.linear_times import LinearTimes, Speed
 from svdllm.compression.recipe import Recipe
@@ -178,7 +177,7 @@ def make_plan(
     source, structure = subject.source, subject.structure
     if recipe.needs_tokens:
         require_context(source.config, recipe.seqlen, "--seqlen")
-    known = recipe.allocation == "uniform"
+    known = not ALLOCATIONS[recipe.allocation].needs_spectra
     allocation, sizes = _allocate(subject, recipe, None, ranks_known=known)
     return Plan(
         model=source.name,
@@ -232,17 +231,18 @@ def calibration_warnings(subject: Subject, recipe: Recipe, num_tokens: int) -> l
     """Warns of too little calibration text for the Grams, or for probing."""
     warnings = []
     widest = max(subject.structure.targets, key=lambda target: target.in_features)
-    if METHODS[recipe.method].statistic is Gram and num_tokens < widest.in_features:
+    if METHODS[recipe.method].collects_gram and num_tokens < widest.in_features:
         warnings.append(
             f"Only {num_tokens:,} calibration tokens ({recipe.samples} x {recipe.seqlen}), fewer than the widest input has "
             f"features ({widest.in_features:,}, {widest.name}): its Gram is singular and the result fits these tokens "
             f"only. Use at least {widest.in_features:,} tokens, better ten times as many."
         )
     structure, skeleton = subject.structure, subject.skeleton
-    if recipe.allocation == "strs" and (probed := probe_tokens(recipe, structure, skeleton)) < WINDOW:
+    probing = ALLOCATIONS[recipe.allocation].probing
+    if probing is not None and (probed := probe_tokens(recipe, structure, skeleton)) < probing.least_tokens:
         tried = sum(map(len, probe_ranks(recipe, structure).values()))
         warnings.append(
-            f"Allocation strs measures the loss of {tried:,} truncations on {probed:,} tokens only: chance has a part in "
-            f"which it takes. Use more --samples or --probe-share (now {recipe.probe_share}), or fewer --strs-ratios."
+            f"Allocation {recipe.allocation} measures the loss of {tried:,} truncations on {probed:,} tokens only: chance "
+            f"has a part in which it takes. Use more --samples or --probe-share (now {recipe.probe_share}){probing.advice}."
         )
     return warnings

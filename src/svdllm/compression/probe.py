@@ -1,16 +1,15 @@
 """Probing: what it does to the model's predictions to truncate one linear alone, for each linear at one or more ranks.
 
 All probes are made in one forward walk: a linear of block ``k`` changes nothing before block ``k``, so a probe's stream
-starts there, from the dense stream's hidden states, and rides along with the others to the end. Allocation ``loss``
-measures ``KL(dense || model with only this linear truncated)`` at a tenth of break-even, ``strs`` the loss of the text
-at the rank of every ratio; both per token.
+starts there, from the dense stream's hidden states, and rides along with the others to the end. At which ranks, and
+what is measured, says the row of the allocation.
 
 Legend: ``T`` tokens of a window, ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from typing import Any, NamedTuple
@@ -24,34 +23,27 @@ from svdllm.common.errors import NumericalError
 from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis
 from svdllm.compression.math.linalg import Spectrum
+from svdllm.compression.math.measures import Measure
 from svdllm.compression.math.metrics import METHODS
-from svdllm.compression.math.statistics import Gram
-from svdllm.compression.ranks import candidate_ranks
+from svdllm.compression.ranks import ALLOCATIONS
 from svdllm.compression.recipe import Recipe
 from svdllm.models.shared_state import State, moved
 from svdllm.models.structure import Structure, Target, weight_of
 from svdllm.models.stubs import Call
 from svdllm.models.walk import Walk
 
-PROBE_SHARE_OF_BREAK_EVEN = 0.1
 WINDOW = 256
 MOST_TOKENS = 8192
 
-# Of a window's log probabilities by the dense model (T x V) and its tokens (T): a measure of any other model's.
-Measure = Callable[[Tensor, Tensor], Callable[[Tensor], float]]
 Ranks = Mapping[str, Sequence[int]]  # target -> the ranks that it is probed at, ascending
-
-
-def probe_rank(target: Target) -> int:
-    """Where ``loss`` measures."""
-    return max(1, round(PROBE_SHARE_OF_BREAK_EVEN * target.break_even_rank))
 
 
 def probe_ranks(recipe: Recipe, structure: Structure) -> dict[str, list[int]]:
     """The ranks that every target is probed at; none without probing."""
-    if recipe.allocation == "strs":
-        return {t.name: candidate_ranks(t, recipe.strs_ratios, recipe.round_to) for t in structure.targets}
-    return {t.name: [probe_rank(t)] if recipe.needs_probes else [] for t in structure.targets}
+    probing = ALLOCATIONS[recipe.allocation].probing
+    if probing is None:
+        return {target.name: [] for target in structure.targets}
+    return {target.name: probing.ranks(target, recipe.round_to, recipe) for target in structure.targets}
 
 
 def probe_ids(ids: Tensor, num_tokens: int) -> Tensor:
@@ -69,7 +61,7 @@ def probe_tokens(recipe: Recipe, structure: Structure, skeleton: PreTrainedModel
     calibration is that of the text through the model, also for a method that needs none, and of the Grams.
     """
     head: Any = skeleton.get_output_embeddings()
-    gram = METHODS[recipe.method].statistic is Gram
+    gram = METHODS[recipe.method].collects_gram
     widths = {target.group: target.in_features for target in structure.targets}
     forward = structure.num_target_params
     calibration = recipe.samples * recipe.seqlen * (forward + gram * sum(width**2 for width in widths.values()) / 2)
@@ -81,28 +73,6 @@ def probe_tokens(recipe: Recipe, structure: Structure, skeleton: PreTrainedModel
     )
     wanted = recipe.probe_share / (1 - recipe.probe_share) * calibration / max(per_token, 1)
     return max(2, min(MOST_TOKENS, recipe.samples * min(recipe.seqlen, WINDOW), int(wanted)))
-
-
-def divergence(dense_TV: Tensor, ids_T: Tensor) -> Callable[[Tensor], float]:
-    """Mean KL divergence of other predictions from the dense model's."""
-    probabilities_TV = dense_TV.exp()
-
-    def measure(other_TV: Tensor) -> float:
-        difference_TV = dense_TV - other_TV
-        # Equal to p log(p/q) summed, but no term is negative: small divergences do not drown in rounding.
-        terms_TV = probabilities_TV * (difference_TV + torch.expm1(-difference_TV))
-        return float(terms_TV.sum(dtype=torch.float64)) / len(ids_T)
-
-    return measure
-
-
-def cross_entropy(dense_TV: Tensor, ids_T: Tensor) -> Callable[[Tensor], float]:
-    """Mean loss of the text: the logarithm of the perplexity."""
-    following = ids_T[1:, None].to(dense_TV.device)
-    return lambda other_TV: -float(other_TV[:-1].gather(-1, following).mean(dtype=torch.float64))
-
-
-MEASURES: dict[str, Measure] = {"loss": divergence, "strs": cross_entropy}
 
 
 def probe(walk: Walk, analysis: Analysis, ranks: Ranks, measure: Measure, reporter: Reporter) -> Probes:

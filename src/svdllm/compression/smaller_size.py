@@ -23,7 +23,8 @@ from svdllm.common.errors import CheckpointError, InputError
 from svdllm.compression.plan import Plan, make_plan, refine
 from svdllm.compression.ranks import Evidence
 from svdllm.compression.ranks.budget import spare_ranks
-from svdllm.compression.recipe import Recipe, load_settings, make_recipe
+from svdllm.compression.recipe import Recipe
+from svdllm.compression.recipe_files import load_settings, make_recipe
 from svdllm.compression.records import LinearRecord, Provenance, linear_record, ranks_entry
 from svdllm.compression.subject import Subject, discover_subject
 from svdllm.models.low_rank import HASHES_FILE, compare_hashes
@@ -118,7 +119,7 @@ def find_size(folder: str | Path, ratio: float, device: str | None, *, check_int
 def _plan(subject: Subject, recipe: Recipe, evidence: Evidence) -> Plan:
     """The plan of a smaller size: no analysis, and the checkpoint is all that is written."""
     plan = make_plan(subject, recipe)
-    if recipe.allocation != "uniform":
+    if not plan.ranks_known:
         plan = refine(plan, subject, evidence)
     needs = replace(
         plan.needs,

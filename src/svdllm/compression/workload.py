@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from svdllm.checkpoint.tensors import Tensors, tensor_bytes
 from svdllm.compression.math.metrics import METHODS, Method
-from svdllm.compression.math.statistics import Gram
 from svdllm.compression.probe import probe_ranks, probe_tokens
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.subject import Subject
@@ -51,7 +50,7 @@ class Workload:
 
     @property
     def takes_grams(self) -> bool:
-        return self.method.statistic is Gram
+        return self.method.collects_gram
 
     @cached_property
     def group_widths(self) -> dict[str, int]:

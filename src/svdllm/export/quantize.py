@@ -32,7 +32,7 @@ from svdllm.common.extras import require_extra
 from svdllm.common.memory import available_bytes
 from svdllm.common.progress import Reporter
 from svdllm.common.version import __version__
-from svdllm.compression.recipe import load_settings, make_recipe
+from svdllm.compression.recipe_files import load_settings, make_recipe
 from svdllm.models.companions import copy_companion_files
 from svdllm.models.open import Source, open_config
 from svdllm.models.skeleton import build_skeleton

@@ -26,7 +26,7 @@ from svdllm.common.memory import explain_out_of_memory, peak_bytes
 from svdllm.common.progress import Reporter
 from svdllm.common.settings_file import FINGERPRINT_FILE, read_settings, refuse_other_settings
 from svdllm.common.version import __version__
-from svdllm.compression.recipe import load_settings, make_recipe
+from svdllm.compression.recipe_files import load_settings, make_recipe
 from svdllm.data import evaluation_tokens
 from svdllm.evaluation.perplexity import perplexity
 from svdllm.models.limits import within_context

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 
 from svdllm.common.errors import InputError
-from svdllm.compression.recipe import problems_of
+from svdllm.common.settings import DEVICE, problems_of, setting
 
 Method = Literal["sequential-lora", "blockwise", "distill"]
 # Which factors each stage trains; joint is the paper's ablation (NFT).
@@ -45,44 +45,94 @@ class Recovery(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
     _context: int | None = PrivateAttr(None)
 
-    methods: tuple[Method, ...] = Field(("sequential-lora",), min_length=1, description="Run one after the other.")
-    data: str = Field(description="Examples or text: a file, a hub data set or a named text.")
-    order: Literal["u-first", "v-first", "joint"] = Field(
-        "u-first", description="Which factor is trained first; joint trains both at once (sequential-lora)."
+    methods: tuple[Method, ...] = setting(
+        ("sequential-lora",),
+        "sequential-lora (the paper's), blockwise (each block's output matched to the dense model's) or distill (end "
+        "to end, on all factors); several, as in blockwise,distill, run one after the other.",
+        panel="Training",
+        flag="--method",
+        reader="names",
+        min_length=1,
     )
-    r: int = Field(8, ge=1, description="Rank of the LoRA adapters.")
-    alpha: float = Field(16, gt=0, description="Scale of the LoRA adapters: alpha / r.")
-    lr: float | None = Field(None, gt=0, description="Highest learning rate.")
-    epochs: float | None = Field(None, gt=0, description="Passes over the examples, where no steps are given.")
-    samples: int | None = Field(None, ge=1, description="Random windows of a text (blockwise).")
-    steps: int | None = Field(None, ge=1, description="Optimizer steps of each stage.")
-    batch: int | None = Field(None, ge=1, description="Sequences of one step.")
-    micro_batch: int | None = Field(None, ge=1, description="Sequences at once; the gradients of a step add up.")
-    seqlen: int | None = Field(None, ge=2, description="Longest sequence, in tokens.")
-    warmup: float = Field(
-        0.05, ge=0, lt=1, description="Share of the steps in which the rate rises; it then falls as a cosine."
+    data: str = setting(
+        ...,
+        "What to learn from: a .json, .jsonl or .parquet file or a hub data set with instruction/input/output, "
+        "prompt/completion or messages; or text, as for --calib of `svdllm compress`.",
+        panel="Data",
     )
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
-    template: Literal["alpaca", "chat"] = Field("alpaca", description="How instructions are put to the model.")
-    train_on: Literal["completions", "everything"] = Field("completions", description="Which tokens are learnt.")
-    packing: bool = Field(False, description="Put examples one after the other in rows of full length.")
-    teacher: str | None = Field(None, description="The dense model, whose predictions are learnt (distill).")
-    kl: float = Field(
+    order: Literal["u-first", "v-first", "joint"] = setting(
+        "u-first",
+        "Which factor is trained first; joint trains both at once (the paper's ablation).",
+        panel="Sequential LoRA",
+    )
+    r: int = setting(8, "Rank of the LoRA adapters.", panel="Sequential LoRA", ge=1)
+    alpha: float = setting(16, "Scale of the LoRA adapters: alpha / r.", panel="Sequential LoRA", gt=0)
+    lr: float | None = setting(None, "Highest learning rate.", panel="Training", gt=0)
+    epochs: float | None = setting(None, "Passes over the examples, where steps are not given.", panel="Training", gt=0)
+    samples: int | None = setting(None, "Random windows of a text (blockwise).", panel="Data", ge=1)
+    steps: int | None = setting(None, "Optimizer steps of each stage, instead of epochs.", panel="Training", ge=1)
+    batch: int | None = setting(None, "Sequences of one step.", panel="Training", ge=1)
+    micro_batch: int | None = setting(
+        None,
+        "Sequences in memory at once; the gradients of a step add up.",
+        panel="Training",
+        shown_default=str(MICRO_BATCH),
+        ge=1,
+    )
+    seqlen: int | None = setting(
+        None, "Longest sequence, in tokens; by default at most the model's context.", panel="Data", ge=2
+    )
+    warmup: float = setting(
+        0.05,
+        "Share of the steps in which the learning rate rises; it then falls as a cosine.",
+        panel="Training",
+        ge=0,
+        lt=1,
+    )
+    weight_decay: float = setting(0.0, "Weight decay of AdamW.", panel="Training", ge=0)
+    clip: float = setting(
+        1.0, "Largest norm of the gradient; greater ones are scaled down to it.", panel="Training", gt=0
+    )
+    template: Literal["alpaca", "chat"] = setting(
+        "alpaca", "How instructions are put to the model: alpaca, or chat (the tokenizer's template).", panel="Data"
+    )
+    train_on: Literal["completions", "everything"] = setting(
+        "completions", "Which tokens are learnt: completions (only the answers) or everything.", panel="Data"
+    )
+    packing: bool = setting(False, "Put examples one after the other in rows of full length.", panel="Data")
+    teacher: str | None = setting(
+        None,
+        "The dense model. distill learns its predictions and the text (without it the text only); blockwise needs it.",
+        panel="Training",
+    )
+    kl: float = setting(
         0.5,
+        "Share of the divergence from the teacher in the loss; the rest is the loss of the text (distill).",
+        panel="Training",
         ge=0,
         le=1,
-        description="Share of the divergence from the teacher in the loss; the rest is the text's (distill).",
     )
-    train_norms: bool = Field(False, description="Also train the norms (distill).")
-    seed: int = Field(3, ge=0, description="Seed of the order, of the adapters and of random windows.")
-    gradient_checkpointing: bool = Field(False, description="Less memory, a third more work.")
-    eval_data: str | None = Field(None, description="Held-out examples or text, whose loss is taken during training.")
-    eval_samples: int = Field(32, ge=1, description="Its first sequences.")
-    eval_steps: int | None = Field(None, ge=1, description="Steps between two looks at it; a fifth of a stage.")
-    device: str = Field("auto", description="auto, cpu, cuda, ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of the products: bfloat16 on a GPU that has it, else float32. Sums are in float32."
+    train_norms: bool = setting(False, "Also train the norms (distill).", panel="Training")
+    seed: int = setting(3, "Seed of the order, of the adapters and of random windows.", panel="Training", ge=0)
+    gradient_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass: less memory, about a third more work.", panel="Training"
+    )
+    eval_data: str | None = setting(
+        None, "Held-out examples or text, whose loss is measured during training.", panel="Measuring"
+    )
+    eval_samples: int = setting(32, "First sequences of eval_data that are measured.", panel="Measuring", ge=1)
+    eval_steps: int | None = setting(
+        None,
+        "Steps between two measurements of eval_data.",
+        panel="Measuring",
+        shown_default="a fifth of a stage",
+        ge=1,
+    )
+    device: str = setting("auto", DEVICE, panel="Machine")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto",
+        "What products are computed in: auto is bfloat16 on a GPU that has it, else float32. Sums are in float32.",
+        panel="Machine",
     )
 
     @model_validator(mode="after")

@@ -31,7 +31,7 @@ from svdllm.cli import main
 from svdllm.common.errors import InputError
 from svdllm.comparison.variants import variants_of
 from svdllm.compression.ranks.predicted_sizes import EMPTY_QUANTIZED_BYTES, QuantizedFiles
-from svdllm.compression.recipe import load_settings, make_recipe
+from svdllm.compression.recipe_files import load_settings, make_recipe
 from svdllm.compression.subject import structure_for
 from svdllm.export.quantize import quantize
 from svdllm.models.open import open_config

@@ -7,13 +7,24 @@ The loss of linear ``i`` at rank ``r`` is ``c_i tail_i(r) / tail_i(r0)``: its sp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from svdllm.compression.math.linalg import tail_energies
+from svdllm.compression.math.measures import divergence
 from svdllm.compression.ranks.knapsack import Choice, Solution, solve
-from svdllm.compression.ranks.uniform import Cost
+from svdllm.compression.ranks.probe_settings import ProbeSettings
+from svdllm.compression.ranks.question import Allocation, Cost, Evidence, Question
+from svdllm.compression.ranks.rows import Probing, Row
 from svdllm.models.structure import Target
+
+PROBE_SHARE_OF_BREAK_EVEN = 0.1
+
+
+def probe_rank(target: Target) -> int:
+    """The one rank at which a target is probed: a tenth of break-even."""
+    return max(1, round(PROBE_SHARE_OF_BREAK_EVEN * target.break_even_rank))
 
 
 def predicted_losses(energies_K: Tensor, rank: int, divergence: float) -> Tensor:
@@ -47,3 +58,26 @@ def loss_ranks(
     """
     choices = {t.name: loss_choices(t, losses[t.name], cost, round_to) for t in targets}
     return solve(choices, budget)
+
+
+def _allocate(question: Question, evidence: Evidence, settings: Any) -> Allocation:
+    losses = {}
+    for target in question.targets:
+        ((rank, measured),) = evidence.probes[target.name].items()
+        losses[target.name] = predicted_losses(evidence.energies[target.name], rank, measured)
+    unit = question.unit
+    solution = loss_ranks(question.targets, losses, unit.cost, unit.left, question.round_to)
+    assert solution is not None  # the least ranks fit
+    ranks = {name: choice.rank for name, choice in solution.choices.items() if choice.rank is not None}
+    return Allocation(ranks, predicted_loss=solution.loss, gap=solution.gap)
+
+
+LOSS = Row(
+    name="loss",
+    summary="the least predicted loss, by what truncating each linear alone does to the predictions",
+    source="a probe of each linear, its spectrum, and a multiple-choice knapsack (Pisinger, 1995)",
+    allocate=_allocate,
+    budgets=("ratio", "target_params", "target_size", "target_speedup"),
+    probing=Probing(measure=divergence, ranks=lambda target, round_to, settings: [probe_rank(target)]),
+    settings=ProbeSettings,
+)

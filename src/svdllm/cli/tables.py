@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from svdllm.checkpoint.card import quantization_text, recovery_text
-from svdllm.cli.console import count, duration, size
+from svdllm.cli.console import count, duration, duration_range, size
 from svdllm.comparison.demo import DemoResult
 from svdllm.compression.plan import Plan
 from svdllm.compression.records import CompressionResult
@@ -62,9 +62,8 @@ def plan_table(plan: Plan) -> Titled:
     where = "on disk" if plan.needs.hidden_states_on_disk else "in memory"
     summary.add_row("hidden states", f"{size(plan.needs.hidden_states_bytes)}, {where}")
     summary.add_row("disk while it runs", size(plan.needs.disk_bytes))
-    summary.add_row(
-        "time, roughly", f"{duration(plan.needs.seconds)} on {plan.needs.device} in {plan.needs.compute_dtype}"
-    )
+    time = duration_range(*plan.needs.seconds_range)
+    summary.add_row("time", f"about {time} on {plan.needs.device} in {plan.needs.compute_dtype}")
     kinds = Table(box=None, padding=(0, 1), header_style="bold")
     for column in ("linear", "count", "shape", "rank"):
         kinds.add_column(column, justify="left" if column == "linear" else "right")
@@ -248,7 +247,7 @@ def allocation_text(plan: Plan, dense: int) -> str:
 
 def quantized_text(num_bytes: int, bits: int | None) -> str:
     """The size that the ranks were chosen for."""
-    return f"{size(num_bytes)}, by `svdllm quantize` with --bits {bits}"
+    return f"at most {size(num_bytes)}, by `svdllm quantize` with --bits {bits}"
 
 
 def threshold_text(threshold: float | None) -> str:

@@ -17,6 +17,7 @@ def require_room(output: Output, plan: Plan) -> None:
     if memory is not None and more > memory:
         stage = max(needs.ram_by_stage, key=lambda name: needs.ram_by_stage[name])
         raise ResourceError(
-            f"The run needs {more / 1e9:.2f} GB more memory at its peak (stage {stage!r}), {memory / 1e9:.2f} GB are free.",
+            f"The run needs {more / 1e9:.2f} GB more memory at its peak (stage {stage!r}), {memory / 1e9:.2f} GB "
+            "are free.",
             f"Lower --{'probe-share' if stage == 'probe' else 'batch-tokens'}, or free some memory.",
         )

@@ -193,9 +193,9 @@ def test_a_speed_out_of_reach_is_refused_with_one_that_is_not() -> None:
     dense, least = 700 + 2 * 250 + 266, 700 + 3 * (20 + 32)
     with pytest.raises(
         InputError,
-        match=r"--target-speedup 2 cannot be met: of the dense linears' time for 1,024 tokens at once, 48% lie outside the "
-        r"compressed linears, and with every rank at its least \(1\), or dense where that is faster, 58% are left. Ask for "
-        r"1.71 or less.",
+        match=r"--target-speedup 2 cannot be met: of the dense linears' time for 1,024 tokens at once, 48% lie outside "
+        r"the compressed linears, and with every rank at its least \(1\), or dense where that is faster, 58% are left. "
+        r"Ask for 1.71 or less.",
     ):
         require_fast_enough(recipe_of(target_speedup=2), structure, times)
     assert 1.71 < dense / least < 1.72

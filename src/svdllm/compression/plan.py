@@ -21,9 +21,11 @@ from svdllm.compression.ranks.budget import choose_ranks, elastic_bytes
 from svdllm.compression.ranks.linear_times import LinearTimes, Speed
 from svdllm.compression.ranks.predicted_sizes import QuantizedFiles, WrittenFiles
 from svdllm.compression.recipe import Recipe
+from svdllm.models.config_files import refuse_several_parts
 from svdllm.models.discover import discover
-from svdllm.models.limits import require_context
-from svdllm.models.open import Source, context_length, open_config, refuse_several_parts
+from svdllm.models.limits import context_length, require_context
+from svdllm.models.low_rank.info import LowRankInfo
+from svdllm.models.open import Source, open_config
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.structure import Structure, bias_corrected, with_joint_keys_and_values
 from svdllm.models.unused_tensors import UnusedTensors
@@ -156,9 +158,8 @@ def discover_targets(source: Source, recipe: Recipe) -> tuple[PreTrainedModel, S
         InputError: the model is compressed already, or a pattern of the recipe matches nothing.
         UnsupportedModelError: its structure is not understood.
     """
-    if getattr(source.config, "svdllm", None):
-        dense = source.config.svdllm.get("source") or {}
-        named = f" ({dense['id']})" if "id" in dense else ""
+    if info := LowRankInfo.of(source.config, source.name):
+        named = f" ({info.source['id']})" if "id" in info.source else ""
         raise InputError(f"{source.name} is compressed already; compress its dense source{named}.")
     skeleton = build_skeleton(source.config)
     try:

@@ -52,8 +52,8 @@ from svdllm.compression.room import require_room
 from svdllm.compression.sequential import Sequential
 from svdllm.compression.write import write_checkpoint
 from svdllm.data import TokenWindows, calibration_windows, check_source
-from svdllm.models.limits import require_known_ids
-from svdllm.models.open import Source, context_length, open_config, open_source
+from svdllm.models.limits import context_length, require_known_ids
+from svdllm.models.open import Source, open_config, open_source
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.structure import Structure
 from svdllm.models.walk import Walk

@@ -33,9 +33,11 @@ from svdllm.compression.recipe import Recipe, load_settings, make_recipe
 from svdllm.compression.records import CompressionResult, LinearRecord, Provenance, linear_record
 from svdllm.compression.room import require_room
 from svdllm.compression.write import ranks_entry, report_of
+from svdllm.models.config_files import load_config
 from svdllm.models.low_rank import HASHES_FILE, compare_hashes, family_classes
 from svdllm.models.low_rank.factory import dense_config
-from svdllm.models.open import Source, load_config
+from svdllm.models.low_rank.info import LowRankInfo
+from svdllm.models.open import Source
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.structure import Structure, linear_ranks
 from svdllm.models.weights import weight_files
@@ -217,8 +219,9 @@ def _open(folder: str | Path, ratio: float, device: str | None, *, check_integri
         recipe.model_copy(update={"device": device or recipe.device}),
         evidence=None if recipe.allocation == "uniform" else evidence,
     )
-    stored_ranks: dict[str, int] = config.svdllm["ranks"]  # type: ignore[attr-defined]
-    _require_nested(folder, whole, structure, stored_ranks, plan.ranks, ratio)
+    info = LowRankInfo.of(config, str(folder))
+    assert info is not None
+    _require_nested(folder, whole, structure, info.ranks, plan.ranks, ratio)
     ranks = linear_ranks(structure.targets, plan.ranks)
     needed = {stage: plan.ram_by_stage[stage] for stage in ("now", "write", "check")}
     return _Slice(
@@ -230,7 +233,7 @@ def _open(folder: str | Path, ratio: float, device: str | None, *, check_integri
         evidence=evidence,
         plan=replace(plan, ram_by_stage=needed, disk_bytes=plan.file_bytes, hidden_states_bytes=0, seconds_by_stage={}),
         layout=compressed_tensors(index.stored, structure.targets, plan.ranks),
-        tensors=SlicedTensors(TensorFiles(weight_files(folder)), elastic, stored_ranks, ranks),
+        tensors=SlicedTensors(TensorFiles(weight_files(folder)), elastic, info.ranks, ranks),
     )
 
 

@@ -30,8 +30,8 @@ from svdllm.compression.recipe_files import make_recipe
 from svdllm.compression.run import compress
 from svdllm.data import check_source
 from svdllm.evaluation.tasks import TaskSuite, check_models, open_tasks
-from svdllm.models.limits import require_context
-from svdllm.models.open import context_length, open_config
+from svdllm.models.limits import context_length, require_context
+from svdllm.models.open import open_config
 from svdllm.recovery import recover
 from svdllm.recovery.checks import check_data
 from svdllm.recovery.distributed import own_device

@@ -17,8 +17,8 @@ from svdllm.compression.ranks.linear_times import LinearTimes, Speed
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.sizes import Sizes, files_for, sizes_of
 from svdllm.compression.subject import Subject, discover_subject
-from svdllm.models.limits import require_context
-from svdllm.models.open import context_length, open_config
+from svdllm.models.limits import context_length, require_context
+from svdllm.models.open import open_config
 from svdllm.models.structure import Structure
 from svdllm.models.unused_tensors import UnusedTensors
 

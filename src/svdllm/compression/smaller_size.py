@@ -27,9 +27,11 @@ from svdllm.compression.recipe import Recipe
 from svdllm.compression.recipe_files import load_settings, make_recipe
 from svdllm.compression.records import LinearRecord, Provenance, linear_record, ranks_entry
 from svdllm.compression.subject import Subject, discover_subject
+from svdllm.models.config_files import load_config
 from svdllm.models.low_rank import HASHES_FILE, compare_hashes
 from svdllm.models.low_rank.factory import dense_config
-from svdllm.models.open import Source, load_config
+from svdllm.models.low_rank.info import LowRankInfo
+from svdllm.models.open import Source
 from svdllm.models.structure import Structure, linear_ranks
 from svdllm.models.weights import weight_files
 
@@ -101,8 +103,9 @@ def find_size(folder: str | Path, ratio: float, device: str | None, *, check_int
     elastic = TensorFiles(sorted((folder / ELASTIC_STEM).parent.glob(f"{Path(ELASTIC_STEM).name}*.safetensors")))
     evidence = Evidence({t.name: elastic.get(f"{t.name}.energies") for t in targets}, index.probes)
     plan = _plan(subject, recipe.model_copy(update={"device": device or recipe.device}), evidence)
-    stored_ranks: dict[str, int] = config.svdllm["ranks"]  # type: ignore[attr-defined]
-    _require_nested(folder, whole, subject.structure, stored_ranks, plan.ranks, ratio)
+    info = LowRankInfo.of(config, str(folder))
+    assert info is not None
+    _require_nested(folder, whole, subject.structure, info.ranks, plan.ranks, ratio)
     ranks = linear_ranks(targets, plan.ranks)
     return SmallerSize(
         folder=folder,
@@ -112,7 +115,7 @@ def find_size(folder: str | Path, ratio: float, device: str | None, *, check_int
         evidence=evidence,
         plan=plan,
         layout=compressed_tensors(index.stored, targets, plan.ranks),
-        tensors=SlicedTensors(TensorFiles(weight_files(folder)), elastic, stored_ranks, ranks),
+        tensors=SlicedTensors(TensorFiles(weight_files(folder)), elastic, info.ranks, ranks),
     )
 
 
@@ -127,6 +130,7 @@ def _plan(subject: Subject, recipe: Recipe, evidence: Evidence) -> Plan:
         disk_bytes=plan.file_bytes,
         hidden_states_bytes=0,
         seconds_by_stage={},
+        seconds_range=(0.0, 0.0),
     )
     return replace(plan, needs=needs)
 

@@ -15,8 +15,7 @@ from svdllm.common.memory import weight_bytes
 from svdllm.data import check_source
 from svdllm.data.examples import refuse_mixture
 from svdllm.evaluation.windows import check_protocol
-from svdllm.models.limits import require_context, require_known_ids
-from svdllm.models.open import context_length
+from svdllm.models.limits import context_length, require_context, require_known_ids
 from svdllm.models.skeleton import build_skeleton
 from svdllm.recovery.distributed import num_processes
 from svdllm.recovery.memory import least_bytes, require_memory

@@ -29,9 +29,9 @@ from svdllm.common.version import __version__
 from svdllm.compression.recipe_files import load_settings, make_recipe
 from svdllm.data import evaluation_tokens
 from svdllm.evaluation.perplexity import perplexity
-from svdllm.models.limits import within_context
+from svdllm.models.limits import context_length, within_context
 from svdllm.models.low_rank.lowrank import sha256_of
-from svdllm.models.open import context_length, open_config
+from svdllm.models.open import open_config
 from svdllm.models.weights import weight_files
 from svdllm.recovery.blockwise import train_blocks
 from svdllm.recovery.checks import check_cheaply, check_memory, check_tokens, training_dtype

@@ -28,7 +28,7 @@ from svdllm.compression.ranks import ALLOCATIONS
 from svdllm.compression.recipe import Recipe
 from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.shared_state import State, moved
-from svdllm.models.structure import Structure, Target, weight_of
+from svdllm.models.structure import Structure, weight_of, weights_by_name
 from svdllm.models.stubs import Call
 from svdllm.models.walk import Walk
 
@@ -94,7 +94,7 @@ def probe(walk: Walk, analysis: Analysis, ranks: Ranks, measure: Measure, report
                 weight_OI = weight_of(walk.skeleton, target)
                 products = _truncations(weight_OI, analysis.spectrum(target), ranks[target.name])
                 for rank, product_OI in products:
-                    with tensors_replaced(walk.skeleton, _weights_of_linears(target, product_OI)):
+                    with tensors_replaced(walk.skeleton, weights_by_name(target, product_OI)):
                         streams[target.name, rank] = dense.through(call, block.module, walk.device)
                 reporter.advance(len(streams), num_streams)
             block.run()
@@ -127,12 +127,6 @@ def _truncations(weight_OI: Tensor, spectrum: Spectrum, ranks: Sequence[int]) ->
     coefficients_RI = dual_DO[: max(ranks, default=0)] @ weight_OI
     for rank in ranks:
         yield rank, spectrum.basis_OD[:, :rank] @ coefficients_RI[:rank]
-
-
-def _weights_of_linears(target: Target, weight_OI: Tensor) -> dict[str, Tensor]:
-    """The parts of a target's weight by the names of the parameters, laid out as the modules keep them."""
-    parts = target.split(weight_OI).items()
-    return {f"{name}.weight": (rows.mT if target.is_conv1d else rows).contiguous() for name, rows in parts}
 
 
 def _measured(walk: Walk, streams: list[Tensor], measure: Measure) -> list[float]:

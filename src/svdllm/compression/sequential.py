@@ -3,7 +3,8 @@
 Two streams of hidden states go through the blocks, the dense model's and the compressed model's. Within a block the
 groups are compressed in the order in which the model calls them: q, k, v; o; gate, up; down. Each is fitted to
 ``W* = W (beta K + (1 - beta) S') S'^-1`` in the metric of ``S'``: part of the error of what comes before it is
-corrected. A linear that stays dense becomes ``W*`` itself, which costs no parameters. It needs the ranks first, so it follows a dense analysis and an allocation.
+corrected. A linear that stays dense becomes ``W*`` itself, which costs no parameters. The ranks have to be known, so
+this walk follows a dense analysis and an allocation.
 
 Source: error-propagation aware (anchored) calibration, as in AA-SVD.
 """
@@ -11,10 +12,8 @@ Source: error-propagation aware (anchored) calibration, as in AA-SVD.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +29,8 @@ from svdllm.compression.recipe import Recipe
 from svdllm.compression.session import Run
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
-from svdllm.models.structure import Target, bias_of, weight_of
+from svdllm.models.loaded_weights import tensors_replaced
+from svdllm.models.structure import Target, bias_of, weight_of, weights_by_name
 from svdllm.models.walk import Block, Walk
 
 # Candidates among which a group's beta is chosen by its error on tokens that it was not fitted to.
@@ -92,7 +92,7 @@ class Sequential:
 
     def _compress(self, block: Block) -> None:
         factors: dict[str, dict[str, Tensor]] = {}
-        replaced: dict[str, Replacement] = {}
+        replaced: dict[str, Tensor] = {}  # parameters of the targets that are compressed already
         betas: dict[str, float] = {}
         started = time.perf_counter()
         for group in self._groups_in_order(block):
@@ -113,7 +113,7 @@ class Sequential:
                     bias_O = bias_of(self.walk.skeleton, target)
                     tensors["svd_u.bias"] = corrected_bias(weight_OI, u_OR, v_RI, *means, bias_O=bias_O)
                 factors[target.name] = tensors
-                replaced[target.name] = self._effective(factors[target.name])
+                replaced |= self._parameters(target, tensors)
         dtype = torch.float64 if self.walk.dtype == torch.float64 else torch.float32
         stored = {name: {leaf: t.to(dtype) for leaf, t in tensors.items()} for name, tensors in factors.items()}
         self.finals.write(block.index, stored, {"betas": betas, "seconds": time.perf_counter() - started})
@@ -139,7 +139,7 @@ class Sequential:
             groups.setdefault(targets[name].group, []).append(targets[name])
         return list(groups.values())
 
-    def _products(self, block: Block, leader: Target, replaced: Mapping[str, Replacement]) -> tuple[Products, Products]:
+    def _products(self, block: Block, leader: Target, replaced: Mapping[str, Tensor]) -> tuple[Products, Products]:
         """Of the tokens to fit to and of those held out: every eighth batch or so, none where beta is given."""
         assert self.walk.compressed is not None
         module = self.walk.skeleton.get_submodule(leader.linears[0])
@@ -148,7 +148,7 @@ class Sequential:
         sums = [Sums(leader.in_features, self.walk.device) for _ in range(2)]
         for number in range(num_batches):
             dense = block.inputs_of(module, self.walk.hidden, number)
-            with self._weights(replaced):
+            with tensors_replaced(self.walk.skeleton, replaced):
                 compressed = block.inputs_of(module, self.walk.compressed, number)
             sums[number >= num_batches - num_held].add(dense, compressed)
         fitted, held_out = (part.value() for part in sums)
@@ -187,19 +187,23 @@ class Sequential:
                 errors[beta] += relative_error(weight_OI, product_OI, judged)
         return min(BETAS, key=errors.__getitem__)
 
-    def _effective(self, tensors: Mapping[str, Tensor]) -> Replacement:
-        """What stands in for a dense linear in the compressed stream, with its bias if it is another one."""
-        bias = tensors.get("svd_u.bias")
-        return Replacement(
-            _product(tensors).to(self.walk.device, self.walk.dtype),
-            None if bias is None else bias.to(self.walk.device, self.walk.dtype),
-        )
+    def _parameters(self, target: Target, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters with which a dense linear computes what its factors, or its fitted weight, would."""
+        device, dtype = self.walk.device, self.walk.dtype
+        parameters = weights_by_name(target, _product(tensors).to(device, dtype))
+        if (bias_O := tensors.get("svd_u.bias")) is not None:
+            parts = target.split(bias_O.to(device, dtype)).items()
+            parameters |= {f"{name}.bias": values for name, values in parts}
+        return parameters
 
     def _advance(self, block: Block) -> None:
         assert self.walk.compressed is not None
-        replaced = {name: self._effective(tensors) for name, tensors in self.finals.read(block.index).items()}
+        finals, replaced = self.finals.read(block.index), {}
+        for target in self.walk.structure.block_targets(block.index):
+            if target.name in finals:
+                replaced |= self._parameters(target, finals[target.name])
         for number, batch in enumerate(self.walk.batches):
-            with self._weights(replaced), torch.no_grad():
+            with tensors_replaced(self.walk.skeleton, replaced), torch.no_grad():
                 output, written = block.run_on(self.walk.compressed, number)
             if not bool(torch.isfinite(output).all()):
                 raise NumericalError(
@@ -210,34 +214,9 @@ class Sequential:
             self.walk.compressed.share(number, block.index, written)
         block.run()
 
-    @contextmanager
-    def _weights(self, replaced: Mapping[str, Replacement]) -> Iterator[None]:
-        """Targets of the resident block have other weights while the context lasts."""
-        targets = [target for target in self.walk.structure.targets if target.name in replaced]
-        modules: dict[str, Any] = {n: self.walk.skeleton.get_submodule(n) for t in targets for n in t.linears}
-        dense = {name: (module.weight.data, module.bias) for name, module in modules.items()}
-        try:
-            for target in targets:
-                weight_OI, bias_O = replaced[target.name]
-                for name, rows in target.split(weight_OI).items():
-                    modules[name].weight.data = rows.mT if target.is_conv1d else rows
-                for name, values in ({} if bias_O is None else target.split(bias_O)).items():
-                    modules[name].bias = torch.nn.Parameter(values, requires_grad=False)
-            yield
-        finally:
-            for name, module in modules.items():
-                module.weight.data, module.bias = dense[name]
-
 
 def _product(tensors: Mapping[str, Tensor]) -> Tensor:
     """``out x in``, float64, of factors or of a weight."""
     if "weight" in tensors:
         return tensors["weight"].double()
     return tensors["svd_u.weight"].double() @ tensors["svd_v.weight"].double()
-
-
-class Replacement(NamedTuple):
-    """Another weight (``out x in``) for a linear, and another bias or None."""
-
-    weight_OI: Tensor
-    bias_O: Tensor | None

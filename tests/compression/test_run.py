@@ -118,7 +118,8 @@ def test_reload_in_a_clean_process_is_bit_equal(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = result.load()(input_ids=ids).logits
     script = (
-        "import sys, torch, svdllm; from transformers import AutoModelForCausalLM; from safetensors.torch import save_file\n"
+        "import sys, torch, svdllm; from transformers import AutoModelForCausalLM\n"
+        "from safetensors.torch import save_file\n"
         "g = torch.Generator().manual_seed(0); ids = torch.randint(0, 128, (2, 16), generator=g)\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "with torch.no_grad(): save_file({'logits': model(input_ids=ids).logits.contiguous()}, sys.argv[2])\n"

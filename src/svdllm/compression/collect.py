@@ -1,6 +1,6 @@
-"""Runs a loaded block and turns what its linears see into metrics.
+"""Collects statistics of the linears of a loaded block, and makes metrics of them.
 
-The statistics of a linear's inputs make the right metric, those of the gradients of its outputs the left one.
+The right metric of a linear comes from its inputs, the left metric from the gradients of its outputs.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Sequential calibration: every linear is compressed for the inputs that the compressed model hands it.
+"""Sequential calibration: fits every linear to the inputs that it gets in the compressed model.
 
-Two streams of hidden states go through the blocks, the dense model's and the compressed model's. Within a block the
-groups are compressed in the order in which the model calls them: q, k, v; o; gate, up; down. Each is fitted to
-``W* = W (beta K + (1 - beta) S') S'^-1`` in the metric of ``S'``: part of the error of what comes before it is
-corrected. A linear that stays dense becomes ``W*`` itself, which costs no parameters. The ranks have to be known, so
-this walk follows a dense analysis and an allocation.
+Two streams of hidden states go through the blocks, one of the dense model and one of the compressed model. Within a
+block the groups are compressed in the order in which the model calls them: q, k, v; o; gate, up; down. Each linear is
+fitted to ``W* = W (beta K + (1 - beta) S') S'^-1`` in the metric of ``S'``, which corrects part of the error of the
+linears before it. A linear that stays dense becomes ``W*`` itself, which costs no parameters. The ranks must be known,
+so this walk follows a dense analysis and an allocation.
 
 Source: error-propagation aware (anchored) calibration, as in AA-SVD.
 """
@@ -33,10 +33,10 @@ from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.structure import Target, bias_of, weight_of, weights_by_name
 from svdllm.models.walk import Block, Walk
 
-# Candidates among which a group's beta is chosen by its error on tokens that it was not fitted to.
+# Candidates for the beta of a group; the one with the least error on held-out tokens is taken.
 BETAS = (0.0, 0.5, 1.0)
 HELD_OUT_SHARE = 0.125
-# Batches are made small enough for so many, because some of them are held out.
+# Batches are made small enough for so many of them, because some are held out.
 LEAST_BATCHES = 8
 
 
@@ -68,7 +68,7 @@ def refit(
 
 @dataclass(frozen=True, kw_only=True)
 class Sequential:
-    """The second walk, for one allocation; every finished block is a file of final factors."""
+    """The walk of a sequential calibration for one allocation. Every finished block is a file in ``finals``."""
 
     walk: Walk
     ranks: Mapping[str, int]
@@ -105,7 +105,7 @@ class Sequential:
                 weight_OI = weight_of(self.walk.skeleton, target)
                 betas[target.name] = beta
                 if target.name not in self.ranks and beta == 0:
-                    continue  # stays as it is
+                    continue  # keeps its weight
                 tensors = self._fit(target, weight_OI, products, beta)
                 if target.bias_corrected and target.name in self.ranks:
                     means = [total / products.num_tokens for total in (products.dense_sum_I, products.compressed_sum_I)]
@@ -140,7 +140,10 @@ class Sequential:
         return list(groups.values())
 
     def _products(self, block: Block, leader: Target, replaced: Mapping[str, Tensor]) -> tuple[Products, Products]:
-        """Of the tokens to fit to and of those held out: every eighth batch or so, none where beta is given."""
+        """The products of a group over the tokens to fit to, and over those held out to choose beta by.
+
+        About every eighth batch is held out; none if the recipe gives beta.
+        """
         assert self.walk.compressed is not None
         module = self.walk.skeleton.get_submodule(leader.linears[0])
         num_batches = len(self.walk.batches)
@@ -157,7 +160,7 @@ class Sequential:
         return fitted, held_out
 
     def _fit(self, target: Target, weight_OI: Tensor, products: Products, beta: float) -> dict[str, Tensor]:
-        """``svd_u`` and ``svd_v`` of a target's rank, or the ``weight`` of one that stays dense; float64."""
+        """Fits a target: ``svd_u`` and ``svd_v`` of its rank, or ``weight`` if it stays dense; float64."""
         dense = target.name not in self.ranks
         if target.bias_corrected and not dense:
             products = products.centred()
@@ -177,7 +180,7 @@ class Sequential:
         return {"svd_u.weight": u_OR, "svd_v.weight": v_RI}
 
     def _best_beta(self, targets: list[Target], fitted: Products, held_out: Products) -> float:
-        """The candidate whose factors come nearest to the dense outputs on the held-out tokens, over the group."""
+        """The candidate whose factors come nearest to the group's dense outputs on the held-out tokens."""
         errors = dict.fromkeys(BETAS, 0.0)
         for target in targets:
             weight_OI = weight_of(self.walk.skeleton, target).double()
@@ -197,6 +200,7 @@ class Sequential:
         return parameters
 
     def _advance(self, block: Block) -> None:
+        """Carries both streams through a block."""
         assert self.walk.compressed is not None
         finals, replaced = self.finals.read(block.index), {}
         for target in self.walk.structure.block_targets(block.index):
@@ -216,7 +220,7 @@ class Sequential:
 
 
 def _product(tensors: Mapping[str, Tensor]) -> Tensor:
-    """``out x in``, float64, of factors or of a weight."""
+    """The weight (``out x in``, float64) that factors multiply out to, or a fitted dense weight."""
     if "weight" in tensors:
         return tensors["weight"].double()
     return tensors["svd_u.weight"].double() @ tensors["svd_v.weight"].double()

@@ -49,8 +49,8 @@ def write(
 ) -> CompressionResult:
     """Algorithm 1, lines 10 to 13, for one plan: truncates every weight and writes the checkpoint.
 
-    The checkpoint of an earlier run that was killed later is kept. Factors are slices of the bases in ``analysis``,
-    unless ``finals`` has them.
+    A checkpoint that a killed run had finished is kept. Factors are slices of the bases in ``analysis``, unless
+    ``finals`` has fitted ones.
 
     Raises:
         NumericalError: a factor overflows the dtype of the weights; names the linear.
@@ -142,7 +142,7 @@ def _write_elastic(
 
 
 class _WithEnergies:
-    """Factors, and the energies of every target as ``<target>.energies``."""
+    """Adds the energies of every target, as ``<target>.energies``, to the tensors of factors."""
 
     def __init__(self, factors: TargetFactors, analysis: Analysis):
         self._factors, self._analysis = factors, analysis
@@ -168,7 +168,7 @@ def _copy_companions(folder: Path, source: Source, tokenizer: Any) -> None:
     if source.folder is not None:
         copy_companion_files(source.folder, folder, tokenizer=tokenizer is None)
     elif source.model is not None and source.model.generation_config is not None:
-        # As it is: save_pretrained refuses settings that generate only warns about.
+        # Not by save_pretrained, which refuses settings that generate only warns about.
         (folder / GENERATION_CONFIG).write_text(source.model.generation_config.to_json_string(), encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -226,7 +226,9 @@ def test_folders_that_cannot_be_sliced(dense: Path, made: Path, tmp_path: Path) 
             svdllm.slice_checkpoint(tmp_path / name, 0.5, tmp_path / "out")
     with pytest.raises(svdllm.InputError, match="is no svdllm checkpoint"):
         svdllm.slice_checkpoint(dense, 0.5, tmp_path / "out")
-    with pytest.raises(svdllm.InputError, match="is not a folder. Download the whole repository of a model on the hub"):
+    with pytest.raises(
+        svdllm.InputError, match=r"is not a folder\. Download the whole repository of a model on the hub"
+    ):
         svdllm.load_model("owner/name", ratio=0.5)
     assert not (tmp_path / "out").exists()
 

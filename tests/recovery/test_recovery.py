@@ -631,7 +631,9 @@ def test_a_merge_that_changes_the_answers_or_another_weight_is_noticed(
     delta = Linear.get_delta_weight
     with monkeypatch.context() as patch:
         patch.setattr(Linear, "get_delta_weight", lambda *args: 2 * delta(*args))
-        with pytest.raises(NumericalError, match="logits differ from those with adapters"):
+        with pytest.raises(
+            NumericalError, match="does not compute what the model with adapters does: the logits differ"
+        ):
             recover(checkpoint, tmp_path / "out", recovery(text))
     train = training.train
 

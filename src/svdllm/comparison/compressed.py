@@ -15,8 +15,9 @@ from svdllm.common.errors import InputError, ResourceError
 from svdllm.common.run_options import RunOptions
 from svdllm.comparison.variant import Variant
 from svdllm.compression.plan import plan
-from svdllm.compression.recipe import Recipe, make_recipe
-from svdllm.compression.run import NOT_OF_THE_ANALYSIS, compress
+from svdllm.compression.recipe import Recipe
+from svdllm.compression.recipe_files import make_recipe
+from svdllm.compression.run import compress
 from svdllm.data import check_source
 from svdllm.recovery import Recovery, make_recovery, recover
 from svdllm.recovery.checks import check_data
@@ -41,8 +42,8 @@ class Compressed(Variant):
 
     @property
     def key(self) -> str:
-        settings = {key: value for key, value in self.recipe.to_dict().items() if key not in NOT_OF_THE_ANALYSIS}
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        settings = json.dumps(self.recipe.analysis_settings(), sort_keys=True)
+        return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
     @property
     def calibration(self) -> str | None:
@@ -91,8 +92,8 @@ class Compressed(Variant):
 
     def record(self, folder: str | Path) -> dict[str, Any]:
         report = read_report(Path(folder))
-        record = {key: report[key] for key in ("ratio", "dense_params", "file_bytes", "dense_file_bytes", "linears")}
-        record["achieved_ratio"] = record.pop("ratio")
+        copied = ("achieved_ratio", "dense_params", "file_bytes", "dense_file_bytes", "linears")
+        record = {key: report[key] for key in copied}
         record |= {"compression_seconds": report["seconds"], "allocation": report["allocation"]}
         return record | {"recovery": report.get("recovery")}
 

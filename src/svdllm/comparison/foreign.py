@@ -11,9 +11,9 @@ from svdllm.common.errors import InputError
 from svdllm.common.run_options import RunOptions
 from svdllm.comparison.fingerprint import fingerprint_of
 from svdllm.comparison.variant import Variant
+from svdllm.models.discover import discover
 from svdllm.models.open import open_config
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import discover
 
 SAMPLE = "Don't split 3.14 or naïve 東京\n\tthe same way twice."
 

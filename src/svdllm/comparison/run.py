@@ -23,8 +23,8 @@ from svdllm.comparison.measure import measure
 from svdllm.comparison.settings import Cell, Grid
 from svdllm.data import check_source
 from svdllm.evaluation.tasks import TaskSuite, check_models, open_tasks
-from svdllm.models.limits import require_context
-from svdllm.models.open import context_length, open_config
+from svdllm.models.limits import context_length, require_context
+from svdllm.models.open import open_config
 
 GOES_ON = "The same command goes on with what is finished."
 

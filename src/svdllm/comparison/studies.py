@@ -10,7 +10,7 @@ from svdllm.common.errors import InputError, did_you_mean
 from svdllm.comparison.compressed import Compressed, Trained
 from svdllm.comparison.variant import Variant
 from svdllm.comparison.variants import variants_of
-from svdllm.compression.recipe import make_recipe
+from svdllm.compression.recipe_files import make_recipe
 from svdllm.recovery.sequential_lora import ORDERS
 
 

@@ -12,7 +12,8 @@ from svdllm.comparison.compressed import Compressed, Trained
 from svdllm.comparison.foreign import Foreign
 from svdllm.comparison.settings import DENSE
 from svdllm.comparison.variant import MadeBy, Maker, Variant
-from svdllm.compression.recipe import BUDGETS, OF_A_BUDGET, PRESETS, load_settings, make_recipe, preset_settings
+from svdllm.compression.recipe_files import PRESETS, load_settings, make_recipe, preset_settings
+from svdllm.compression.recipe_parts import BUDGETS, OF_A_BUDGET
 from svdllm.recovery import Recovery, make_recovery
 from svdllm.recovery.methods import METHODS
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from svdllm.common.memory import weight_bytes
 from svdllm.common.settings import setting
 from svdllm.data.examples import NO_LABEL
-from svdllm.models.structure import find_blocks, is_linear
+from svdllm.models.linears import find_blocks, is_linear
 from svdllm.recovery.memory import logits_bytes
 from svdllm.recovery.method import Method
 from svdllm.recovery.models import Models

@@ -15,10 +15,11 @@ from svdllm.checkpoint.load import load_model
 from svdllm.common.device import resolve_dtype
 from svdllm.common.memory import weight_bytes
 from svdllm.common.progress import Reporter
+from svdllm.models.config_files import load_config
+from svdllm.models.discover import discover
 from svdllm.models.low_rank.lowrank import sha256_of
-from svdllm.models.open import Source, load_config, open_config, open_source
+from svdllm.models.open import Source, open_config, open_source
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import discover
 from svdllm.models.walk import Walk
 from svdllm.models.weights import SafetensorsWeights, Weights, weight_files
 from svdllm.recovery.trained_weights import LaterWeights

@@ -19,8 +19,8 @@ from svdllm.common.memory import explain_out_of_memory, peak_bytes
 from svdllm.common.progress import Reporter
 from svdllm.data import evaluation_tokens
 from svdllm.evaluation.perplexity import perplexity
-from svdllm.models.limits import within_context
-from svdllm.models.open import context_length, open_config
+from svdllm.models.limits import context_length, within_context
+from svdllm.models.open import open_config
 from svdllm.models.weights import weight_files
 from svdllm.recovery.checks import check_cheaply, check_memory, check_tokens, training_dtype
 from svdllm.recovery.distributed import is_main, meet, own_device, wait_for_all

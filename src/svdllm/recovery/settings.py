@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, PrivateAttr, ValidationError, create_model, model_validator
 
 from svdllm.common.errors import InputError
-from svdllm.common.settings import Panel, setting
-from svdllm.compression.recipe import problems_of
+from svdllm.common.settings import Panel, problems_of, setting
 from svdllm.recovery.methods import METHODS
 from svdllm.recovery.training_settings import Schedule, TrainingSettings
 

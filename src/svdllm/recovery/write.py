@@ -9,7 +9,7 @@ from typing import Any
 from svdllm.checkpoint.finish import RECIPE_FILE, copy_companions, finish_checkpoint
 from svdllm.checkpoint.report import read_report
 from svdllm.checkpoint.shards import write_shards
-from svdllm.compression.recipe import load_settings, make_recipe
+from svdllm.compression.recipe_files import load_settings, make_recipe
 from svdllm.recovery.models import Models
 
 

@@ -374,7 +374,7 @@ def test_models_that_cannot_be_compared_are_refused(
     assert "named twice" in refused([compressed], compressed)
     assert "no config.json" in refused([tmp_path])
     assert "Nothing to measure" in refused([], dense)
-    assert "62 and --gen 3 are 65 tokens, beyond the context of dense, 64" in refused(
+    assert "--prompt 62 plus --gen 3 = 65 is beyond dense's context of 64 tokens" in refused(
         [compressed], dense, prompts=(62,)
     )
 

@@ -61,7 +61,8 @@ def read_overrides(texts: list[str], flag: str) -> dict[str, float]:
 
 def read_allocation(text: str, flag: str) -> str | dict[str, int | str]:
     """The name of an allocation, or the explicit ranks in a file."""
-    from svdllm.compression.recipe import ALLOCATIONS, allocation_file
+    from svdllm.compression.ranks import ALLOCATIONS
+    from svdllm.compression.recipe_files import allocation_file
 
     return text if text in ALLOCATIONS else allocation_file(text)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
 Panel = Literal[
@@ -86,3 +86,21 @@ def flag_of(name: str, field: FieldInfo) -> Flag:
 def flag_name(name: str, field: FieldInfo) -> str:
     """The spelling on the command line, as in ``--target-size``."""
     return flag_of(name, field).name or f"--{name.replace('_', '-')}"
+
+
+def problems_of(error: ValidationError) -> str:
+    """Every problem that pydantic found, in one line: setting, what is wrong, and what was found."""
+    lines = []
+    problems = error.errors()
+    for problem in problems:
+        place = problem["loc"]
+        if any(len(other["loc"]) > len(place) and other["loc"][: len(place)] == place for other in problems):
+            continue  # a list is also called too short where it has items that are wrong
+        where = ".".join(str(part) for part in place if not str(part).startswith(("constrained", "tuple", "float")))
+        message = problem["msg"].removeprefix("Value error, ")
+        found = problem.get("input")
+        shown = f" (found {found!r})" if isinstance(found, str | int | float) else ""
+        line = f"{where or 'recipe'}: {message}{shown}"
+        if line not in lines:
+            lines.append(line)
+    return "; ".join(lines)

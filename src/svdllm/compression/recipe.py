@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import re
-from importlib import resources
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from svdllm.checkpoint.quantized import NVFP4_GROUP
 from svdllm.common.errors import InputError
 from svdllm.common.settings import DEVICE, setting
-from svdllm.compression.math.metrics import METHODS
+from svdllm.compression.after_analysis import AfterAnalysis, settings_after_analysis
+from svdllm.compression.math.metrics import METHODS, METRICS, LeftMetric, MethodSettings, MetricSettings
+from svdllm.compression.ranks import ALLOCATIONS, AllocationSettings
+from svdllm.compression.recipe_parts import BUDGETS, Budget, MethodChoice, MetricChoice
 
-PRESETS = ("paper", "balanced", "best")
-ALLOCATIONS = ("uniform", "v2", "effective-rank", "loss", "strs")
-# Those that truncate linears on trial and measure what that does on the calibration text.
-PROBING = ("loss", "strs")
-BUDGETS = ("ratio", "target_params", "target_size", "target_speedup", "ranks")
-# Settings that say how a budget counts, and go with it.
-OF_A_BUDGET = ("factor_bits", "speedup_tokens")
-# The loss reaches queries and keys only through a softmax: their gradients are small and few, and left out.
-QUERY_AND_KEY = (r"\.(q|k)_proj$", r"\.(query|key)$")
-# What a method without Grams of its own, or explicit ranks, cannot use and are not given by default.
+# The settings that choose a row, and the table of the rows.
+TABLES: dict[str, Mapping[str, Any]] = {"method": METHODS, "metric": METRICS, "allocation": ALLOCATIONS}
+# What a method without a Gram cannot use and is not given by default.
 PLAIN = {"metric": "input", "shrinkage": 0.0, "allocation": "uniform", "round_to": 1}
 
-Ratio = Annotated[float, Field(gt=0, lt=1)]
 
-
-class Recipe(BaseModel):
+class Recipe(AllocationSettings, Budget, MetricSettings, MetricChoice, MethodSettings, MethodChoice):
     """Settings that decide the numbers of a run; keyword-only, frozen, unknown keys are errors.
 
     The defaults are the preset ``balanced``; with another method than svd-llm, or explicit ranks, they are plain.
@@ -40,129 +33,13 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    method: str = setting(
-        "svd-llm",
-        "svd-llm (truncation-aware), svd (plain), asvd (input scales) or fwsvd (Fisher weights of output rows).",
-        panel="Method",
-    )
-    asvd_alpha: float = setting(
-        0.5, "Exponent of ASVD's channel scales.", panel="Method", only_with={"method": ("asvd",)}, ge=0, le=1
-    )
-    metric: Literal["input", "two-sided"] = setting(
-        "two-sided",
-        "Which error is minimised: that of the outputs (input, as in the paper), or that error weighted by the "
-        "gradients of the loss (two-sided; one backward pass more).",
-        panel="Method",
-    )
-    gradient_samples: int = setting(
-        32,
-        "Calibration windows of the backward pass (two-sided, fwsvd).",
-        panel="Method",
-        only_with={"metric": ("two-sided",), "method": ("fwsvd",)},
-        ge=1,
-    )
-    input_only: tuple[str, ...] = setting(
-        QUERY_AND_KEY,
-        "Linears whose error is not weighted by gradients (two-sided); may be repeated.",
-        panel="Method",
-        metavar="REGEX",
-        only_with={"metric": ("two-sided",)},
-    )
-    shrinkage: float = setting(
-        0.1,
-        "Share of the Gram's diagonal mixed into the Gram, against over-fitting the text; 0 is the paper.",
-        panel="Method",
-        ge=0,
-        le=1,
-    )
-    gradient_shrinkage: float = setting(
-        0.3,
-        "Share of the mean diagonal mixed into the gradients' Gram (two-sided).",
-        panel="Method",
-        only_with={"metric": ("two-sided",)},
-        gt=0,
-        le=1,
-    )
-
-    ratio: Ratio | tuple[Ratio, ...] | None = setting(
-        None,
-        "Share of the parameters of the compressed linears that is removed: 0.2 keeps 80 %. Several, as in "
-        "0.2,0.4,0.6, share one calibration.",
-        panel="Budget (exactly one)",
-        reader="ratios",
-    )
-    target_params: int | None = setting(
-        None,
-        "Parameters of the whole compressed model, as in 100M.",
-        panel="Budget (exactly one)",
-        reader="parameters",
-        gt=0,
-    )
-    target_size: int | None = setting(
-        None,
-        "Bytes of the weight files of the whole compressed model, as in 300MB.",
-        panel="Budget (exactly one)",
-        reader="bytes",
-        gt=0,
-    )
-    factor_bits: Literal[8, 4] | None = setting(
-        None,
-        "8 or 4: target_size is the size after `svdllm quantize` with that many bits. With 4, ranks are multiples of 16.",
-        panel="Budget (exactly one)",
-        shown_default="the size as written",
-    )
-    target_speedup: float | None = setting(
-        None,
-        "How many times as fast all linears together shall be, as in 1.3, by times measured on the device of the run. "
-        "The head and linears that stay dense count; attention, norms and Python do not.",
-        panel="Budget (exactly one)",
-        gt=1,
-        allow_inf_nan=False,
-    )
-    speedup_tokens: int = setting(
-        1,
-        "Tokens at once that target_speedup is for: 1 is decoding of one text, 1024 a prompt.",
-        panel="Budget (exactly one)",
-        ge=1,
-    )
-    ranks: dict[str, int | Literal["full", "dense"]] | None = setting(
-        None,
-        "Explicit ranks by regular expression; the first match wins, other linears stay dense. 'full' keeps full rank.",
-        panel="Allocation",
-        flag="--allocation",
-    )
-    allocation: Literal["uniform", "v2", "effective-rank", "loss", "strs"] = setting(
-        "loss",
-        "How the budget is spread over the linears: uniform (the paper), v2 (SVD-LLM V2), effective-rank (D-Rank), "
-        "loss (measured on the model; may leave linears dense), strs (ASVD's search; may too). Or a JSON or YAML file "
-        "of explicit ranks: linear (a regular expression): rank, full or dense.",
-        panel="Allocation",
-        metavar="NAME|FILE",
-        reader="allocation",
-    )
-    probe_share: float = setting(
-        0.5,
-        "Upper limit on probing, as a share of the work of calibration and probing together (loss, strs).",
-        panel="Allocation",
-        only_with={"allocation": PROBING},
-        gt=0,
-        lt=1,
-    )
-    strs_ratios: tuple[Ratio, ...] = setting(
-        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-        "Ratios at which each linear alone is tried (strs); fewer leave more tokens for each.",
-        panel="Allocation",
-        reader="ratio list",
-        only_with={"allocation": ("strs",)},
-        min_length=1,
-    )
     ignore: tuple[str, ...] = setting(
         (),
         "Linears that stay dense; may be repeated. Searched in names like model.layers.0.mlp.up_proj.",
         panel="Allocation",
         metavar="REGEX",
     )
-    overrides: dict[str, Annotated[float, Field(ge=0, lt=1)]] = setting(
+    overrides: AfterAnalysis[dict[str, Annotated[float, Field(ge=0, lt=1)]]] = setting(
         {},
         "Another ratio for some linears; may be repeated. The first match wins; 0 leaves a linear dense.",
         panel="Allocation",
@@ -170,11 +47,11 @@ class Recipe(BaseModel):
         metavar="REGEX=RATIO",
         reader="overrides",
     )
-    round_to: int = setting(
+    round_to: AfterAnalysis[int] = setting(
         8, "Ranks are multiples of this number, which kernels and group-wise quantisers want.", panel="Allocation", ge=1
     )
 
-    elastic: bool = setting(
+    elastic: AfterAnalysis[bool] = setting(
         False,
         "Also write what every smaller size needs: `svdllm slice` then makes it in seconds, without text.",
         panel="Recipe",
@@ -189,13 +66,13 @@ class Recipe(BaseModel):
     )
     samples: int = setting(256, "Calibration windows.", panel="Calibration", ge=1)
     seqlen: int = setting(2048, "Tokens of a calibration window.", panel="Calibration", ge=2)
-    calibration_mode: Literal["dense", "sequential"] = setting(
+    calibration_mode: AfterAnalysis[Literal["dense", "sequential"]] = setting(
         "dense",
         "Whose inputs a linear is fitted to: those of the dense model, or those of the model as far as it is "
         "compressed (sequential; several forward passes more).",
         panel="Calibration",
     )
-    beta: float | None = setting(
+    beta: AfterAnalysis[float | None] = setting(
         None,
         "How far outputs are pulled to those of the dense model, 0 to 1 (sequential).",
         panel="Calibration",
@@ -203,7 +80,7 @@ class Recipe(BaseModel):
         ge=0,
         le=1,
     )
-    sequential_samples: int = setting(
+    sequential_samples: AfterAnalysis[int] = setting(
         32,
         "Calibration windows of the second walk (sequential).",
         panel="Calibration",
@@ -239,7 +116,8 @@ class Recipe(BaseModel):
         if not isinstance(settings, dict):
             return settings
         plain: dict[str, Any] = {}
-        if settings.get("method", "svd-llm") != "svd-llm":
+        method = METHODS.get(str(settings.get("method", cls.model_fields["method"].default)))
+        if method is not None and not method.has_gram:
             plain = PLAIN
         elif settings.get("ranks") is not None:
             plain = {"allocation": "uniform", "round_to": 1}
@@ -247,11 +125,12 @@ class Recipe(BaseModel):
             plain = plain | {"round_to": NVFP4_GROUP}
         return plain | settings
 
-    @field_validator("method")
+    @field_validator("method", "metric", "allocation")
     @classmethod
-    def _known_method(cls, value: str) -> str:
-        if value not in METHODS:
-            raise ValueError(f"unknown method {value!r}; known are {', '.join(METHODS)}")
+    def _known_row(cls, value: str, info: ValidationInfo) -> str:
+        table = TABLES[str(info.field_name)]
+        if value not in table:
+            raise ValueError(f"unknown {info.field_name} {value!r}; known are {', '.join(table)}")
         return value
 
     @field_validator("ignore", "input_only", "overrides", "ranks")
@@ -275,52 +154,69 @@ class Recipe(BaseModel):
             raise ValueError("ratio is an empty list; give at least one")
         if isinstance(self.ratio, tuple) and len(set(self.ratio)) < len(self.ratio):
             raise ValueError(f"ratio names a value twice: {self.ratio}")
-        if len(set(self.strs_ratios)) < len(self.strs_ratios):
-            raise ValueError(f"strs_ratios names a value twice: {self.strs_ratios}")
         return self
 
     @model_validator(mode="after")
-    def _sensible_combination(self) -> Recipe:
+    def _fits_the_method(self) -> Recipe:
         """Combinations that make no sense are refused, not ignored."""
-        if self.metric == "two-sided" and self.method != "svd-llm":
+        method, metric = METHODS[self.method], METRICS[self.metric]
+        if metric.left is not None and method.left is not None:
+            raise ValueError(f"method {method.name} and metric {metric.name} both weigh the outputs; use metric input")
+        if method.has_gram:
+            return self
+        if metric.left is not None:
             raise ValueError(
-                f"metric two-sided weighs the Gram of the inputs by gradients; method {self.method} has no Gram, "
+                f"metric {metric.name} weighs the Gram of the inputs by gradients; method {method.name} has no Gram, "
                 "use method svd-llm"
             )
-        if self.shrinkage and self.method != "svd-llm":
-            raise ValueError(f"shrinkage acts on a Gram; method {self.method} has none, use method svd-llm")
-        if self.bias_correction and self.method != "svd-llm":
-            raise ValueError(f"bias_correction needs the mean inputs of a Gram; method {self.method} has none")
-        if self.calibration_mode == "sequential" and self.method != "svd-llm":
+        if self.shrinkage:
+            raise ValueError(f"shrinkage acts on a Gram; method {method.name} has none, use method svd-llm")
+        if self.bias_correction:
+            raise ValueError(f"bias_correction needs the mean inputs of a Gram; method {method.name} has none")
+        if self.calibration_mode == "sequential":
             raise ValueError(
-                f"calibration_mode sequential fits to Grams of the compressed stream; method {self.method} uses none"
+                f"calibration_mode sequential fits to Grams of the compressed stream; method {method.name} uses none"
             )
-        if (
-            self.calibration_mode == "sequential"
-            and self.beta is None
-            and min(self.samples, self.sequential_samples) < 2
-        ):
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_calibration(self) -> Recipe:
+        sequential = self.calibration_mode == "sequential"
+        if sequential and self.beta is None and min(self.samples, self.sequential_samples) < 2:
             raise ValueError(
                 "calibration_mode sequential holds windows out to choose beta by; give at least 2 samples and "
                 "sequential_samples, or a beta"
             )
-        if self.beta is not None and self.calibration_mode == "dense":
+        if self.beta is not None and not sequential:
             raise ValueError("beta does nothing to a dense calibration; use calibration_mode sequential")
-        if self.allocation != "uniform" and self.ranks is not None:
-            raise ValueError(f"allocation {self.allocation} chooses ranks, and ranks are given; drop one of them")
-        if self.allocation == "v2" and (self.target_params or self.target_size):
-            raise ValueError("allocation v2 spreads a ratio over the linears of a kind; give a ratio")
-        if self.target_speedup is not None and self.allocation != "loss":
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_allocation(self) -> Recipe:
+        row = ALLOCATIONS[self.allocation]
+        refused = [name for name in BUDGETS if getattr(self, name) is not None and name not in row.budgets]
+        if "ranks" in refused:
+            raise ValueError(f"allocation {row.name} chooses ranks, and ranks are given; drop one of them")
+        if "target_speedup" in refused:
             raise ValueError(
-                f"target_speedup is a budget of measured time, which allocation {self.allocation} does not count; use "
+                f"target_speedup is a budget of measured time, which allocation {row.name} does not count; use "
                 "allocation loss"
             )
+        if refused:
+            raise ValueError(
+                f"allocation {row.name} cannot keep to {refused[0]}; give a {' or '.join(row.budgets)}, or use another "
+                "allocation"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_budget(self) -> Recipe:
         if self.factor_bits is not None and self.target_size is None:
             raise ValueError("factor_bits does nothing without target_size, which it says how to count")
         if self.factor_bits == 4 and self.round_to % NVFP4_GROUP:
             raise ValueError(
-                f"factor_bits 4 shares a scale among {NVFP4_GROUP} inputs, and a factor of another rank gets 8 bits; "
-                f"use round_to {NVFP4_GROUP} or a multiple of it"
+                f"factor_bits 4 shares a scale among {NVFP4_GROUP} inputs, and a factor of another rank gets 8 bits; use "
+                f"round_to {NVFP4_GROUP} or a multiple of it"
             )
         if self.speedup_tokens > 1 and self.target_speedup is None:
             raise ValueError("speedup_tokens does nothing without target_speedup")
@@ -346,19 +242,29 @@ class Recipe(BaseModel):
         return None
 
     @property
+    def left_metric(self) -> LeftMetric | None:
+        """How the outputs are weighed by gradients, by the metric or by the method; None where they are not."""
+        return METRICS[self.metric].left or METHODS[self.method].left
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether the loss is followed back through the model."""
-        return self.metric == "two-sided" or METHODS[self.method].left is not None
+        return self.left_metric is not None
 
     @property
     def needs_probes(self) -> bool:
         """Whether linears are truncated on trial, to see what it does."""
-        return self.allocation in PROBING
+        return ALLOCATIONS[self.allocation].probing is not None
 
     @property
     def needs_tokens(self) -> bool:
         """Whether a calibration text is read."""
         return METHODS[self.method].needs_tokens or self.needs_probes
+
+    def analysis_settings(self) -> dict[str, Any]:
+        """The settings that decide the analysis: neither the budget nor how it is spread."""
+        later = settings_after_analysis(type(self))
+        return {name: value for name, value in self.to_dict().items() if name not in later}
 
     def require_budget(self) -> None:
         """Raises InputError unless a budget is given."""
@@ -385,80 +291,3 @@ class Recipe(BaseModel):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-
-def make_recipe(settings: dict[str, Any], origin: str = "the settings") -> Recipe:
-    """Validates a mapping into a recipe; every problem is reported at once as an InputError."""
-    try:
-        return Recipe(**settings)
-    except ValidationError as error:
-        raise InputError(f"{origin}: {problems_of(error)}") from error
-
-
-def load_settings(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML (or JSON) recipe file.
-
-    Raises:
-        InputError: no such file, or not a mapping.
-    """
-    path = Path(path)
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"Recipe {path} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"Recipe {path}: expected a mapping of settings, found {type(settings).__name__}.")
-    return settings
-
-
-def allocation_file(path: str | Path) -> dict[str, int | str]:
-    """Explicit ranks from a JSON or YAML file: linear (a regular expression) -> rank, ``full`` or ``dense``.
-
-    Raises:
-        InputError: no allocation has this name and no file either, or the file is no such map.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(
-            f"--allocation {str(path)!r} is neither one of {', '.join(ALLOCATIONS)} nor a file. A file is a JSON or "
-            "YAML map from linear to rank, like {'mlp.down_proj': 200, 'q_proj': dense}."
-        )
-    ranks = load_settings(path)
-    wrong = [
-        f"{name}: {rank!r}" for name, rank in ranks.items() if rank not in ("full", "dense") and not _is_rank(rank)
-    ]
-    if wrong or not ranks:
-        raise InputError(
-            f"Allocation {path}: expected a map from linear to a rank above zero, 'full' or 'dense', found "
-            f"{'; '.join(wrong[:5]) or 'nothing'}."
-        )
-    return {str(name): rank for name, rank in ranks.items()}
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def preset_settings(name: str) -> dict[str, Any]:
-    """The settings of a preset, from the YAML file in the package."""
-    if name not in PRESETS:
-        raise InputError(f"Unknown preset {name!r}; known are {', '.join(PRESETS)}.")
-    text = (resources.files("svdllm.compression") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)
-
-
-def problems_of(error: ValidationError) -> str:
-    lines = []
-    problems = error.errors()
-    for problem in problems:
-        place = problem["loc"]
-        if any(len(other["loc"]) > len(place) and other["loc"][: len(place)] == place for other in problems):
-            continue  # a list is also called too short where it has items that are wrong
-        where = ".".join(str(part) for part in place if not str(part).startswith(("constrained", "tuple", "float")))
-        message = problem["msg"].removeprefix("Value error, ")
-        found = problem.get("input")
-        shown = f" (found {found!r})" if isinstance(found, str | int | float) else ""
-        line = f"{where or 'recipe'}: {message}{shown}"
-        if line not in lines:
-            lines.append(line)
-    return "; ".join(lines)

@@ -1,0 +1,77 @@
+"""Recipes from outside: files, presets, and mappings of settings."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from svdllm.common.errors import InputError
+from svdllm.common.settings import problems_of
+from svdllm.compression.ranks import ALLOCATIONS
+from svdllm.compression.recipe import Recipe
+
+PRESETS = ("paper", "balanced", "best")
+
+
+def make_recipe(settings: dict[str, Any], origin: str = "the settings") -> Recipe:
+    """Validates a mapping into a recipe; every problem is reported at once as an InputError."""
+    try:
+        return Recipe(**settings)
+    except ValidationError as error:
+        raise InputError(f"{origin}: {problems_of(error)}") from error
+
+
+def load_settings(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML (or JSON) recipe file.
+
+    Raises:
+        InputError: no such file, or not a mapping.
+    """
+    path = Path(path)
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"Recipe {path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"Recipe {path}: expected a mapping of settings, found {type(settings).__name__}.")
+    return settings
+
+
+def allocation_file(path: str | Path) -> dict[str, int | str]:
+    """Explicit ranks from a JSON or YAML file: linear (a regular expression) -> rank, ``full`` or ``dense``.
+
+    Raises:
+        InputError: no allocation has this name and no file either, or the file is no such map.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(
+            f"--allocation {str(path)!r} is neither one of {', '.join(ALLOCATIONS)} nor a file. A file is a JSON or "
+            "YAML map from linear to rank, like {'mlp.down_proj': 200, 'q_proj': dense}."
+        )
+    ranks = load_settings(path)
+    wrong = [
+        f"{name}: {rank!r}" for name, rank in ranks.items() if rank not in ("full", "dense") and not _is_rank(rank)
+    ]
+    if wrong or not ranks:
+        raise InputError(
+            f"Allocation {path}: expected a map from linear to a rank above zero, 'full' or 'dense', found "
+            f"{'; '.join(wrong[:5]) or 'nothing'}."
+        )
+    return {str(name): rank for name, rank in ranks.items()}
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def preset_settings(name: str) -> dict[str, Any]:
+    """The settings of a preset, from the YAML file in the package."""
+    if name not in PRESETS:
+        raise InputError(f"Unknown preset {name!r}; known are {', '.join(PRESETS)}.")
+    text = (resources.files("svdllm.compression") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)

@@ -53,7 +53,7 @@ def test_no_two_settings_share_a_flag_by_mistake(model: type[BaseModel]):
 
 
 def test_help_shows_descriptions_and_defaults(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("COLUMNS", "500")
+    monkeypatch.setenv("COLUMNS", "3000")
     with pytest.raises(SystemExit):
         svdllm.cli.main(["compress", "--help"])
     printed = " ".join(capsys.readouterr().out.split())

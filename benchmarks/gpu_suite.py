@@ -1,11 +1,12 @@
-"""Everything that needs a GPU, in order of worth, within the minutes that it is given; one JSON file and one page result.
+"""Measures everything that needs a GPU, in order of worth, within given minutes; writes a JSON file and a page.
 
     python benchmarks/gpu_suite.py --minutes 8 --output DIR
     python benchmarks/gpu_suite.py --dry-run --output DIR        # every step on tiny shapes, on the CPU
 
 Steps (``--steps`` names some of them):
 
-- ``agreement``: tiny models of several families, compressed on the device and on the CPU in float32, compared by logits;
+- ``agreement``: tiny models of several families, compressed on the device and on the CPU in float32, compared by
+  logits;
 - ``compression``: a random model with the shapes of LLaMA-7B and few blocks, compressed by two presets;
 - ``decomposition``: the spectra of one 7B block against the paper's path (Cholesky, inverse, SVD) on the same device;
 - ``decode``: one step of the whole 7B at three ratios, replayed as a CUDA graph, against the dense model;
@@ -36,6 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import svdllm
 from decomposition import paper_factors, squared_loss
+from gpu_page import page
 from inference_gpu import llama_7b, random_models
 from svdllm.cli.console import ConsoleReporter
 from svdllm.common.device import resolve_device
@@ -109,7 +111,7 @@ def agreement(suite: Suite) -> Record:
     common |= {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 64}
     found: Record = {}
     ids = torch.randint(128, (16, 32), generator=torch.Generator().manual_seed(1))
-    for family in ("llama", "qwen2", "qwen3", "gemma3_text"):
+    for family in ("llama", "qwen2", "qwen3", "gemma3_text")[: 1 if suite.tiny else None]:
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model(family, **common)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -319,7 +321,7 @@ def machine(device: torch.device) -> Record:
 def main(arguments: list[str] | None = None) -> Record:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8, help="no step begins after as many minutes")
-    parser.add_argument("--output", type=Path, required=True, help="folder for gpu_suite.json")
+    parser.add_argument("--output", type=Path, required=True, help="folder for gpu_suite.json and gpu_suite.md")
     parser.add_argument("--steps", default=",".join(STEPS), help="names of the steps, in order")
     parser.add_argument("--blocks", type=int, default=4, help="blocks of the model that is compressed")
     parser.add_argument("--samples", type=int, default=256)
@@ -346,6 +348,7 @@ def main(arguments: list[str] | None = None) -> Record:
     for name, found in run(suite, names):
         record["steps"][name] = found
         (args.output / "gpu_suite.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        (args.output / "gpu_suite.md").write_text(page(record), encoding="utf-8")
         print(json.dumps({name: found if name not in ("inference", "latent") else "see the file"}), flush=True)
     return record
 

@@ -12,7 +12,8 @@ from svdllm.models.structure import Target
 
 # Bytes per second of reading weights and looking for NaN, and of writing a checkpoint, hashing it and reading it back.
 READ_BYTES, WRITE_BYTES = 4e8, 1e8
-GGUF_WEIGHTS = 1.5e7  # dequantised, written and hashed per second
+# Of a GGUF file: seconds to read its vocabulary, and weights dequantised, written and hashed per second.
+GGUF_SECONDS, GGUF_WEIGHTS = 8.0, 3e7
 # Element-wise operations for every output of a linear: norms, residuals, rotations, gates, copies.
 PASSES = 16
 # Times the forward pass that a backward pass takes, with the forward pass that it repeats.
@@ -43,7 +44,7 @@ def _seconds_by_stage(work: Workload, speed: MachineSpeed) -> dict[str, float]:
     walk = _forward_seconds(work, work.tokens, speed) + _gram_seconds(work, work.tokens, speed)
     speedup = work.recipe.target_speedup
     return {
-        "open": work.num_stored_weights / GGUF_WEIGHTS if work.gguf_bytes else 0.0,
+        "open": GGUF_SECONDS + work.num_stored_weights / GGUF_WEIGHTS if work.gguf_bytes else 0.0,
         "check weights": tensor_bytes(work.stored) / READ_BYTES,
         "time linears": 0.0 if speedup is None else SECONDS_PER_SHAPE * len(work.linear_shapes),
         "analyze": walk if work.gradient_tokens else walk + spectra,

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 
 from svdllm.common.errors import CheckpointError, first_line
-from svdllm.models.weights import read_header, weight_files
+from svdllm.models.safetensors_files import read_header, weight_files
 
 
 @dataclass(frozen=True, kw_only=True)

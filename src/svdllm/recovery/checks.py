@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svdllm.common.errors import InputError
 from svdllm.common.extras import require_extra
-from svdllm.common.memory import weight_bytes
+from svdllm.common.memory import skeleton_bytes
 from svdllm.data import check_source
 from svdllm.data.examples import refuse_mixture
 from svdllm.evaluation.windows import check_protocol
@@ -123,7 +123,7 @@ def check_memory(models: Models, tasks: Sequence[Task]) -> None:
         return
     teacher_bytes = 0
     if models.teacher is not None and any(task.settings.kl > 0 for task in tasks):
-        teacher_bytes = weight_bytes(build_skeleton(models.dense_config.config, models.dense_dtype))
+        teacher_bytes = skeleton_bytes(build_skeleton(models.dense_config.config, models.dense_dtype))
     needed = {}
     for task in tasks:
         skeleton = build_skeleton(models.config, torch.float32 if task.method == "distill" else models.own_dtype)

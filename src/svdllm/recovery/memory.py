@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from svdllm.common.errors import ResourceError
-from svdllm.common.memory import available_bytes, weight_bytes
+from svdllm.common.memory import available_bytes, skeleton_bytes
 from svdllm.recovery.distill import open_for_training
 from svdllm.recovery.stage import Task
 
@@ -24,7 +24,7 @@ def least_bytes(task: Task, skeleton: PreTrainedModel, vocab_size: int, teacher_
     """
     if task.method == "blockwise":
         return 0  # two blocks
-    weights = weight_bytes(skeleton)
+    weights = skeleton_bytes(skeleton)
     longest = max(len(ids) for ids, _ in task.rows)
     logits = task.settings.sequences_at_once(task.method, 1) * longest * vocab_size * 4
     if task.method == "sequential-lora":

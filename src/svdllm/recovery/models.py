@@ -18,9 +18,10 @@ from svdllm.models.config_files import load_config
 from svdllm.models.discover import discover
 from svdllm.models.low_rank.lowrank import sha256_of
 from svdllm.models.open import Source, open_config, open_source
+from svdllm.models.safetensors_files import weight_files
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.walk import Walk
-from svdllm.models.weights import SafetensorsWeights, Weights, weight_files
+from svdllm.models.weights import SafetensorsWeights, Weights
 from svdllm.recovery.trained_weights import LaterWeights
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from svdllm.common.errors import InputError, explaining, first_line
 from svdllm.common.extras import require_extra
 from svdllm.common.progress import Reporter
-from svdllm.data.sources import hub_offline
+from svdllm.data.hub_datasets import hub_offline
 from svdllm.evaluation.tasks.index import find_tasks
 from svdllm.evaluation.tasks.local_data import LocalTask, prepare_local, write_definitions
 from svdllm.evaluation.tasks.quiet import quiet

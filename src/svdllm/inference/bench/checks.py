@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from svdllm.common.errors import InputError, ResourceError
-from svdllm.common.memory import available_bytes, weight_bytes
+from svdllm.common.errors import InputError
+from svdllm.common.memory import require_memory, skeleton_bytes
 from svdllm.inference.bench.settings import BenchSettings
 from svdllm.models.limits import context_length, require_context
 from svdllm.models.low_rank.factory import dense_config
@@ -88,13 +88,9 @@ def check_context(sources: Mapping[str, Source], settings: BenchSettings) -> Non
 
 def check_room(sources: Iterable[Source], dtype: torch.dtype, device: torch.device) -> None:
     """Raises ResourceError if the weights of all models together are more than there is memory."""
-    needed = sum(weight_bytes(build_skeleton(source.config, dtype)) for source in sources)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
-    if free is not None and needed > free:
-        raise ResourceError(
-            f"The weights of all models together need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on {device}: "
-            "they are measured in turns. Give fewer models, or a smaller --dtype."
-        )
+    needed = sum(skeleton_bytes(build_skeleton(source.config, dtype)) for source in sources)
+    advice = "They are measured in turns: give fewer models, or a smaller --dtype."
+    require_memory(needed, "The weights of all models together need", device, advice)
 
 
 def _shapes(source: Source) -> dict[str, tuple[int, ...]]:

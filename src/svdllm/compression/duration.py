@@ -7,6 +7,7 @@ from collections import Counter
 from svdllm.checkpoint.tensors import file_bytes, tensor_bytes
 from svdllm.compression.machine_speed import MachineSpeed, busy_share, measure_speed
 from svdllm.compression.ranks.linear_times import SECONDS as SECONDS_PER_SHAPE
+from svdllm.compression.sequential import BETAS
 from svdllm.compression.workload import Workload
 from svdllm.models.structure import Target
 
@@ -110,12 +111,14 @@ def _spectrum_seconds(target: Target, work: Workload, speed: MachineSpeed) -> fl
 
 
 def _sequential_seconds(work: Workload, speed: MachineSpeed) -> float:
-    """Six partial or whole passes, three products per group, and a decomposition for each candidate of beta."""
+    """Six partial or whole passes, three products per group, and for each candidate of beta a fit and its error."""
     if not work.sequential_tokens:
         return 0.0
-    tokens = work.sequential_tokens
-    spectra = sum(_spectrum_seconds(target, work, speed) for target in work.structure.targets)
-    return 6 * _forward_seconds(work, tokens, speed) + 4 * _gram_seconds(work, tokens, speed) + 4 * spectra
+    tokens, targets = work.sequential_tokens, work.structure.targets
+    fits = 1 if work.recipe.beta is not None else len(BETAS) + 1
+    fit = sum(_spectrum_seconds(target, work, speed) for target in targets)
+    fit += sum(t.in_features**3 / 3 + 10 * t.num_weights * t.in_features for t in targets) / speed.multiply64
+    return 6 * _forward_seconds(work, tokens, speed) + 4 * _gram_seconds(work, tokens, speed) + fits * fit
 
 
 def _write_seconds(work: Workload, speed: MachineSpeed) -> float:

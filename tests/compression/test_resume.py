@@ -156,7 +156,7 @@ def test_finished_blocks_are_not_decomposed_again(tmp_path: Path) -> None:
     recipe = small_recipe(ratio=(0.2, 0.4))
     svdllm.compress_many(model, recipe, tmp_path / "out", calibration=token_windows(), reporter=reporter)
     assert reporter.blocks == (1,)
-    assert reporter.notes == ("Going on with an earlier run: 1 of 2 blocks are done.",)
+    assert reporter.notes == ("Continuing an earlier run: 1 of 2 blocks are done.",)
 
 
 @pytest.mark.parametrize(

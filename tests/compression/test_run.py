@@ -19,9 +19,10 @@ from families import FAMILIES, dense_weight, linear_targets, tiny_model
 from runs import TEXT, digests, run, save_dense, small_recipe, token_windows
 from svdllm.compression.collect import collect_statistics
 from svdllm.compression.math.metrics import METHODS
+from svdllm.models.discover import discover
+from svdllm.models.linears import is_linear
 from svdllm.models.open import open_source
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import discover, is_linear
 from svdllm.models.walk import Walk
 
 
@@ -117,7 +118,8 @@ def test_reload_in_a_clean_process_is_bit_equal(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = result.load()(input_ids=ids).logits
     script = (
-        "import sys, torch, svdllm; from transformers import AutoModelForCausalLM; from safetensors.torch import save_file\n"
+        "import sys, torch, svdllm; from transformers import AutoModelForCausalLM\n"
+        "from safetensors.torch import save_file\n"
         "g = torch.Generator().manual_seed(0); ids = torch.randint(0, 128, (2, 16), generator=g)\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "with torch.no_grad(): save_file({'logits': model(input_ids=ids).logits.contiguous()}, sys.argv[2])\n"

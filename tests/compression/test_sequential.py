@@ -164,7 +164,8 @@ def best_beta(
 
 
 def test_beta_is_the_best_on_the_last_eighth_of_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Of sixteen windows, a batch each, two are held out, whose tokens follow each other otherwise; the oracle has no Grams.
+    """Two of sixteen windows, a batch each, are held out; their tokens follow each other otherwise.
+    The oracle has no Grams.
 
     Were the factors fitted to them as well, or more or fewer of them held out, some group would get another beta.
     """

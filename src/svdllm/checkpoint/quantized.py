@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from svdllm.checkpoint.tensors import Tensors
 from svdllm.common.errors import InputError
-from svdllm.models.structure import find_blocks, matches
+from svdllm.models.linears import find_blocks, matches
 
 
 @dataclass(frozen=True)

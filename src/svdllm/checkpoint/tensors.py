@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from svdllm.models.open import Source
+from svdllm.models.safetensors_files import SAFETENSORS_CODES
 from svdllm.models.structure import Structure, Target
 
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and dtype
@@ -17,22 +18,6 @@ METADATA = {"format": "pt"}  # of every file
 
 # A shard is held in memory while it is written.
 SHARD_BYTES = 2 * 10**9
-
-# The dtypes of safetensors, in the order in which its writer lays tensors out.
-SAFETENSORS_CODES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def stored_tensors(source: Source, skeleton: PreTrainedModel) -> Tensors:

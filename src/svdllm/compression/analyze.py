@@ -1,7 +1,7 @@
-"""From tokens to spectra: the walks that accumulate statistics, and the decompositions.
+"""Analyses a model on its calibration tokens: collects statistics block by block, then decomposes every weight.
 
-One forward walk collects the Gram of every input. With the two-sided metric a reverse walk follows, which collects the
-Gram of every output's gradient; the input Grams wait on disk until it reaches their block.
+A forward walk collects the Gram of every input. With the two-sided metric a reverse walk follows, which collects the
+Gram of the gradients of every output. Until the reverse walk reaches a block, its input Grams are kept on disk.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def analyze(
         NumericalError: a hidden state, a gradient or a metric is NaN or infinite, or a spectrum does not converge.
     """
     recipe = run.recipe
-    ids = torch.zeros(1, 2, dtype=torch.long)  # where the method asks nothing of the text
+    ids = torch.zeros(1, 2, dtype=torch.long)  # for a method that does not read the text
     if windows is not None and METHODS[recipe.method].needs_tokens:
         ids = windows.ids
     walk = subject.walk(ids, recipe, run.spill_file(plans[0]))
@@ -89,7 +89,7 @@ def analyze(
 
 
 def _settings_beside_the_recipe(recipe: Recipe, subject: Subject, provenance: Provenance) -> dict[str, Any]:
-    """All that decides the bytes of the result beside the recipe."""
+    """Everything beside the recipe that decides the bytes of the result."""
     device, dtype = subject.placement(recipe)
     config = subject.source.config.to_json_string(use_diff=False)
     return {
@@ -105,7 +105,10 @@ def _settings_beside_the_recipe(recipe: Recipe, subject: Subject, provenance: Pr
 
 
 def _depths(structure: Structure, plans: Sequence[Plan]) -> dict[str, int]:
-    """Directions of each basis to keep: up to break-even, so that any ratio is a slice, or more if a rank asks for it."""
+    """Target -> directions of its basis to keep.
+
+    Break-even is enough for a slice at any ratio; explicit ranks may need more.
+    """
     depths = {target.name: target.break_even_rank for target in structure.targets}
     for plan in plans:
         for name, rank in plan.ranks.items():
@@ -115,13 +118,13 @@ def _depths(structure: Structure, plans: Sequence[Plan]) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The analysis of a model on its calibration tokens; every finished block is a file."""
+    """The walks of an analysis. Every finished block is a file, and a resumed run skips it."""
 
     walk: Walk
     recipe: Recipe
     analysis: Analysis
-    depths: Mapping[str, int]  # target -> directions to keep
-    keeps_left_metrics: bool  # for a sequential calibration
+    depths: Mapping[str, int]  # target -> directions of its basis to keep
+    keeps_left_metrics: bool  # a sequential calibration reads them
     reporter: Reporter
 
     @property
@@ -130,7 +133,7 @@ class Calibration:
 
     @property
     def reverse(self) -> bool:
-        """Whether a reverse walk follows, which the spectra wait for."""
+        """Whether a reverse walk follows, after which the spectra are computed."""
         return self.recipe.needs_gradients
 
     def run(self) -> None:
@@ -138,7 +141,7 @@ class Calibration:
         if all(map(self.analysis.is_done, blocks)):
             return
         if done := sum(map(self.analysis.is_ready if self.reverse else self.analysis.is_done, blocks)):
-            self.reporter.note(f"Going on with an earlier run: {done} of {len(blocks)} blocks are done.")
+            self.reporter.note(f"Continuing an earlier run: {done} of {len(blocks)} blocks are done.")
         with self._stage("analyze", len(self.walk.batches)):
             for block in self.walk.blocks():
                 self._forward(block)
@@ -149,7 +152,7 @@ class Calibration:
         self.walk.close()
 
     def _forward(self, block: Block) -> None:
-        """Algorithm 1, lines 5 to 9, and Algorithm 2: the Grams of the inputs, then the spectrum of every weight."""
+        """Collects the metrics of the inputs of a block, and decomposes its weights unless a reverse walk follows."""
         targets = self.walk.structure.block_targets(block.index)
         if self.analysis.is_ready(block.index) if self.reverse else self.analysis.is_done(block.index):
             if self.method.needs_tokens:
@@ -179,6 +182,7 @@ class Calibration:
             self._decompose(block, targets, metric_of, means, forward)
 
     def _backward(self, block: Block) -> None:
+        """Collects the metrics of the outputs of a block, and decomposes its weights."""
         targets = self.walk.structure.block_targets(block.index)
         if self.analysis.is_done(block.index):
             block.run_backward()
@@ -214,7 +218,7 @@ class Calibration:
         self.reporter.block_done(block.index, len(self.walk.structure.blocks), walked, sum(seconds.values()))
 
     def _loss_gradient(self, windows: slice, logits: Tensor) -> Tensor:
-        """Gradient of the summed cross-entropy of the text in the logits: ``softmax - one-hot`` where a token follows."""
+        """The gradient of the text's summed loss in the logits: ``softmax - one-hot`` where a token follows."""
         following = self.walk.ids[windows, 1:, None].to(logits.device)
         gradient = logits.float().softmax(-1)
         gradient[:, :-1].scatter_add_(-1, following, torch.full_like(following, -1, dtype=gradient.dtype))
@@ -234,16 +238,24 @@ def decompose(
     depths: Mapping[str, int],
     lefts: Mapping[str, Tensor],
 ) -> tuple[dict[str, Spectrum], dict[str, float]]:
-    """Spectra and bases of a block's targets, and the seconds each took.
+    """Decomposes the weights of a block's targets.
 
-    ``metric_of`` gives the right metric, asked once per group; ``lefts`` are the left ones, by target.
+    Args:
+        metric_of: gives the right metric of a target; called once per group.
+        depths: target -> directions of its basis to keep.
+        lefts: target -> left metric; targets without one are measured in their outputs as they are.
+
+    Returns spectra and seconds, both by target.
+
+    Raises:
+        NumericalError: a spectrum does not converge; names the linear.
     """
     spectra, seconds = {}, {}
     metrics: dict[str, Tensor | None] = {}
     for target in targets:
         started = time.perf_counter()
         if target.group not in metrics:
-            metrics = {target.group: metric_of(target)}  # the one before is not needed again
+            metrics = {target.group: metric_of(target)}  # the previous group's is not needed again
         weight_OI = weight_of(block.walk.skeleton, target)
         metric = metrics[target.group]
         metric = metric if metric is None else metric.to(weight_OI.device)

@@ -1,6 +1,6 @@
-"""Runs a loaded block and turns what its linears see into metrics.
+"""Collects statistics of the linears of a loaded block, and makes metrics of them.
 
-The statistics of a linear's inputs make the right metric, those of the gradients of its outputs the left one.
+The right metric of a linear comes from its inputs, the left metric from the gradients of its outputs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from svdllm.compression.math.linalg import equal_energies
 from svdllm.compression.math.metrics import Method
 from svdllm.compression.math.statistics import BackwardStatistic, Gram, Statistic
 from svdllm.compression.recipe import Recipe
-from svdllm.models.structure import Target, input_groups
+from svdllm.models.hooks import input_groups
+from svdllm.models.structure import Target
 from svdllm.models.walk import Block
 
 

@@ -17,8 +17,8 @@ from svdllm.compression.ranks.linear_times import LinearTimes, Speed
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.sizes import Sizes, files_for, sizes_of
 from svdllm.compression.subject import Subject, discover_subject
-from svdllm.models.limits import require_context
-from svdllm.models.open import context_length, open_config
+from svdllm.models.limits import context_length, require_context
+from svdllm.models.open import open_config
 from svdllm.models.structure import Structure
 from svdllm.models.unused_tensors import UnusedTensors
 
@@ -233,16 +233,17 @@ def calibration_warnings(subject: Subject, recipe: Recipe, num_tokens: int) -> l
     widest = max(subject.structure.targets, key=lambda target: target.in_features)
     if METHODS[recipe.method].collects_gram and num_tokens < widest.in_features:
         warnings.append(
-            f"Only {num_tokens:,} calibration tokens ({recipe.samples} x {recipe.seqlen}), fewer than the widest input has "
-            f"features ({widest.in_features:,}, {widest.name}): its Gram is singular and the result fits these tokens "
-            f"only. Use at least {widest.in_features:,} tokens, better ten times as many."
+            f"Only {num_tokens:,} calibration tokens ({recipe.samples} x {recipe.seqlen}), fewer than the widest input "
+            f"has features ({widest.in_features:,}, {widest.name}): its Gram is singular and the result fits these "
+            f"tokens only. Use at least {widest.in_features:,} tokens, better ten times as many."
         )
     structure, skeleton = subject.structure, subject.skeleton
     probing = ALLOCATIONS[recipe.allocation].probing
     if probing is not None and (probed := probe_tokens(recipe, structure, skeleton)) < probing.least_tokens:
         tried = sum(map(len, probe_ranks(recipe, structure).values()))
         warnings.append(
-            f"Allocation {recipe.allocation} measures the loss of {tried:,} truncations on {probed:,} tokens only: chance "
-            f"has a part in which it takes. Use more --samples or --probe-share (now {recipe.probe_share}){probing.advice}."
+            f"Allocation {recipe.allocation} measures the loss of {tried:,} truncations on {probed:,} tokens only: "
+            "chance has a part in which it takes. Use more --samples or --probe-share (now "
+            f"{recipe.probe_share}){probing.advice}."
         )
     return warnings

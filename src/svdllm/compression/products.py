@@ -1,4 +1,4 @@
-"""The products of a group's inputs in two streams, of which a sequential calibration is computed."""
+"""The products of a group's inputs in the dense and in the compressed stream, from which linears are fitted."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from svdllm.compression.math.statistics import CrossGram, Gram
 
-# Keeps the regression defined where a text excites fewer directions than there are: a share of the mean diagonal.
+# Share of the mean diagonal that is added to a Gram, so that a text with fewer directions than inputs can be fitted to.
 RIDGE = 1e-6
 
 
 class Products(NamedTuple):
-    """What a group's inputs ``X`` (dense stream) and ``X'`` (compressed stream) are reduced to; all float64."""
+    """Sums over the tokens of a group's inputs ``X`` (dense stream) and ``X'`` (compressed stream); float64."""
 
     dense_II: Tensor  # C = X X^T
     compressed_II: Tensor  # S' = X' X'^T
@@ -28,7 +28,7 @@ class Products(NamedTuple):
         return self._replace(**sums)
 
     def centred(self) -> Products:
-        """Of the inputs less their means: what is left to a weight where a bias takes care of the means."""
+        """The products of the inputs less their means, for a weight whose bias corrects the means."""
         dense_I, compressed_I, count = self.dense_sum_I, self.compressed_sum_I, max(self.num_tokens, 1)
         return self._replace(
             dense_II=self.dense_II - torch.outer(dense_I, dense_I) / count,
@@ -37,7 +37,10 @@ class Products(NamedTuple):
         )
 
     def shrunk(self, amount: float) -> Products:
-        """Shrunk alike, so that ``K = S'`` still gives the weight back, and positive definite."""
+        """Mixes ``amount`` of the diagonal of ``S'`` into ``S'`` and ``K`` alike, and makes ``S'`` positive definite.
+
+        If ``K = S'``, the regression still returns the weight.
+        """
         diagonal_I = self.compressed_II.diagonal()
         ridge = RIDGE * diagonal_I.mean().clamp_min(torch.finfo(torch.float64).tiny)
         kept_II = torch.diag(amount * diagonal_I + ridge)
@@ -48,7 +51,7 @@ class Products(NamedTuple):
 
 
 class Sums:
-    """The three products of a group, while the batches come."""
+    """Accumulates the products of a group batch by batch."""
 
     def __init__(self, in_features: int, device: torch.device):
         self.dense, self.compressed = Gram(in_features, device), Gram(in_features, device)
@@ -72,7 +75,7 @@ class Sums:
 
 
 def relative_error(weight_OI: Tensor, product_OI: Tensor, products: Products) -> float:
-    """``||W X - W' X'||_F^2 / ||W X||_F^2``, from products alone."""
+    """``||W X - W' X'||_F^2 / ||W X||_F^2``, computed from the products."""
     dense = (weight_OI @ products.dense_II * weight_OI).sum()
     cross = (weight_OI @ products.cross_II * product_OI).sum()
     compressed = (product_OI @ products.compressed_II * product_OI).sum()

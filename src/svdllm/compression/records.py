@@ -1,4 +1,4 @@
-"""What a run says about itself: plain records, from which tables, cards and JSON are made."""
+"""Records of a run, from which tables, model cards and reports are made."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from svdllm.models.structure import Structure, Target, linear_ranks, shared_fact
 
 @dataclass(frozen=True, kw_only=True)
 class LinearRecord:
-    """One linear after compression. Losses are in the metric of the method: for svd-llm, over the calibration tokens.
+    """One linear after compression.
 
-    ``loss`` is ``||(W - W') X||_F`` and ``relative_loss`` its share of ``||W X||_F``; ``kept_energy`` is
-    ``1 - relative_loss^2``. A dense linear has rank None and loses nothing.
+    ``loss`` is ``||(W - W') X||_F`` and ``relative_loss`` its share of ``||W X||_F``, in the metric of the method (for
+    svd-llm, over the calibration tokens). ``kept_energy`` is ``1 - relative_loss^2``. A linear that stays dense has
+    rank None and no loss.
     """
 
     name: str
-    parts: list[str]  # names of the linears, where several have one first factor; else none
+    parts: list[str]  # names of the linears that share this first factor; empty for a linear of its own
     block: int
     out_features: int
     in_features: int
@@ -41,7 +42,12 @@ class LinearRecord:
 
 
 def linear_record(target: Target, rank: int | None, energies_K: Any, seconds: float) -> LinearRecord:
-    """The record of a target truncated to ``rank`` whose spectrum is ``energies_K`` (float64, descending)."""
+    """The record of a target that is truncated to ``rank``.
+
+    Args:
+        energies_K: the spectrum of the target; float64, descending.
+        seconds: of its decomposition.
+    """
     tails = tail_energies(energies_K)
     total = float(tails[0])
     squared_loss = 0.0 if rank is None else float(tails[min(rank, len(tails) - 1)])
@@ -63,7 +69,7 @@ def linear_record(target: Target, rank: int | None, energies_K: Any, seconds: fl
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where a compressed model comes from."""
+    """The origin of a compressed model: dense model and calibration text, with hashes of both."""
 
     model: str
     revision: str | None
@@ -89,7 +95,7 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionResult:
-    """The record of a run: what was written where, and what it took (bytes, seconds)."""
+    """The result of a run: the checkpoint's folder, its plan, and the memory (bytes) and time (seconds) it took."""
 
     output_dir: Path
     recipe: Recipe
@@ -101,7 +107,7 @@ class CompressionResult:
     warnings: list[str]
 
     def load(self, **kwargs: Any) -> Any:
-        """The compressed model, by ``from_pretrained``."""
+        """Loads the compressed model by ``from_pretrained``."""
         from svdllm.checkpoint.load import load_model
 
         return load_model(self.output_dir, **kwargs)
@@ -151,6 +157,6 @@ def report_of(plan: Plan, recipe: Recipe, provenance: Provenance, linears: list[
 
 
 def ranks_entry(structure: Structure, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """What ``config.json`` says of ranks by target: of every linear, and where several have one first factor."""
+    """The ranks as ``config.json`` holds them: by linear, with the linears that share a first factor."""
     shared = shared_factors(structure.targets, ranks)
     return {"ranks": linear_ranks(structure.targets, ranks), **({"shared_factors": shared} if shared else {})}

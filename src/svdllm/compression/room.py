@@ -1,4 +1,4 @@
-"""Refuses a run for which disk or memory does not suffice."""
+"""Refuses a run that the disk or the memory has no room for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from svdllm.compression.plan import Plan
 
 
 def require_room(output: Output, plan: Plan) -> None:
-    """Raises ResourceError unless disk and memory suffice for what the plan predicts."""
+    """Raises ResourceError unless there is as much free disk and memory as the plan predicts the run to need."""
     needs = plan.needs
     output.require_disk(needs.disk_bytes, "the run needs", there=size_of(output.work))
     memory = available_bytes()

@@ -56,11 +56,10 @@ def compress_many(
             recipe's ``calibration``.
         tokenizer: for a model in memory; other models bring theirs.
         offline: never ask the hub.
-        revision: of a hub id.
+        revision: branch, tag or commit of a hub id.
         resume: go on with an unfinished run in ``<output_dir>.partial``; otherwise start over.
         hidden_states_limit: bytes of hidden states kept in RAM before they go to disk; by default half of what is free.
-        analysis_dir: a folder where the analysis is kept, for other ratios and allocations of the same calibration; a
-            run whose calibration is in it already takes it from there.
+        analysis_dir: keeps the analysis for runs with other ratios and allocations, which then start from it.
         reporter: is told about stages and progress.
 
     Raises:
@@ -88,8 +87,7 @@ def compress_many(
             analyze(run, subject, windows, plans, analysis)  # lines 5 to 9, Algorithm 2: C = X X^T, spectra of W C W^T
             plans = allocate(run, subject, windows, plans, analysis, times)  # a rank for every weight, or dense
         fitted = [refit(run, subject, windows, analysis, plan) for plan in plans]  # sequential calibration only
-        results = [  # lines 10 to 13: truncate every weight, put its factors in its place
-            write(run, subject, provenance, analysis, plan, finals) for plan, finals in zip(plans, fitted, strict=True)
-        ]
+        made = zip(plans, fitted, strict=True)
+        results = [write(run, subject, provenance, analysis, *each) for each in made]  # lines 10 to 13: W' = W'u W'v
         run.output.complete()
         return results

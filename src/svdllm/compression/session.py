@@ -32,7 +32,8 @@ from svdllm.compression.recipe import Recipe
 from svdllm.compression.room import require_room
 from svdllm.compression.subject import Subject, discover_subject, read_weights
 from svdllm.data import check_source
-from svdllm.models.open import Source, context_length, open_config
+from svdllm.models.limits import context_length
+from svdllm.models.open import Source, open_config
 
 
 @dataclass(frozen=True, kw_only=True)

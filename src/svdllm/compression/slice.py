@@ -29,21 +29,21 @@ def slice_checkpoint(
     device: str | None = None,
     reporter: Reporter | None = None,
 ) -> CompressionResult:
-    """Writes the checkpoint of a smaller size that is in an elastic one.
+    """Writes a smaller size of an elastic checkpoint as a checkpoint of its own.
 
-    All files but the report are those of ``compress`` at that ratio with the same options and without ``elastic``.
+    All files but the report equal those that ``compress`` writes at this ratio, with the same options but ``elastic``.
 
     Args:
         folder: an elastic checkpoint.
         ratio: share of the compressed linears' parameters that is removed; at least the checkpoint's own.
         output_dir: made by this call; must not exist, or be empty.
-        device: where the reference logits are computed; by default where the recipe says.
+        device: computes the reference logits; by default the device of the recipe.
         reporter: is told about stages and progress.
 
     Raises:
-        InputError: the folder is not elastic, the ratio is not in it, or the output exists; nothing is left behind.
-        CheckpointError: a file is not as it was written; names it.
-        ResourceError: the disk does not suffice.
+        InputError: the folder is not elastic, does not hold the ratio, or the output exists; nothing is left behind.
+        CheckpointError: a file has changed since it was written; names it.
+        ResourceError: the disk is too full.
     """
     reporter = reporter or Reporter()
     with new_folder(output_dir, "a slice") as (output, partial):
@@ -70,22 +70,22 @@ def load_model(model: str | Path, *, ratio: float | None = None, **kwargs: Any) 
 
     Args:
         model: a folder, a hub id, or a GGUF file.
-        ratio: of an elastic checkpoint, the size to load it at: the model that ``slice_checkpoint`` writes, without
-            writing it. At least the ratio of the checkpoint.
+        ratio: loads an elastic checkpoint at a smaller size, as ``slice_checkpoint`` would write it; at least the
+            ratio of the checkpoint.
         kwargs: for ``from_pretrained``. Only safetensors are read, and code that comes with a model is not run.
 
-    Warns of tensors in the files that are not used (``UnusedTensorsWarning``).
+    Warns of tensors in the files that the model does not use (``UnusedTensorsWarning``).
 
     Raises:
         CheckpointError: a file is missing, truncated or altered; names it.
-        InputError: no such model, or it has no such size.
+        InputError: there is no such model, or it does not hold the ratio.
         UnsupportedModelError: it is not a causal language model.
     """
     return load.load_model(model, **kwargs) if ratio is None else load_slice(model, ratio, **kwargs)
 
 
 def load_slice(folder: str | Path, ratio: float, **kwargs: Any) -> PreTrainedModel:
-    """The model that ``slice_checkpoint`` writes, in memory; ``kwargs`` are those of ``from_pretrained``.
+    """Loads the model that ``slice_checkpoint`` would write; ``kwargs`` are those of ``from_pretrained``.
 
     Raises:
         InputError, CheckpointError: as ``slice_checkpoint``.

@@ -1,7 +1,7 @@
 """Finds a smaller size in an elastic checkpoint.
 
-The ranks are chosen as a run at that ratio would choose them, from the same energies and probes. The factors are the
-first columns and rows of those stored, bit for bit what such a run writes.
+The ranks are chosen as a run at the ratio would choose them, from the same energies and probes. The factors are the
+first columns and rows of the stored ones, bit for bit those of such a run.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from svdllm.compression.recipe import Recipe
 from svdllm.compression.recipe_files import load_settings, make_recipe
 from svdllm.compression.records import LinearRecord, Provenance, linear_record, ranks_entry
 from svdllm.compression.subject import Subject, discover_subject
+from svdllm.models.config_files import load_config
 from svdllm.models.low_rank import HASHES_FILE, compare_hashes
 from svdllm.models.low_rank.factory import dense_config
-from svdllm.models.open import Source, load_config
+from svdllm.models.low_rank.info import LowRankInfo
+from svdllm.models.open import Source
+from svdllm.models.safetensors_files import weight_files
 from svdllm.models.structure import Structure, linear_ranks
-from svdllm.models.weights import weight_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class SmallerSize:
     folder: Path
     report: Mapping[str, Any]  # of the elastic checkpoint
     recipe: Recipe
-    subject: Subject  # the dense source, of which only the shapes are there
+    subject: Subject  # the dense source; of its weights only the shapes are known
     evidence: Evidence
     plan: Plan
     layout: Tensors
@@ -81,7 +83,7 @@ def find_size(folder: str | Path, ratio: float, device: str | None, *, check_int
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; of a model on the hub, download the whole repository first.")
+        raise InputError(f"{folder} is not a folder. Download the whole repository of a model on the hub first.")
     report = read_report(folder)
     config = load_config(folder, str(folder))
     index = ElasticIndex.read(folder)
@@ -101,8 +103,9 @@ def find_size(folder: str | Path, ratio: float, device: str | None, *, check_int
     elastic = TensorFiles(sorted((folder / ELASTIC_STEM).parent.glob(f"{Path(ELASTIC_STEM).name}*.safetensors")))
     evidence = Evidence({t.name: elastic.get(f"{t.name}.energies") for t in targets}, index.probes)
     plan = _plan(subject, recipe.model_copy(update={"device": device or recipe.device}), evidence)
-    stored_ranks: dict[str, int] = config.svdllm["ranks"]  # type: ignore[attr-defined]
-    _require_nested(folder, whole, subject.structure, stored_ranks, plan.ranks, ratio)
+    info = LowRankInfo.of(config, str(folder))
+    assert info is not None
+    _require_nested(folder, whole, subject.structure, info.ranks, plan.ranks, ratio)
     ranks = linear_ranks(targets, plan.ranks)
     return SmallerSize(
         folder=folder,
@@ -112,7 +115,7 @@ def find_size(folder: str | Path, ratio: float, device: str | None, *, check_int
         evidence=evidence,
         plan=plan,
         layout=compressed_tensors(index.stored, targets, plan.ranks),
-        tensors=SlicedTensors(TensorFiles(weight_files(folder)), elastic, stored_ranks, ranks),
+        tensors=SlicedTensors(TensorFiles(weight_files(folder)), elastic, info.ranks, ranks),
     )
 
 
@@ -127,12 +130,13 @@ def _plan(subject: Subject, recipe: Recipe, evidence: Evidence) -> Plan:
         disk_bytes=plan.file_bytes,
         hidden_states_bytes=0,
         seconds_by_stage={},
+        seconds_range=(0.0, 0.0),
     )
     return replace(plan, needs=needs)
 
 
 class _Shapes:
-    """Weights of which only names, shapes and dtypes are known."""
+    """Weights whose names, shapes and dtypes are known, and whose values are not."""
 
     def __init__(self, stored: Tensors):
         self._stored = stored
@@ -149,9 +153,7 @@ class _Shapes:
 
 def _require_as_written(folder: Path, index: ElasticIndex) -> None:
     if not (folder / HASHES_FILE).is_file():
-        raise CheckpointError(
-            f"{folder} has no {HASHES_FILE}: nothing to compare its files with before they are sliced."
-        )
+        raise CheckpointError(f"{folder} has no {HASHES_FILE}: its files cannot be checked before they are sliced.")
     problems = compare_hashes(folder)
     if problems:
         raise CheckpointError(f"{folder} is not as it was written: {' '.join(problems)} Fetch or write it again.")
@@ -159,24 +161,26 @@ def _require_as_written(folder: Path, index: ElasticIndex) -> None:
     found = {path.name: hashes.get(path.name, {}).get("sha256") for path in weight_files(folder)}
     if found != index.weights:
         raise CheckpointError(
-            f"The weights in {folder} are not those that its elastic files were made with: it was trained or saved again "
+            f"The weights in {folder} do not belong to its elastic files: the model was trained or saved again "
             "since. Slice the checkpoint that compress wrote, then train the slice."
         )
 
 
 def _recipe_at(whole: Recipe, ratio: float, folder: Path) -> Recipe:
-    """The recipe of a direct run at a ratio."""
+    """The recipe with which a run would make the size of a ratio directly."""
     own = whole.ratio
     if not whole.elastic or not isinstance(own, float):
-        raise CheckpointError(f"{RECIPE_FILE} in {folder} is not that of an elastic checkpoint. Write it again.")
+        raise CheckpointError(
+            f"{RECIPE_FILE} in {folder} does not belong to an elastic checkpoint. Write the checkpoint again."
+        )
     if not 0 < ratio < 1:
         raise InputError(
             f"ratio {ratio} is not between 0 and 1: it is the share of the linears' parameters to remove (0.4: 40 %)."
         )
     if ratio < own:
         raise InputError(
-            f"{folder} holds ratio {own} and what is smaller; ratio {ratio} is a larger model, which is not in it. Slice "
-            f"at {own} or more, or compress with --ratio {ratio} --elastic."
+            f"{folder} holds models of ratio {own} or more; ratio {ratio} is a larger model, which it does not hold. "
+            f"Slice at {own} or more, or compress with --ratio {ratio} --elastic."
         )
     return whole.model_copy(update={"ratio": ratio, "elastic": False})
 
@@ -189,7 +193,7 @@ def _require_nested(
     wanted: Mapping[str, int],
     ratio: float,
 ) -> None:
-    """Raises InputError where a rank is more than is stored: rare, and mostly at ratios very close."""
+    """Raises InputError if a rank exceeds the stored one, which happens at ratios close to the stored one."""
     own = {target.name: stored[target.linears[0]] for target in structure.targets if target.linears[0] in stored}
     spare = spare_ranks(whole, structure, own)
     lacking = []
@@ -202,6 +206,6 @@ def _require_nested(
         more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
         raise InputError(
             f"The model of ratio {ratio} is not within {folder}, whose ratio is {whole.ratio}: {lacking[0]}{more}. The "
-            "best ranks of a smaller size are nearly always less than those of a larger one, here they are not; use a clearly "
+            "best ranks of a smaller model are nearly always below those of a larger one, but not here; use a clearly "
             "larger ratio, or compress at this one."
         )

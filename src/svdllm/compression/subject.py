@@ -16,9 +16,13 @@ from svdllm.common.device import resolve_device, resolve_dtype
 from svdllm.common.errors import InputError, UnsupportedModelError
 from svdllm.common.run_options import RunOptions
 from svdllm.compression.recipe import Recipe
-from svdllm.models.open import Source, hub_folder, refuse_several_parts
+from svdllm.models.config_files import refuse_several_parts
+from svdllm.models.discover import discover
+from svdllm.models.hub import hub_folder
+from svdllm.models.low_rank.info import LowRankInfo
+from svdllm.models.open import Source
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import Structure, bias_corrected, discover, with_joint_keys_and_values
+from svdllm.models.structure import Structure, bias_corrected, with_joint_keys_and_values
 from svdllm.models.walk import Walk
 from svdllm.models.weights import SafetensorsWeights, Weights
 
@@ -78,9 +82,8 @@ def discover_subject(source: Source, recipe: Recipe) -> Subject:
         InputError: the model is compressed already, or a pattern of the recipe matches nothing.
         UnsupportedModelError: the structure of the model is not understood.
     """
-    if getattr(source.config, "svdllm", None):
-        dense = source.config.svdllm.get("source") or {}
-        named = f" ({dense['id']})" if "id" in dense else ""
+    if info := LowRankInfo.of(source.config, source.name):
+        named = f" ({info.source['id']})" if "id" in info.source else ""
         raise InputError(f"{source.name} is compressed already; compress its dense source{named}.")
     skeleton = build_skeleton(source.config)
     try:

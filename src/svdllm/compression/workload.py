@@ -14,7 +14,8 @@ from svdllm.compression.math.metrics import METHODS, Method
 from svdllm.compression.probe import probe_ranks, probe_tokens
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.subject import Subject
-from svdllm.models.structure import Structure, linear_shape, linears_of
+from svdllm.models.linears import linear_shape, linears_of
+from svdllm.models.structure import Structure
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ from svdllm.models.companions import GENERATION_CONFIG, copy_companion_files
 from svdllm.models.low_rank import FORMAT_VERSION, family_classes, low_rank_config
 from svdllm.models.low_rank.lowrank import sha256_of
 from svdllm.models.open import Source
-from svdllm.models.weights import weight_files
+from svdllm.models.safetensors_files import weight_files
 
 
 def write(
@@ -49,8 +49,8 @@ def write(
 ) -> CompressionResult:
     """Algorithm 1, lines 10 to 13, for one plan: truncates every weight and writes the checkpoint.
 
-    The checkpoint of an earlier run that was killed later is kept. Factors are slices of the bases in ``analysis``,
-    unless ``finals`` has them.
+    A checkpoint that a killed run had finished is kept. Factors are slices of the bases in ``analysis``, unless
+    ``finals`` has fitted ones.
 
     Raises:
         NumericalError: a factor overflows the dtype of the weights; names the linear.
@@ -142,7 +142,7 @@ def _write_elastic(
 
 
 class _WithEnergies:
-    """Factors, and the energies of every target as ``<target>.energies``."""
+    """Adds the energies of every target, as ``<target>.energies``, to the tensors of factors."""
 
     def __init__(self, factors: TargetFactors, analysis: Analysis):
         self._factors, self._analysis = factors, analysis
@@ -168,7 +168,7 @@ def _copy_companions(folder: Path, source: Source, tokenizer: Any) -> None:
     if source.folder is not None:
         copy_companion_files(source.folder, folder, tokenizer=tokenizer is None)
     elif source.model is not None and source.model.generation_config is not None:
-        # As it is: save_pretrained refuses settings that generate only warns about.
+        # Not by save_pretrained, which refuses settings that generate only warns about.
         (folder / GENERATION_CONFIG).write_text(source.model.generation_config.to_json_string(), encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

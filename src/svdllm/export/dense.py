@@ -13,9 +13,10 @@ from svdllm.checkpoint.shards import write_shards
 from svdllm.checkpoint.tensors import Tensors, tensor_bytes
 from svdllm.common.errors import CheckpointError, InputError, UnsupportedModelError
 from svdllm.models.companions import copy_companion_files
+from svdllm.models.config_files import load_config
 from svdllm.models.low_rank import HASHES_FILE, compare_hashes
 from svdllm.models.low_rank.factory import dense_config
-from svdllm.models.open import load_config
+from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.weights import SafetensorsWeights
 
@@ -31,13 +32,12 @@ def export_dense(folder: str | Path, output_dir: str | Path) -> None:
     """
     folder = Path(folder)
     config = config_to_export(folder)
-    if not getattr(config, "svdllm", None):
+    if (info := LowRankInfo.of(config)) is None:
         raise InputError(f"{folder} is already a dense model ({config.model_type}); it has no factors to multiply out.")
     with new_folder(output_dir, "an export") as (output, partial):
         require_intact(folder)
         base = dense_config(config)
-        ranks, shared = config.svdllm["ranks"], config.svdllm.get("shared_factors", {})
-        dense = _Products(SafetensorsWeights(folder, build_skeleton(config)), build_skeleton(base), ranks, shared)
+        dense = _Products(SafetensorsWeights(folder, build_skeleton(config)), build_skeleton(base), info)
         dense.require_places()
         output.require_disk(tensor_bytes(dense.tensors), "the weights need")
         write_shards(partial, dense, dense.tensors)
@@ -62,15 +62,13 @@ def require_intact(folder: Path) -> None:
 class _Products:
     """The tensors of the dense model, made one at a time from those of a low-rank model."""
 
-    def __init__(
-        self, weights: SafetensorsWeights, skeleton: PreTrainedModel, ranks: dict[str, int], shared: dict[str, str]
-    ):
-        self._weights, self._skeleton, self._ranks, self._shared = weights, skeleton, ranks, shared
+    def __init__(self, weights: SafetensorsWeights, skeleton: PreTrainedModel, info: LowRankInfo):
+        self._weights, self._skeleton, self._info = weights, skeleton, info
         self.tensors: Tensors = {}
         for name in weights.names():
             shape, dtype = weights.shape_and_dtype(name)
             owner = name.rpartition(".")[0].removesuffix(".svd_u").removesuffix(".svd_v")
-            if owner not in ranks:
+            if owner not in info.ranks:
                 self.tensors[name] = (shape, dtype)
             elif name.endswith(".svd_u.weight"):
                 shape = tuple(skeleton.get_parameter(f"{owner}.weight").shape)
@@ -90,12 +88,12 @@ class _Products:
 
     def get(self, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
-        if owner not in self._ranks:
+        if owner not in self._info.ranks:
             return self._weights.get(name)
         if leaf == "bias":
             return self._weights.get(f"{owner}.svd_u.bias")
         u_OR = self._weights.get(f"{owner}.svd_u.weight")
-        v_RI = self._weights.get(f"{self._shared.get(owner, owner)}.svd_v.weight")
+        v_RI = self._weights.get(f"{self._info.shared_factors.get(owner, owner)}.svd_v.weight")
         product_OI = u_OR.double() @ v_RI.double()
         is_conv1d = isinstance(self._skeleton.get_submodule(owner), Conv1D)  # its weight is stored as (in, out)
         return (product_OI.mT if is_conv1d else product_OI).to(u_OR.dtype)

@@ -21,13 +21,14 @@ from svdllm.checkpoint.output import new_folder
 from svdllm.checkpoint.reference import reference_logits
 from svdllm.checkpoint.shards import write_shards
 from svdllm.checkpoint.tensors import Tensors, tensor_bytes
-from svdllm.checkpoint.verify import REFERENCE_TOLERANCE
 from svdllm.common.errors import InputError, UnsupportedModelError, first_line
 from svdllm.export.dense import config_to_export, require_intact
 from svdllm.models.companions import copy_companion_files
+from svdllm.models.linears import is_linear, linear_shape
+from svdllm.models.logits import compare_logits
 from svdllm.models.low_rank import family_classes, write_hashes
+from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import is_linear, linear_shape
 from svdllm.models.weights import SafetensorsWeights
 
 FIXED_WIDTH = "it computes the width of a head from the number of heads, whatever config.json says."
@@ -93,8 +94,8 @@ def _write(tensors: _Padded, fields: dict[str, Any], folder: Path, config: PreTr
     write_shards(partial, tensors, tensors.layout)
     (partial / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     copy_companion_files(folder, partial)
-    if svdllm := getattr(config, "svdllm", None):
-        for name, text in family_classes(svdllm["base_model_type"]).causal_lm.code_files().items():
+    if info := LowRankInfo.of(config):
+        for name, text in family_classes(info.base_model_type).causal_lm.code_files().items():
             (partial / name).write_text(text, encoding="utf-8", newline="\n")
         write_hashes(partial)
 
@@ -181,10 +182,7 @@ def _difference(folder: Path, config: PreTrainedConfig, partial: Path) -> float:
     cpu = torch.device("cpu")
     _, expected = reference_logits(folder, config, cpu)
     _, found = reference_logits(partial, config_to_export(partial), cpu)
-    difference = float((found - expected).abs().max() / expected.abs().max())
-    if not difference <= REFERENCE_TOLERANCE:
-        raise _refused(config, f"with them the logits differ by {difference:.1e} of the largest logit.")
-    return difference
+    return compare_logits(found, expected, lambda how: _refused(config, f"with them, {how}."))
 
 
 def _refused(config: PreTrainedConfig, why: str) -> UnsupportedModelError:

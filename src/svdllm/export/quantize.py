@@ -34,6 +34,7 @@ from svdllm.common.progress import Reporter
 from svdllm.common.version import __version__
 from svdllm.compression.recipe_files import load_settings, make_recipe
 from svdllm.models.companions import copy_companion_files
+from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.open import Source, open_config
 from svdllm.models.skeleton import build_skeleton
 
@@ -169,7 +170,7 @@ def _require_quantizable(source: Source, bits: int) -> None:
             f"{source.gguf} is a GGUF file, whose weights are already quantised. Quantise a folder of safetensors."
         )
     assert source.folder is not None
-    if getattr(source.config, "svdllm", None) and not is_checkpoint(source.folder):
+    if LowRankInfo.of(source.config) and not is_checkpoint(source.folder):
         raise InputError(
             f"{source.name} is a compressed model without {REPORT_FILE}. If the checkpoint is on the hub, download the "
             "whole repository first."

@@ -32,10 +32,13 @@ from svdllm.compression.ranks.linear_times import (
     measured_ranks,
     shape_of,
 )
+from svdllm.compression.ranks.loss import losses_of
 from svdllm.compression.ranks.predicted_sizes import WrittenFiles
 from svdllm.compression.recipe import PLAIN, Recipe
+from svdllm.compression.recipe_files import make_recipe
+from svdllm.models.discover import discover
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import Structure, discover
+from svdllm.models.structure import Structure
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 OUTSIDE = 700
@@ -140,7 +143,7 @@ def test_no_other_ranks_are_as_fast_and_lose_less(seed: int) -> None:
     structure = structure_of(*SHAPES)
     times = times_of(structure, time)
     evidence = evidence_for(structure, times, seed)
-    losses = {t.name: evidence.losses(t) for t in structure.targets}
+    losses = {t.name: losses_of(evidence, t) for t in structure.targets}
     options = [[None, *range(1, t.break_even_rank + 1)] for t in structure.targets]
     names = [t.name for t in structure.targets]
     for speedup in (1.05, 1.15, 1.25):
@@ -222,7 +225,7 @@ def test_a_speed_out_of_reach_is_refused_with_one_that_is_not() -> None:
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        svdllm.compression.recipe.make_recipe(settings)
+        make_recipe(settings)
 
 
 # --- whole runs ---

@@ -14,8 +14,9 @@ import svdllm
 from families import tiny_model
 from runs import digests, run, small_recipe, token_windows
 from svdllm.compression.probe import probe_ids, probe_ranks, probe_tokens
+from svdllm.models.discover import discover
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import Structure, discover
+from svdllm.models.structure import Structure
 
 STRS = {"allocation": "strs", "probe_share": 0.97, "strs_ratios": (0.2, 0.45, 0.7)}
 

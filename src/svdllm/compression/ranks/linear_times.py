@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from svdllm.common.progress import Reporter
-from svdllm.models.structure import Structure, Target, linear_shape, linears_of
+from svdllm.models.linears import linear_shape, linears_of
+from svdllm.models.structure import Structure, Target
 
 COLD_BYTES = 256 * 2**20
 NUM_RANKS = 12  # of a shape, from the least to break-even

@@ -33,6 +33,12 @@ def predicted_losses(energies_K: Tensor, rank: int, divergence: float) -> Tensor
     return tails * (max(divergence, 0.0) / float(tails[rank])) if tails[rank] > 0 else tails * 0
 
 
+def losses_of(evidence: Evidence, target: Target) -> Tensor:
+    """The predicted loss of a target at every rank (nats per token), by its one probe."""
+    ((rank, measured),) = evidence.probes[target.name].items()
+    return predicted_losses(evidence.energies[target.name], rank, measured)
+
+
 def loss_choices(target: Target, losses: Tensor, cost: Cost, round_to: int) -> list[Choice]:
     """Multiples of ``round_to`` below break-even, and dense."""
     ranks = range(round_to, target.break_even_rank + 1, round_to)
@@ -61,11 +67,7 @@ def loss_ranks(
 
 
 def _allocate(question: Question, evidence: Evidence, settings: Any) -> Allocation:
-    losses = {}
-    for target in question.targets:
-        ((rank, measured),) = evidence.probes[target.name].items()
-        losses[target.name] = predicted_losses(evidence.energies[target.name], rank, measured)
-    unit = question.unit
+    losses, unit = {t.name: losses_of(evidence, t) for t in question.targets}, question.unit
     solution = loss_ranks(question.targets, losses, unit.cost, unit.left, question.round_to)
     assert solution is not None  # the least ranks fit
     ranks = {name: choice.rank for name, choice in solution.choices.items() if choice.rank is not None}

@@ -12,7 +12,8 @@ from svdllm.compression.math.linalg import shrunk_to_mean
 from svdllm.compression.math.metrics.rows import LeftMetric, Metric
 from svdllm.compression.math.metrics.shared_settings import SharedSettings
 from svdllm.compression.math.statistics import GradientGram
-from svdllm.models.structure import Target, matches
+from svdllm.models.linears import matches
+from svdllm.models.structure import Target
 
 # Keeps the left metric of several linears defined where one of them has no gradient.
 LEAST_SHARE = 1e-6

@@ -13,14 +13,16 @@ REPORT_FILE = "svdllm/report.json"
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """The report of a checkpoint.
+    """Reads the report of a checkpoint.
 
     Raises:
         InputError: the folder is not a checkpoint of this library.
     """
     file = Path(folder) / REPORT_FILE
     if not file.is_file():
-        raise InputError(f"{folder} is no svdllm checkpoint: it has no {REPORT_FILE}. Make one with `svdllm compress`.")
+        raise InputError(
+            f"{folder} is not an svdllm checkpoint: it has no {REPORT_FILE}. Make one with `svdllm compress`."
+        )
     try:
         report = read_object(file)
     except ValueError as error:
@@ -37,9 +39,10 @@ def ranks_of(report: Mapping[str, Any]) -> dict[str, int]:
 
 
 def is_checkpoint(folder: str | Path) -> bool:
+    """Whether a folder has a report, as every checkpoint of svdllm does."""
     return (Path(folder) / REPORT_FILE).is_file()
 
 
 def holds_checkpoints(folder: Path) -> bool:
-    """A checkpoint, or a folder with one for each ratio."""
+    """Whether a folder is a checkpoint, or has one for each ratio in it."""
     return is_checkpoint(folder) or (folder.is_dir() and any(map(is_checkpoint, folder.glob("ratio-*"))))

@@ -48,7 +48,7 @@ def export_dense(folder: str | Path, output_dir: str | Path) -> None:
 def config_to_export(folder: Path) -> PreTrainedConfig:
     """The config of a model's folder. Raises InputError if there is none."""
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is no svdllm checkpoint: it has no config.json.")
+        raise InputError(f"{folder} is not an svdllm checkpoint: it has no config.json.")
     return load_config(folder, str(folder))
 
 

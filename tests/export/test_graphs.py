@@ -1,4 +1,4 @@
-"""Graphs for other runtimes: they compute what the model does at sizes that they were not traced with, or are not kept."""
+"""Graphs for other runtimes compute what the model does, at sizes that were not traced, or are not kept."""
 
 from __future__ import annotations
 

@@ -15,6 +15,9 @@ REPORT_FILE = "svdllm/report.json"
 def read_report(folder: Path) -> dict[str, Any]:
     """Reads the report of a checkpoint.
 
+    ``ratio`` is what was asked for (None with another budget) and ``achieved_ratio`` what was reached. Reports of
+    version 0.1 have the second under the name of the first; they are returned in today's form.
+
     Raises:
         InputError: the folder is not a checkpoint of this library.
     """
@@ -29,6 +32,8 @@ def read_report(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} cannot be read: {error} Fetch or write it again.") from error
     if not {"linears", "source", "recipe", "params"} <= report.keys():
         raise CheckpointError(f"{REPORT_FILE} in {folder} is damaged: entries are missing.")
+    if "achieved_ratio" not in report:
+        report |= {"achieved_ratio": report.get("ratio"), "ratio": report["recipe"].get("ratio")}
     return report
 
 

@@ -161,6 +161,12 @@ def weight_of(model: nn.Module, target: Target) -> Tensor:
     return target.stacked([weight.detach() for weight in weights])
 
 
+def weights_by_name(target: Target, weight_OI: Tensor) -> dict[str, Tensor]:
+    """The inverse of ``weight_of``: parameter -> its part of a target's weight, laid out as the modules keep it."""
+    parts = target.split(weight_OI).items()
+    return {f"{name}.weight": (rows.mT if target.is_conv1d else rows).contiguous() for name, rows in parts}
+
+
 def bias_of(model: nn.Module, target: Target) -> Tensor | None:
     """The bias of a target (``out``), or None."""
     biases: list[Any] = [model.get_submodule(name).bias for name in target.linears]

@@ -42,7 +42,7 @@ from inference_gpu import llama_7b, random_models
 from svdllm.cli.console import ConsoleReporter
 from svdllm.common.device import resolve_device
 from svdllm.compression.math.linalg import factorise, output_spectrum
-from svdllm.compression.recipe import preset_settings
+from svdllm.compression.recipe_files import preset_settings
 from svdllm.inference.bench import BenchSettings, benchmark_loaded
 
 Record = dict[str, Any]

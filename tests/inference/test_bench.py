@@ -374,7 +374,7 @@ def test_models_that_cannot_be_compared_are_refused(
     assert "named twice" in refused([compressed], compressed)
     assert "no config.json" in refused([tmp_path])
     assert "Nothing to measure" in refused([], dense)
-    assert "62 and --gen 3 are 65 tokens, beyond the context of dense, 64" in refused(
+    assert "--prompt 62 plus --gen 3 = 65 is beyond dense's context of 64 tokens" in refused(
         [compressed], dense, prompts=(62,)
     )
 
@@ -460,7 +460,7 @@ def test_mistakes_on_the_command_line(
         assert cli(*arguments) == 2
         return " ".join(capsys.readouterr().err.split())
 
-    assert "--batch 'one' is no list of numbers" in said(compressed, "--batch", "one")
+    assert "--batch 'one' is not a list of numbers" in said(compressed, "--batch", "one")
     assert "--threads must be at least 1" in said(compressed, "--threads", 0)
     assert "--dtype 'int4' is unknown" in said(compressed, *SHORT, "--dtype", "int4")
     assert "the output is a folder" in said(compressed, "-o", tmp_path / "bench.json")

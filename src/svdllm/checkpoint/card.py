@@ -60,7 +60,7 @@ pipeline_tag: text-generation
 tags: [svdllm, low-rank, compression]
 ---
 
-# {source["model"]}, compressed by {report["ratio"]:.0%}
+# {source["model"]}, compressed by {report["achieved_ratio"]:.0%}
 
 {source["model"]} with {len(factorised)} of its linear layers replaced by low-rank pairs
 (`svd_u @ svd_v`, method `{report["method"]}`, [SVD-LLM](https://arxiv.org/abs/2403.07378)); {dense} stay dense.
@@ -69,7 +69,7 @@ tags: [svdllm, low-rank, compression]
 |---|---|---|
 | parameters | {report["dense_params"]:,} | {report["params"]:,} ({removed:.1%} fewer) |
 | weight files | {report["dense_file_bytes"] / 1e6:,.1f} MB | {report["file_bytes"] / 1e6:,.1f} MB |
-| parameters of the linears removed | | {report["ratio"]:.2%} |
+| parameters of the linears removed | | {report["achieved_ratio"]:.2%} |
 
 {trained} Measure its quality on your own text before you use it:
 `svdllm eval FOLDER --base ORIGINAL --ppl your-text.txt`.

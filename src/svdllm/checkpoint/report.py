@@ -15,6 +15,9 @@ REPORT_FILE = "svdllm/report.json"
 def read_report(folder: Path) -> dict[str, Any]:
     """The report of a checkpoint.
 
+    ``ratio`` is what was asked for (None with another budget) and ``achieved_ratio`` what was reached. Reports of
+    version 0.1 have the second under the name of the first; they are returned in today's form.
+
     Raises:
         InputError: the folder is not a checkpoint of this library.
     """
@@ -27,6 +30,8 @@ def read_report(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{REPORT_FILE} in {folder} is damaged: {error}") from error
     if not isinstance(report, dict) or not {"linears", "source", "recipe", "params"} <= set(report):
         raise CheckpointError(f"{REPORT_FILE} in {folder} is damaged: entries are missing.")
+    if "achieved_ratio" not in report:
+        report |= {"achieved_ratio": report.get("ratio"), "ratio": report["recipe"].get("ratio")}
     return report
 
 

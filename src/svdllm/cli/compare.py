@@ -15,12 +15,13 @@ DEFAULT = "svd,fwsvd,asvd,svd-llm,balanced"
 
 def method_options() -> list[Parameter]:
     """The option --methods, which lists the methods that there are."""
-    from svdllm.comparison import METHOD_NAMES
+    from svdllm.comparison import VARIANTS
+    from svdllm.recovery.methods import METHODS
 
     option = o.option(
-        f"Methods: {', '.join(METHOD_NAMES)} (svd-llm as published, asvd-strs with its search for ranks), or recipe "
-        "files (.yaml). With +sequential-lora, +blockwise or +distill behind it, a model is trained afterwards (see "
-        "--recover).",
+        f"Methods: {', '.join(VARIANTS)} (svd-llm as published, asvd-strs with its search for ranks), recipe files "
+        "(.yaml), or NAME=MODEL for a model made elsewhere. With "
+        f"{', '.join(f'+{name}' for name in METHODS)} behind it, a model is trained afterwards (see --recover).",
         None,
         True,
     )
@@ -48,7 +49,7 @@ def compare(model: o.Model, output: g.Output, **options: Any) -> None:
     run_and_report(
         model,
         output,
-        lambda settings, training: variants_of(methods, settings, training, teacher=model),
+        lambda settings, training: variants_of(methods, settings, training, teacher=model, offline=shared.offline),
         shared,
         calibration,
     )

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, console, print_json, show
 from svdllm.cli.options import option
-from svdllm.cli.readers import read_names
 from svdllm.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -88,7 +87,8 @@ def evaluate(
     from svdllm.evaluation.side_by_side import evaluate_models
     from svdllm.evaluation.tasks import open_tasks
 
-    texts, names = split_specs(ppl or []), [name for value in tasks or [] for name in read_names(value)]
+    texts = split_specs(ppl or [])
+    names = [name.strip() for value in tasks or [] for name in value.split(",")]
     of_tasks = {"limit": limit, "num_fewshot": num_fewshot, "task_data": task_data}
     _check(texts, names, of_tasks, {"--seqlen": seqlen, "--max-windows": max_windows, "--batch-size": batch_size})
     models = [model] if base is None else [model, base]

@@ -17,19 +17,15 @@ from svdllm.common.errors import InputError
 from svdllm.common.settings import flag_name, flag_of
 
 
-def options_of(
-    model: type[BaseModel], names: Collection[str] | None = None, shown: Mapping[str, str] | None = None
-) -> list[Parameter]:
+def options_of(model: type[BaseModel], names: Collection[str] | None = None) -> list[Parameter]:
     """One option for every field of a model, or for those named; a flag that is not given is None.
 
     Args:
         model: its fields are declared with ``svdllm.common.settings.setting``.
         names: fields; None for all.
-        shown: field -> the default that the help shows, where the field has none of its own.
     """
     fields = {name: field for name, field in model.model_fields.items() if names is None or name in names}
-    shown = shown or {}
-    return [_option(name, field, help_text(model, name), shown.get(name)) for name, field in _own_flags(fields)]
+    return [_option(name, field, help_text(model, name)) for name, field in _own_flags(fields)]
 
 
 def read_flags(model: type[BaseModel], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,13 +81,13 @@ def help_text(model: type[BaseModel], name: str) -> str:
     return re.sub(rf"\b({others})\b", lambda found: flag_name(found[1], fields[found[1]]), text) if others else text
 
 
-def _option(name: str, field: FieldInfo, text: str, shown: str | None) -> Parameter:
+def _option(name: str, field: FieldInfo, text: str) -> Parameter:
     flag, spelling = flag_of(name, field), flag_name(name, field)
     kind = list[str] if flag.reader == "overrides" else str if flag.reader else _kind(field.annotation)
     option = typer.Option(
         f"{spelling}/--no-{spelling[2:]}" if kind is bool else spelling,
         help=text,
-        show_default=shown or flag.shown_default or default_text(field) or False,
+        show_default=flag.shown_default or default_text(field) or False,
         metavar=flag.metavar or _choices(field.annotation),
         rich_help_panel=flag.panel,
     )

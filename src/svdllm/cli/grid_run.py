@@ -55,8 +55,9 @@ def _grid(
 ) -> Grid:
     from svdllm.comparison import Grid
     from svdllm.compression.recipe import Recipe
+    from svdllm.models.limits import context_length
     from svdllm.models.model_names import short_name
-    from svdllm.models.open import context_length, open_config
+    from svdllm.models.open import open_config
 
     given = read_flags(Recipe, calibration)
     device, dtype = given.get("device", "auto"), given.get("dtype", "auto")

@@ -29,18 +29,9 @@ PplWindows = Annotated[int, option("First perplexity windows that are measured."
 
 def recovery_options() -> list[Parameter]:
     """An option for every setting of a recovery."""
-    from svdllm.recovery.settings import DEFAULTS, Recovery
+    from svdllm.recovery import Recovery
 
-    return options_of(Recovery, shown={name: _shown(name, DEFAULTS) for name in Recovery.model_fields})
-
-
-def _shown(name: str, defaults: dict[str, dict[str, Any]]) -> str:
-    """What each method takes by default, as in ``64 (sequential-lora), 4 (blockwise)``; empty if they take nothing."""
-    methods: dict[str, list[str]] = {}
-    for method, settings in defaults.items():
-        if name in settings:
-            methods.setdefault(f"{settings[name]:g}", []).append(method)
-    return ", ".join(f"{value} ({', '.join(names)})" for value, names in methods.items())
+    return options_of(Recovery)
 
 
 @takes(recovery_options)

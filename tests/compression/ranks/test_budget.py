@@ -32,10 +32,11 @@ from svdllm.compression.ranks.predicted_sizes import WrittenFiles
 from svdllm.compression.ranks.strs import candidate_ranks
 from svdllm.compression.ranks.uniform import exact_floor, fill_budget, uniform_rank, uniform_ranks
 from svdllm.compression.recipe import PLAIN, Recipe
+from svdllm.models.discover import discover
 from svdllm.models.low_rank import low_rank_config, register_all
 from svdllm.models.open import open_source
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import Structure, bias_corrected, discover
+from svdllm.models.structure import Structure, bias_corrected
 
 register_all()
 

@@ -36,8 +36,9 @@ from svdllm.compression.ranks.loss import losses_of
 from svdllm.compression.ranks.predicted_sizes import WrittenFiles
 from svdllm.compression.recipe import PLAIN, Recipe
 from svdllm.compression.recipe_files import make_recipe
+from svdllm.models.discover import discover
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import Structure, discover
+from svdllm.models.structure import Structure
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 OUTSIDE = 700
@@ -194,9 +195,9 @@ def test_a_speed_out_of_reach_is_refused_with_one_that_is_not() -> None:
     dense, least = 700 + 2 * 250 + 266, 700 + 3 * (20 + 32)
     with pytest.raises(
         InputError,
-        match=r"--target-speedup 2 cannot be met: of the dense linears' time for 1,024 tokens at once, 48% lie outside the "
-        r"compressed linears, and with every rank at its least \(1\), or dense where that is faster, 58% are left. Ask for "
-        r"1.71 or less.",
+        match=r"--target-speedup 2 cannot be met: of the dense linears' time for 1,024 tokens at once, 48% lie outside "
+        r"the compressed linears, and with every rank at its least \(1\), or dense where that is faster, 58% are left. "
+        r"Ask for 1.71 or less.",
     ):
         require_fast_enough(recipe_of(target_speedup=2), structure, times)
     assert 1.71 < dense / least < 1.72
@@ -245,7 +246,7 @@ def made_up_times(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         )
 
     # The name svdllm.compress is the function's.
-    monkeypatch.setattr(importlib.import_module("svdllm.compression.run"), "measure_linears", measure)
+    monkeypatch.setattr(importlib.import_module("svdllm.compression.allocate"), "measure_linears", measure)
     return calls
 
 
@@ -323,8 +324,8 @@ def test_before_the_times_are_known_uniform_ranks_stand_in() -> None:
     assert not plan.ranks_known
     assert plan.speed is None
     assert plan.ranks == uniform.ranks
-    assert plan.disk_bytes >= plan.dense_file_bytes
-    assert plan.seconds_by_stage["time linears"] > 0 == uniform.seconds_by_stage["time linears"]
+    assert plan.needs.disk_bytes >= plan.sizes.dense_file_bytes
+    assert plan.needs.seconds_by_stage["time linears"] > 0 == uniform.needs.seconds_by_stage["time linears"]
     (extreme,) = svdllm.plan(model, fast_recipe(target_speedup=1000))
     assert set(extreme.ranks.values()) == {1}
 

@@ -12,7 +12,8 @@ from svdllm.compression.math.linalg import shrunk_to_mean
 from svdllm.compression.math.metrics.rows import LeftMetric, Metric
 from svdllm.compression.math.metrics.shared_settings import SharedSettings
 from svdllm.compression.math.statistics import GradientGram
-from svdllm.models.structure import Target, matches
+from svdllm.models.linears import matches
+from svdllm.models.structure import Target
 
 # Keeps the left metric of several linears defined where one of them has no gradient.
 LEAST_SHARE = 1e-6
@@ -22,7 +23,12 @@ class TwoSidedSettings(SharedSettings):
     """Settings of the metric two-sided."""
 
     gradient_shrinkage: float = setting(
-        0.3, "Share of the mean diagonal mixed into the gradients' Gram (two-sided).", panel="Method", gt=0, le=1
+        0.3,
+        "Share of the mean diagonal mixed into the gradients' Gram (two-sided).",
+        panel="Method",
+        only_with={"metric": ("two-sided",)},
+        gt=0,
+        le=1,
     )
 
 

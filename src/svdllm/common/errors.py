@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 
 class SvdllmError(Exception):
     """Base of every error that svdllm raises on purpose; the command line exits with ``exit_code``."""
@@ -62,6 +60,8 @@ def as_ours(error: BaseException) -> SvdllmError | None:
     """Turns an error of memory, disk or files into ours; None for an error that nobody expected."""
     if isinstance(error, SvdllmError):
         return error
+    import torch  # late: the help of the command line needs these classes, not torch
+
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return ResourceError(f"Out of memory: {first_line(error)}")
     if (found := os_error_in(error)) is not None:

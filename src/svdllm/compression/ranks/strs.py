@@ -32,8 +32,7 @@ class StrsSettings(ProbeSettings):
         (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
         "Ratios at which each linear alone is tried (strs); fewer leave more tokens for each.",
         panel="Allocation",
-        reader="ratios",
-        only_with=("allocation", ("strs",)),
+        reader="ratio list",
         min_length=1,
     )
 
@@ -97,7 +96,7 @@ def _allocate(question: Question, evidence: Evidence, settings: StrsSettings) ->
 
 STRS = Row(
     name="strs",
-    summary="one bound on the loss for all linears, each tried alone at several ratios",
+    summary="search of ASVD; may leave linears dense",
     source="ASVD, arXiv 2312.05821",
     allocate=_allocate,
     least=_least,

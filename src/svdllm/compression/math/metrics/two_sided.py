@@ -23,7 +23,12 @@ class TwoSidedSettings(SharedSettings):
     """Settings of the metric two-sided."""
 
     gradient_shrinkage: float = setting(
-        0.3, "Share of the mean diagonal mixed into the gradients' Gram (two-sided).", panel="Method", gt=0, le=1
+        0.3,
+        "Share of the mean diagonal mixed into the gradients' Gram (two-sided).",
+        panel="Method",
+        only_with={"metric": ("two-sided",)},
+        gt=0,
+        le=1,
     )
 
 
@@ -59,8 +64,8 @@ def _input_only(target: Target, settings: TwoSidedSettings) -> list[str]:
 
 TWO_SIDED = Metric(
     name="two-sided",
-    summary="error of the outputs weighted by the gradients of the loss in them",
-    source="a diagonal Fisher approximation of the loss, of full rank within each linear",
+    summary="weighted by the gradients of the loss; one backward pass more",
+    source="Kronecker approximation of the Fisher matrix (docs/method.md)",
     left=LeftMetric(statistic=GradientGram, of=_left, weighs=_weighs),
     settings=TwoSidedSettings,
 )

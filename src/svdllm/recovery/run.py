@@ -128,7 +128,7 @@ class _Run:
         new = not self.work.path.exists()
         advice = (
             "The last saved step is kept: lower --micro-batch or use --gradient-checkpointing, and it goes on. Or "
-            "lower --seqlen, for blockwise also --batch, and start over with --no-resume."
+            "lower --seqlen or --batch, and start over with --no-resume."
         )
         full = "The last saved step is kept: the same command goes on from there."
         try:

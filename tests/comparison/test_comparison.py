@@ -465,7 +465,7 @@ def test_ablate_from_the_command_line(place: Path, tmp_path: Path, capsys: pytes
         (["--methods", "svdllm"], "Unknown method 'svdllm', did you mean 'svd-llm'? Known are svd,"),
         (["--methods", "svd,svd"], "Method 'svd' is given twice"),
         (["--methods", "svd-llm+lora"], "Unknown method 'svd-llm+lora', did you mean 'sequential-lora'?"),
-        (["--methods", LORA], "needs what to learn from"),
+        (["--methods", LORA], "needs data to learn from"),
         (["--methods", "svd", "--recover", "data: x.txt"], "no method is trained"),
         (["--methods", LORA, "--recover", "data: python-docs, stps: 3"], "stps"),
         (["--methods", LORA, "--recover", "data: nowhere.json"], "nowhere.json"),
@@ -479,7 +479,10 @@ def test_ablate_from_the_command_line(place: Path, tmp_path: Path, capsys: pytes
         (["--seqlen", "4096"], "4096"),
         (["--ppl-seqlen", "4096"], "4096"),
         (["--prompts", "x.txt", "--new-tokens", "0"], "--prompts does nothing"),
-        (["--methods", LORA, "--recover", "data: python-docs, methods: [distill]"], "written behind the method"),
+        (
+            ["--methods", LORA, "--recover", "data: python-docs, methods: [distill]"],
+            "write methods of training behind the method",
+        ),
     ],
 )
 def test_mistakes_are_found_before_any_work(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from runs import save_dense
+from svdllm.checkpoint.report import read_report
 from svdllm.cli import main
 from svdllm.comparison import demo
 from svdllm.comparison.demo import DemoRow
@@ -35,11 +36,13 @@ def test_the_demo_ends_with_four_rows_and_a_checkpoint(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit) as done:
-        main(["demo", "-o", str(tmp_path / "out"), "--samples", "4", "--json"])
+        main(["demo", "-o", str(tmp_path / "out"), "--json"])
     assert not done.value.code
     document = json.loads(capsys.readouterr().out)
     assert [model["name"] for model in document["models"]] == ["dense", "plain SVD", "SVD-LLM", "balanced"]
     assert document["checkpoint"] == str(tmp_path / "out" / "balanced")
+    report = read_report(tmp_path / "out" / "svd-llm")
+    assert report["recipe"]["samples"] == demo.SAMPLES
     dense, *others = document["models"]
     assert dense["times_dense"] == 1
     assert dense["times_dense_stderr"] == 0

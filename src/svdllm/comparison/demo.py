@@ -55,7 +55,7 @@ ORDER = ("plain SVD", "balanced", "SVD-LLM")
 
 @dataclass(frozen=True, kw_only=True)
 class DemoRow:
-    """A model of the demo. ``window_nlls`` are mean negative log likelihoods, one for each window it was measured on."""
+    """A model of the demo. ``window_nlls`` are mean negative log likelihoods, one for each measured window."""
 
     name: str
     model: Path

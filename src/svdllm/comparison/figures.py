@@ -87,7 +87,7 @@ def _spectra(grid: Grid, spectra: Mapping[str, Record]) -> Iterator[Figure]:
     yield Figure(
         name="spectra",
         title="Spectra",
-        caption=f"Singular values of every weight in the metric of {variant}: a line for each block, from the first (dark) "
-        "to the last (bright).",
+        caption=f"Singular values of every weight in the metric of {variant}: a line for each block, from the first "
+        "(dark) to the last (bright).",
         svg=plots.spectra_figure(spectra[file_name_of(variant)]),
     )

@@ -25,7 +25,7 @@ STAGES = {"analyze": "calibration, forward", "gradients": "calibration, backward
 
 @dataclass(frozen=True, kw_only=True)
 class GridReport:
-    """A grid as it is shown. ``command`` made it; ``study`` is what varies in it, if it is a sensitivity study."""
+    """The content of a report. ``command`` made the grid; ``study`` varies in it, if it is a sensitivity study."""
 
     grid: Grid
     records: list[Record]
@@ -56,7 +56,7 @@ class GridReport:
 
     @property
     def findings(self) -> list[str]:
-        """For every ratio, what is best on the first text, and by how much."""
+        """Names the best model of every ratio on the first text, and its gain."""
         if not any(record.get("perplexity") for record in self.records):
             return []
         column, lines = self.columns[0], []
@@ -65,7 +65,8 @@ class GridReport:
                 if row.entries and row.entries[0].best:
                     entry = row.entries[0]
                     gain = (
-                        f", {entry.gain.strip('()')} {'of' if '/' in entry.gain else 'against'} the best of {self.baselines}"
+                        f", {entry.gain.strip('()')} {'of' if '/' in entry.gain else 'against'} the best of "
+                        f"{self.baselines}"
                         if entry.gain
                         else ""
                     )
@@ -74,19 +75,19 @@ class GridReport:
 
     @property
     def baselines(self) -> str:
-        """Those that are in the grid."""
+        """The baselines that are in the grid."""
         return ", ".join(variant.name for variant in self.grid.variants if is_baseline(variant.name))
 
     @property
     def protocol(self) -> list[str]:
-        """How the figures were taken, in sentences."""
+        """Describes how the figures were measured, in sentences."""
         measures = self.grid.measures
         lines = []
         described = [row for record in self.records for row in record.get("perplexity", {}).values()]
         if described:
             lines.append(
-                f"Perplexity by the protocol {described[0]['protocol']}: {described[0]['description']}. ± is the standard "
-                "error over windows."
+                f"Perplexity by the protocol {described[0]['protocol']}: {described[0]['description']}. ± is the "
+                "standard error over windows."
             )
         if measures.tasks:
             limit = "all examples" if measures.limit is None else f"the first {measures.limit} examples"
@@ -95,14 +96,14 @@ class GridReport:
         lines += dict.fromkeys(f"Calibration: {text}." for text in calibrations if text is not None)
         if self.baselines:
             lines.append(
-                f"In brackets: change against the best of {self.baselines} at the same ratio, or what part of it is left. Bold: best of the ratio, "
-                "whatever the standard errors."
+                f"In brackets: change against the best of {self.baselines} at the same ratio, or what part of it is "
+                "left. Bold: best of the ratio, whatever the standard errors."
             )
         return lines
 
     @property
     def times(self) -> dict[str, dict[str, float]]:
-        """Seconds by variant and stage; of the ratios, the one in which calibration was done."""
+        """Seconds by variant and stage, at the ratio for which calibration was done."""
         times: dict[str, dict[str, float]] = {}
         for record in self.records:
             if record["status"] == "done" and record["variant"]:
@@ -113,7 +114,7 @@ class GridReport:
 
     @property
     def generations(self) -> list[tuple[str, list[tuple[str, str]]]]:
-        """By prompt: what each model wrote."""
+        """Every prompt with the text that each model wrote."""
         prompts = [row["prompt"] for record in self.records for row in record.get("generations", [])]
         return [
             (
@@ -130,7 +131,7 @@ class GridReport:
 
     @property
     def recipes(self) -> dict[str, str]:
-        """YAML of every variant's settings."""
+        """The settings of every variant as YAML."""
         return {variant.name: variant.describe() for variant in self.grid.variants}
 
     def figures(self) -> list[Figure]:
@@ -177,7 +178,7 @@ def _template(name: str) -> Any:
 
 
 def _without_harness(record: Record) -> Record:
-    """The harness's own document of every model is in its cell."""
+    """Leaves out the harness's own document, which is in the cell."""
     if "tasks" not in record:
         return record
     left_out = ("harness", "model")  # long; and where the model was while it was measured

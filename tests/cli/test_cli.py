@@ -379,7 +379,9 @@ def test_a_wrong_model_is_found_by_its_logits(
     save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
     write_hashes(changed)
     assert cli("verify", changed) == 2
-    assert "differ from the stored reference" in " ".join(capsys.readouterr().err.split())
+    assert "does not compute what was written (svdllm/reference.safetensors): the logits differ" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_the_current_folder_is_no_output(

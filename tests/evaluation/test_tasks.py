@@ -579,7 +579,7 @@ def test_what_is_wrong_with_a_model_is_seen_before_one_is_loaded(
     message = {
         "tokenizer": "has no tokenizer",
         "context": "gsm8k: an answer of 256 tokens after a prompt of at least one, 257 is beyond",
-        "no model": "no model f",
+        "no model": "not a model f",
     }
     if broken == "tokenizer":
         for file in bad.glob("tokenizer*"):

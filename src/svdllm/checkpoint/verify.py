@@ -68,7 +68,5 @@ def _reference_difference(folder: Path, model: PreTrainedModel, device: str) -> 
     return compare_logits(
         logits,
         reference["logits"],
-        lambda how: CheckpointError(
-            f"{folder} does not compute what was written: {how}, compared with {REFERENCE_FILE}."
-        ),
+        lambda how: CheckpointError(f"{folder} does not compute what was written ({REFERENCE_FILE}): {how}."),
     )

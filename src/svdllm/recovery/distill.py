@@ -73,7 +73,8 @@ class Distill(Method):
         trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
         has_teacher = models.teacher is not None and settings.kl > 0
         logits = logits_bytes(task.sequences_at_once * task.longest, models.vocab_size, with_teacher=has_teacher)
-        return skeleton_bytes(skeleton) + trained * ADAMW_BYTES + has_teacher * models.dense_bytes + logits
+        teacher = models.dense_bytes if has_teacher else 0
+        return skeleton_bytes(skeleton) + trained * ADAMW_BYTES + teacher + logits
 
     def train(self, task: Task, models: Models) -> Trained:
         from svdllm.recovery.training import train  # importing the Trainer takes seconds

@@ -10,7 +10,7 @@ import typer
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, console, print_json
 from svdllm.cli.tables import demo_table
-from svdllm.comparison.demo import run_demo
+from svdllm.comparison.demo import SAMPLES, SEQLEN, TEXT, run_demo
 
 
 def register(app: typer.Typer) -> None:
@@ -22,7 +22,7 @@ def demo(
         "demo-output"
     ),
     ratio: Annotated[float, typer.Option(help="Share of the linears' parameters removed.")] = 0.2,
-    samples: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 32,
+    samples: Annotated[int, typer.Option(help=f"Calibration windows of {SEQLEN} tokens.")] = SAMPLES,
     json: o.Json = False,
 ) -> None:
     """Compresses SmolLM2-135M-Instruct by plain SVD, as the paper does, and by the default preset, and compares.
@@ -37,5 +37,5 @@ def demo(
     console.print(f"The default preset's checkpoint is in {result.checkpoint}. Next:", soft_wrap=True)
     console.print(f"  svdllm inspect {result.checkpoint}", soft_wrap=True)
     console.print(
-        f"  svdllm eval {result.checkpoint} --base {result.dense} --ppl python-docs --seqlen 512", soft_wrap=True
+        f"  svdllm eval {result.checkpoint} --base {result.dense} --ppl {TEXT} --seqlen {SEQLEN}", soft_wrap=True
     )

@@ -15,7 +15,8 @@ from svdllm.cli.options import option
 from svdllm.cli.tables import perplexity_table
 from svdllm.cli.task_tables import tasks_table
 from svdllm.common.errors import InputError
-from svdllm.data.specs import check_source, split_specs
+from svdllm.data.checks import check_source
+from svdllm.data.specs import split_specs
 from svdllm.evaluation.document import evaluation_document, store_evaluation
 from svdllm.evaluation.side_by_side import evaluate_models, perplexity_rows
 from svdllm.evaluation.tasks import open_tasks

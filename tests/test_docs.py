@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 import svdllm
 from svdllm.cli import app
@@ -97,11 +98,29 @@ def test_unknown_commands_and_options_are_found() -> None:
     assert "tea" not in make_targets()
 
 
-def test_readme_begins_with_the_two_commands_and_names_every_command() -> None:
+def test_readme_is_short_and_begins_with_the_two_commands() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     first = fenced(readme, "sh")[0]
     assert [line.split("#")[0].strip() for line in first.splitlines()] == ["make demo", "make test"]
-    assert [name for name in OPTIONS if f"`svdllm {name}`" not in readme] == []
+    assert len(readme.split()) <= 900
+
+
+def test_the_page_of_commands_names_every_command() -> None:
+    page = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
+    assert [name for name in OPTIONS if f"`svdllm {name}`" not in page] == []
+
+
+def test_every_page_is_on_the_site_and_in_the_index_once() -> None:
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    on_site = [page for group in navigation for pages in group.values() for entry in pages for page in entry.values()]
+    pages = sorted(path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md"))
+    outside = ["source/CHANGELOG.md", "source/CONTRIBUTING.md"]
+    assert sorted(on_site) == sorted(pages + outside)
+
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    listed = [link for link in LINK.findall(index) if not re.match(r"[a-z]+:|\.\./README", link)]
+    expected = [page.replace("source/", "../") for page in on_site if page != "index.md"]
+    assert listed == expected
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -21,6 +21,7 @@ CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)")
 FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^$\s][^$]*?)\$(?![\w$])", re.DOTALL)
 UNBROKEN = re.compile(r"(?<=\d) ([±/]) (?=\d)")  # figures in narrow tables
+BEFORE_UNIT = re.compile(r"(?<=\d) (?=%|(?:M|kB|MB|GB|ms|s|min|million)\b)")
 PRIME = re.compile(r"<msup><mi>(\w)</mi><mi>&#x02032;</mi></msup>")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json"}
 
@@ -62,7 +63,8 @@ def rendered(text: str, page: Path) -> str:
         # In a span, because Markdown takes a line that begins with <math> for a block.
         return f"<span>{with_primes(convert(formula['inline']))}</span>"
 
-    return UNBROKEN.sub("\u00a0\\1\u00a0", FORMULA.sub(as_mathml, LINK.sub(on_site, text)))
+    text = FORMULA.sub(as_mathml, LINK.sub(on_site, text))
+    return BEFORE_UNIT.sub("\u00a0", UNBROKEN.sub("\u00a0\\1\u00a0", text))
 
 
 def with_primes(mathml: str) -> str:

@@ -141,6 +141,41 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def files_of_tree(tree: str) -> Iterator[Path]:
+    """The files and folders of a tree of names, indented by two, with a caption after two spaces."""
+    above: list[Path] = []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        names = re.split(r"\s{2,}", line.strip())[0].split(", ")
+        paths = [Path(*above[:depth][-1:], name) for name in names]
+        above = [*above[:depth], paths[0]]
+        yield from paths
+
+
+def test_the_tree_of_the_code_exists_and_names_every_room() -> None:
+    page = (ROOT / "docs/code.md").read_text(encoding="utf-8")
+    (tree,) = fenced(page, "text")
+    named = list(files_of_tree(tree))
+    assert [path.as_posix() for path in named if not (ROOT / path).exists()] == []
+    package = ROOT / "src/svdllm"
+    rooms = {path.name for path in package.iterdir() if path.is_dir() and not path.name.startswith("__")}
+    assert {path.name for path in named if path.parent.name == "svdllm"} == rooms | {"__init__.py"}
+
+    spans = [span for span in code_spans(page) if re.fullmatch(r"[a-z_]+(/[a-z_]+)+(\.py)?", span)]
+    assert [span for span in spans if not (package / span).exists()] == []
+
+
+def test_a_tree_is_read_line_by_line() -> None:
+    tree = "src/\n  one/    a room\n    a.py, b.py  files\n  two.py\n"
+    assert [path.as_posix() for path in files_of_tree(tree)] == [
+        "src",
+        "src/one",
+        "src/one/a.py",
+        "src/one/b.py",
+        "src/two.py",
+    ]
+
+
 def python_sources() -> list[tuple[str, str]]:
     blocks = [
         (f"{page.name}, block {number}", block)

@@ -21,7 +21,8 @@ import torch
 
 from svdllm import CompressionResult, Recipe, __version__, compress_many, load_model, perplexity
 from svdllm.common.device import resolve_device, resolve_dtype
-from svdllm.compression.recipe import PLAIN, preset_settings
+from svdllm.compression.recipe import PLAIN
+from svdllm.compression.recipe_files import preset_settings
 from svdllm.data import evaluation_tokens
 from svdllm.models.open import open_config
 

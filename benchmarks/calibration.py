@@ -28,9 +28,10 @@ from svdllm.compression.analysis import collect_statistics
 from svdllm.compression.math.metrics import METHODS
 from svdllm.compression.math.statistics import Gram
 from svdllm.data import calibration_windows
+from svdllm.models.discover import discover
 from svdllm.models.open import Source, open_source
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import Structure, discover
+from svdllm.models.structure import Structure
 from svdllm.models.walk import Walk
 
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from svdllm.compression.math.linalg import factorise, output_spectrum
-from svdllm.compression.ranks import uniform_rank
+from svdllm.compression.ranks.uniform import uniform_rank
 from svdllm.models.structure import Target
 
 Factors = tuple[Tensor, Tensor]

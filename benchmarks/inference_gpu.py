@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 from svdllm.cli.bench_tables import show_benchmark
 from svdllm.cli.console import ConsoleReporter
 from svdllm.common.device import resolve_device
-from svdllm.compression.ranks import uniform_ranks
+from svdllm.compression.ranks.uniform import uniform_ranks
 from svdllm.inference.bench import BenchmarkRecord, BenchSettings, benchmark_loaded
 from svdllm.inference.bench.document import check_output, store_benchmark
+from svdllm.models.config_files import load_config
+from svdllm.models.discover import discover
 from svdllm.models.low_rank import FORMAT_VERSION, low_rank_config
-from svdllm.models.open import load_config
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import discover
 
 ROUND_TO = 8
 

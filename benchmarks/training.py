@@ -65,7 +65,7 @@ def bare_steps(model: Any, rows: Rows, batch: int, device: torch.device) -> list
 
 
 def trainer_steps(model: Any, task: Task, ours: bool) -> list[float]:
-    arguments = training.training_arguments(task, torch.float32)
+    arguments = training.training_arguments(task)
     arguments.save_strategy = arguments.logging_strategy = "no"  # type: ignore[assignment]
     clock = Clock()
     kind: Callable[..., Trainer] = training._Trainer if ours else Trainer
@@ -106,9 +106,9 @@ def main() -> None:
         task = Task(
             file="steps",
             title="steps",
-            method="distill",
             rows=rows,
             settings=settings,
+            schedule=settings.schedule("distill"),
             folder=Path(work),
         )
         run: dict[str, Callable[[], list[float]]] = {

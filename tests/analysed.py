@@ -13,7 +13,7 @@ from svdllm import Recipe
 from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis
 from svdllm.compression.analyze import Calibration
-from svdllm.compression.plan import structure_for
+from svdllm.compression.subject import structure_for
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.walk import Walk
 from svdllm.models.weights import MemoryWeights

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from families import tiny_model
 from svdllm import CompressionResult, Recipe, compress
-from svdllm.compression.recipe import BUDGETS, PLAIN
+from svdllm.compression.recipe import PLAIN
+from svdllm.compression.recipe_parts import BUDGETS
 from svdllm.models.structure import Target
 
 TEXT = " ".join(f"the quick brown fox {n} jumps over the lazy dog and {n * 7 % 13} more." for n in range(400))

@@ -20,7 +20,7 @@ from svdllm.recovery.record import TrainingRecord
 from svdllm.recovery.stage import Task
 
 
-def one_step(model: Any, task: Task, dtype: torch.dtype) -> Any:
+def one_step(model: Any, task: Task) -> Any:
     """In place of the Trainer, which has FSDP on GPUs only."""
     if num_processes() > 1:
         for block in model.get_submodule("base_model.model.model.layers"):
@@ -41,21 +41,22 @@ def one_step(model: Any, task: Task, dtype: torch.dtype) -> Any:
 def main(checkpoint: str, out: str) -> None:
     meet(torch.device("cpu"))
     rows = [(ids, ids) for ids in torch.arange(64).view(4, 16)]
+    settings = make_recovery({"data": "python-docs"})
     task = Task(
         file="step",
         title="step",
-        method="sequential-lora",
         rows=rows,
-        settings=make_recovery({"data": "python-docs"}),
+        settings=settings,
+        schedule=settings.schedule("sequential-lora"),
         folder=Path(out).parent,
     )
     _, changed = sequential_lora.train_factors(
-        lambda: load_model(checkpoint, dtype=torch.float32).requires_grad_(False), ("svd_u",), task, torch.float32
+        lambda: load_model(checkpoint, dtype=torch.float32).requires_grad_(False), ("svd_u",), task
     )
     if is_main():
         save_file({name: tensor.contiguous() for name, tensor in changed.items()}, out)
 
 
 if __name__ == "__main__":
-    sequential_lora.train = one_step
+    training.train = one_step
     main(*sys.argv[1:])

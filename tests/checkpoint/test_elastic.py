@@ -20,7 +20,7 @@ from runs import TEXT, digests, run, small_recipe, token_windows
 from svdllm.checkpoint.elastic import ELASTIC_FILE
 from svdllm.cli import main
 from svdllm.compression.ranks import Allocation
-from svdllm.compression.recipe import make_recipe
+from svdllm.compression.recipe_files import make_recipe
 
 LOSS_AWARE = {"metric": "two-sided", "shrinkage": 0.1, "allocation": "loss", "round_to": 2}
 # What an elastic checkpoint has of its own, beside the elastic files.
@@ -62,7 +62,7 @@ def test_a_slice_is_the_run_at_its_ratio_byte_for_byte(
     assert digests(tmp_path / "elastic", skip=()) == before
     assert result.plan.ranks == direct.plan.ranks
     assert [row.loss for row in result.linears] == [row.loss for row in direct.linears]
-    assert elastic.plan.elastic_bytes == (tmp_path / "elastic" / "svdllm" / "elastic.safetensors").stat().st_size
+    assert elastic.plan.sizes.elastic_bytes == (tmp_path / "elastic" / "svdllm" / "elastic.safetensors").stat().st_size
     svdllm.verify(tmp_path / "sliced", "cpu")
 
     loaded, in_memory = result.load(), svdllm.load_model(tmp_path / "elastic", ratio=0.5)
@@ -117,7 +117,7 @@ def test_several_files_in_the_order_of_the_source(tmp_path: Path, monkeypatch: p
     run(tmp_path / "dense", tmp_path / "direct", recipe=small_recipe(ratio=0.5, **LOSS_AWARE))
     files = sorted((tmp_path / "elastic" / "svdllm").glob("elastic-*.safetensors"))
     assert len(files) > 1
-    assert whole.plan.elastic_bytes <= sum(file.stat().st_size for file in files)
+    assert whole.plan.sizes.elastic_bytes <= sum(file.stat().st_size for file in files)
     svdllm.slice_checkpoint(tmp_path / "elastic", 0.5, tmp_path / "sliced")
     assert len(list((tmp_path / "sliced").glob("model-*.safetensors"))) > 1
     assert digests(tmp_path / "sliced") == digests(tmp_path / "direct")
@@ -167,11 +167,12 @@ def test_the_plan_counts_the_elastic_files(allocation: str, dense: Path, tmp_pat
     (planned,) = svdllm.plan(dense, recipe)
     result = run(dense, tmp_path / "out", recipe=recipe)
     actual = (tmp_path / "out" / "svdllm" / "elastic.safetensors").stat().st_size
-    assert result.plan.elastic_bytes == actual
-    assert planned.elastic_bytes == actual if allocation in ("uniform", "v2") else planned.elastic_bytes >= actual
+    predicted = planned.sizes.elastic_bytes
+    assert result.plan.sizes.elastic_bytes == actual
+    assert predicted == actual if allocation in ("uniform", "v2") else predicted >= actual
     (plain,) = svdllm.plan(dense, recipe.model_copy(update={"elastic": False}))
-    assert planned.disk_bytes == plain.disk_bytes + planned.elastic_bytes
-    assert plain.elastic_bytes == 0
+    assert planned.needs.disk_bytes == plain.needs.disk_bytes + predicted
+    assert plain.sizes.elastic_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_what_is_not_nested_is_refused(settings: dict[str, Any], reason: str) ->
     [
         (
             0.2,
-            r"holds ratio 0\.3 and what is smaller; ratio 0\.2 is a larger model.*compress with --ratio 0\.2 --elastic",
+            r"holds models of ratio 0\.3 or more; ratio 0\.2 is a larger model.*compress with --ratio 0\.2 --elastic",
         ),
         (0.0, r"ratio 0\.0 is not between 0 and 1"),
         (1.0, r"ratio 1\.0 is not between 0 and 1"),
@@ -225,7 +226,9 @@ def test_folders_that_cannot_be_sliced(dense: Path, made: Path, tmp_path: Path) 
             svdllm.slice_checkpoint(tmp_path / name, 0.5, tmp_path / "out")
     with pytest.raises(svdllm.InputError, match="is no svdllm checkpoint"):
         svdllm.slice_checkpoint(dense, 0.5, tmp_path / "out")
-    with pytest.raises(svdllm.InputError, match="is no folder; of a model on the hub, download the whole repository"):
+    with pytest.raises(
+        svdllm.InputError, match=r"is not a folder\. Download the whole repository of a model on the hub"
+    ):
         svdllm.load_model("owner/name", ratio=0.5)
     assert not (tmp_path / "out").exists()
 
@@ -340,14 +343,14 @@ def test_weights_that_were_trained_since_are_refused(elastic: Path, tmp_path: Pa
     with torch.no_grad():
         next(iter(model.parameters())).add_(1)
     model.save_pretrained(elastic)
-    with pytest.raises(svdllm.CheckpointError, match="are not those that its elastic files were made with"):
+    with pytest.raises(svdllm.CheckpointError, match="do not belong to its elastic files"):
         svdllm.slice_checkpoint(elastic, 0.5, tmp_path / "out")
     (elastic / "svdllm" / "hashes.json").unlink()
-    with pytest.raises(svdllm.CheckpointError, match=r"has no svdllm/hashes\.json: nothing to compare"):
+    with pytest.raises(svdllm.CheckpointError, match=r"has no svdllm/hashes\.json: its files cannot be checked"):
         svdllm.slice_checkpoint(elastic, 0.5, tmp_path / "out")
     recipe = elastic / "svdllm" / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("elastic: true", "elastic: false"))
-    with pytest.raises(svdllm.CheckpointError, match="is not that of an elastic checkpoint"):
+    with pytest.raises(svdllm.CheckpointError, match="does not belong to an elastic checkpoint"):
         svdllm.load_model(elastic, ratio=0.5, check_integrity=False)
 
 

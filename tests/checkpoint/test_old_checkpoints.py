@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from svdllm import export_dense, load_model, slice_checkpoint, verify
+from svdllm.checkpoint.report import REPORT_FILE, read_report
 from svdllm.cli import main
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parents[1] / "checkpoints").glob("*/config.json"))
@@ -67,3 +68,12 @@ def test_an_old_checkpoint_is_exported(tmp_path: Path) -> None:
     ids = torch.arange(3, 19).unsqueeze(0)
     with torch.no_grad():
         torch.testing.assert_close(load_model(tmp_path / "dense")(ids).logits, load_model(folder)(ids).logits)
+
+
+def test_a_report_of_0_1_is_read_in_todays_form(tmp_path: Path) -> None:
+    """There ``ratio`` was the one reached."""
+    (tmp_path / "svdllm").mkdir()
+    report = {"linears": [], "source": {}, "recipe": {"ratio": 0.3}, "params": 1, "ratio": 0.312}
+    (tmp_path / REPORT_FILE).write_text(json.dumps(report))
+    found = read_report(tmp_path)
+    assert (found["ratio"], found["achieved_ratio"]) == (0.3, 0.312)

@@ -245,7 +245,7 @@ def test_a_killed_run_in_another_disk_goes_on(dense: Path, another_disk: Path, t
     reporter = Reporter()
     reporter.note = notes.append  # type: ignore[method-assign]
     run(dense, another_disk, reporter=reporter)
-    assert notes == ["Going on with an earlier run: 1 of 2 blocks are done."]
+    assert notes == ["Continuing an earlier run: 1 of 2 blocks are done."]
     run(dense, tmp_path / "straight")
     assert digests(another_disk) == digests(tmp_path / "straight")
 

@@ -18,7 +18,7 @@ from runs import TEXT, digests, save_dense
 from svdllm.cli import main
 from svdllm.common.errors import InputError
 from svdllm.common.progress import Reporter
-from svdllm.comparison import Grid, Measures, run_grid, study, variants_of
+from svdllm.comparison import Grid, Measures, Trained, compressed, run_grid, study, variants_of
 from svdllm.comparison import run as grid_run
 from svdllm.comparison.plots import _errors
 from svdllm.comparison.report import GridReport, write_report
@@ -152,7 +152,9 @@ def test_checkpoints_of_other_settings_are_not_taken(place: Path, tmp_path: Path
     run_grid(make_grid(place, ["svd-llm"]), tmp_path / "r", keep=True)
     grid = make_grid(place, [LORA])
     (variant,) = grid.variants
-    other = replace(variant, recipe=variant.recipe.model_copy(update={"samples": 4}))
+    assert isinstance(variant, Trained)
+    other_recipe = variant.recipe.model_copy(update={"samples": 4})
+    other = replace(variant, compressed=replace(variant.compressed, recipe=other_recipe))
     with pytest.raises(InputError, match=r"svd-llm-0\.3 was made with other settings"):
         run_grid(replace(grid, variants=(other,)), tmp_path / "r", keep=True)
     records = run_grid(grid, tmp_path / "r", keep=True)
@@ -175,7 +177,7 @@ def test_a_killed_grid_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.
     assert len(before) == 2
     compressions: list[str] = []
     monkeypatch.setattr(grid_run, "measure", measure)
-    monkeypatch.setattr(grid_run, "compress", lambda *args, **kwargs: compressions.append(args[1].method))
+    monkeypatch.setattr(compressed, "compress", lambda *args, **kwargs: compressions.append(args[1].method))
     records = run_grid(grid, tmp_path / "r")
     assert [record["status"] for record in records] == ["done"] * 3
     assert compressions == []  # the model that was made was only to be measured
@@ -243,7 +245,7 @@ def test_a_full_disk_and_a_mistake_of_ours_are_told_apart(
     def fails(model: str, recipe: svdllm.Recipe, *_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", "f") if recipe.method == "svd" else ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(grid_run, "compress", fails)
+    monkeypatch.setattr(compressed, "compress", fails)
     cells = by_name(run_grid(make_grid(place, ["svd", "asvd"]), tmp_path / "r"))
     assert cells["svd 0.3"]["error"] == {
         "type": "ResourceError",
@@ -338,6 +340,7 @@ def cell(variant: str | None, ratio: float | None, ppl: float, acc: float, bleu:
         "variant": variant,
         "ratio": ratio,
         "status": "done",
+        "params": 1.35e8,
         "weight_bytes": 5e8,
         "perplexity": {"a/wiki.txt": {"perplexity": ppl, "stderr": ppl / 10}},
         "tasks": {
@@ -394,11 +397,15 @@ def test_studies_vary_one_thing() -> None:
         recipes = [variant.recipe.to_dict() for variant in variants]
         assert [recipe[setting] for recipe in recipes] == values
         assert len({json.dumps(recipe | {setting: None}) for recipe in recipes}) == 1
-        assert len({variant.analysis_key for variant in variants}) == 2
+        assert len({variant.key for variant in variants}) == 2
     orders = study("order", [], None, calibration, {"data": "python-docs"}, teacher="x")
-    assert [variant.recovery.order for variant in orders if variant.recovery] == ["u-first", "v-first", "joint"]
-    assert len({variant.analysis_key for variant in orders}) == 1
-    assert {variant.untrained.name for variant in orders} == {"svd-llm"}
+    assert [variant.recovery.order for variant in orders if isinstance(variant, Trained)] == [
+        "u-first",
+        "v-first",
+        "joint",
+    ]
+    assert len({variant.key for variant in orders}) == 1
+    assert {variant.base.name for variant in orders if variant.base} == {"svd-llm"}
     parts = study("parts", [], None, calibration, {"data": "python-docs"}, teacher="x")
     assert [variant.name for variant in parts] == ["asvd", "svd-llm", "svd+sequential-lora", LORA]
 
@@ -408,7 +415,7 @@ def test_models_are_trained_where_they_are_compressed(place: Path, tmp_path: Pat
         methods = [LORA, "svd-llm+blockwise+distill"]
         variants = variants_of(methods, calibration, {"data": "python-docs", **settings}, teacher="x")
         variants += study("order", ["joint"], None, calibration, {"data": "python-docs", **settings}, teacher="x")
-        return [variant.recovery.device for variant in variants if variant.recovery]
+        return [variant.recovery.device for variant in variants if isinstance(variant, Trained)]
 
     assert devices({}) == ["auto"] * 3
     assert devices({"device": "cuda:1"}) == ["cuda:1"] * 3

@@ -17,9 +17,12 @@ from runs import small_recipe, token_windows
 from svdllm import NumericalError, Recipe
 from svdllm.common.progress import Reporter
 from svdllm.compression.math.linalg import factorise
-from svdllm.compression.probe import MEASURES, probe, probe_ids, probe_rank, probe_ranks, probe_tokens
+from svdllm.compression.probe import probe, probe_ids, probe_ranks, probe_tokens
+from svdllm.compression.ranks import ALLOCATIONS
+from svdllm.compression.ranks.loss import probe_rank
+from svdllm.models.discover import discover
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import discover, weight_of
+from svdllm.models.structure import weight_of
 
 ROUND_ROBIN = ("llama", "gpt2", "opt", "gemma3_text", "gemma4_text", "phi3", "gpt_neox")
 
@@ -74,7 +77,7 @@ def test_fisher_weights_are_those_of_the_whole_models_gradients(family: str, tmp
 
 @pytest.mark.parametrize(("gradient_samples", "walked"), [(1, 2), (2, 2), (3, 4), (4, 4), (100, 5)])
 def test_a_run_follows_back_whole_batches_of_the_first_windows(gradient_samples: int, walked: int, tmp_path: Path):
-    """Five windows in batches of two: as many batches as hold the samples that are asked for. In a run as users make it."""
+    """Five windows in batches of two: the fewest that hold the samples that are asked for, in a whole run."""
     ids, model = token_windows(samples=5, seqlen=12), tiny_model("llama").double()
     recipe = small_recipe(
         metric="two-sided", gradient_samples=gradient_samples, gradient_shrinkage=0.3, input_only=(), dtype="float64",
@@ -162,8 +165,9 @@ def test_probing_leaves_the_walk_dense(tmp_path: Path):
 
 def probed_on(run: SimpleNamespace, ids: Tensor) -> Any:
     run.walk.ids, run.walk.kept_batches, run.walk.batch_tokens = ids, 0, ids.numel()
-    measure = MEASURES[run.recipe.allocation]
-    return probe(run.walk, run.analysis, probe_ranks(run.recipe, run.structure), measure, Reporter())
+    probing = ALLOCATIONS[run.recipe.allocation].probing
+    assert probing is not None
+    return probe(run.walk, run.analysis, probe_ranks(run.recipe, run.structure), probing.measure, Reporter())
 
 
 def truncated_logits(run: SimpleNamespace, target: Any, rank: int, ids: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from svdllm.common.errors import InputError
-from svdllm.compression.recipe import Recipe, load_settings, make_recipe, parse_amount, preset_settings
+from svdllm.compression.recipe import Recipe
+from svdllm.compression.recipe_files import load_settings, make_recipe, parse_amount, preset_settings
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ from svdllm.compression.recipe import Recipe, load_settings, make_recipe, parse_
         ({"ratio": [0.2, 1.5]}, r"less than 1 \(found 1.5\)"),
         ({"ratio": []}, "ratio is an empty list; give at least one"),
         ({"ratio": [0.2, 0.4, 0.2]}, r"ratio names a value twice: \(0.2, 0.4, 0.2\)"),
-        ({"strs_ratios": [0.5, 0.2, 0.5]}, r"strs_ratios names a value twice: \(0.5, 0.2, 0.5\)"),
+        ({"strs_ratios": [0.5, 0.2, 0.5]}, r"strs_ratios: names a value twice: \(0.5, 0.2, 0.5\)"),
         ({"strs_ratios": []}, "strs_ratios: Tuple should have at least 1 item"),
         ({"strs_ratios": [0.5, 1.0]}, r"less than 1 \(found 1.0\)"),
         ({"probe_share": 1.0}, r"probe_share: Input should be less than 1 \(found 1.0\)"),
@@ -44,7 +45,11 @@ from svdllm.compression.recipe import Recipe, load_settings, make_recipe, parse_
         ({"seqlen": 1}, "seqlen: Input should be greater than or equal to 2"),
         ({"samples": 0}, "samples: Input should be greater than or equal to 1"),
         ({"dtype": "int8"}, "dtype: Input should be 'auto'"),
-        ({"allocation": "best"}, "allocation: Input should be 'uniform'"),
+        ({"metric": "one-sided"}, "metric: unknown metric 'one-sided'; known are input, two-sided"),
+        (
+            {"allocation": "best"},
+            "allocation: unknown allocation 'best'; known are uniform, v2, effective-rank, loss, strs",
+        ),
     ],
 )
 def test_what_is_wrong_is_told(settings: dict[str, Any], message: str):
@@ -148,7 +153,8 @@ def test_text_is_needed_by_the_method_or_for_probes(settings: dict[str, Any], ne
         ({"beta": 0.5}, "beta does nothing to a dense calibration"),
         ({"ranks": {"q": 4}, "allocation": "loss"}, "ranks are given"),
         ({"ranks": {"q": 4}, "allocation": "strs"}, "ranks are given"),
-        ({"target_params": 100, "allocation": "v2"}, "give a ratio"),
+        ({"target_params": 100, "allocation": "v2"}, "v2 cannot keep to target_params; give a ratio, or use another"),
+        ({"target_speedup": 1.2, "allocation": "strs"}, "which allocation strs does not count; use allocation loss"),
         ({"gradient_shrinkage": 0.0}, "greater than 0"),
         ({"ratio": 0.2, "elastic": True, "bias_correction": True}, "belong to one rank"),
     ],

@@ -156,7 +156,7 @@ def test_finished_blocks_are_not_decomposed_again(tmp_path: Path) -> None:
     recipe = small_recipe(ratio=(0.2, 0.4))
     svdllm.compress_many(model, recipe, tmp_path / "out", calibration=token_windows(), reporter=reporter)
     assert reporter.blocks == (1,)
-    assert reporter.notes == ("Going on with an earlier run: 1 of 2 blocks are done.",)
+    assert reporter.notes == ("Continuing an earlier run: 1 of 2 blocks are done.",)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,8 @@ def test_other_settings_refuse_to_go_on(change: dict[str, object], named: str, t
     assert not (tmp_path / "out.partial").exists()
 
 
-COMPRESS = sys.modules["svdllm.compression.run"]
+ANALYZE = sys.modules["svdllm.compression.analyze"]
+SUBJECT = sys.modules["svdllm.compression.subject"]
 
 
 class Interrupting(svdllm.common.progress.Reporter):
@@ -251,11 +252,11 @@ BESIDE_THE_RECIPE = {
         dense / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'
     ),
     "calibration tokens": lambda dense, patch: token_windows(seed=5),
-    "device": lambda dense, patch: patch.setattr(COMPRESS, "resolve_device", lambda _: torch.device("cpu:0")),
-    "computed in": lambda dense, patch: patch.setattr(COMPRESS, "resolve_dtype", lambda *_: torch.float64),
-    "svdllm version": lambda dense, patch: patch.setattr(COMPRESS, "__version__", "0.0.1"),
-    "torch version": lambda dense, patch: patch.setattr(COMPRESS.torch, "__version__", "0.0.1"),
-    "transformers version": lambda dense, patch: patch.setattr(COMPRESS.transformers, "__version__", "0.0.1"),
+    "device": lambda dense, patch: patch.setattr(SUBJECT, "resolve_device", lambda _: torch.device("cpu:0")),
+    "computed in": lambda dense, patch: patch.setattr(SUBJECT, "resolve_dtype", lambda *_: torch.float64),
+    "svdllm version": lambda dense, patch: patch.setattr(ANALYZE, "__version__", "0.0.1"),
+    "torch version": lambda dense, patch: patch.setattr(ANALYZE.torch, "__version__", "0.0.1"),
+    "transformers version": lambda dense, patch: patch.setattr(ANALYZE.transformers, "__version__", "0.0.1"),
 }
 
 

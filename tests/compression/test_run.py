@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import svdllm
 from families import FAMILIES, dense_weight, linear_targets, tiny_model
 from runs import TEXT, digests, run, save_dense, small_recipe, token_windows
-from svdllm.compression.analyze import collect_statistics
+from svdllm.compression.collect import collect_statistics
 from svdllm.compression.math.metrics import METHODS
+from svdllm.models.discover import discover
+from svdllm.models.linears import is_linear
 from svdllm.models.open import open_source
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import discover, is_linear
 from svdllm.models.walk import Walk
 
 
@@ -117,7 +118,8 @@ def test_reload_in_a_clean_process_is_bit_equal(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = result.load()(input_ids=ids).logits
     script = (
-        "import sys, torch, svdllm; from transformers import AutoModelForCausalLM; from safetensors.torch import save_file\n"
+        "import sys, torch, svdllm; from transformers import AutoModelForCausalLM\n"
+        "from safetensors.torch import save_file\n"
         "g = torch.Generator().manual_seed(0); ids = torch.randint(0, 128, (2, 16), generator=g)\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "with torch.no_grad(): save_file({'logits': model(input_ids=ids).logits.contiguous()}, sys.argv[2])\n"
@@ -156,7 +158,7 @@ def test_hidden_states_on_disk_give_the_same_bytes(tmp_path: Path) -> None:
     model = tiny_model("llama", 0)
     run(model, tmp_path / "ram")
     on_disk = run(model, tmp_path / "disk", hidden_states_limit=0)
-    assert on_disk.plan.hidden_states_on_disk
+    assert on_disk.plan.needs.hidden_states_on_disk
     assert digests(tmp_path / "ram") == digests(tmp_path / "disk")
     assert not (tmp_path / "disk.partial").exists()
 
@@ -164,7 +166,7 @@ def test_hidden_states_on_disk_give_the_same_bytes(tmp_path: Path) -> None:
 def test_source_dtype_is_kept_on_disk(tmp_path: Path) -> None:
     model = tiny_model("llama", 0).to(torch.bfloat16)
     result = run(model, tmp_path / "out")
-    assert result.plan.compute_dtype == "float32"
+    assert result.plan.needs.compute_dtype == "float32"
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
     assert result.load(dtype="auto").dtype == torch.bfloat16
@@ -209,7 +211,7 @@ def test_ignored_and_overridden_linears(tmp_path: Path) -> None:
 def test_every_method_runs_and_says_so(method: str, tmp_path: Path) -> None:
     result = run(tiny_model("llama", 0), tmp_path / "out", recipe=small_recipe(method=method))
     report = json.loads((tmp_path / "out" / "svdllm" / "report.json").read_text())
-    assert report["method"] == result.plan.method == method
+    assert report["method"] == result.plan.recipe.method == method
     assert all(0 < row["kept_energy"] <= 1 for row in report["linears"])
     assert all(row["seconds"] > 0 for row in report["linears"])
     assert (report["source"]["calibration"] is None) == (method == "svd")

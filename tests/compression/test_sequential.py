@@ -13,7 +13,8 @@ from torch import Tensor
 from runs import run, save_dense, small_recipe, token_windows
 from svdllm import load_model
 from svdllm.compression.math.linalg import anchored, corrected_bias, factorise, output_spectrum
-from svdllm.compression.sequential import Products, Sequential, relative_error
+from svdllm.compression.products import Products, relative_error
+from svdllm.compression.sequential import Sequential
 
 
 def streams(seed: int = 0, features: int = 6, tokens: int = 40) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +114,7 @@ def test_every_linear_is_fitted_to_the_inputs_of_the_compressed_model(
     family: str, bias_correction: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The oracle runs the written model: each linear's inputs in it are those that it was fitted to."""
-    monkeypatch.setattr("svdllm.compression.sequential.RIDGE", 1e-12)  # the oracle has none
+    monkeypatch.setattr("svdllm.compression.products.RIDGE", 1e-12)  # the oracle has none
     dense = save_dense(tmp_path / "dense", family)
     ids = token_windows(samples=8, seqlen=12)
     recipe = small_recipe(
@@ -163,11 +164,12 @@ def best_beta(
 
 
 def test_beta_is_the_best_on_the_last_eighth_of_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Of sixteen windows, a batch each, two are held out, whose tokens follow each other otherwise; the oracle has no Grams.
+    """Two of sixteen windows, a batch each, are held out; their tokens follow each other otherwise.
+    The oracle has no Grams.
 
     Were the factors fitted to them as well, or more or fewer of them held out, some group would get another beta.
     """
-    monkeypatch.setattr("svdllm.compression.sequential.RIDGE", 1e-12)  # the oracle has none
+    monkeypatch.setattr("svdllm.compression.products.RIDGE", 1e-12)  # the oracle has none
     dense, seqlen = save_dense(tmp_path / "dense"), 12
     ids = torch.cat([token_windows(14, seqlen, vocab=20, seed=1), token_windows(2, seqlen, vocab=20, seed=5)])
     recipe = small_recipe(
@@ -231,7 +233,7 @@ def test_losses_are_tails_of_the_svd_of_weights_times_inputs(bias_correction: bo
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_linear_that_stays_dense_is_fitted_too(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("svdllm.compression.sequential.RIDGE", 1e-12)
+    monkeypatch.setattr("svdllm.compression.products.RIDGE", 1e-12)
     dense = save_dense(tmp_path / "dense", family)
     ids = token_windows(samples=8, seqlen=12)
     first = {"llama": r"layers.0.*q_proj", "gpt2": r"h.0.*c_attn"}[family]

@@ -1,4 +1,4 @@
-"""Heads that do nothing: the model computes what it did, its heads can be shared out, and nothing else is taken for heads."""
+"""Padded heads: the model computes the same, processes can share its heads, and nothing else is taken for heads."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_new_rows_and_columns_are_zero_and_the_old_ones_as_they_were(family:
 
 
 def test_nine_heads_in_groups_of_three(tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """The shape of SmolLM2-135M, by the command; what is written loads with and without the library, and saves again."""
+    """The shape of SmolLM2-135M, by the command. The result loads with and without the library, and saves again."""
     heads = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 1}
     dense = save_dense(tmp_path / "dense", tokenizer=tokenizer, **heads)
     small, out = tmp_path / "small", tmp_path / "out"
@@ -110,7 +110,7 @@ def test_nine_heads_in_groups_of_three(tmp_path: Path, tokenizer: Any, capsys: p
 
 
 def test_a_dense_model_is_padded_too(tmp_path: Path) -> None:
-    """The width of a head follows from their number in the config, and has to be told from then on."""
+    """A config without a width, in which it follows from the number of heads, gets one."""
     tiny_model("qwen2", num_key_value_heads=4).save_pretrained(tmp_path / "dense")
     assert "head_dim" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     made = export_padded(tmp_path / "dense", tmp_path / "out", 3)
@@ -127,8 +127,8 @@ OTHER_FAMILIES: dict[str, Any] = {
     "opt": (3, {}, "embed_dim must be divisible"),
     "gpt2": (3, {}, "`embed_dim` must be divisible"),
     "gpt_neox": (3, {}, "The hidden size is not divisible"),
-    "stablelm": (4, {}, "the width of a head follows from their number"),
-    "falcon": (3, {}, "the width of a head follows from their number"),
+    "stablelm": (4, {}, "it computes the width of a head from the number of heads"),
+    "falcon": (3, {}, "it computes the width of a head from the number of heads"),
     "phi3": (3, {}, r"qkv_proj.weight \(Linear\) would grow from \(64, 32\) to \(96, 32\)"),
     "olmo2": (3, {}, r"q_norm.weight \(Olmo2RMSNorm\) would grow from \(32,\) to \(48,\)"),
     "cohere": (3, {"use_qk_norm": True}, r"q_norm.weight \(CohereLayerNorm\) would grow from \(4, 8\) to \(6, 8\)"),
@@ -140,9 +140,7 @@ def test_what_is_not_understood_is_refused(family: str, tmp_path: Path) -> None:
     """By the config alone: nothing is read or written."""
     processes, settings, message = OTHER_FAMILIES[family]
     tiny_config(family, **settings).save_pretrained(tmp_path / "model")
-    with pytest.raises(
-        UnsupportedModelError, match=f"of type {family} cannot be given heads that do nothing.*{message}"
-    ):
+    with pytest.raises(UnsupportedModelError, match=f"of type {family} cannot be padded with heads: .*{message}"):
         export_padded(tmp_path / "model", tmp_path / "out", processes)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -160,9 +158,7 @@ def test_attention_sinks_are_refused(tmp_path: Path) -> None:
 
 def test_other_widths_have_to_be_divisible(tmp_path: Path) -> None:
     save_low_rank(tmp_path / "small", intermediate_size=50, dense=("down_proj",))
-    message = (
-        "3 processes cannot share out the 50 outputs of model.layers.0.mlp.gate_proj.svd_u, and only heads are padded"
-    )
+    message = "3 processes cannot share the 50 outputs of model.layers.0.mlp.gate_proj.svd_u evenly, and only heads"
     with pytest.raises(UnsupportedModelError, match=message):
         export_padded(tmp_path / "small", tmp_path / "out", 3)
     export_padded(tmp_path / "small", tmp_path / "out", 5)
@@ -172,7 +168,7 @@ def test_a_model_that_computes_something_else_is_not_kept(tmp_path: Path, monkey
     """Heads that are not zero: what a family with another meaning of a head would amount to."""
     small = save_low_rank(tmp_path / "small")
     monkeypatch.setattr(Tensor, "new_zeros", Tensor.new_ones)
-    with pytest.raises(UnsupportedModelError, match=r"with them, logits differ by .* of the largest"):
+    with pytest.raises(UnsupportedModelError, match=r"with them, the logits differ by .* of the largest"):
         export_padded(small, tmp_path / "out", 3)
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
@@ -183,7 +179,7 @@ def test_mistakes_are_found_first(
     small = save_low_rank(tmp_path / "small")
     monkeypatch.setattr(padding, "write_shards", None)  # nothing is written
     for message, folder, output, processes in (
-        ("2 processes can share out the 4 heads .* evenly; nothing is to be padded", small, "out", 2),
+        ("2 processes can share the 4 heads .* evenly; there is nothing to pad", small, "out", 2),
         ("for two processes or more, found 1", small, "out", 1),
         (r"has no config\.json", tmp_path, "out", 3),
         ("nothing is overwritten", small, "small", 3),

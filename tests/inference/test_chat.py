@@ -86,7 +86,7 @@ def test_what_goes_wrong_is_raised_where_the_answer_is_read(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = Chat(model, tokenizer, max_new_tokens=TOKENS)
-    with pytest.raises(InputError, match="tokens, the model takes 256"):
+    with pytest.raises(InputError, match="is beyond the model's context of 256 tokens"):
         list(chat.answer("a" * 300))
     chat.messages = [{"role": "tool", "content": "x"}]
     with pytest.raises(
@@ -182,6 +182,6 @@ def test_mistakes_end_with_a_message(
         assert talk(monkeypatch, "the fox\n", *arguments) == 2
         assert message in " ".join(capsys.readouterr().err.split())
     assert talk(monkeypatch, f"{'a' * 300}\n", folder) == 2
-    assert "Begin anew with /reset" in " ".join(capsys.readouterr().err.split())
+    assert "begin anew with /reset" in " ".join(capsys.readouterr().err.split())
     assert talk(monkeypatch, "the fox\n", plain) == 0
     assert "continued as plain text" in " ".join(capsys.readouterr().err.split())

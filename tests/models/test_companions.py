@@ -11,6 +11,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -72,7 +73,11 @@ def found_in(folder: Path) -> set[str]:
         ({}, {"tokenizer_class": "T5TokenizerFast"}, ["spiece.model"]),
         ({}, {"tokenizer_class": "BertweetTokenizer"}, ["bpe.codes", "vocab.txt"]),
         ({"tokenizer_class": "GPTNeoXJapaneseTokenizer"}, {}, ["emoji.json"]),
-        ({"model_type": "svdllm_x", "svdllm": {"base_model_type": "gpt_neox_japanese"}}, {}, ["emoji.json"]),
+        (
+            {"model_type": "svdllm_x", "svdllm": {"base_model_type": "gpt_neox_japanese", "ranks": {}}},
+            {},
+            ["emoji.json"],
+        ),
         ({}, {"tokenizer_class": "NeverHeardOfTokenizer"}, ["qwen.tiktoken", "tiktoken.model", "tokenizer.model"]),
         ({}, {}, ["tekken.json", "tokenizer.model.v3"]),
         (
@@ -160,9 +165,9 @@ def recovered(small: Path, out: Path) -> None:
 
 def in_a_graph(small: Path, out: Path) -> None:
     """The graph itself is a stub."""
-    stub = SimpleNamespace(save_pretrained=lambda folder: None)
+    stub, logits = SimpleNamespace(save_pretrained=lambda folder: None), (torch.ones(1), torch.ones(1))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"_check_packages": None, "_traced": stub, "_opened": None, "_difference": 0.0}.items():
+        for name, value in {"_check_packages": None, "_traced": stub, "_opened": None, "_both_logits": logits}.items():
             patch.setattr(graphs, name, lambda *args, value=value, **kwargs: value)
         graphs.export_graph(small, out, "onnx")
 

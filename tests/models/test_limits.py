@@ -19,8 +19,7 @@ from svdllm.cli import main
 from svdllm.comparison.measure import continuations
 from svdllm.inference.bench import BenchSettings
 from svdllm.inference.chat import Chat
-from svdllm.models.limits import guard_embeddings, require_known_ids, within_context
-from svdllm.models.open import context_length
+from svdllm.models.limits import context_length, guard_embeddings, require_known_ids, within_context
 from tokenizers_local import byte_tokenizer
 
 UNKNOWN = r"token id 305 \('<x15>'\) is beyond the model's vocabulary of 300: the tokenizer does not fit the model"

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from families import tiny_model, tiny_tokens
 from svdllm import UnsupportedModelError
+from svdllm.models.discover import discover
 from svdllm.models.shared_state import SharedStates, StateGradients, WrittenArguments, differentiable
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import discover
 from svdllm.models.stubs import Recorder
 from svdllm.models.walk import Walk
 from svdllm.models.weights import MemoryWeights

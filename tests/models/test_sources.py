@@ -19,8 +19,9 @@ from gguf_local import write_gguf
 from runs import TEXT, run, save_dense, small_recipe
 from svdllm.cli import main
 from svdllm.inference.bench.checks import different_names
+from svdllm.models.config_files import require_causal_lm
 from svdllm.models.model_names import display_name, short_name
-from svdllm.models.open import open_config, open_source, require_causal_lm
+from svdllm.models.open import open_config, open_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 USES: list[Callable[[Any], Any]] = [open_source, open_config, svdllm.load_model]

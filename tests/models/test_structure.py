@@ -12,17 +12,11 @@ from transformers.pytorch_utils import Conv1D
 
 from families import FAMILIES, linear_targets, tiny_config
 from svdllm.common.errors import InputError, UnsupportedModelError
+from svdllm.models.discover import discover
+from svdllm.models.hooks import input_groups, replaced, to_device
+from svdllm.models.linears import find_blocks, is_linear, linears_of
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import (
-    Structure,
-    discover,
-    find_blocks,
-    input_groups,
-    is_linear,
-    linears_of,
-    replaced,
-    to_device,
-)
+from svdllm.models.structure import Structure
 
 TINY = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 

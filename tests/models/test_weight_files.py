@@ -21,7 +21,7 @@ from families import low_rank_model, tiny_model, tiny_tokens
 from runs import run, save_dense, small_recipe
 from svdllm.models.low_rank.lowrank import check_weight_files
 from svdllm.models.open import open_config, open_source
-from svdllm.models.weights import weight_files
+from svdllm.models.safetensors_files import weight_files
 
 INDEX = "model.safetensors.index.json"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

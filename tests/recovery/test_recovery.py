@@ -28,10 +28,12 @@ from svdllm.cli import main
 from svdllm.common.progress import Reporter
 from svdllm.data import evaluation_tokens
 from svdllm.models.low_rank.lowrank import write_hashes
-from svdllm.recovery import blockwise, make_recovery, sequential_lora, training
+from svdllm.recovery import blockwise, make_recovery, training
 from svdllm.recovery.blockwise import train_blocks
 from svdllm.recovery.distill import distillation_loss
-from svdllm.recovery.settings import DEFAULTS, OF_MEMORY, Recovery
+from svdllm.recovery.methods import METHODS
+from svdllm.recovery.settings import Recovery
+from svdllm.recovery.training_settings import OF_MEMORY
 
 SMALL = {"seqlen": 16, "batch": 4, "steps": 4, "lr": 1e-2}
 
@@ -329,7 +331,7 @@ def test_what_is_sharded_over_processes_is_put_together_again(
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    monkeypatch.setattr(sequential_lora, "train", sharded_step.one_step)
+    monkeypatch.setattr(training, "train", sharded_step.one_step)
     sharded_step.main(str(checkpoint), str(tmp_path / "one"))
     one, two = (load_file(tmp_path / name) for name in ("one", "two"))
     assert one.keys() == two.keys() == factors(checkpoint, "svd_u")
@@ -388,12 +390,14 @@ def test_what_is_merged_is_alpha_over_r_times_the_adapters(
 ) -> None:
     adapters: dict[str, torch.Tensor] = {}
 
+    train = training.train
+
     def keeping(*args: Any) -> Any:
-        record, trained = training.train(*args)
+        record, trained = train(*args)
         adapters.update({name: tensor.clone() for name, tensor in trained.items()})
         return record, trained
 
-    monkeypatch.setattr(sequential_lora, "train", keeping)
+    monkeypatch.setattr(training, "train", keeping)
     result = recover(checkpoint, tmp_path / "out", recovery(text, order="joint", r=r, alpha=alpha))
     old, new = weights(checkpoint), weights(result.output_dir)
     for name in changed(checkpoint, result.output_dir):
@@ -578,7 +582,7 @@ def test_an_unfinished_run_does_not_go_on_with_anything_else_at_its_place(
 def test_an_unfinished_run_does_not_go_on_with_other_versions(
     library: str, killed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["svdllm.recovery.run"]
+    module = sys.modules["svdllm.recovery.work_folder"]
     monkeypatch.setattr(module if library == "svdllm" else getattr(module, library), "__version__", "0.0.1")
     refused(killed, of_all_methods(killed), f"{library} version")
 
@@ -600,12 +604,10 @@ def test_an_unfinished_run_may_go_on_with_less_memory_but_not_with_other_data(
 def test_what_is_learnt_is_kept_when_a_later_stage_fails(
     checkpoint: Path, dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from svdllm.recovery import run
-
     def fails(*_: Any) -> None:
         raise ResourceError("no room")
 
-    monkeypatch.setattr(run, "train_blocks", fails)
+    monkeypatch.setattr(blockwise, "train_blocks", fails)
     settings = recovery(text, "distill", "blockwise", teacher=str(dense), samples=4)
     with pytest.raises(ResourceError, match="no room"):
         recover(checkpoint, tmp_path / "out", settings)
@@ -626,21 +628,21 @@ def test_a_merge_that_changes_the_answers_or_another_weight_is_noticed(
 ) -> None:
     from peft.tuners.lora import Linear
 
-    from svdllm.recovery import sequential_lora
-
     delta = Linear.get_delta_weight
     with monkeypatch.context() as patch:
         patch.setattr(Linear, "get_delta_weight", lambda *args: 2 * delta(*args))
-        with pytest.raises(NumericalError, match="logits differ from those with adapters"):
+        with pytest.raises(
+            NumericalError, match="does not compute what the model with adapters does: the logits differ"
+        ):
             recover(checkpoint, tmp_path / "out", recovery(text))
-    train = sequential_lora.train
+    train = training.train
 
     def careless(adapted: Any, *args: Any) -> Any:
         done = train(adapted, *args)
         adapted.get_submodule("base_model.model.model.norm").weight.data += 0.1
         return done
 
-    monkeypatch.setattr(sequential_lora, "train", careless)
+    monkeypatch.setattr(training, "train", careless)
     with pytest.raises(NumericalError, match=r"model\.norm\.weight changed while only svd_u were trained"):
         recover(checkpoint, tmp_path / "new", recovery(text))
 
@@ -841,14 +843,14 @@ def test_defaults_are_those_that_help_tells(
     with pytest.raises(SystemExit):
         main(["recover", "--help"])
     text = capsys.readouterr().out
-    lora, blockwise, distill = (DEFAULTS[name] for name in ("sequential-lora", "blockwise", "distill"))
-    assert lora["lr"] == blockwise["lr"] == 1e-4
-    assert f"1e-4, distill {distill['lr'] * 1e4:g}e-4" in text
-    assert f"{lora['batch']}, blockwise {blockwise['batch']}, distill {distill['batch']}" in text
-    assert f"{lora['epochs']}, blockwise {blockwise['epochs']}" in text
-    assert f"distill {distill['steps']}" in text
-    assert lora["seqlen"] == distill["seqlen"]
-    assert f"{lora['seqlen']}, blockwise {blockwise['seqlen']}" in text
+    lora, blockwise, distill = (METHODS[name].defaults for name in ("sequential-lora", "blockwise", "distill"))
+    assert lora.lr == blockwise.lr == 1e-4
+    assert f"1e-4, distill {distill.lr * 1e4:g}e-4" in text
+    assert f"{lora.batch}, blockwise {blockwise.batch}, distill {distill.batch}" in text
+    assert f"{lora.epochs}, blockwise {blockwise.epochs}" in text
+    assert f"distill {distill.steps}" in text
+    assert lora.seqlen == distill.seqlen
+    assert f"{lora.seqlen}, blockwise {blockwise.seqlen}" in text
 
 
 def test_blocks_that_share_keys_are_trained_on_those_of_their_own_model(
@@ -856,8 +858,7 @@ def test_blocks_that_share_keys_are_trained_on_those_of_their_own_model(
 ) -> None:
     """The errors that are reported, against whole models before and after."""
     walks: list[Any] = []
-    module = sys.modules["svdllm.recovery.run"]
-    monkeypatch.setattr(module, "train_blocks", lambda *given: walks.extend(given) or train_blocks(*given))
+    monkeypatch.setattr(blockwise, "train_blocks", lambda *given: walks.extend(given) or train_blocks(*given))
     dense = save_dense(tmp_path / "dense", "gemma4_text", tokenizer=tokenizer)
     run(dense, tmp_path / "out")
     settings = recovery(text, "blockwise", teacher=str(dense), samples=8, epochs=1)

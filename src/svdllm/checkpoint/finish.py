@@ -18,9 +18,9 @@ from svdllm.checkpoint.card import model_card
 from svdllm.checkpoint.reference import write_reference
 from svdllm.checkpoint.report import REPORT_FILE
 from svdllm.common.progress import Reporter
+from svdllm.models.config_files import load_config
 from svdllm.models.low_rank import HASHES_FILE, write_hashes
-from svdllm.models.open import load_config
-from svdllm.models.weights import weight_files
+from svdllm.models.safetensors_files import weight_files
 
 RECIPE_FILE = "svdllm/recipe.yaml"
 

@@ -10,11 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from svdllm.common.errors import CheckpointError
+from svdllm.models.config_files import load_config
+from svdllm.models.hub import hub_folder
 from svdllm.models.low_rank.lowrank import unpacking_one_by_one
 from svdllm.models.model_names import display_name
-from svdllm.models.open import hub_folder, load_config, open_config
+from svdllm.models.open import open_config
+from svdllm.models.safetensors_files import read_header, weight_files
 from svdllm.models.unused_tensors import warn_of_unused
-from svdllm.models.weights import read_header, unused_in, weight_files
+from svdllm.models.weights import unused_in
 
 
 def load_model(model: str | Path, **kwargs: Any) -> PreTrainedModel:

@@ -1,12 +1,12 @@
-"""How torchao stores a linear in few bits: the forms there are, which one a linear gets, and what files then hold."""
+"""The forms in which torchao stores a quantised linear, which one a linear gets, and the bytes of the files."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -14,14 +14,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from svdllm.checkpoint.tensors import Notes, Tensors
+from svdllm.checkpoint.tensors import Tensors
 from svdllm.common.errors import InputError
-from svdllm.models.structure import find_blocks, matches
+from svdllm.models.linears import find_blocks, matches
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A form of a weight. ``group_size`` inputs share a scale; None is a whole row."""
+    """A form of a quantised weight. ``group_size`` inputs share a scale; None stands for a whole row."""
 
     bits: int
     group_size: int | None = None
@@ -29,42 +29,21 @@ class Scheme:
     def __str__(self) -> str:
         return f"{self.bits} bits, a scale per {f'{self.group_size} inputs' if self.group_size else 'row'}"
 
-    def fits(self, out_features: int, in_features: int) -> bool:
-        """Whether a weight of this shape has whole groups; NVFP4 wants its rows in sixteens too."""
+    def for_shape(self, out_features: int, in_features: int) -> Scheme:
+        """This scheme where a weight of this shape has whole groups (of rows too, with NVFP4), else ``FALLBACK``."""
         rows = out_features % NVFP4_GROUP == 0 if self.bits == 4 else True
-        return rows and in_features % (self.group_size or 1) == 0
+        return self if rows and in_features % (self.group_size or 1) == 0 else FALLBACK
 
-    def tensors(self, linear: str, out_features: int, in_features: int) -> Tensors:
-        """What a file holds in place of ``<linear>.weight``.
+    def num_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of a quantised weight in a file, without the header.
 
-        8 bits: integers, float32 scales and a zero point of a byte beside each. 4 bits: pairs of E2M1 numbers, their
-        scales in E4M3 in tiles of 128 x 4, and one float32.
+        8 bits: a byte per weight, and five per scale (a float32 and a zero point). 4 bits: a byte per two weights
+        (E2M1), a byte per scale (E4M3, in whole tiles of 128 rows x 4 groups), and one float32.
         """
-        start = f"{linear}._weight_"
         if self.bits == 4:
-            tiles = (-(-out_features // 128) * 32, -(-in_features // (4 * NVFP4_GROUP)) * 16)
-            return {
-                f"{start}qdata": ((out_features, in_features // 2), torch.uint8),
-                f"{start}scale": (tiles, torch.float8_e4m3fn),
-                f"{start}per_tensor_scale": ((), torch.float32),
-            }
-        groups = (out_features, in_features // (self.group_size or in_features))
-        return {
-            f"{start}qdata": ((out_features, in_features), torch.int8),
-            f"{start}scale": (groups, torch.float32),
-            f"{start}zero_point": (groups, torch.int8),
-        }
-
-    def note(self, in_features: int, dtype: torch.dtype) -> str:
-        """What torchao writes into the header of a file on such a weight, and reads again; ``dtype`` is of the source."""
-        kind = {"_type": "torch.dtype", "_data": str(dtype).removeprefix("torch.")}
-        if self.bits == 4:
-            form = {"is_swizzled_scales": True, "use_triton_kernel": False, "act_quant_kwargs": None}
-            form |= {"block_size": NVFP4_GROUP, "orig_dtype": kind}
-            return _note("NVFP4Tensor", form, ["per_tensor_scale", "qdata", "scale"])
-        form = {"act_quant_kwargs": None, "reduce_range": False}
-        form |= {"block_size": [1, self.group_size or in_features], "dtype": kind}
-        return _note("Int8Tensor", form, ["zero_point", "qdata", "scale"])
+            tiles = -(-out_features // 128) * -(-in_features // (4 * NVFP4_GROUP))
+            return out_features * in_features // 2 + 512 * tiles + 4
+        return out_features * (in_features + 5 * (in_features // (self.group_size or in_features)))
 
     def torchao_config(self) -> Any:
         from torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
@@ -76,15 +55,16 @@ class Scheme:
         return Int8WeightOnlyConfig(granularity=granularity, set_inductor_config=False)  # which is the whole process's
 
 
-# What a linear gets that the scheme asked for does not fit: any shape has rows.
+# For linears whose shape the scheme asked for does not fit. A scale per row fits every shape.
 FALLBACK = Scheme(8)
-# What torchao writes into the header of a file on a tensor that is as it was.
-PLAIN_NOTE = json.dumps({"_type": "Tensor"})
+# Bytes that torchao adds to headers for one weight, without its name: three entries in the file that holds it (281
+# bytes in version 0.18), and a description of them in every file (302 bytes). With a margin for other versions.
+ENTRY_BYTES = NOTE_BYTES = 400
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedLinear:
-    """One linear in few bits; ``reason`` is why it has another scheme than was asked for."""
+    """One linear to quantise; ``reason`` says why its scheme is not the one asked for."""
 
     name: str
     out_features: int
@@ -94,16 +74,14 @@ class QuantizedLinear:
 
 
 def quantized_linear(name: str, out_features: int, in_features: int, scheme: Scheme) -> QuantizedLinear:
-    """A linear with the scheme asked for, or with one that fits its shape."""
-    reason = None
-    if not scheme.fits(out_features, in_features):
-        reason = f"{out_features} x {in_features} is not in groups of {scheme.group_size}"
-        scheme = FALLBACK
-    return QuantizedLinear(name=name, out_features=out_features, in_features=in_features, scheme=scheme, reason=reason)
+    """A linear with the scheme asked for, or with ``FALLBACK`` where its shape does not fit."""
+    fitting = scheme.for_shape(out_features, in_features)
+    reason = None if fitting == scheme else f"{out_features} x {in_features} is not in groups of {scheme.group_size}"
+    return QuantizedLinear(name=name, out_features=out_features, in_features=in_features, scheme=fitting, reason=reason)
 
 
 def make_scheme(bits: int, group_size: int | None) -> Scheme:
-    """The scheme that was asked for. Raises InputError if there is none of these numbers."""
+    """The scheme of some options of ``quantize``. Raises InputError if there is none."""
     if bits not in (4, 8):
         raise InputError(f"--bits {bits} is not possible: weights are stored in 8 or in 4 bits.")
     if bits == 4 and group_size not in (None, NVFP4_GROUP):
@@ -117,16 +95,16 @@ def make_scheme(bits: int, group_size: int | None) -> Scheme:
 
 
 def require_dtype(bits: int, dtype: torch.dtype, model: str) -> None:
-    """Raises InputError for 4 bits of what torchao makes none of."""
+    """Raises InputError if torchao cannot quantise weights of a dtype to 4 bits."""
     if bits == 4 and dtype not in (torch.bfloat16, torch.float32):
         raise InputError(
-            f"{model} is stored in {str(dtype).removeprefix('torch.')}; 4 bits can be made of bfloat16 and float32 only. "
-            "Use 8 bits, or re-save the model in bfloat16."
+            f"{model} is stored in {str(dtype).removeprefix('torch.')}; 4 bits can be made of bfloat16 and float32 "
+            "only. Use 8 bits, or re-save the model in bfloat16."
         )
 
 
 def linears_in_blocks(skeleton: PreTrainedModel, scheme: Scheme) -> list[QuantizedLinear]:
-    """All that torchao has a form of, if none is left as it is."""
+    """All linears in the blocks that torchao can quantise, with the scheme of each."""
     blocks = _blocks(skeleton)
     return [
         quantized_linear(name, module.out_features, module.in_features, scheme)
@@ -136,20 +114,20 @@ def linears_in_blocks(skeleton: PreTrainedModel, scheme: Scheme) -> list[Quantiz
 
 
 def can_quantize(in_features: int) -> bool:
-    """Whether torchao has a form of a linear: of one input, as the second factor of rank 1 has it, there is none."""
+    """Whether torchao can quantise a linear. It cannot if there is one input, as in ``svd_u`` at rank 1."""
     return in_features > 1
 
 
 def choose_schemes(
     skeleton: PreTrainedModel, scheme: Scheme, skip: Sequence[str] = ()
 ) -> tuple[list[QuantizedLinear], dict[str, str]]:
-    """The linears of the blocks with the scheme of each, and what is left as it is with the reason.
+    """The linears to quantise with the scheme of each, and the linears and embeddings that are left with the reason.
 
     Embeddings and ``lm_head`` are outside the blocks, and left.
 
     Raises:
         InputError: a pattern of ``skip`` matches nothing, or everything.
-        UnsupportedModelError: there are no blocks to be found.
+        UnsupportedModelError: the model has no blocks that can be found.
     """
     blocks = _blocks(skeleton)
     found = {linear.name: linear for linear in linears_in_blocks(skeleton, scheme)}
@@ -182,27 +160,23 @@ def choose_schemes(
     return chosen, left
 
 
-def file_notes(names: Iterable[str], linears: Iterable[QuantizedLinear], dtype: torch.dtype) -> Notes:
-    """What headers say of these tensors of a model in few bits, tied ones among them; ``dtype`` is of the source."""
-    notes = {f"{linear.name}.weight": linear.scheme.note(linear.in_features, dtype) for linear in linears}
-    return {name: notes.get(name, PLAIN_NOTE) for name in names}
+def quantized_bytes(tensors: Tensors, schemes: Mapping[str, Scheme], num_files: int) -> int:
+    """An upper limit on the bytes of a quantised model's weight files, without the frame of their headers.
 
-
-def quantized_tensors(stored: Tensors, linears: Iterable[QuantizedLinear]) -> Tensors:
-    """What the files of a quantised model hold, from what those of the model itself do."""
-    by_weight = {f"{linear.name}.weight": linear for linear in linears}
-    result: Tensors = {}
-    for name, entry in stored.items():
-        linear = by_weight.get(name)
-        if linear is None:
-            result[name] = entry
-        else:
-            result |= linear.scheme.tensors(linear.name, linear.out_features, linear.in_features)
+    Args:
+        tensors: of the unquantised model.
+        schemes: tensor name -> scheme, of the tensors that are quantised.
+        num_files: the most files there will be. torchao describes every tensor in each of them.
+    """
+    result = 0
+    for name, (shape, dtype) in tensors.items():
+        result += schemes[name].num_bytes(*shape) if name in schemes else prod(shape) * dtype.itemsize
+        result += ENTRY_BYTES + 3 * len(name) + num_files * (NOTE_BYTES + 2 * len(name))
     return result
 
 
 def quantization_config(linears: Sequence[QuantizedLinear]) -> Any:
-    """transformers' config of a model in which each linear has its scheme; other weights, and biases, are left."""
+    """The config for transformers that gives each linear its scheme and leaves all other tensors."""
     from torchao.quantization import FqnToConfig
     from transformers import TorchAoConfig
 
@@ -217,9 +191,9 @@ def quantization_config(linears: Sequence[QuantizedLinear]) -> Any:
 
 
 def weights_pattern(linears: Sequence[str]) -> str:
-    """The regular expression, as torchao writes them, of exactly the weights of these linears of the blocks.
+    """A regular expression, in torchao's syntax, that matches exactly the weights of these linears of the blocks.
 
-    Those that differ in the number of their block only are written once.
+    Linears that differ only in the number of their block share one alternative.
     """
     numbers: dict[tuple[str, str], list[str]] = {}
     for name in linears:
@@ -230,13 +204,9 @@ def weights_pattern(linears: Sequence[str]) -> str:
 
 
 def _blocks(skeleton: PreTrainedModel) -> tuple[str, ...]:
-    """How the names of what is inside the blocks begin."""
+    """The prefixes of the names of everything inside the blocks."""
     return tuple(f"{block}." for block in find_blocks(skeleton))
 
 
-def _note(kind: str, form: dict[str, Any], parts: list[str]) -> str:
-    return json.dumps({"_type": kind, "_data": form, "_tensor_data_names": parts})
-
-
-# Inputs that share a scale in NVFP4, the only form of four bits that torchao packs, saves and runs on every device.
+# Inputs that share a scale in NVFP4, the only 4-bit form that torchao packs, saves and runs on every device.
 NVFP4_GROUP = 16

@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 from svdllm.checkpoint.load import load_model
 from svdllm.common.errors import NumericalError
 from svdllm.common.files import save_tensors
+from svdllm.models.discover import discover
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import discover
 from svdllm.models.walk import Walk
 from svdllm.models.weights import SafetensorsWeights
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from svdllm.common.errors import CheckpointError, InputError
+from svdllm.models.low_rank.lowrank import read_object
 
 REPORT_FILE = "svdllm/report.json"
 
 
 def read_report(folder: Path) -> dict[str, Any]:
     """The report of a checkpoint.
+
+    ``ratio`` is what was asked for (None with another budget) and ``achieved_ratio`` what was reached. Reports of
+    version 0.1 have the second under the name of the first; they are returned in today's form.
 
     Raises:
         InputError: the folder is not a checkpoint of this library.
@@ -22,11 +25,13 @@ def read_report(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"{folder} is no svdllm checkpoint: it has no {REPORT_FILE}. Make one with `svdllm compress`.")
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = read_object(file)
     except ValueError as error:
-        raise CheckpointError(f"{REPORT_FILE} in {folder} is damaged: {error}") from error
-    if not isinstance(report, dict) or not {"linears", "source", "recipe", "params"} <= set(report):
+        raise CheckpointError(f"{folder} cannot be read: {error} Fetch or write it again.") from error
+    if not {"linears", "source", "recipe", "params"} <= report.keys():
         raise CheckpointError(f"{REPORT_FILE} in {folder} is damaged: entries are missing.")
+    if "achieved_ratio" not in report:
+        report |= {"achieved_ratio": report.get("ratio"), "ratio": report["recipe"].get("ratio")}
     return report
 
 

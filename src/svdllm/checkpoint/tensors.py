@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from svdllm.models.open import Source
+from svdllm.models.safetensors_files import SAFETENSORS_CODES
 from svdllm.models.structure import Structure, Target
 
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and dtype
-# What headers say beside names, shapes and places: a text for each weight, the same in every file. Few bits have some.
-Notes = Mapping[str, str]
-NO_NOTES: Notes = {}
+METADATA = {"format": "pt"}  # of every file
 
 # A shard is held in memory while it is written.
 SHARD_BYTES = 2 * 10**9
-
-# The dtypes of safetensors, in the order in which its writer lays tensors out.
-SAFETENSORS_CODES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def stored_tensors(source: Source, skeleton: PreTrainedModel) -> Tensors:
@@ -113,25 +96,32 @@ def shard_names(tensors: Tensors, limit: int = SHARD_BYTES) -> list[list[str]]:
     return shards
 
 
-def file_bytes(tensors: Tensors, limit: int = SHARD_BYTES, notes: Notes = NO_NOTES) -> int:
+def file_bytes(tensors: Tensors, limit: int = SHARD_BYTES) -> int:
     """Exact size of the safetensors files, headers included."""
     shards = shard_names(tensors, limit)
-    return sum(_header_bytes(tensors, names, notes) + tensor_bytes(tensors, names) for names in shards)
+    return sum(_header_bytes(tensors, names) + tensor_bytes(tensors, names) for names in shards)
 
 
-def share_of_files(tensors: Tensors, total: int, notes: Notes = NO_NOTES) -> int:
-    """The most that some tensors, with what the headers say of them, take of files that have ``total`` bytes together.
+def share_of_files(tensors: Tensors, total: int) -> int:
+    """An upper limit on the bytes of some tensors, with their entries in headers, in files of ``total`` bytes together.
 
-    Shares add up: those of all tensors and ``empty_file_bytes`` are no less than ``file_bytes``, and more by the digits
-    of a few offsets (and by the notes of a file or two where there are several).
+    The limits add up: with ``empty_files_bytes``, those of all tensors are at least ``file_bytes``, and above it only
+    by the digits of a few offsets.
     """
-    entries = {name: _entry(shape, dtype, total, total) for name, (shape, dtype) in tensors.items()}
-    return tensor_bytes(tensors) + _added(entries) + _most_files(total) * (_added(notes) + _added_names(notes))
+    return tensor_bytes(tensors) + sum(
+        len(_json({name: _entry(shape, dtype, total, total)})) - len("{}") + len(",")
+        for name, (shape, dtype) in tensors.items()
+    )
 
 
-def empty_file_bytes(total: int) -> int:
-    """The most that headers which name nothing take of files that have ``total`` bytes together."""
-    return _most_files(total) * (8 + len(_json({"__metadata__": _metadata({"": ""})})) + 7)
+def empty_files_bytes(total: int) -> int:
+    """An upper limit on the bytes of headers without entries, in files of ``total`` bytes together."""
+    return most_files(total) * (8 + len(_json({"__metadata__": METADATA})) + 7)
+
+
+def most_files(total: int) -> int:
+    """The largest number of files of ``total`` bytes together: any two in a row hold more than ``SHARD_BYTES``."""
+    return 1 if total <= SHARD_BYTES else 1 + 2 * total // SHARD_BYTES
 
 
 def elastic_tensors(structure: Structure, stored: Tensors, spare: Mapping[str, int]) -> Tensors:
@@ -152,17 +142,16 @@ def _units(tensors: Tensors) -> list[list[str]]:
     return units
 
 
-def _header_bytes(tensors: Tensors, names: Sequence[str], notes: Notes) -> int:
+def _header_bytes(tensors: Tensors, names: Sequence[str]) -> int:
     """Length of a safetensors header: the format pads the JSON to a multiple of eight."""
     order = list(SAFETENSORS_CODES)
-    names_by_layout = sorted(names, key=lambda name: (order.index(tensors[name][1]), name))
     entries, offset = {}, 0
-    for name in names_by_layout:
+    for name in sorted(names, key=lambda name: (order.index(tensors[name][1]), name)):
         shape, dtype = tensors[name]
         end = offset + torch.Size(shape).numel() * dtype.itemsize
         entries[name] = _entry(shape, dtype, offset, end)
         offset = end
-    text = _json({"__metadata__": _metadata(notes), **entries})
+    text = _json({"__metadata__": METADATA, **entries})
     return 8 + -(-len(text) // 8) * 8
 
 
@@ -170,25 +159,5 @@ def _entry(shape: tuple[int, ...], dtype: torch.dtype, start: int, end: int) -> 
     return {"dtype": SAFETENSORS_CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
 
 
-def _metadata(notes: Notes) -> dict[str, str]:
-    """``tensor_names`` is torchao's: the weights that it has notes on."""
-    return {"format": "pt", **notes} | ({"tensor_names": json.dumps(list(notes))} if notes else {})
-
-
 def _json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
-
-
-def _added(entries: Mapping[str, Any]) -> int:
-    """What entries add to the text of a map that has others."""
-    return len(_json(entries)) - len("{}") + len(",") if entries else 0
-
-
-def _added_names(names: Iterable[str]) -> int:
-    """What names add to a list of others, written as a string."""
-    return sum(len(_json(json.dumps([name, name]))) - len(_json(json.dumps([name]))) for name in names)
-
-
-def _most_files(total: int) -> int:
-    """Two files that follow each other hold more than the limit."""
-    return 1 if total <= SHARD_BYTES else 1 + 2 * total // SHARD_BYTES

@@ -13,11 +13,9 @@ from svdllm.checkpoint.reference import REFERENCE_FILE, REFERENCE_POSITIONS
 from svdllm.checkpoint.report import REPORT_FILE, ranks_of, read_report
 from svdllm.common.device import resolve_device
 from svdllm.common.errors import CheckpointError, NumericalError
+from svdllm.models.config_files import load_config
+from svdllm.models.logits import compare_logits
 from svdllm.models.low_rank import HASHES_FILE, LowRankLinear, compare_hashes
-from svdllm.models.open import load_config
-
-# Logits of two processes, computed in float32 with other products, relative to the largest logit.
-REFERENCE_TOLERANCE = 1e-3
 
 
 def verify(folder: str | Path, device: str = "auto") -> list[tuple[str, str]]:
@@ -66,10 +64,10 @@ def _reference_difference(folder: Path, model: PreTrainedModel, device: str) -> 
         logits = model.eval()(input_ids=reference["token_ids"].to(place)).logits[:, -REFERENCE_POSITIONS:].float().cpu()
     if not bool(torch.isfinite(logits).all()):
         raise NumericalError(f"{folder}: the logits are not finite.")
-    difference = float((logits - reference["logits"]).abs().max() / reference["logits"].abs().max())
-    if difference > REFERENCE_TOLERANCE:
-        raise CheckpointError(
-            f"{folder}: the logits differ from the stored reference by {difference:.1e} of the largest logit "
-            f"(at most {REFERENCE_TOLERANCE:.0e} expected): the model does not compute what was written."
-        )
-    return difference
+    return compare_logits(
+        logits,
+        reference["logits"],
+        lambda how: CheckpointError(
+            f"{folder} does not compute what was written: {how}, compared with {REFERENCE_FILE}."
+        ),
+    )

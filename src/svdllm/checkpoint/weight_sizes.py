@@ -1,21 +1,22 @@
-"""What weights take on disk, quantised or not, counted from the files."""
+"""Counts the bytes of weight files, quantised or not, from their headers."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from svdllm.common.errors import CheckpointError, first_line
-from svdllm.models.weights import read_header, weight_files
+from svdllm.models.safetensors_files import read_header, weight_files
+
+# torchao stores a quantised weight as several tensors: x.weight as x._weight_qdata, x._weight_scale, ...
+QUANTIZED_PREFIX = "_weight_"
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightBytes:
     """Bytes of the weight files of a folder: ``files == headers + quantized + other``.
 
-    ``quantized`` are the integers of weights in few bits, with their scales; ``other`` is every other tensor.
+    ``quantized`` are the integers and scales of quantised weights, ``other`` is every other tensor.
     """
 
     files: int
@@ -26,7 +27,7 @@ class WeightBytes:
 
     @property
     def files_at_16_bits(self) -> int:
-        """If the floating-point tensors that are not quantised were stored in bfloat16 or float16."""
+        """Bytes of the files if unquantised floating-point tensors were stored in 16 bits."""
         return self.files - self.other + self.other_at_16_bits
 
 
@@ -41,9 +42,8 @@ def weight_bytes(folder: str | Path) -> WeightBytes:
     total = sum(path.stat().st_size for path in paths)
     for path in paths:
         header = read_header(path)
-        few_bits = _quantized_keys(header.metadata, path)
         for key, (shape, code, size) in header.tensors.items():
-            if key in few_bits:
+            if key.rpartition(".")[2].startswith(QUANTIZED_PREFIX):
                 quantized += size
             else:
                 other += size
@@ -56,15 +56,3 @@ def weight_bytes(folder: str | Path) -> WeightBytes:
         other=other,
         other_at_16_bits=other_at_16_bits,
     )
-
-
-def _quantized_keys(metadata: dict[str, str], path: Path) -> set[str]:
-    """The names of the tensors that stand for a weight in few bits, as torchao writes them into the file."""
-    keys: set[str] = set()
-    try:
-        for name in json.loads(metadata.get("tensor_names", "[]")):
-            owner, _, leaf = name.rpartition(".")
-            keys |= {f"{owner}._{leaf}_{part}" for part in json.loads(metadata[name]).get("_tensor_data_names", [])}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"The notes in the header of {path.name} are damaged: {first_line(error)}") from error
-    return keys

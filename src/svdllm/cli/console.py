@@ -124,3 +124,12 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def duration_range(least: float, most: float) -> str:
+    """Two durations in one unit, that of the longer: ``4 to 9 minutes``."""
+    seconds, unit = next(
+        (n, unit) for n, unit in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if most >= 2 * n or n == 1
+    )
+    low, high = (max(1, round(value / seconds)) for value in (least, most))
+    return f"{low} to {high} {unit}" if low < high else f"{high} {unit if high > 1 else unit[:-1]}"

@@ -23,9 +23,9 @@ from svdllm.comparison.report import GridReport, read_spectra_files, write_repor
 from svdllm.comparison.settings import PROMPTS
 from svdllm.data.specs import split_specs
 from svdllm.evaluation.side_by_side import SEQLEN
-from svdllm.models.limits import within_context
+from svdllm.models.limits import context_length, within_context
 from svdllm.models.model_names import short_name
-from svdllm.models.open import context_length, open_config
+from svdllm.models.open import open_config
 
 Command = TypeVar("Command", bound=Callable[..., None])
 REPORT_EVERY = 120  # seconds, while the grid is made

@@ -9,23 +9,15 @@ import typer
 
 from svdllm.checkpoint.quantized import NVFP4_GROUP
 from svdllm.common.errors import InputError
-from svdllm.compression.recipe import (
-    ALLOCATIONS,
-    BUDGETS,
-    OF_A_BUDGET,
-    PROBING,
-    Recipe,
-    allocation_file,
-    load_settings,
-    make_recipe,
-    parse_amount,
-    preset_settings,
-)
+from svdllm.compression.ranks import ALLOCATIONS
+from svdllm.compression.recipe import Recipe
+from svdllm.compression.recipe_files import allocation_file, load_settings, make_recipe, parse_amount, preset_settings
+from svdllm.compression.recipe_parts import BUDGETS, OF_A_BUDGET
 
 # Flags that do nothing unless another setting has one of these values.
 ONLY_WITH = {
     "asvd_alpha": ("method", ("asvd",)),
-    "probe_share": ("allocation", PROBING),
+    "probe_share": ("allocation", tuple(name for name, row in ALLOCATIONS.items() if row.probing)),
     "strs_ratios": ("allocation", ("strs",)),
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from svdllm.checkpoint.card import quantization_text, recovery_text
-from svdllm.cli.console import count, duration, size
+from svdllm.cli.console import count, duration, duration_range, size
 from svdllm.comparison.demo import DemoResult
 from svdllm.compression.plan import Plan
 from svdllm.compression.records import CompressionResult
@@ -24,44 +24,46 @@ Titled = tuple[str, list[Table]]  # a line of its own, never cut or wrapped, and
 
 def plan_table(plan: Plan) -> Titled:
     """What a run will do."""
-    title = f"{plan.model} ({plan.model_type}, {plan.dtype}), method {plan.method}"
+    title = f"{plan.model} ({plan.model_type}, {plan.dtype}), method {plan.recipe.method}"
     summary = _summary()
     dense_left = sum(target.rank is None for target in plan.targets)
     summary.add_row(
         "linears",
-        f"{len(plan.ranks)} in {plan.num_blocks} blocks, {plan.num_groups} distinct inputs"
+        f"{len(plan.ranks)} in {len(plan.structure.blocks)} blocks, {plan.num_groups} distinct inputs"
         + (f"; {dense_left} stay dense" if dense_left else "")
-        + (f"; {len(plan.ignored)} ignored" if plan.ignored else ""),
+        + (f"; {len(plan.structure.ignored)} ignored" if plan.structure.ignored else ""),
     )
     if plan.unused_tensors is not None:
         summary.add_row("its files hold", plan.unused_tensors.text)
-    if not plan.ranks_known and plan.target_speedup is None:
+    if not plan.ranks_known and plan.recipe.target_speedup is None:
         summary.add_row(
-            "allocation", f"{plan.allocation}: ranks follow from the analysis; uniform ones are shown, of the same size"
+            "allocation",
+            f"{plan.allocation_name}: ranks follow from the analysis; uniform ones are shown, of the same size",
         )
     elif not plan.ranks_known:
         summary.add_row(
             "allocation",
-            f"{plan.allocation}, linears {plan.target_speedup:g} times as fast: ranks and size follow from the analysis and "
-            "from times measured then; uniform ranks are shown, as if time were parameters",
+            f"{plan.allocation_name}, linears {plan.recipe.target_speedup:g} times as fast: ranks and size follow from the "
+            "analysis and from times measured then; uniform ranks are shown, as if time were parameters",
         )
     summary.add_row("removed of the linears", f"{plan.achieved_ratio:.2%}")
     summary.add_row("parameters", f"{count(plan.dense_params)} -> {count(plan.params)}")
-    summary.add_row("weight files", f"{size(plan.dense_file_bytes)} -> {size(plan.file_bytes)}")
-    if plan.quantized_file_bytes is not None:
-        summary.add_row("once quantised", quantized_text(plan.quantized_file_bytes, plan.factor_bits))
-    if plan.elastic_bytes:
+    summary.add_row("weight files", f"{size(plan.sizes.dense_file_bytes)} -> {size(plan.file_bytes)}")
+    if plan.sizes.quantized_file_bytes is not None:
+        summary.add_row("once quantised", quantized_text(plan.sizes.quantized_file_bytes, plan.recipe.factor_bits))
+    if plan.sizes.elastic_bytes:
         summary.add_row(
-            "elastic files", f"{'' if plan.ranks_known else 'at most '}{size(plan.elastic_bytes)} beside them"
+            "elastic files", f"{'' if plan.ranks_known else 'at most '}{size(plan.sizes.elastic_bytes)} beside them"
         )
-    stage = max(plan.ram_by_stage, key=lambda name: plan.ram_by_stage[name])
+    stage = max(plan.needs.ram_by_stage, key=lambda name: plan.needs.ram_by_stage[name])
     summary.add_row("peak memory", f"{size(plan.peak_ram_bytes)} (stage: {stage})")
-    if plan.device_bytes:
-        summary.add_row(f"peak on {plan.device}", size(plan.device_bytes))
-    where = "on disk" if plan.hidden_states_on_disk else "in memory"
-    summary.add_row("hidden states", f"{size(plan.hidden_states_bytes)}, {where}")
-    summary.add_row("disk while it runs", size(plan.disk_bytes))
-    summary.add_row("time, roughly", f"{duration(plan.seconds)} on {plan.device} in {plan.compute_dtype}")
+    if plan.needs.device_bytes:
+        summary.add_row(f"peak on {plan.needs.device}", size(plan.needs.device_bytes))
+    where = "on disk" if plan.needs.hidden_states_on_disk else "in memory"
+    summary.add_row("hidden states", f"{size(plan.needs.hidden_states_bytes)}, {where}")
+    summary.add_row("disk while it runs", size(plan.needs.disk_bytes))
+    time = duration_range(*plan.needs.seconds_range)
+    summary.add_row("time", f"about {time} on {plan.needs.device} in {plan.needs.compute_dtype}")
     kinds = Table(box=None, padding=(0, 1), header_style="bold")
     for column in ("linear", "count", "shape", "rank"):
         kinds.add_column(column, justify="left" if column == "linear" else "right")
@@ -77,13 +79,13 @@ def result_table(result: CompressionResult) -> Titled:
     """What a run made."""
     plan = result.plan
     table = _summary()
-    table.add_row("method", f"{plan.method}, {plan.achieved_ratio:.2%} of the linears' parameters removed")
+    table.add_row("method", f"{plan.recipe.method}, {plan.achieved_ratio:.2%} of the linears' parameters removed")
     table.add_row("parameters", f"{count(plan.dense_params)} -> {count(plan.params)}")
-    table.add_row("weight files", f"{size(plan.dense_file_bytes)} -> {size(plan.file_bytes)}")
-    if plan.quantized_file_bytes is not None:
-        table.add_row("once quantised", quantized_text(plan.quantized_file_bytes, plan.factor_bits))
-    if plan.elastic_bytes:
-        table.add_row("elastic files", f"{size(plan.elastic_bytes)} beside them, for `svdllm slice`")
+    table.add_row("weight files", f"{size(plan.sizes.dense_file_bytes)} -> {size(plan.file_bytes)}")
+    if plan.sizes.quantized_file_bytes is not None:
+        table.add_row("once quantised", quantized_text(plan.sizes.quantized_file_bytes, plan.recipe.factor_bits))
+    if plan.sizes.elastic_bytes:
+        table.add_row("elastic files", f"{size(plan.sizes.elastic_bytes)} beside them, for `svdllm slice`")
     factorised = [linear for linear in result.linears if linear.rank is not None]
     table.add_row("allocation", allocation_text(plan, len(result.linears) - len(factorised)))
     if plan.speed is not None:
@@ -96,7 +98,10 @@ def result_table(result: CompressionResult) -> Titled:
     table.add_row("time", f"{duration(sum(result.seconds.values()))} ({stages})")
     table.add_row("peak memory", f"{size(result.peak_ram_bytes)} (planned {size(plan.peak_ram_bytes)})")
     if result.peak_device_bytes:
-        table.add_row(f"peak on {plan.device}", f"{size(result.peak_device_bytes)} (planned {size(plan.device_bytes)})")
+        table.add_row(
+            f"peak on {plan.needs.device}",
+            f"{size(result.peak_device_bytes)} (planned {size(plan.needs.device_bytes)})",
+        )
     return str(result.output_dir), [table]
 
 
@@ -175,7 +180,7 @@ def report_table(report: dict[str, Any]) -> Titled:
     """The head of a checkpoint's report."""
     source, recipe = report["source"], report["recipe"]
     table = _summary()
-    table.add_row("method", f"{report['method']}, {report['ratio']:.2%} of the linears' parameters removed")
+    table.add_row("method", f"{report['method']}, {report['achieved_ratio']:.2%} of the linears' parameters removed")
     table.add_row("parameters", f"{count(report['dense_params'])} -> {count(report['params'])}")
     table.add_row("weight files", f"{size(report['dense_file_bytes'])} -> {size(report['file_bytes'])}")
     if report.get("elastic_bytes"):
@@ -233,16 +238,16 @@ def linears_table(linears: list[dict[str, Any]], *, every: bool) -> Table:
 
 def allocation_text(plan: Plan, dense: int) -> str:
     """How ranks were chosen, and how sure that is."""
-    text = f"{plan.allocation}, {len(plan.ranks)} linears factorised, {dense} dense"
-    if plan.predicted_loss is not None and plan.allocation_gap is not None:
-        proof = "proven least" if plan.allocation_gap <= 1e-6 else f"within {plan.allocation_gap:.1e} of the least"
-        text += f"; predicted loss {plan.predicted_loss:.3f} nats per token, {proof}"
-    return text + threshold_text(plan.allocation_threshold)
+    text = f"{plan.allocation_name}, {len(plan.ranks)} linears factorised, {dense} dense"
+    if plan.allocation.predicted_loss is not None and plan.allocation.gap is not None:
+        proof = "proven least" if plan.allocation.gap <= 1e-6 else f"within {plan.allocation.gap:.1e} of the least"
+        text += f"; predicted loss {plan.allocation.predicted_loss:.3f} nats per token, {proof}"
+    return text + threshold_text(plan.allocation.threshold)
 
 
 def quantized_text(num_bytes: int, bits: int | None) -> str:
     """The size that the ranks were chosen for."""
-    return f"{size(num_bytes)}, by `svdllm quantize` with --bits {bits}"
+    return f"at most {size(num_bytes)}, by `svdllm quantize` with --bits {bits}"
 
 
 def threshold_text(threshold: float | None) -> str:

@@ -17,8 +17,14 @@ from svdllm.common.errors import ResourceError, first_line
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Of the parameters of a model, tied ones counted once."""
+    """Bytes of the parameters of a model in memory; tied ones are counted once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def skeleton_bytes(skeleton: PreTrainedModel) -> int:
+    """Bytes that the parameters of a skeleton take once they are loaded in its dtype; tied ones are counted once."""
+    skeleton.tie_weights()
+    return parameter_bytes(skeleton)
 
 
 def resident_bytes() -> int:
@@ -76,7 +82,15 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
         raise ResourceError(f"Out of memory ({said}).", advice) from error
 
 
-def weight_bytes(skeleton: PreTrainedModel) -> int:
-    """Of a model without data, what is tied counted once."""
-    skeleton.tie_weights()
-    return parameter_bytes(skeleton)
+def free_bytes_on(device: torch.device) -> int | None:
+    """Free memory of an accelerator, or ``available_bytes`` for the CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+
+
+def require_memory(num_bytes: int, needs: str, device: torch.device, advice: str = "") -> None:
+    """Raises ResourceError unless so much memory is free; ``needs`` begins the message, as in "the weights need"."""
+    free = free_bytes_on(device)
+    if free is not None and num_bytes > free:
+        raise ResourceError(
+            f"{needs} {num_bytes / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free on {device}.", advice
+        )

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from svdllm.comparison.compressed import Compressed, Trained
+from svdllm.comparison.foreign import Foreign
 from svdllm.comparison.run import run_grid
-from svdllm.comparison.settings import Grid, Measures, Variant
+from svdllm.comparison.settings import Grid, Measures
 from svdllm.comparison.studies import STUDIES, Study, find_study, study
-from svdllm.comparison.variants import METHOD_NAMES, variants_of
+from svdllm.comparison.variant import MadeBy, Variant
+from svdllm.comparison.variants import VARIANTS, variants_of
 
 __all__ = [
-    "METHOD_NAMES",
     "STUDIES",
+    "VARIANTS",
+    "Compressed",
+    "Foreign",
     "Grid",
+    "MadeBy",
     "Measures",
     "Study",
+    "Trained",
     "Variant",
     "find_study",
     "run_grid",

@@ -14,7 +14,8 @@ from svdllm.common.disk import explain_full_disk
 from svdllm.common.errors import InputError
 from svdllm.common.locks import locked
 from svdllm.common.progress import Reporter, SubReporter
-from svdllm.compression.recipe import Recipe, make_recipe, preset_settings
+from svdllm.compression.recipe import Recipe
+from svdllm.compression.recipe_files import make_recipe, preset_settings
 from svdllm.compression.run import compress
 from svdllm.evaluation.side_by_side import ModelPerplexity, evaluate_models, perplexity_rows
 from svdllm.models.gguf import convert_gguf, gguf_config

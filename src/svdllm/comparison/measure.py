@@ -1,4 +1,4 @@
-"""One model of a grid: perplexity, tasks and what it writes."""
+"""Measures one model of a comparison: perplexity, tasks and the texts that it writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from svdllm.common.device import resolve_device
-from svdllm.common.progress import Reporter
+from svdllm.common.run_options import RunOptions
 from svdllm.comparison.settings import Measures
 from svdllm.data.tokens import encode
 from svdllm.evaluation.perplexity import evaluation_mode
@@ -23,21 +23,18 @@ def measure(
     name: str | Path,
     measures: Measures,
     suite: TaskSuite | None,
-    *,
-    offline: bool,
-    reporter: Reporter,
-    revision: str | None = None,
+    options: RunOptions,
 ) -> dict[str, Any]:
-    """Everything asked for, of one model, which is in memory meanwhile; ``suite`` are the tasks, made ready.
+    """Loads one model and measures everything asked for; ``suite`` are the tasks, made ready.
 
     Raises:
         InputError, CheckpointError: the model or a text cannot be read.
         NumericalError: a logit is not finite.
     """
     device = resolve_device(measures.device)
-    model = OpenedModel.of(str(name), device, measures.dtype, offline, revision)
-    ids = model.token_ids(measures.texts, offline)
-    loaded = model.load(device, offline, reporter)
+    model = OpenedModel.of(str(name), device, measures.dtype, options.offline, options.revision)
+    ids = model.token_ids(measures.texts, options.offline)
+    loaded = model.load(device, options.offline, options.reporter)
     found = evaluate_loaded(
         loaded,
         model,
@@ -45,8 +42,8 @@ def measure(
         tasks=suite,
         seqlen=measures.seqlen,
         max_windows=measures.windows,
-        offline=offline,
-        reporter=reporter,
+        offline=options.offline,
+        reporter=options.reporter,
     )
     record: dict[str, Any] = {
         "params": found.params,
@@ -56,7 +53,7 @@ def measure(
     if found.tasks is not None:
         record["tasks"] = found.tasks.to_dict()
     if measures.prompts:
-        with reporter.stage("generate", len(measures.prompts)):
+        with options.reporter.stage("generate", len(measures.prompts)):
             record["generations"] = continuations(loaded, model.tokenizer, measures.prompts, measures.new_tokens)
     return record
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from svdllm.common.plots import COLOURS, DENSE_LINE, as_svg, line_style, make_panels, place_legend
-from svdllm.comparison.table import text_names
+from svdllm.comparison.table import removed, text_names
 
 Record = dict[str, Any]
 
@@ -17,7 +17,9 @@ def perplexity_figure(records: Sequence[Record], against: str) -> str:
     done = [record for record in records if record["status"] == "done"]
     names = text_names(text for record in done for text in record["perplexity"])
     figure, axes = make_panels(1, max(len(names), 1), width=5.2, height=3.8)
-    x_of = (lambda r: 100 * r["ratio"]) if against == "ratio" else (lambda r: r["weight_bytes"] / 1e6)
+    if against == "ratio":
+        done = [record for record in done if record["variant"] is None or removed(record) is not None]
+    x_of = (lambda r: 100 * (removed(r) or 0)) if against == "ratio" else (lambda r: r["weight_bytes"] / 1e6)
     for axis, (text, name) in zip(axes[0], names.items(), strict=False):
         for number, (variant, rows) in enumerate(_by_variant(done).items()):
             points = _sorted((x_of(row), row["perplexity"][text]) for row in rows if text in row["perplexity"])

@@ -18,7 +18,7 @@ from svdllm.comparison import plots as grid_plots
 from svdllm.comparison.settings import Grid, file_name_of
 from svdllm.comparison.studies import Study
 from svdllm.comparison.table import Column, Entry, Group, columns_of, groups_of
-from svdllm.comparison.variants import BASELINES
+from svdllm.comparison.variants import is_baseline
 
 Record = dict[str, Any]
 STAGES = {"analyze": "calibration, forward", "gradients": "calibration, backward", "probe": "probing"}
@@ -88,7 +88,7 @@ class GridReport:
     @property
     def baselines(self) -> str:
         """Those that are in the grid."""
-        return ", ".join(variant.name for variant in self.grid.variants if variant.name in BASELINES)
+        return ", ".join(variant.name for variant in self.grid.variants if is_baseline(variant.name))
 
     @property
     def protocol(self) -> list[str]:
@@ -104,11 +104,8 @@ class GridReport:
         if measures.tasks:
             limit = "all examples" if measures.limit is None else f"the first {measures.limit} examples"
             lines.append(f"Tasks: lm-evaluation-harness, {limit} of each; ± is the harness's standard error.")
-        recipes = [variant.recipe for variant in self.grid.variants if variant.recipe.needs_tokens]
-        lines += dict.fromkeys(
-            f"Calibration: {recipe.samples} windows of {recipe.seqlen} tokens of {recipe.calibration}, seed {recipe.seed}."
-            for recipe in recipes
-        )
+        calibrations = [variant.calibration for variant in self.grid.variants]
+        lines += dict.fromkeys(f"Calibration: {text}." for text in calibrations if text is not None)
         if self.baselines:
             lines.append(
                 f"In brackets: change against the best of {self.baselines} at the same ratio, or what part of it is left. Bold: best of the ratio, "
@@ -147,15 +144,7 @@ class GridReport:
     @property
     def recipes(self) -> dict[str, str]:
         """YAML of every variant's settings."""
-        return {
-            variant.name: variant.recipe.to_yaml()
-            + (
-                ""
-                if variant.recovery is None
-                else f"recovery: {json.dumps(variant.recovery.model_dump(mode='json'))}\n"
-            )
-            for variant in self.grid.variants
-        }
+        return {variant.name: variant.describe() for variant in self.grid.variants}
 
     def figures(self) -> list[Figure]:
         made = [record for record in self.records if record["status"] == "done" and record["variant"]]
@@ -184,7 +173,7 @@ class GridReport:
                 )
                 for quantity, title in (("params", "Where the parameters are"), ("kept_energy", "Kept energy"))
             ]
-        shown = [v.untrained.name for v in self.grid.variants if file_name_of(v.untrained.name) in self.spectra]
+        shown = [name for v in self.grid.variants if file_name_of(name := (v.base or v).name) in self.spectra]
         if shown:
             variant = "svd-llm" if "svd-llm" in shown else shown[0]
             figures.append(

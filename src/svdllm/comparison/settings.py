@@ -1,17 +1,15 @@
-"""What a grid is: variants, ratios, and how each model of them is measured."""
+"""The settings of a comparison: variants, ratios, and how every model is measured."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from svdllm.compression.recipe import Recipe
-from svdllm.compression.run import NOT_OF_THE_ANALYSIS
-from svdllm.recovery import Recovery
+from svdllm.common.progress import Reporter
+from svdllm.common.run_options import RunOptions
+from svdllm.comparison.variant import Variant
 
 DENSE = "dense"
 # For the generations of the report: knowledge, a story, instructions, arithmetic, code.
@@ -27,32 +25,6 @@ PROMPTS = (
 
 def file_name_of(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.+=-]+", "-", name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One way to compress, at any ratio, and perhaps to train afterwards. The recipe has no budget."""
-
-    name: str
-    recipe: Recipe
-    recovery: Recovery | None = None
-
-    @property
-    def untrained(self) -> Variant:
-        return replace(self, name=self.name.split("+")[0], recovery=None)
-
-    @property
-    def analysis_key(self) -> str:
-        """The same for variants that share calibration and decomposition."""
-        settings = {key: value for key, value in self.recipe.to_dict().items() if key not in NOT_OF_THE_ANALYSIS}
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-    def within(self, context: int | None) -> Variant:
-        """The same, whose calibration keeps to the context of a model where nobody said how long its windows are."""
-        return replace(self, recipe=self.recipe.within(context))
-
-    def at(self, ratio: float) -> Recipe:
-        return self.recipe.model_copy(update={"ratio": ratio})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,23 +56,21 @@ class Measures:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One model of a grid; the dense one has neither variant nor ratio."""
+    """One model of a grid. The dense one has no variant; a model made elsewhere has no ratio."""
 
     variant: Variant | None = None
     ratio: float | None = None
 
     @property
     def name(self) -> str:
-        return DENSE if self.variant is None else f"{self.variant.name} {self.ratio:.4g}"
+        variant = DENSE if self.variant is None else self.variant.name
+        return variant if self.ratio is None else f"{variant} {self.ratio:.4g}"
 
     @property
-    def is_trained(self) -> bool:
-        return self.variant is not None and self.variant.recovery is not None
-
-    @property
-    def untrained(self) -> Cell:
-        """What training begins with."""
-        return self if self.variant is None else replace(self, variant=self.variant.untrained)
+    def base(self) -> Cell | None:
+        """The cell of the model that this one begins with, where that is not the dense one."""
+        base = None if self.variant is None else self.variant.base
+        return None if base is None else replace(self, variant=base)
 
     @property
     def file_name(self) -> str:
@@ -124,17 +94,15 @@ class Grid:
 
     @property
     def cells(self) -> list[Cell]:
-        return [Cell(), *(Cell(variant=v, ratio=ratio) for v in self.variants for ratio in self.ratios)]
+        made = [Cell(variant=v, ratio=ratio) for v in self.variants for ratio in v.ratios(self.ratios)]
+        return [Cell(), *made]
+
+    def options(self, reporter: Reporter) -> RunOptions:
+        return RunOptions(offline=self.offline, revision=self.revision, reporter=reporter)
 
     def settings_of(self, cell: Cell) -> dict[str, Any]:
-        """All that decides what a cell holds."""
-        variant = cell.variant
-        return {
-            "model": self.model,
-            "revision": self.revision,
-            "measures": self.measures.to_dict(),
-            "recipe": None if variant is None or cell.ratio is None else variant.at(cell.ratio).to_dict(),
-            "recovery": None
-            if variant is None or variant.recovery is None
-            else variant.recovery.model_dump(mode="json"),
-        }
+        """Everything that decides what a cell holds."""
+        settings = {"model": self.model, "revision": self.revision, "measures": self.measures.to_dict()}
+        if cell.variant is None:
+            return settings | {"recipe": None, "recovery": None}
+        return settings | cell.variant.settings(cell.ratio)

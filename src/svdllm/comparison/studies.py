@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from svdllm.common.errors import InputError, did_you_mean
-from svdllm.comparison.settings import Variant
+from svdllm.comparison.compressed import Compressed, Trained
+from svdllm.comparison.variant import Variant
 from svdllm.comparison.variants import variants_of
-from svdllm.compression.recipe import make_recipe
-from svdllm.recovery.settings import ORDERS
+from svdllm.compression.recipe_files import make_recipe
+from svdllm.recovery.sequential_lora import ORDERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,15 +114,16 @@ def _orders(
     for order in values:
         settings = None if recover is None else {**recover, "order": order}
         (variant,) = variants_of([f"{method}+sequential-lora"], calibration, settings, teacher=teacher)
-        variants.append(
-            Variant(name=f"{variant.untrained.name}+{order}", recipe=variant.recipe, recovery=variant.recovery)
-        )
+        assert isinstance(variant, Trained)
+        variants.append(replace(variant, name=f"{variant.base.name}+{order}"))
     return tuple(variants)
 
 
-def _with(base: Variant, setting: str, value: Any, name: str) -> Variant:
+def _with(base: Variant, setting: str, value: Any, name: str) -> Compressed:
+    if not isinstance(base, Compressed):
+        raise InputError(f"A study varies a setting of a recipe, and {base.name} is not made by one.")
     recipe = make_recipe({**base.recipe.to_dict(), setting: value}, f"{setting} {value}")
-    return Variant(name=name, recipe=recipe)
+    return Compressed(name=name, recipe=recipe)
 
 
 def _number(value: str, name: str) -> int:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from svdllm.comparison.settings import DENSE
-from svdllm.comparison.variants import BASELINES
+from svdllm.comparison.variants import is_baseline
 from svdllm.evaluation.tasks.record import mean_and_error
 
 Record = dict[str, Any]
+NEAR = 0.01  # a model made elsewhere is compared with ours if its ratio is that near to one asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,8 @@ class Row:
     """``error`` says why a model is missing; it has no entries then."""
 
     method: str
-    size: str
+    params: str = ""
+    size: str = ""
     entries: list[Entry] = field(default_factory=list)
     error: str = ""
 
@@ -100,15 +103,31 @@ def columns_of(records: Sequence[Record]) -> list[Column]:
 
 
 def groups_of(records: Sequence[Record], columns: Sequence[Column]) -> list[Group]:
-    """The dense model, then the others by ratio."""
-    ratios = sorted({record["ratio"] for record in records if record["ratio"] is not None})
-    groups = []
-    for ratio in [None, *ratios]:
-        members = [record for record in records if record["ratio"] == ratio]
-        if members:
-            title = "0 %" if ratio is None else f"{ratio * 100:.4g} %"
-            groups.append(Group(title=title, rows=_rows(members, columns)))
-    return groups
+    """The dense model, then the others by ratio; a model made elsewhere stands beside the nearest ratio asked for."""
+    asked = sorted({record["ratio"] for record in records if record["ratio"] is not None})
+    groups: dict[float, list[Record]] = {}
+    for record in records:
+        groups.setdefault(_place(record, asked), []).append(record)
+    return [Group(title=_title(place), rows=_rows(groups[place], columns, place)) for place in sorted(groups)]
+
+
+def removed(record: Record) -> float | None:
+    """The ratio asked for or, of a model made elsewhere, the share of parameters that it lacks; None if unknown."""
+    return record["ratio"] if record["ratio"] is not None else record.get("achieved_ratio")
+
+
+def _place(record: Record, asked: Sequence[float]) -> float:
+    """The ratio of a record's group: 0 for the dense model, infinity for a model of unknown ratio."""
+    if record["variant"] is None:
+        return 0.0
+    if (ratio := removed(record)) is None:
+        return math.inf
+    nearest = min(asked, key=lambda other: abs(other - ratio), default=ratio)
+    return nearest if abs(nearest - ratio) <= NEAR else ratio
+
+
+def _title(place: float) -> str:
+    return "unknown" if math.isinf(place) else f"{place * 100:.4g} %"
 
 
 def perplexity_text(value: float) -> str:
@@ -124,8 +143,8 @@ def text_names(texts: Iterable[str]) -> dict[str, str]:
     return short if len(set(short.values())) == len(short) else {text: text for text in short}
 
 
-def _rows(members: Sequence[Record], columns: Sequence[Column]) -> list[Row]:
-    rows = [_row(record, columns) for record in members]
+def _rows(members: Sequence[Record], columns: Sequence[Column], place: float) -> list[Row]:
+    rows = [_row(record, columns, place) for record in members]
     compared = [(record, row) for record, row in zip(members, rows, strict=True) if row.entries and record["variant"]]
     for position, column in enumerate(columns):
         values = [(found.value, record, row) for record, row in compared if (found := column.of(record)) is not None]
@@ -133,20 +152,22 @@ def _rows(members: Sequence[Record], columns: Sequence[Column]) -> list[Row]:
             continue
         sign = 1 if column.lower_is_better else -1
         best = min(sign * value for value, _, _ in values)
-        baselines = [sign * value for value, record, _ in values if record["variant"] in BASELINES]
+        baselines = [sign * value for value, record, _ in values if is_baseline(record["variant"])]
         for value, record, row in values:
             entry = row.entries[position]
             entry.best = len(values) > 1 and sign * value == best
-            if column.gain is not None and baselines and record["variant"] not in BASELINES:
+            if column.gain is not None and baselines and not is_baseline(record["variant"]):
                 entry.gain = column.gain(value, sign * min(baselines))
                 entry.is_gain = sign * value < min(baselines)
     return rows
 
 
-def _row(record: Record, columns: Sequence[Column]) -> Row:
-    method = record["variant"] or DENSE
+def _row(record: Record, columns: Sequence[Column], place: float) -> Row:
+    method, ratio = record["variant"] or DENSE, removed(record)
+    if record["ratio"] is None and ratio is not None and _title(ratio) != _title(place):
+        method += f" ({_title(ratio)})"
     if record["status"] != "done":
-        return Row(method=method, size="", error=f"{record['error']['type']}: {record['error']['message']}")
+        return Row(method=method, error=f"{record['error']['type']}: {record['error']['message']}")
     entries = []
     for column in columns:
         found = column.of(record)
@@ -155,7 +176,8 @@ def _row(record: Record, columns: Sequence[Column]) -> Row:
         else:
             stderr = "" if found.stderr is None else f"± {column.show(found.stderr)}"
             entries.append(Entry(text=column.show(found.value), stderr=stderr))
-    return Row(method=method, size=f"{record['weight_bytes'] / 1e6:,.0f} MB", entries=entries)
+    params = f"{record['params'] / 1e6:,.1f} M"
+    return Row(method=method, params=params, size=f"{record['weight_bytes'] / 1e6:,.0f} MB", entries=entries)
 
 
 def _perplexity(record: Record, text: str) -> Measurement | None:

@@ -1,91 +1,139 @@
-"""Names of methods, as ``svdllm compare`` takes them, and the recipes they stand for."""
+"""The table of variants, and the names by which ``svdllm compare`` takes them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from svdllm.common.errors import InputError, did_you_mean
-from svdllm.comparison.settings import DENSE, Variant
-from svdllm.compression.recipe import BUDGETS, OF_A_BUDGET, PRESETS, load_settings, make_recipe, preset_settings
+from svdllm.comparison.compressed import Compressed, Trained
+from svdllm.comparison.foreign import Foreign
+from svdllm.comparison.settings import DENSE
+from svdllm.comparison.variant import MadeBy, Maker, Variant
+from svdllm.compression.recipe_files import PRESETS, load_settings, make_recipe, preset_settings
+from svdllm.compression.recipe_parts import BUDGETS, OF_A_BUDGET
 from svdllm.recovery import Recovery, make_recovery
-from svdllm.recovery.settings import DEFAULTS as TRAINING
+from svdllm.recovery.methods import METHODS
 
-# The published methods with the ranks they are published with; presets by their names.
-METHOD_NAMES: dict[str, dict[str, Any]] = {
-    "svd": {"method": "svd"},
-    "fwsvd": {"method": "fwsvd"},
-    "asvd": {"method": "asvd"},
-    "asvd-strs": {"method": "asvd", "allocation": "strs"},
-    "svd-llm": preset_settings("paper"),
-    **{name: preset_settings(name) for name in PRESETS if name != "paper"},
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A named variant: settings of a recipe, or a function that makes the model in another way."""
+
+    settings: Mapping[str, Any] | None = None
+    make: Maker | None = None
+    is_baseline: bool = False  # whether the table shows gains against it
+
+    def variant(self, name: str, calibration: Mapping[str, Any]) -> Variant:
+        """The variant, calibrated as all others."""
+        if self.make is not None:
+            return MadeBy(name=name, function=self.make)
+        return Compressed(name=name, recipe=make_recipe({**(self.settings or {}), **calibration}, f"method {name}"))
+
+
+# The published methods with the ranks they are published with; then the presets by their names.
+VARIANTS: dict[str, Row] = {
+    "svd": Row(settings={"method": "svd"}, is_baseline=True),
+    "fwsvd": Row(settings={"method": "fwsvd"}, is_baseline=True),
+    "asvd": Row(settings={"method": "asvd"}, is_baseline=True),
+    "asvd-strs": Row(settings={"method": "asvd", "allocation": "strs"}, is_baseline=True),
+    "svd-llm": Row(settings=preset_settings("paper")),
+    **{name: Row(settings=preset_settings(name)) for name in PRESETS if name != "paper"},
 }
-BASELINES = ("svd", "fwsvd", "asvd", "asvd-strs")  # which the paper compares itself with
+
+
+def is_baseline(name: str) -> bool:
+    """Whether a variant of this name is one that the paper compares itself with."""
+    return name in VARIANTS and VARIANTS[name].is_baseline
 
 
 def variants_of(
-    names: Sequence[str], calibration: Mapping[str, Any], recover: Mapping[str, Any] | None = None, *, teacher: str
+    names: Sequence[str],
+    calibration: Mapping[str, Any],
+    recover: Mapping[str, Any] | None = None,
+    *,
+    teacher: str,
+    offline: bool = False,
 ) -> tuple[Variant, ...]:
     """The variants by name.
 
-    A name is one of ``METHOD_NAMES`` or a recipe file, and ``NAME+TRAINING`` is the same model trained afterwards, as in
-    ``svd-llm+sequential-lora`` or ``balanced+blockwise+distill``. ``calibration`` are settings of all recipes,
-    ``recover`` those of all training, in which ``teacher`` is the dense model, and the device that of the recipe, unless
-    they say otherwise.
+    A name is one of ``VARIANTS`` or a recipe file. ``NAME+TRAINING`` is the same model trained afterwards, as in
+    ``svd-llm+sequential-lora`` or ``balanced+blockwise+distill``. ``NAME=MODEL`` is a model that somebody else made: a
+    folder that ``from_pretrained`` loads, a hub id, or a GGUF file.
+
+    Args:
+        calibration: settings of all recipes.
+        recover: settings of all training; its device is that of the recipe by default.
+        teacher: the dense model, for methods of training that take one.
+        offline: never ask the hub.
 
     Raises:
         InputError: a name is not known, given twice, or its settings make no sense; names it.
     """
-    variants = tuple(_variant(name, calibration, recover, teacher) for name in names)
+    variants = tuple(
+        _foreign(name, offline) if "=" in name else _variant(name, calibration, recover, teacher) for name in names
+    )
     for variant in variants:
         if [other.name for other in variants].count(variant.name) > 1:
             raise InputError(f"Method {variant.name!r} is given twice.")
-    if recover is not None and all(variant.recovery is None for variant in variants):
+    if recover is not None and not any(isinstance(variant, Trained) for variant in variants):
         raise InputError(
             "Training settings are given, but no method is trained: write it like svd-llm+sequential-lora among the methods."
         )
     return variants
 
 
+def _foreign(text: str, offline: bool) -> Foreign:
+    name, source = (part.strip() for part in text.split("=", 1))
+    if not name or not source:
+        raise InputError(f"Method {text!r}: expected NAME=MODEL, as in pruned=models/pruned.")
+    if name in (*VARIANTS, DENSE) or "+" in name:
+        raise InputError(f"Method {text!r}: {name} is the name of another method. Choose another name for {source}.")
+    return Foreign(name=name, source=source, offline=offline)
+
+
 def _variant(name: str, calibration: Mapping[str, Any], recover: Mapping[str, Any] | None, teacher: str) -> Variant:
     base, *training = name.split("+")
-    if base in METHOD_NAMES:
-        settings = METHOD_NAMES[base]
+    if base in VARIANTS:
+        variant = VARIANTS[base].variant(base, calibration)
     elif Path(base).suffix in (".yaml", ".yml", ".json"):
-        settings = load_settings(base)
-        base = Path(base).stem
-        if base in (*METHOD_NAMES, DENSE):
-            raise InputError(f"Recipe {name} would be called {base}, which is another method: rename the file.")
-        settings = {
-            key: value for key, value in settings.items() if key == "ranks" or key not in (*BUDGETS, *OF_A_BUDGET)
-        }
-        if settings.get("ranks") is not None:
-            raise InputError(f"Recipe {name} has explicit ranks, which have no ratio: leave them out.")
+        variant = _of_recipe_file(base, calibration)
     else:
-        raise InputError(_unknown(name, base, [*METHOD_NAMES, *TRAINING]))
-    recipe = make_recipe({**settings, **calibration}, f"method {name}")
-    recovery = _recovery(name, training, recover, teacher, recipe.device)
-    return Variant(name="+".join([base, *training]), recipe=recipe, recovery=recovery)
-
-
-def _recovery(
-    name: str, training: list[str], recover: Mapping[str, Any] | None, teacher: str, device: str
-) -> Recovery | None:
+        raise InputError(_unknown(name, base, [*VARIANTS, *METHODS]))
     if not training:
-        return None
-    if unknown := [method for method in training if method not in TRAINING]:
-        raise InputError(_unknown(name, unknown[0], list(TRAINING)))
+        return variant
+    if not isinstance(variant, Compressed):
+        raise InputError(f"Method {name}: {base} is not made by a recipe, and only models that are can be trained.")
+    recovery = _recovery(name, training, recover, teacher, variant.recipe.device)
+    return Trained(name="+".join([variant.name, *training]), compressed=variant, recovery=recovery)
+
+
+def _of_recipe_file(path: str, calibration: Mapping[str, Any]) -> Compressed:
+    """The variant of a recipe file, without the budget in it."""
+    settings, name = load_settings(path), Path(path).stem
+    if name in (*VARIANTS, DENSE):
+        raise InputError(f"Recipe {path} would be called {name}, which is another method: rename the file.")
+    settings = {key: value for key, value in settings.items() if key == "ranks" or key not in (*BUDGETS, *OF_A_BUDGET)}
+    if settings.get("ranks") is not None:
+        raise InputError(f"Recipe {path} has explicit ranks, which have no ratio: leave them out.")
+    return Compressed(name=name, recipe=make_recipe({**settings, **calibration}, f"method {path}"))
+
+
+def _recovery(name: str, training: list[str], recover: Mapping[str, Any] | None, teacher: str, device: str) -> Recovery:
+    if unknown := [method for method in training if method not in METHODS]:
+        raise InputError(_unknown(name, unknown[0], list(METHODS)))
     if recover is None or "data" not in recover:
         raise InputError(f"Method {name} needs what to learn from: --recover 'data: alpaca.json', or another source.")
     if "methods" in recover:
         raise InputError("--recover: methods are written behind the method, as in svd-llm+sequential-lora.")
-    taught = {"teacher": teacher} if {"distill", "blockwise"} & set(training) else {}
+    taught = {"teacher": teacher} if any(METHODS[method].teacher != "unused" for method in training) else {}
     return make_recovery({"device": device, **taught, **recover, "methods": tuple(training)})
 
 
 def _unknown(name: str, part: str, known: list[str]) -> str:
     return (
-        f"Unknown method {name!r}{did_you_mean(part, known) or '.'} Known are {', '.join(METHOD_NAMES)}, a recipe file "
-        f"(.yaml), and each of these with +{', +'.join(TRAINING)} behind it."
+        f"Unknown method {name!r}{did_you_mean(part, known) or '.'} Known are {', '.join(VARIANTS)}, a recipe file "
+        f"(.yaml), each of these with +{', +'.join(METHODS)} behind it, and NAME=MODEL for a model made elsewhere."
     )

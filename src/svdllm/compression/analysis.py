@@ -1,6 +1,6 @@
-"""The analysis: one file per finished block with the spectrum and basis of every target.
+"""Stores an analysis: one file per finished block with the spectrum and basis of every target.
 
-It is what resume and several ratios live on: any rank is a slice of a basis, and a finished file is final.
+Any rank is a slice of a basis, and a finished file is final. A resumed run and further ratios start from these files.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from svdllm.models.structure import Target
 
 
 class Analysis:
-    """The folder of a run's analysis.
+    """The folder of an analysis.
 
-    ``settings`` are all that decides its content; opening a folder that was made with others is refused.
+    ``settings`` decide its content. A folder that was made with other settings is refused by ``open``.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
@@ -32,7 +32,7 @@ class Analysis:
         self.settings = json.loads(json.dumps(settings))
 
     def open(self) -> None:
-        """Creates the folder, or takes up an earlier run's.
+        """Creates the folder, or continues an earlier run's.
 
         Raises:
             InputError: the earlier run had other settings; names them.
@@ -53,9 +53,12 @@ class Analysis:
         seconds: Mapping[str, float],
         means: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Makes a block final: the file appears under its name only when it is complete.
+        """Writes the file of a finished block; it appears under its name when it is complete.
 
-        ``means`` are the mean inputs, by group, where a bias is to be corrected.
+        Args:
+            spectra: by target.
+            seconds: as ``seconds`` returns them.
+            means: mean inputs by group, where biases are corrected.
         """
         tensors = {f"{group}.mean": mean for group, mean in (means or {}).items()}
         for name, spectrum in spectra.items():
@@ -74,11 +77,14 @@ class Analysis:
             return Spectrum(*(file.get_tensor(part).clone() for part in parts if part in stored))
 
     def is_ready(self, block: int) -> bool:
-        """Whether nothing of the forward walk is missing for a block."""
+        """Whether the forward walk has finished a block."""
         return self.is_done(block) or self._metrics_file(block).is_file()
 
     def mean(self, target: Target, *, waiting: bool = False) -> Tensor:
-        """The mean input of a target, float64; of a block that waits for the reverse walk if asked for."""
+        """The mean input of a target (``in_features``, float64).
+
+        With ``waiting`` it is read from a block that waits for the reverse walk.
+        """
         file_of = self._metrics_file if waiting else self._file
         with safe_open(file_of(target.block), framework="pt") as file:
             return file.get_tensor(f"{target.group}.mean").clone()
@@ -86,29 +92,30 @@ class Analysis:
     def write_metrics(
         self, block: int, metrics: Mapping[str, Tensor], means: Mapping[str, Tensor], seconds: float
     ) -> None:
-        """Right metrics of a block, by group, that wait for the reverse walk; float32, gone when the block is done."""
+        """Keeps the right metrics of a block, by group, in float32 until the reverse walk has finished the block."""
         write_atomically(self._file(block).with_suffix(".json"), json.dumps({"": seconds}).encode())
         named_means = {f"{group}.mean": mean for group, mean in means.items()}
         kept = {group: metric.float() for group, metric in metrics.items()}
         save_atomically(kept | named_means, self._metrics_file(block))
 
     def metric(self, target: Target) -> Tensor | None:
-        """The right metric of a block that waits for the reverse walk; None where it is the identity."""
+        """The right metric of a target whose block waits for the reverse walk; None for the identity."""
         with safe_open(self._metrics_file(target.block), framework="pt") as file:
             return file.get_tensor(target.group).clone() if target.group in file.keys() else None  # noqa: SIM118
 
     def write_left_metrics(self, block: int, metrics: Mapping[str, Tensor]) -> None:
-        """Left metrics of a block's targets, for a sequential calibration; float32."""
+        """Keeps the left metrics of a block's targets, in float32, for a sequential calibration."""
         save_atomically({name: metric.float() for name, metric in metrics.items()}, self._left_file(block))
 
     def left_metric(self, target: Target) -> Tensor | None:
-        """``G`` of a target, or None where error is measured in its outputs as they are."""
+        """The left metric of a target; None for the identity."""
         if not self._left_file(target.block).is_file():
             return None
         with safe_open(self._left_file(target.block), framework="pt") as file:
             return file.get_tensor(target.name).clone() if target.name in file.keys() else None  # noqa: SIM118
 
     def energies(self, target: Target) -> Tensor:
+        """The spectrum of a target alone: descending, float64."""
         with safe_open(self._file(target.block), framework="pt") as file:
             return file.get_tensor(f"{target.name}.energies").clone()
 
@@ -117,14 +124,14 @@ class Analysis:
         write_atomically(self._probes_file(allocation), json.dumps(content).encode())
 
     def read_probes(self, allocation: str) -> Probes:
-        """The probes of an earlier run; empty if there are none."""
+        """The probes that were written for an allocation; empty if there are none."""
         file = self._probes_file(allocation)
         if not file.is_file():
             return {}
         return {name: dict(measured) for name, measured in json.loads(file.read_text(encoding="utf-8")).items()}
 
     def seconds(self, block: int) -> dict[str, float]:
-        """Seconds of each target's decomposition, and of the block's forward pass and statistics (``""``)."""
+        """Seconds of the decomposition by target, and under ``""`` of the block's walks and statistics."""
         return json.loads(self._file(block).with_suffix(".json").read_text(encoding="utf-8"))
 
     def _file(self, block: int) -> Path:
@@ -141,7 +148,7 @@ class Analysis:
 
 
 class FinalFactors:
-    """Factors of one allocation that are no slices of a basis, and fitted dense weights: one file per finished block."""
+    """The folder of a sequential calibration for one allocation: fitted factors and weights, one file per block."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -150,7 +157,12 @@ class FinalFactors:
         return self._file(block).is_file()
 
     def write(self, block: int, factors: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]) -> None:
-        """``factors`` are target -> the tensors of its low-rank linear, by their names in it."""
+        """Writes the file of a finished block.
+
+        Args:
+            factors: target -> name in its low-rank linear -> tensor.
+            record: betas by target under ``betas``, and ``seconds``.
+        """
         write_atomically(self._file(block).with_suffix(".json"), json.dumps(record).encode())
         tensors = {f"{name} {leaf}": tensor for name, leaves in factors.items() for leaf, tensor in leaves.items()}
         save_atomically(tensors, self._file(block))
@@ -163,13 +175,13 @@ class FinalFactors:
         return factors
 
     def of(self, target: Target) -> dict[str, Tensor]:
-        """The tensors of one target; none where it stays as it is."""
+        """The tensors of one target; empty if the target keeps its dense weight."""
         with safe_open(self._file(target.block), framework="pt") as file:
             names = [name for name in file.keys() if name.split(" ")[0] == target.name]  # noqa: SIM118
             return {name.split(" ")[1]: file.get_tensor(name).clone() for name in names}
 
     def betas(self) -> dict[str, float]:
-        """What each target was pulled to the dense outputs by."""
+        """Target -> beta: how far its outputs were pulled to the dense model's."""
         records = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(self.folder.glob("block-*.json")))
         return {name: beta for record in records for name, beta in record["betas"].items()}
 

@@ -1,42 +1,130 @@
-"""From tokens to spectra: the walks that accumulate statistics, and the decompositions.
+"""Analyses a model on its calibration tokens: collects statistics block by block, then decomposes every weight.
 
-One forward walk collects the Gram of every input. With the two-sided metric a reverse walk follows, which collects the
-Gram of every output's gradient; the input Grams wait on disk until it reaches their block.
+A forward walk collects the Gram of every input. With the two-sided metric a reverse walk follows, which collects the
+Gram of the gradients of every output. Until the reverse walk reaches a block, its input Grams are kept on disk.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
-from svdllm.common.errors import InputError, NumericalError
+from svdllm.checkpoint.output import LOCK, start_over
+from svdllm.common.errors import NumericalError
+from svdllm.common.locks import locked
 from svdllm.common.progress import Reporter
+from svdllm.common.settings_file import read_settings
+from svdllm.common.version import __version__
 from svdllm.compression.analysis import Analysis
-from svdllm.compression.math.linalg import Spectrum, equal_energies, output_spectrum, shrunk_to_diagonal, shrunk_to_mean
+from svdllm.compression.collect import collect_backward, collect_statistics, left_metric_of, right_metric
+from svdllm.compression.math.linalg import Spectrum, output_spectrum
 from svdllm.compression.math.metrics import METHODS, Method
-from svdllm.compression.math.statistics import Gram, RowFisher, Statistic
+from svdllm.compression.math.statistics import Gram, Statistic
+from svdllm.compression.plan import Plan
 from svdllm.compression.recipe import Recipe
-from svdllm.models.structure import Target, input_groups, matches, weight_of
+from svdllm.compression.records import Provenance
+from svdllm.compression.session import Run, recipe_settings
+from svdllm.compression.subject import Subject
+from svdllm.data import TokenWindows
+from svdllm.models.structure import Structure, Target, weight_of
 from svdllm.models.walk import Block, Walk
 
-# Keeps the left metric of several linears defined where one of them has no gradient.
-LEAST_SHARE = 1e-6
+
+@contextmanager
+def open_analysis(run: Run, subject: Subject, provenance: Provenance) -> Iterator[Analysis]:
+    """The analysis of a run. No other run writes to it while the context lasts; afterwards it is only read.
+
+    Raises:
+        InputError: it was begun with other settings, which are named, or another run is writing to it.
+    """
+    if not run.resume or not read_settings(run.analysis_folder):
+        start_over(run.work)
+    beside = _settings_beside_the_recipe(run.recipe, subject, provenance)
+    own = Analysis(run.analysis_folder, recipe_settings(run.recipe.to_dict()) | beside)
+    own.open()
+    if run.analysis_dir is None:
+        yield own
+        return
+    with locked(run.analysis_dir / LOCK, run.analysis_dir) as warning:
+        if warning is not None:
+            run.reporter.warn(warning)
+        shared = Analysis(run.analysis_dir, recipe_settings(run.recipe.analysis_settings()) | beside)
+        shared.open()
+        yield shared
+
+
+def analyze(
+    run: Run, subject: Subject, windows: TokenWindows | None, plans: Sequence[Plan], analysis: Analysis
+) -> None:
+    """Algorithm 1, lines 5 to 9, and Algorithm 2: the statistics of the tokens and the spectrum of every weight.
+
+    Raises:
+        NumericalError: a hidden state, a gradient or a metric is NaN or infinite, or a spectrum does not converge.
+    """
+    recipe = run.recipe
+    ids = torch.zeros(1, 2, dtype=torch.long)  # for a method that does not read the text
+    if windows is not None and METHODS[recipe.method].needs_tokens:
+        ids = windows.ids
+    walk = subject.walk(ids, recipe, run.spill_file(plans[0]))
+    if recipe.needs_gradients:
+        kept = min(recipe.gradient_samples, len(walk.ids))
+        walk.kept_folder = run.work / "inputs"
+        walk.kept_batches = sum(batch.start < kept for batch in walk.batches)
+    Calibration(
+        walk=walk,
+        recipe=recipe,
+        analysis=analysis,
+        depths=_depths(subject.structure, plans),
+        keeps_left_metrics=recipe.calibration_mode == "sequential" or run.analysis_dir is not None,
+        reporter=run.reporter,
+    ).run()
+
+
+def _settings_beside_the_recipe(recipe: Recipe, subject: Subject, provenance: Provenance) -> dict[str, Any]:
+    """Everything beside the recipe that decides the bytes of the result."""
+    device, dtype = subject.placement(recipe)
+    config = subject.source.config.to_json_string(use_diff=False)
+    return {
+        "device": str(device),
+        "computed in": str(dtype),
+        "weights of the model": provenance.weights_fingerprint,
+        "config of the model": hashlib.sha256(config.encode()).hexdigest(),
+        "calibration tokens": provenance.calibration_fingerprint,
+        "svdllm version": __version__,
+        "torch version": torch.__version__,
+        "transformers version": transformers.__version__,
+    }
+
+
+def _depths(structure: Structure, plans: Sequence[Plan]) -> dict[str, int]:
+    """Target -> directions of its basis to keep.
+
+    Break-even is enough for a slice at any ratio; explicit ranks may need more.
+    """
+    depths = {target.name: target.break_even_rank for target in structure.targets}
+    for plan in plans:
+        for name, rank in plan.ranks.items():
+            depths[name] = max(depths[name], rank)
+    return depths
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The analysis of a model on its calibration tokens; every finished block is a file."""
+    """The walks of an analysis. Every finished block is a file, and a resumed run skips it."""
 
     walk: Walk
     recipe: Recipe
     analysis: Analysis
-    depths: Mapping[str, int]  # target -> directions to keep
-    keeps_left_metrics: bool  # for a sequential calibration
+    depths: Mapping[str, int]  # target -> directions of its basis to keep
+    keeps_left_metrics: bool  # a sequential calibration reads them
     reporter: Reporter
 
     @property
@@ -45,7 +133,7 @@ class Calibration:
 
     @property
     def reverse(self) -> bool:
-        """Whether a reverse walk follows, which the spectra wait for."""
+        """Whether a reverse walk follows, after which the spectra are computed."""
         return self.recipe.needs_gradients
 
     def run(self) -> None:
@@ -53,7 +141,7 @@ class Calibration:
         if all(map(self.analysis.is_done, blocks)):
             return
         if done := sum(map(self.analysis.is_ready if self.reverse else self.analysis.is_done, blocks)):
-            self.reporter.note(f"Going on with an earlier run: {done} of {len(blocks)} blocks are done.")
+            self.reporter.note(f"Continuing an earlier run: {done} of {len(blocks)} blocks are done.")
         with self._stage("analyze", len(self.walk.batches)):
             for block in self.walk.blocks():
                 self._forward(block)
@@ -64,7 +152,7 @@ class Calibration:
         self.walk.close()
 
     def _forward(self, block: Block) -> None:
-        """Algorithm 1, lines 5 to 9, and Algorithm 2: the Grams of the inputs, then the spectrum of every weight."""
+        """Collects the metrics of the inputs of a block, and decomposes its weights unless a reverse walk follows."""
         targets = self.walk.structure.block_targets(block.index)
         if self.analysis.is_ready(block.index) if self.reverse else self.analysis.is_done(block.index):
             if self.method.needs_tokens:
@@ -79,14 +167,7 @@ class Calibration:
         forward = time.perf_counter() - started
 
         def metric_of(target: Target) -> Tensor | None:
-            return right_metric(
-                target,
-                statistics,
-                self.method,
-                alpha=self.recipe.asvd_alpha,
-                shrinkage=self.recipe.shrinkage,
-                centred=self.recipe.bias_correction,
-            )
+            return right_metric(target, statistics, self.method, self.recipe)
 
         leaders = {target.group: target for target in targets}
         means = {}
@@ -101,6 +182,7 @@ class Calibration:
             self._decompose(block, targets, metric_of, means, forward)
 
     def _backward(self, block: Block) -> None:
+        """Collects the metrics of the outputs of a block, and decomposes its weights."""
         targets = self.walk.structure.block_targets(block.index)
         if self.analysis.is_done(block.index):
             block.run_backward()
@@ -116,22 +198,11 @@ class Calibration:
         self._decompose(block, targets, self.analysis.metric, means, seconds, lefts)
 
     def _left_metrics(self, block: Block, targets: list[Target]) -> dict[str, Tensor]:
-        if self.method.left is not None:
-            fishers = collect_fisher(block, targets)
-            return {name: torch.diag(self.method.left(fisher.value())) for name, fisher in fishers.items()}
-        input_only = {t.name: [name for name in t.linears if self._input_only(name)] for t in targets}
-        gradients = collect_gradients(block, [t for t in targets if len(input_only[t.name]) < len(t.linears)])
-        shrinkage = self.recipe.gradient_shrinkage
-        return {
-            t.name: joint_left_metric(t, gradients[t.name].value(), input_only[t.name], shrinkage)
-            if t.parts
-            else shrunk_to_mean(gradients[t.name].value(), shrinkage)
-            for t in targets
-            if t.name in gradients
-        }
-
-    def _input_only(self, linear: str) -> bool:
-        return any(matches(pattern, linear) for pattern in self.recipe.input_only)
+        left = self.recipe.left_metric
+        assert left is not None
+        weighed = [target for target in targets if left.weighs(target, self.recipe)]
+        statistics = collect_backward(block, weighed, left.statistic)
+        return {t.name: left.of(t, statistics[t.name].value(), self.recipe) for t in weighed if t.name in statistics}
 
     def _decompose(
         self,
@@ -147,7 +218,7 @@ class Calibration:
         self.reporter.block_done(block.index, len(self.walk.structure.blocks), walked, sum(seconds.values()))
 
     def _loss_gradient(self, windows: slice, logits: Tensor) -> Tensor:
-        """Gradient of the summed cross-entropy of the text in the logits: ``softmax - one-hot`` where a token follows."""
+        """The gradient of the text's summed loss in the logits: ``softmax - one-hot`` where a token follows."""
         following = self.walk.ids[windows, 1:, None].to(logits.device)
         gradient = logits.float().softmax(-1)
         gradient[:, :-1].scatter_add_(-1, following, torch.full_like(following, -1, dtype=gradient.dtype))
@@ -160,135 +231,6 @@ class Calibration:
         return self.reporter.stage(name, steps)
 
 
-def collect_statistics(block: Block, targets: list[Target], method: Method) -> dict[str, Statistic]:
-    """Runs a block over all its batches and accumulates one statistic per distinct input.
-
-    Returns a dict target -> statistic; targets that read the same tensor share the object.
-    """
-    linears = [(target.name, block.walk.skeleton.get_submodule(target.linears[0])) for target in targets]
-    in_features = {target.name: target.in_features for target in targets}
-    statistics: dict[str, Statistic] = {}
-    assert method.statistic is not None
-
-    def on_input(leader: str, inputs: Tensor) -> None:
-        if leader not in statistics:
-            statistics[leader] = method.statistic(in_features[leader], inputs.device)  # type: ignore[misc]
-        statistics[leader].add(inputs)
-
-    with input_groups(linears, on_input) as (groups, release):
-        block.run(after_batch=release)
-    uncalled = [name for name, _ in linears if name not in groups]
-    if uncalled:
-        raise InputError(f"{', '.join(uncalled)} saw no token; leave them dense with --ignore.")
-    return {target.name: statistics[groups[target.name]] for target in targets}
-
-
-def right_metric(
-    target: Target,
-    statistics: Mapping[str, Statistic],
-    method: Method,
-    *,
-    alpha: float,
-    shrinkage: float,
-    centred: bool = False,
-) -> Tensor | None:
-    """The metric ``C = S S^T`` of a target, from what was accumulated over its inputs; ``centred`` if a bias is added.
-
-    Raises:
-        NumericalError: the inputs are not finite.
-    """
-    statistic = statistics.get(target.name)
-    value = None if statistic is None else statistic.value()
-    if centred and isinstance(statistic, Gram):
-        value = statistic.centred()
-    metric = method.right(value, alpha)
-    if metric is not None and not bool(torch.isfinite(metric).all()):
-        raise NumericalError(f"The inputs of {target.name} have NaN or infinite values over the calibration text.")
-    return shrunk_to_diagonal(metric, shrinkage)
-
-
-def collect_gradients(block: Block, targets: list[Target]) -> dict[str, Gram]:
-    """Runs a block backward over the kept batches and accumulates ``G``, the Gram of each target's output gradients."""
-    grams: dict[str, Gram] = {}
-
-    def watch(target: Target, inputs: Tensor, gradients: Tensor) -> None:
-        if target.name not in grams:
-            grams[target.name] = Gram(target.out_features, gradients.device)
-        grams[target.name].add(gradients)
-
-    _run_backward(block, targets, watch)
-    return grams
-
-
-def joint_left_metric(target: Target, gradient_OO: Tensor, input_only: Sequence[str], shrinkage: float) -> Tensor:
-    """Of several linears with one first factor: the left metric of each in its place, in proportion to its gradients.
-
-    A linear that is to be judged by its inputs alone keeps that proportion and no direction.
-    """
-    whole = gradient_OO.diagonal().mean().clamp_min(torch.finfo(gradient_OO.dtype).tiny)
-    blocks, start = [], 0
-    for name, size in target.parts:
-        own_OO = gradient_OO[start : start + size, start : start + size]
-        share = (own_OO.diagonal().mean() / whole).clamp_min(LEAST_SHARE)
-        blocks.append(share * shrunk_to_mean(own_OO, 1.0 if name in input_only else shrinkage))
-        start += size
-    return torch.block_diag(*blocks)
-
-
-def left_metric_of(target: Target, weight_OI: Tensor, metric: Tensor | None, left_OO: Tensor | None) -> Tensor | None:
-    """The left metric; several linears with one first factor that have none count for as much as each other."""
-    if left_OO is not None or not target.parts:
-        return left_OO
-    return equal_energies(list(target.split(weight_OI).values()), metric)
-
-
-def collect_fisher(block: Block, targets: list[Target]) -> dict[str, RowFisher]:
-    """Runs a block backward over the kept batches and accumulates the Fisher information of each target's rows."""
-    fishers: dict[str, RowFisher] = {}
-    seqlen = block.walk.ids.shape[1]
-
-    def watch(target: Target, inputs: Tensor, gradients: Tensor) -> None:
-        if target.name not in fishers:
-            fishers[target.name] = RowFisher(target.out_features, gradients.device)
-        fishers[target.name].add(_by_window(inputs, seqlen), _by_window(gradients, seqlen))
-
-    _run_backward(block, targets, watch)
-    return fishers
-
-
-def _by_window(tokens: Tensor, seqlen: int) -> Tensor:
-    """(windows, seqlen, features), also of what some models hand on as one row of tokens (experts: as one window)."""
-    if tokens.ndim == 2:
-        return tokens.unflatten(0, (-1, seqlen if len(tokens) % seqlen == 0 else len(tokens)))
-    return tokens
-
-
-def _run_backward(block: Block, targets: list[Target], watch: Callable[[Target, Tensor, Tensor], None]) -> None:
-    """``watch(target, inputs, gradients of the outputs)`` is called for every target and batch."""
-    arrived: dict[str, dict[str, Tensor]] = {}
-
-    def on(target: Target, linear: str) -> Any:
-        def after_backward(inputs: Tensor, gradients: Tensor) -> None:
-            parts = arrived.setdefault(target.name, {})
-            parts[linear] = gradients
-            if len(parts) == len(target.linears):
-                del arrived[target.name]
-                watch(target, inputs, torch.cat([parts[name] for name in target.linears], dim=-1))
-
-        def after_forward(module: torch.nn.Module, args: Any, output: Tensor) -> None:
-            inputs = args[0].detach()
-            output.register_hook(lambda gradients: after_backward(inputs, gradients))
-
-        return block.walk.skeleton.get_submodule(linear).register_forward_hook(after_forward)
-
-    handles = [on(target, linear) for target in targets for linear in target.linears]
-    try:
-        block.run_backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def decompose(
     block: Block,
     targets: list[Target],
@@ -296,16 +238,24 @@ def decompose(
     depths: Mapping[str, int],
     lefts: Mapping[str, Tensor],
 ) -> tuple[dict[str, Spectrum], dict[str, float]]:
-    """Spectra and bases of a block's targets, and the seconds each took.
+    """Decomposes the weights of a block's targets.
 
-    ``metric_of`` gives the right metric, asked once per group; ``lefts`` are the left ones, by target.
+    Args:
+        metric_of: gives the right metric of a target; called once per group.
+        depths: target -> directions of its basis to keep.
+        lefts: target -> left metric; targets without one are measured in their outputs as they are.
+
+    Returns spectra and seconds, both by target.
+
+    Raises:
+        NumericalError: a spectrum does not converge; names the linear.
     """
     spectra, seconds = {}, {}
     metrics: dict[str, Tensor | None] = {}
     for target in targets:
         started = time.perf_counter()
         if target.group not in metrics:
-            metrics = {target.group: metric_of(target)}  # the one before is not needed again
+            metrics = {target.group: metric_of(target)}  # the previous group's is not needed again
         weight_OI = weight_of(block.walk.skeleton, target)
         metric = metrics[target.group]
         metric = metric if metric is None else metric.to(weight_OI.device)

@@ -1,8 +1,8 @@
-"""Makes the factors of every target from source weights and stored bases."""
+"""Computes the tensors of a compressed model from source weights and stored bases."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,24 +11,27 @@ from svdllm.common.errors import NumericalError
 from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.math.linalg import corrected_bias, factorise
-from svdllm.models.structure import Structure, Target
-from svdllm.models.weights import Weights
+from svdllm.compression.subject import Subject
+from svdllm.models.structure import Target
 
 
 class TargetFactors:
-    """The tensors of a compressed model, made one target at a time from source weights and stored bases."""
+    """The tensors of a compressed model by name, computed one target at a time.
+
+    Factors are slices of the bases in ``analysis``, unless ``finals`` has fitted ones.
+    """
 
     def __init__(
         self,
-        weights: Weights,
-        structure: Structure,
-        ranks: dict[str, int],
+        subject: Subject,
+        ranks: Mapping[str, int],
         analysis: Analysis,
         finals: FinalFactors | None,
         device: torch.device,
         reporter: Reporter,
     ):
-        self._weights, self._ranks, self._device = weights, ranks, device
+        structure = subject.structure
+        self._weights, self._ranks, self._device = subject.weights, ranks, device
         self._analysis, self._finals = analysis, finals
         self.targets = {target.name: target for target in structure.targets}
         self._owners = {name: target for target in structure.targets for name in target.linears}
@@ -36,6 +39,11 @@ class TargetFactors:
         self._reporter, self._num_blocks = reporter, len(structure.blocks)
 
     def get(self, name: str) -> Tensor:
+        """A tensor of the compressed model, on the CPU and in the dtype of the source.
+
+        Raises:
+            NumericalError: a factor overflows this dtype; names the linear.
+        """
         for leaf in ("svd_v.weight", "svd_u.weight", "svd_u.bias"):
             if name.endswith(leaf):
                 linear = name.removesuffix(f".{leaf}")
@@ -47,7 +55,7 @@ class TargetFactors:
         return self._refitted(name) if self._finals is not None else self._weights.get(name)
 
     def _refitted(self, name: str) -> Tensor:
-        """A dense tensor as in the source, unless a sequential calibration has fitted it to the compressed stream."""
+        """A dense tensor: fitted to the compressed stream if it was, else as in the source."""
         linear = name.removesuffix(".weight")
         stored, target = self._weights.get(name), self._owners.get(linear)
         if target is None or self._finals is None or "weight" not in (fitted := self._finals.of(target)):

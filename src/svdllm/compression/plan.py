@@ -1,4 +1,4 @@
-"""The plan: what a run will compress, to which size, and what it needs, from configs and shapes alone."""
+"""Plans a run: what it compresses, to which size, and what it needs, from configs and shapes alone."""
 
 from __future__ import annotations
 
@@ -8,23 +8,18 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from svdllm.checkpoint.quantized import require_dtype
-from svdllm.checkpoint.tensors import buffer_names, compressed_tensors, file_bytes, num_params, stored_tensors
-from svdllm.common.device import resolve_device, resolve_dtype
-from svdllm.common.errors import InputError, UnsupportedModelError
-from svdllm.compression.estimate import Needs
 from svdllm.compression.math.metrics import METHODS
-from svdllm.compression.math.statistics import Gram
-from svdllm.compression.probe import WINDOW, probe_ranks, probe_tokens
-from svdllm.compression.ranks import Evidence
-from svdllm.compression.ranks.budget import choose_ranks, elastic_bytes
+from svdllm.compression.needs import RunNeeds, needs_of
+from svdllm.compression.probe import probe_ranks, probe_tokens
+from svdllm.compression.ranks import ALLOCATIONS, Allocation, Evidence
+from svdllm.compression.ranks.budget import choose_ranks
 from svdllm.compression.ranks.linear_times import LinearTimes, Speed
-from svdllm.compression.ranks.predicted_sizes import QuantizedFiles, WrittenFiles
 from svdllm.compression.recipe import Recipe
-from svdllm.models.limits import require_context
-from svdllm.models.open import Source, context_length, open_config, refuse_several_parts
-from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import Structure, bias_corrected, discover, with_joint_keys_and_values
+from svdllm.compression.sizes import Sizes, files_for, sizes_of
+from svdllm.compression.subject import Subject, discover_subject
+from svdllm.models.limits import context_length, require_context
+from svdllm.models.open import open_config
+from svdllm.models.structure import Structure
 from svdllm.models.unused_tensors import UnusedTensors
 
 
@@ -41,62 +36,103 @@ class PlannedTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run will do. Sizes in bytes, times in seconds."""
+    """The plan of one checkpoint.
+
+    It is made from shapes. An allocation that needs an analysis is planned with uniform ranks of the same size
+    (``ranks_known`` is False), and ``refine`` puts in its ranks once the analysis is done.
+    """
 
     model: str
     model_type: str
-    dtype: str
-    device: str
-    compute_dtype: str
-    method: str
-    allocation: str
-    ranks_known: bool  # False where only the analysis can tell them, and uniform ones stand in
-    predicted_loss: float | None  # nats per token, of an allocation by loss
-    allocation_gap: float | None  # how far that may be above the least possible, as a share of it
-    allocation_threshold: float | None  # nats per token, of an allocation by STRS
-    target_speedup: float | None
-    speed: Speed | None  # predicted, where time is the budget and the times are measured
-    linear_times: LinearTimes | None  # by which it is predicted
-    num_blocks: int
-    num_groups: int
-    targets: list[PlannedTarget]
-    ignored: list[str]
-    achieved_ratio: float
-    params: int
-    dense_params: int
-    file_bytes: int
-    dense_file_bytes: int
-    factor_bits: int | None  # in which the target size counts the linears
-    quantized_file_bytes: int | None  # of the files that `svdllm quantize` then makes
-    elastic_bytes: int  # of the elastic files, beside file_bytes; the most it can be where ranks are not known
-    ram_by_stage: dict[str, int]
-    hidden_states_bytes: int
-    hidden_states_on_disk: bool
-    device_bytes: int
-    disk_bytes: int
-    seconds_by_stage: dict[str, float]
-    unused_tensors: UnusedTensors | None = None  # in the model's files, as far as they are known
+    dtype: str  # of the model's weights, which the checkpoint keeps
+    unused_tensors: UnusedTensors | None  # in the model's files, as far as they are known
+    recipe: Recipe  # with one budget
+    structure: Structure
+    allocation: Allocation
+    ranks_known: bool
+    sizes: Sizes
+    needs: RunNeeds
+    speed: Speed | None = None  # predicted, where time is the budget and the linears were timed
+    linear_times: LinearTimes | None = None  # the times by which it is predicted
     warnings: list[str] = field(default_factory=list)
 
     @property
-    def peak_ram_bytes(self) -> int:
-        return max(self.ram_by_stage.values())
+    def allocation_name(self) -> str:
+        return "ranks" if self.recipe.ranks else self.recipe.allocation
 
     @property
     def ranks(self) -> dict[str, int]:
-        return {target.name: target.rank for target in self.targets if target.rank is not None}
+        """Target -> rank; targets that stay dense are not in it."""
+        return dict(self.allocation.ranks)
 
     @property
-    def seconds(self) -> float:
-        return sum(self.seconds_by_stage.values())
+    def achieved_ratio(self) -> float:
+        """Share of the targets' parameters that is removed."""
+        return self.sizes.achieved_ratio
 
-    def with_ranks_of(self, known: Plan) -> Plan:
-        """The known plan, with what this one predicted of memory and time: it was made before the work."""
-        predicted = ("ram_by_stage", "device_bytes", "disk_bytes", "seconds_by_stage", "hidden_states_on_disk")
-        return replace(known, **{name: getattr(self, name) for name in predicted})
+    @property
+    def params(self) -> int:
+        return self.sizes.params
+
+    @property
+    def dense_params(self) -> int:
+        return self.sizes.dense_params
+
+    @property
+    def file_bytes(self) -> int:
+        return self.sizes.file_bytes
+
+    @property
+    def peak_ram_bytes(self) -> int:
+        return self.needs.peak_ram_bytes
+
+    @property
+    def targets(self) -> list[PlannedTarget]:
+        ranks = self.allocation.ranks
+        return [
+            PlannedTarget(
+                name=target.name,
+                out_features=target.out_features,
+                in_features=target.in_features,
+                rank=ranks.get(target.name),
+                params=target.params(ranks.get(target.name)),
+            )
+            for target in self.structure.targets
+        ]
+
+    @property
+    def num_groups(self) -> int:
+        """Number of distinct inputs that the targets read."""
+        return len({target.group for target in self.structure.targets})
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"peak_ram_bytes": self.peak_ram_bytes, "seconds": self.seconds}
+        """One flat mapping of all parts, as ``svdllm plan --json`` prints it."""
+        return {
+            "model": self.model,
+            "model_type": self.model_type,
+            "dtype": self.dtype,
+            "method": self.recipe.method,
+            "allocation": self.allocation_name,
+            "ranks_known": self.ranks_known,
+            "predicted_loss": self.allocation.predicted_loss,
+            "allocation_gap": self.allocation.gap,
+            "allocation_threshold": self.allocation.threshold,
+            "target_speedup": self.recipe.target_speedup,
+            "speed": None if self.speed is None else asdict(self.speed),
+            "linear_times": None if self.linear_times is None else asdict(self.linear_times),
+            "num_blocks": len(self.structure.blocks),
+            "num_groups": self.num_groups,
+            "targets": [asdict(target) for target in self.targets],
+            "ignored": list(self.structure.ignored),
+            "ratio": self.recipe.ratio,
+            "factor_bits": self.recipe.factor_bits,
+            **asdict(self.sizes),
+            **asdict(self.needs),
+            "peak_ram_bytes": self.needs.peak_ram_bytes,
+            "seconds": self.needs.seconds,
+            "unused_tensors": None if self.unused_tensors is None else asdict(self.unused_tensors),
+            "warnings": list(self.warnings),
+        }
 
 
 def plan(
@@ -117,165 +153,97 @@ def plan(
     recipe.require_budget()
     source = open_config(model, offline=offline, revision=revision)
     recipe = recipe.within(context_length(source.config))
-    return plan_each_ratio(source, *discover_targets(source, recipe), recipe, hidden_states_limit)
+    return plan_each_ratio(discover_subject(source, recipe), recipe, hidden_states_limit)
 
 
-def plan_each_ratio(
-    source: Source,
-    skeleton: PreTrainedModel,
-    structure: Structure,
-    recipe: Recipe,
-    hidden_states_limit: int | None,
-    evidence: Evidence | None = None,
-) -> list[Plan]:
-    """One plan per ratio, for a model that is open and looked at.
-
-    Without ``evidence``, uniform ranks stand in for those that only an analysis can tell.
-    """
-    gguf_bytes = 0 if source.gguf is None else source.gguf.stat().st_size
+def plan_each_ratio(subject: Subject, recipe: Recipe, hidden_states_limit: int | None) -> list[Plan]:
+    """One plan per ratio of a recipe, with uniform ranks in place of those that only an analysis can tell."""
+    singles = recipe.single()
     return [
-        make_plan(
-            source,
-            skeleton,
-            structure,
-            single,
-            num_outputs=len(recipe.single()),
-            gguf_bytes=gguf_bytes,
-            hidden_states_limit=hidden_states_limit,
-            evidence=evidence,
-        )
-        for single in recipe.single()
+        make_plan(subject, single, num_outputs=len(singles), hidden_states_limit=hidden_states_limit)
+        for single in singles
     ]
 
 
-def discover_targets(source: Source, recipe: Recipe) -> tuple[PreTrainedModel, Structure]:
-    """The skeleton of a model and what it is made of.
-
-    Raises:
-        InputError: the model is compressed already, or a pattern of the recipe matches nothing.
-        UnsupportedModelError: its structure is not understood.
-    """
-    if getattr(source.config, "svdllm", None):
-        dense = source.config.svdllm.get("source") or {}
-        named = f" ({dense['id']})" if "id" in dense else ""
-        raise InputError(f"{source.name} is compressed already; compress its dense source{named}.")
-    skeleton = build_skeleton(source.config)
-    try:
-        return skeleton, structure_for(skeleton, recipe)
-    except UnsupportedModelError:
-        refuse_several_parts(source.config, source.name)
-        raise
-
-
-def structure_for(skeleton: PreTrainedModel, recipe: Recipe) -> Structure:
-    """What a model is made of, as a recipe compresses it. Raises InputError, UnsupportedModelError as ``discover_targets``."""
-    structure = discover(skeleton, recipe.ignore)
-    if recipe.joint_kv:
-        structure = with_joint_keys_and_values(structure)
-    return bias_corrected(structure) if recipe.bias_correction else structure
-
-
 def make_plan(
-    source: Source,
-    skeleton: PreTrainedModel,
-    structure: Structure,
-    recipe: Recipe,
-    *,
-    num_outputs: int = 1,
-    gguf_bytes: int = 0,
-    hidden_states_limit: int | None = None,
-    evidence: Evidence | None = None,
+    subject: Subject, recipe: Recipe, *, num_outputs: int = 1, hidden_states_limit: int | None = None
 ) -> Plan:
-    """The plan of a single recipe for a model that is looked at already."""
-    device = resolve_device(recipe.device)
-    dtype = resolve_dtype(recipe.dtype, device, source.dtype)
+    """The plan of a recipe with one budget.
+
+    Args:
+        num_outputs: checkpoints that the run writes in all, for its disk and time.
+        hidden_states_limit: bytes of hidden states kept in RAM; by default half of what is free.
+    """
+    source, structure = subject.source, subject.structure
     if recipe.needs_tokens:
         require_context(source.config, recipe.seqlen, "--seqlen")
-    stored, buffers = stored_tensors(source, skeleton), buffer_names(skeleton)
-    quantized = _quantized_files(source, skeleton, structure, recipe)
-    files = quantized or WrittenFiles(stored, structure.targets, buffers=buffers)
-    allocation = choose_ranks(recipe, structure, files, evidence)
-    ranks = allocation.ranks
-    written = compressed_tensors(stored, structure.targets, ranks)
-    ranks_known = recipe.allocation == "uniform" or evidence is not None
-    times = None if evidence is None else evidence.times
-    # Of an unknown allocation by time it is only known that the model will not be larger than the dense one.
-    most = stored if recipe.target_speedup is not None and not ranks_known else written
-    needs = Needs(structure, skeleton, recipe, stored, most, device, dtype, gguf_bytes, hidden_states_limit)
-    elastic = elastic_bytes(recipe, structure, stored, ranks, ranks_known)
-    dense_linear = structure.num_target_params
-    kept = sum(target.params(ranks.get(target.name)) for target in structure.targets)
+    known = not ALLOCATIONS[recipe.allocation].needs_spectra
+    allocation, sizes = _allocate(subject, recipe, None, ranks_known=known)
     return Plan(
         model=source.name,
         model_type=source.config.model_type,
         dtype=str(source.dtype).removeprefix("torch."),
-        device=str(device),
-        compute_dtype=str(dtype).removeprefix("torch."),
-        method=recipe.method,
-        allocation="ranks" if recipe.ranks else recipe.allocation,
-        ranks_known=ranks_known,
-        predicted_loss=allocation.predicted_loss,
-        allocation_gap=allocation.gap,
-        allocation_threshold=allocation.threshold,
-        target_speedup=recipe.target_speedup,
-        speed=None if times is None else times.speed(structure.targets, ranks),
-        linear_times=times,
-        num_blocks=len(structure.blocks),
-        num_groups=len({target.group for target in structure.targets}),
-        targets=[
-            PlannedTarget(
-                name=target.name,
-                out_features=target.out_features,
-                in_features=target.in_features,
-                rank=ranks.get(target.name),
-                params=target.params(ranks.get(target.name)),
-            )
-            for target in structure.targets
-        ],
-        ignored=list(structure.ignored),
-        achieved_ratio=(dense_linear - kept) / dense_linear,
-        params=num_params(written, buffers),
-        dense_params=num_params(stored, buffers),
-        file_bytes=file_bytes(written),
-        dense_file_bytes=file_bytes(stored),
-        factor_bits=recipe.factor_bits,
-        quantized_file_bytes=None if quantized is None else quantized.num_bytes(ranks),
-        elastic_bytes=elastic,
-        ram_by_stage=needs.ram_by_stage(),
-        hidden_states_bytes=needs.hidden_states,
-        hidden_states_on_disk=needs.hidden_states_on_disk,
-        device_bytes=needs.device_bytes(),
-        disk_bytes=needs.disk_bytes(num_outputs) + elastic,
-        seconds_by_stage=needs.seconds_by_stage(num_outputs),
         unused_tensors=source.unused,
-        warnings=calibration_warnings(structure, skeleton, recipe, recipe.samples * recipe.seqlen),
+        recipe=recipe,
+        structure=structure,
+        allocation=allocation,
+        ranks_known=known,
+        sizes=sizes,
+        needs=needs_of(
+            subject,
+            recipe,
+            allocation.ranks,
+            ranks_known=known,
+            elastic_bytes=sizes.elastic_bytes,
+            num_outputs=num_outputs,
+            hidden_states_limit=hidden_states_limit,
+        ),
+        warnings=calibration_warnings(subject, recipe, recipe.samples * recipe.seqlen),
     )
 
 
-def calibration_warnings(structure: Structure, skeleton: PreTrainedModel, recipe: Recipe, num_tokens: int) -> list[str]:
-    """What to say about the amount of calibration text."""
+def refine(plan: Plan, subject: Subject, evidence: Evidence) -> Plan:
+    """Puts the ranks that follow from the evidence into a plan, and the sizes and the speed that follow from them.
+
+    Needs stay as they were predicted before the work.
+    """
+    allocation, sizes = _allocate(subject, plan.recipe, evidence, ranks_known=True)
+    times = evidence.times
+    return replace(
+        plan,
+        allocation=allocation,
+        ranks_known=True,
+        sizes=sizes,
+        speed=None if times is None else times.speed(subject.structure.targets, allocation.ranks),
+        linear_times=times,
+    )
+
+
+def _allocate(
+    subject: Subject, recipe: Recipe, evidence: Evidence | None, *, ranks_known: bool
+) -> tuple[Allocation, Sizes]:
+    files = files_for(subject, recipe)
+    allocation = choose_ranks(recipe, subject.structure, files, evidence)
+    return allocation, sizes_of(subject, recipe, files, allocation.ranks, ranks_known=ranks_known)
+
+
+def calibration_warnings(subject: Subject, recipe: Recipe, num_tokens: int) -> list[str]:
+    """Warns of too little calibration text for the Grams, or for probing."""
     warnings = []
-    widest = max(structure.targets, key=lambda target: target.in_features)
-    if METHODS[recipe.method].statistic is Gram and num_tokens < widest.in_features:
+    widest = max(subject.structure.targets, key=lambda target: target.in_features)
+    if METHODS[recipe.method].collects_gram and num_tokens < widest.in_features:
         warnings.append(
-            f"Only {num_tokens:,} calibration tokens ({recipe.samples} x {recipe.seqlen}), fewer than the widest input has "
-            f"features ({widest.in_features:,}, {widest.name}): its Gram is singular and the result fits these tokens "
-            f"only. Use at least {widest.in_features:,} tokens, better ten times as many."
+            f"Only {num_tokens:,} calibration tokens ({recipe.samples} x {recipe.seqlen}), fewer than the widest input "
+            f"has features ({widest.in_features:,}, {widest.name}): its Gram is singular and the result fits these "
+            f"tokens only. Use at least {widest.in_features:,} tokens, better ten times as many."
         )
-    if recipe.allocation == "strs" and (probed := probe_tokens(recipe, structure, skeleton)) < WINDOW:
+    structure, skeleton = subject.structure, subject.skeleton
+    probing = ALLOCATIONS[recipe.allocation].probing
+    if probing is not None and (probed := probe_tokens(recipe, structure, skeleton)) < probing.least_tokens:
         tried = sum(map(len, probe_ranks(recipe, structure).values()))
         warnings.append(
-            f"Allocation strs measures the loss of {tried:,} truncations on {probed:,} tokens only: chance has a part in "
-            f"which it takes. Use more --samples or --probe-share (now {recipe.probe_share}), or fewer --strs-ratios."
+            f"Allocation {recipe.allocation} measures the loss of {tried:,} truncations on {probed:,} tokens only: "
+            "chance has a part in which it takes. Use more --samples or --probe-share (now "
+            f"{recipe.probe_share}){probing.advice}."
         )
     return warnings
-
-
-def _quantized_files(
-    source: Source, skeleton: PreTrainedModel, structure: Structure, recipe: Recipe
-) -> QuantizedFiles | None:
-    """Of the model as it will be quantised; None where the recipe does not say that it will."""
-    if recipe.factor_bits is None:
-        return None
-    require_dtype(recipe.factor_bits, source.dtype, source.name)
-    return QuantizedFiles.of(skeleton, structure.targets, source.dtype, recipe.factor_bits)

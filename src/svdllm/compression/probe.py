@@ -1,17 +1,15 @@
-"""Probing: what it does to the model's predictions to truncate one linear alone, for each linear at one or more ranks.
+"""Probes linears: truncates one linear alone and measures the effect on the model's predictions.
 
-All probes are made in one forward walk: a linear of block ``k`` changes nothing before block ``k``, so a probe's stream
-starts there, from the dense stream's hidden states, and rides along with the others to the end. Allocation ``loss``
-measures ``KL(dense || model with only this linear truncated)`` at a tenth of break-even, ``strs`` the loss of the text
-at the rank of every ratio; both per token.
+All probes are made in one forward walk. A linear of block ``k`` changes nothing before block ``k``, so the stream of
+its probe starts there, from the hidden states of the dense stream, and is carried to the end beside the other streams.
+The row of the allocation says at which ranks each linear is probed, and what is measured.
 
 Legend: ``T`` tokens of a window, ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -24,38 +22,32 @@ from svdllm.common.errors import NumericalError
 from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis
 from svdllm.compression.math.linalg import Spectrum
+from svdllm.compression.math.measures import Measure
 from svdllm.compression.math.metrics import METHODS
-from svdllm.compression.math.statistics import Gram
-from svdllm.compression.ranks import candidate_ranks
+from svdllm.compression.ranks import ALLOCATIONS
 from svdllm.compression.recipe import Recipe
+from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.shared_state import State, moved
-from svdllm.models.structure import Structure, Target, weight_of
+from svdllm.models.structure import Structure, weight_of, weights_by_name
 from svdllm.models.stubs import Call
 from svdllm.models.walk import Walk
 
-PROBE_SHARE_OF_BREAK_EVEN = 0.1
 WINDOW = 256
 MOST_TOKENS = 8192
 
-# Of a window's log probabilities by the dense model (T x V) and its tokens (T): a measure of any other model's.
-Measure = Callable[[Tensor, Tensor], Callable[[Tensor], float]]
 Ranks = Mapping[str, Sequence[int]]  # target -> the ranks that it is probed at, ascending
 
 
-def probe_rank(target: Target) -> int:
-    """Where ``loss`` measures."""
-    return max(1, round(PROBE_SHARE_OF_BREAK_EVEN * target.break_even_rank))
-
-
 def probe_ranks(recipe: Recipe, structure: Structure) -> dict[str, list[int]]:
-    """The ranks that every target is probed at; none without probing."""
-    if recipe.allocation == "strs":
-        return {t.name: candidate_ranks(t, recipe.strs_ratios, recipe.round_to) for t in structure.targets}
-    return {t.name: [probe_rank(t)] if recipe.needs_probes else [] for t in structure.targets}
+    """Target -> the ranks at which it is probed, ascending; empty without probing."""
+    probing = ALLOCATIONS[recipe.allocation].probing
+    if probing is None:
+        return {target.name: [] for target in structure.targets}
+    return {target.name: probing.ranks(target, recipe.round_to, recipe) for target in structure.targets}
 
 
 def probe_ids(ids: Tensor, num_tokens: int) -> Tensor:
-    """Beginnings of calibration windows, spread evenly over them: about ``num_tokens`` tokens in all."""
+    """The beginnings of evenly spaced calibration windows: about ``num_tokens`` token ids in all."""
     length = min(WINDOW, ids.shape[1], max(2, num_tokens))
     count = min(len(ids), max(1, num_tokens // length))
     chosen = torch.arange(count) * len(ids) // count
@@ -63,13 +55,13 @@ def probe_ids(ids: Tensor, num_tokens: int) -> Tensor:
 
 
 def probe_tokens(recipe: Recipe, structure: Structure, skeleton: PreTrainedModel) -> int:
-    """As many tokens as make probing ``probe_share`` of the work of calibration and probing together.
+    """The number of tokens with which probing is ``probe_share`` of the work of calibration and probing together.
 
-    Counted in multiplications, not in seconds: the same recipe probes the same tokens on every machine. The work of
-    calibration is that of the text through the model, also for a method that needs none, and of the Grams.
+    Work is counted in multiplications, not in seconds, so that a recipe probes the same tokens on every machine. The
+    work of calibration is the forward pass of the text, even for a method that does not need it, and the Grams.
     """
     head: Any = skeleton.get_output_embeddings()
-    gram = METHODS[recipe.method].statistic is Gram
+    gram = METHODS[recipe.method].collects_gram
     widths = {target.group: target.in_features for target in structure.targets}
     forward = structure.num_target_params
     calibration = recipe.samples * recipe.seqlen * (forward + gram * sum(width**2 for width in widths.values()) / 2)
@@ -83,33 +75,14 @@ def probe_tokens(recipe: Recipe, structure: Structure, skeleton: PreTrainedModel
     return max(2, min(MOST_TOKENS, recipe.samples * min(recipe.seqlen, WINDOW), int(wanted)))
 
 
-def divergence(dense_TV: Tensor, ids_T: Tensor) -> Callable[[Tensor], float]:
-    """Mean KL divergence of other predictions from the dense model's."""
-    probabilities_TV = dense_TV.exp()
-
-    def measure(other_TV: Tensor) -> float:
-        difference_TV = dense_TV - other_TV
-        # Equal to p log(p/q) summed, but no term is negative: small divergences do not drown in rounding.
-        terms_TV = probabilities_TV * (difference_TV + torch.expm1(-difference_TV))
-        return float(terms_TV.sum(dtype=torch.float64)) / len(ids_T)
-
-    return measure
-
-
-def cross_entropy(dense_TV: Tensor, ids_T: Tensor) -> Callable[[Tensor], float]:
-    """Mean loss of the text: the logarithm of the perplexity."""
-    following = ids_T[1:, None].to(dense_TV.device)
-    return lambda other_TV: -float(other_TV[:-1].gather(-1, following).mean(dtype=torch.float64))
-
-
-MEASURES: dict[str, Measure] = {"loss": divergence, "strs": cross_entropy}
-
-
 def probe(walk: Walk, analysis: Analysis, ranks: Ranks, measure: Measure, reporter: Reporter) -> Probes:
-    """Probes every target at its ranks; ``walk`` carries the probe's tokens, all in one batch.
+    """Probes every target at its ranks.
+
+    Args:
+        walk: carries the tokens of the probes, all in one batch.
 
     Raises:
-        NumericalError: what was measured is not finite; names the linear.
+        NumericalError: a measured value is not finite; names the linear.
     """
     assert len(walk.batches) == 1
     streams: dict[tuple[str, int], _Stream] = {}
@@ -124,7 +97,7 @@ def probe(walk: Walk, analysis: Analysis, ranks: Ranks, measure: Measure, report
                 weight_OI = weight_of(walk.skeleton, target)
                 products = _truncations(weight_OI, analysis.spectrum(target), ranks[target.name])
                 for rank, product_OI in products:
-                    with _weight_replaced(walk.skeleton, target, product_OI):
+                    with tensors_replaced(walk.skeleton, weights_by_name(target, product_OI)):
                         streams[target.name, rank] = dense.through(call, block.module, walk.device)
                 reporter.advance(len(streams), num_streams)
             block.run()
@@ -133,14 +106,14 @@ def probe(walk: Walk, analysis: Analysis, ranks: Ranks, measure: Measure, report
     for (name, rank), value in measured.items():
         if not isfinite(value):
             raise NumericalError(
-                f"With {name} truncated to rank {rank} the logits are not finite; leave it dense with --ignore, or choose "
-                "another --allocation."
+                f"With {name} truncated to rank {rank} the logits are not finite; leave it dense with --ignore, or "
+                "choose another --allocation."
             )
     return {name: {rank: measured[name, rank] for rank in ranks[name]} for name in ranks}
 
 
 class _Stream(NamedTuple):
-    """What goes from block to block in the dense model, or in one in which a linear is truncated."""
+    """The hidden and shared states between two blocks of the dense model, or of a model with one linear truncated."""
 
     hidden: Tensor
     shared: State
@@ -151,7 +124,7 @@ class _Stream(NamedTuple):
 
 
 def _truncations(weight_OI: Tensor, spectrum: Spectrum, ranks: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """The optimum of each rank, one at a time."""
+    """Yields each rank with the best weight of that rank, one at a time."""
     spectrum = spectrum.to(weight_OI.device, weight_OI.dtype)
     dual_DO = spectrum.basis_OD.mT if spectrum.dual_DO is None else spectrum.dual_DO
     coefficients_RI = dual_DO[: max(ranks, default=0)] @ weight_OI
@@ -159,21 +132,8 @@ def _truncations(weight_OI: Tensor, spectrum: Spectrum, ranks: Sequence[int]) ->
         yield rank, spectrum.basis_OD[:, :rank] @ coefficients_RI[:rank]
 
 
-@contextmanager
-def _weight_replaced(model: PreTrainedModel, target: Target, weight_OI: Tensor) -> Iterator[None]:
-    modules: dict[str, Any] = {name: model.get_submodule(name) for name in target.linears}
-    dense = {name: module.weight.data for name, module in modules.items()}
-    for name, rows in target.split(weight_OI).items():
-        modules[name].weight.data = (rows.mT if target.is_conv1d else rows).contiguous()
-    try:
-        yield
-    finally:
-        for name, module in modules.items():
-            module.weight.data = dense[name]
-
-
 def _measured(walk: Walk, streams: list[Tensor], measure: Measure) -> list[float]:
-    """Mean measure of each stream's predictions over the windows, one window at a time."""
+    """The measure of each stream's predictions, averaged over the windows; the logits of one window fit in memory."""
     totals = [0.0] * len(streams)
     with walk.head() as head:
 

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
-from importlib import resources
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from svdllm.checkpoint.quantized import NVFP4_GROUP
 from svdllm.common.errors import InputError
-from svdllm.compression.math.metrics import METHODS
+from svdllm.common.settings import DEVICE, setting
+from svdllm.compression.after_analysis import AfterAnalysis, settings_after_analysis
+from svdllm.compression.math.metrics import METHODS, METRICS, LeftMetric, MethodSettings, MetricSettings
+from svdllm.compression.ranks import ALLOCATIONS, AllocationSettings
+from svdllm.compression.recipe_parts import BUDGETS, Budget, MethodChoice, MetricChoice
 
-PRESETS = ("paper", "balanced", "best")
-ALLOCATIONS = ("uniform", "v2", "effective-rank", "loss", "strs")
-# Those that truncate linears on trial and measure what that does on the calibration text.
-PROBING = ("loss", "strs")
-BUDGETS = ("ratio", "target_params", "target_size", "target_speedup", "ranks")
-# Settings that say how a budget counts, and go with it.
-OF_A_BUDGET = ("factor_bits", "speedup_tokens")
-# The loss reaches queries and keys only through a softmax: their gradients are small and few, and left out.
-QUERY_AND_KEY = (r"\.(q|k)_proj$", r"\.(query|key)$")
-# What a method without Grams of its own, or explicit ranks, cannot use and are not given by default.
+# The settings that choose a row, and the table of the rows.
+TABLES: dict[str, Mapping[str, Any]] = {"method": METHODS, "metric": METRICS, "allocation": ALLOCATIONS}
+# What a method without a Gram cannot use and is not given by default.
 PLAIN = {"metric": "input", "shrinkage": 0.0, "allocation": "uniform", "round_to": 1}
 
-Ratio = Annotated[float, Field(gt=0, lt=1)]
 
-
-class Recipe(BaseModel):
+class Recipe(AllocationSettings, Budget, MetricSettings, MetricChoice, MethodSettings, MethodChoice):
     """Settings that decide the numbers of a run; keyword-only, frozen, unknown keys are errors.
 
     The defaults are the preset ``balanced``; with another method than svd-llm, or explicit ranks, they are plain.
@@ -40,92 +33,78 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    method: str = Field("svd-llm", description="Row of the table of methods: svd-llm, svd, asvd or fwsvd.")
-    asvd_alpha: float = Field(0.5, ge=0, le=1, description="Exponent of ASVD's channel scales.")
-    metric: Literal["input", "two-sided"] = Field(
-        "two-sided", description="Error of the outputs as it is, or weighted by what the loss says of each (gradients)."
+    ignore: tuple[str, ...] = setting(
+        (),
+        "Linears that stay dense; may be repeated. Searched in names like model.layers.0.mlp.up_proj.",
+        panel="Allocation",
+        metavar="REGEX",
     )
-    gradient_samples: int = Field(32, ge=1, description="Calibration windows of the backward pass (two-sided, fwsvd).")
-    input_only: tuple[str, ...] = Field(
-        QUERY_AND_KEY, description="Regular expressions of linears whose metric stays that of their inputs (two-sided)."
+    overrides: AfterAnalysis[dict[str, Annotated[float, Field(ge=0, lt=1)]]] = setting(
+        {},
+        "Another ratio for some linears; may be repeated. The first match wins; 0 leaves a linear dense.",
+        panel="Allocation",
+        flag="--override",
+        metavar="REGEX=RATIO",
+        reader="overrides",
     )
-    shrinkage: float = Field(0.1, ge=0, le=1, description="Share of the Gram's diagonal mixed into the Gram.")
-    gradient_shrinkage: float = Field(
-        0.3, gt=0, le=1, description="Share of the mean diagonal mixed into the gradients' Gram (two-sided)."
-    )
-
-    ratio: Ratio | tuple[Ratio, ...] | None = Field(
-        None, description="Share of the parameters of the compressed linears that is removed (the paper's ratio)."
-    )
-    target_params: int | None = Field(None, gt=0, description="Parameters of the whole compressed model.")
-    target_size: int | None = Field(None, gt=0, description="Bytes of the weight files of the whole compressed model.")
-    factor_bits: Literal[8, 4] | None = Field(
-        None,
-        description="Bits in which target_size counts the linears: the size is that of what `svdllm quantize` makes of the "
-        "compressed model.",
-    )
-    target_speedup: float | None = Field(
-        None,
-        gt=1,
-        allow_inf_nan=False,
-        description="How many times as fast all linears together shall be, by times measured on the device of the run.",
-    )
-    speedup_tokens: int = Field(
-        1, ge=1, description="Tokens at once that target_speedup is for: 1 is decoding, 1024 a prompt."
-    )
-    ranks: dict[str, int | Literal["full", "dense"]] | None = Field(
-        None,
-        description="Explicit ranks by regular expression, the first match wins; other linears stay dense. 'full' "
-        "keeps full rank.",
-    )
-    allocation: Literal["uniform", "v2", "effective-rank", "loss", "strs"] = Field(
-        "loss", description="How the budget is spread over the linears."
-    )
-    probe_share: float = Field(
-        0.5,
-        gt=0,
-        lt=1,
-        description="Most of the work of calibration and probing together that probing may be (loss, strs).",
-    )
-    strs_ratios: tuple[Ratio, ...] = Field(
-        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-        min_length=1,
-        description="Ratios that each linear is tried at, alone (strs).",
-    )
-    ignore: tuple[str, ...] = Field((), description="Regular expressions of linears that stay dense.")
-    overrides: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default_factory=dict, description="Ratio by regular expression; the first match wins; 0 leaves it dense."
-    )
-    round_to: int = Field(8, ge=1, description="Ranks are multiples of this.")
-
-    elastic: bool = Field(
-        False, description="Also write what every smaller size needs, so that `svdllm slice` makes it without data."
+    round_to: AfterAnalysis[int] = setting(
+        8, "Ranks are multiples of this number, which kernels and group-wise quantisers want.", panel="Allocation", ge=1
     )
 
-    calibration: str = Field("wikitext2", description="Calibration text: a name, a file, a hub data set or a mixture.")
-    samples: int = Field(256, ge=1, description="Calibration windows.")
-    seqlen: int = Field(2048, ge=2, description="Tokens of a calibration window.")
-    calibration_mode: Literal["dense", "sequential"] = Field(
-        "dense", description="Inputs from the dense model, or from the model as far as it is compressed already."
-    )
-    beta: float | None = Field(
-        None, ge=0, le=1, description="How far outputs are pulled to the dense model's (sequential); null chooses."
-    )
-    sequential_samples: int = Field(32, ge=1, description="Calibration windows of the second walk (sequential).")
-    bias_correction: bool = Field(
-        False, description="Factor centred inputs and give every low-rank linear the bias that this leaves over."
-    )
-    joint_kv: bool = Field(
+    elastic: AfterAnalysis[bool] = setting(
         False,
-        description="One first factor for k_proj and v_proj of a layer: a latent cache then keeps one latent for both.",
+        "Also write what every smaller size needs: `svdllm slice` then makes it in seconds, without text.",
+        panel="Recipe",
     )
-    seed: int = Field(3, ge=0, description="Seed of the random windows.")
 
-    device: str = Field("auto", description="Where the blocks run: auto, cpu, cuda, cuda:1, ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
-        "auto", description="What the blocks compute in; the checkpoint keeps the source's dtype."
+    calibration: str = setting(
+        "wikitext2",
+        "Calibration text: python-docs (built in), wikitext2, c4, ptb; owner/name[:config][:split][:field] on the hub; "
+        "a .txt, .jsonl, .json or .parquet file[:field]; or a mixture a:0.7,b:0.3.",
+        panel="Calibration",
+        flag="--calib",
     )
-    batch_tokens: int = Field(4096, ge=1, description="Tokens that run through a block at once.")
+    samples: int = setting(256, "Calibration windows.", panel="Calibration", ge=1)
+    seqlen: int = setting(2048, "Tokens of a calibration window.", panel="Calibration", ge=2)
+    calibration_mode: AfterAnalysis[Literal["dense", "sequential"]] = setting(
+        "dense",
+        "Whose inputs a linear is fitted to: those of the dense model, or those of the model as far as it is "
+        "compressed (sequential; several forward passes more).",
+        panel="Calibration",
+    )
+    beta: AfterAnalysis[float | None] = setting(
+        None,
+        "How far outputs are pulled to those of the dense model, 0 to 1 (sequential).",
+        panel="Calibration",
+        shown_default="chosen for each group of linears on held-out text",
+        ge=0,
+        le=1,
+    )
+    sequential_samples: AfterAnalysis[int] = setting(
+        32, "Calibration windows of the second walk (sequential).", panel="Calibration", ge=1
+    )
+    bias_correction: bool = setting(
+        False,
+        "Factor centred inputs, and give every low-rank linear a bias that corrects its mean output.",
+        panel="Method",
+    )
+    joint_kv: bool = setting(
+        False,
+        "One first factor for k_proj and v_proj of a layer, as in multi-head latent attention: a latent cache then "
+        "keeps one latent for both.",
+        panel="Method",
+    )
+    seed: int = setting(3, "Seed of the random windows.", panel="Calibration", ge=0)
+
+    device: str = setting("auto", DEVICE, panel="Machine")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = setting(
+        "auto",
+        "What is computed in: auto is float32 on a CPU, the model's own dtype on a GPU. Files keep the model's dtype.",
+        panel="Machine",
+    )
+    batch_tokens: int = setting(
+        4096, "Tokens that run through a block at once; lower it when memory is short.", panel="Machine", ge=1
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -133,7 +112,8 @@ class Recipe(BaseModel):
         if not isinstance(settings, dict):
             return settings
         plain: dict[str, Any] = {}
-        if settings.get("method", "svd-llm") != "svd-llm":
+        method = METHODS.get(str(settings.get("method", cls.model_fields["method"].default)))
+        if method is not None and not method.has_gram:
             plain = PLAIN
         elif settings.get("ranks") is not None:
             plain = {"allocation": "uniform", "round_to": 1}
@@ -141,11 +121,12 @@ class Recipe(BaseModel):
             plain = plain | {"round_to": NVFP4_GROUP}
         return plain | settings
 
-    @field_validator("method")
+    @field_validator("method", "metric", "allocation")
     @classmethod
-    def _known_method(cls, value: str) -> str:
-        if value not in METHODS:
-            raise ValueError(f"unknown method {value!r}; known are {', '.join(METHODS)}")
+    def _known_row(cls, value: str, info: ValidationInfo) -> str:
+        table = TABLES[str(info.field_name)]
+        if value not in table:
+            raise ValueError(f"unknown {info.field_name} {value!r}; known are {', '.join(table)}")
         return value
 
     @field_validator("ignore", "input_only", "overrides", "ranks")
@@ -169,46 +150,63 @@ class Recipe(BaseModel):
             raise ValueError("ratio is an empty list; give at least one")
         if isinstance(self.ratio, tuple) and len(set(self.ratio)) < len(self.ratio):
             raise ValueError(f"ratio names a value twice: {self.ratio}")
-        if len(set(self.strs_ratios)) < len(self.strs_ratios):
-            raise ValueError(f"strs_ratios names a value twice: {self.strs_ratios}")
         return self
 
     @model_validator(mode="after")
-    def _sensible_combination(self) -> Recipe:
+    def _fits_the_method(self) -> Recipe:
         """Combinations that make no sense are refused, not ignored."""
-        if self.metric == "two-sided" and self.method != "svd-llm":
+        method, metric = METHODS[self.method], METRICS[self.metric]
+        if metric.left is not None and method.left is not None:
+            raise ValueError(f"method {method.name} and metric {metric.name} both weigh the outputs; use metric input")
+        if method.has_gram:
+            return self
+        if metric.left is not None:
             raise ValueError(
-                f"metric two-sided weighs the Gram of the inputs by gradients; method {self.method} has no Gram, "
+                f"metric {metric.name} weighs the Gram of the inputs by gradients; method {method.name} has no Gram, "
                 "use method svd-llm"
             )
-        if self.shrinkage and self.method != "svd-llm":
-            raise ValueError(f"shrinkage acts on a Gram; method {self.method} has none, use method svd-llm")
-        if self.bias_correction and self.method != "svd-llm":
-            raise ValueError(f"bias_correction needs the mean inputs of a Gram; method {self.method} has none")
-        if self.calibration_mode == "sequential" and self.method != "svd-llm":
+        if self.shrinkage:
+            raise ValueError(f"shrinkage acts on a Gram; method {method.name} has none, use method svd-llm")
+        if self.bias_correction:
+            raise ValueError(f"bias_correction needs the mean inputs of a Gram; method {method.name} has none")
+        if self.calibration_mode == "sequential":
             raise ValueError(
-                f"calibration_mode sequential fits to Grams of the compressed stream; method {self.method} uses none"
+                f"calibration_mode sequential fits to Grams of the compressed stream; method {method.name} uses none"
             )
-        if (
-            self.calibration_mode == "sequential"
-            and self.beta is None
-            and min(self.samples, self.sequential_samples) < 2
-        ):
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_calibration(self) -> Recipe:
+        sequential = self.calibration_mode == "sequential"
+        if sequential and self.beta is None and min(self.samples, self.sequential_samples) < 2:
             raise ValueError(
                 "calibration_mode sequential holds windows out to choose beta by; give at least 2 samples and "
                 "sequential_samples, or a beta"
             )
-        if self.beta is not None and self.calibration_mode == "dense":
+        if self.beta is not None and not sequential:
             raise ValueError("beta does nothing to a dense calibration; use calibration_mode sequential")
-        if self.allocation != "uniform" and self.ranks is not None:
-            raise ValueError(f"allocation {self.allocation} chooses ranks, and ranks are given; drop one of them")
-        if self.allocation == "v2" and (self.target_params or self.target_size):
-            raise ValueError("allocation v2 spreads a ratio over the linears of a kind; give a ratio")
-        if self.target_speedup is not None and self.allocation != "loss":
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_allocation(self) -> Recipe:
+        row = ALLOCATIONS[self.allocation]
+        refused = [name for name in BUDGETS if getattr(self, name) is not None and name not in row.budgets]
+        if "ranks" in refused:
+            raise ValueError(f"allocation {row.name} chooses ranks, and ranks are given; drop one of them")
+        if "target_speedup" in refused:
             raise ValueError(
-                f"target_speedup is a budget of measured time, which allocation {self.allocation} does not count; use "
+                f"target_speedup is a budget of measured time, which allocation {row.name} does not count; use "
                 "allocation loss"
             )
+        if refused:
+            raise ValueError(
+                f"allocation {row.name} cannot keep to {refused[0]}; give a {' or '.join(row.budgets)}, or use another "
+                "allocation"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_budget(self) -> Recipe:
         if self.factor_bits is not None and self.target_size is None:
             raise ValueError("factor_bits does nothing without target_size, which it says how to count")
         if self.factor_bits == 4 and self.round_to % NVFP4_GROUP:
@@ -227,7 +225,7 @@ class Recipe(BaseModel):
         return self
 
     def _why_not_nested(self) -> str | None:
-        """Why a run at another ratio would not give the first columns and rows of these factors; None where it would."""
+        """Why a run at another ratio would not give the leading part of these factors; None if it would."""
         if isinstance(self.ratio, tuple) and len(self.ratio) > 1:
             return f"{len(self.ratio)} ratios are given; give the smallest ({min(self.ratio)}) and slice the others"
         for budget in BUDGETS[1:]:
@@ -240,19 +238,29 @@ class Recipe(BaseModel):
         return None
 
     @property
+    def left_metric(self) -> LeftMetric | None:
+        """How the outputs are weighed by gradients, by the metric or by the method; None where they are not."""
+        return METRICS[self.metric].left or METHODS[self.method].left
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether the loss is followed back through the model."""
-        return self.metric == "two-sided" or METHODS[self.method].left is not None
+        return self.left_metric is not None
 
     @property
     def needs_probes(self) -> bool:
         """Whether linears are truncated on trial, to see what it does."""
-        return self.allocation in PROBING
+        return ALLOCATIONS[self.allocation].probing is not None
 
     @property
     def needs_tokens(self) -> bool:
         """Whether a calibration text is read."""
         return METHODS[self.method].needs_tokens or self.needs_probes
+
+    def analysis_settings(self) -> dict[str, Any]:
+        """The settings that decide the analysis: neither the budget nor how it is spread."""
+        later = settings_after_analysis(type(self))
+        return {name: value for name, value in self.to_dict().items() if name not in later}
 
     def require_budget(self) -> None:
         """Raises InputError unless a budget is given."""
@@ -279,94 +287,3 @@ class Recipe(BaseModel):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-
-def make_recipe(settings: dict[str, Any], origin: str = "the settings") -> Recipe:
-    """Validates a mapping into a recipe; every problem is reported at once as an InputError."""
-    try:
-        return Recipe(**settings)
-    except ValidationError as error:
-        raise InputError(f"{origin}: {problems_of(error)}") from error
-
-
-def load_settings(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML (or JSON) recipe file.
-
-    Raises:
-        InputError: no such file, or not a mapping.
-    """
-    path = Path(path)
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"Recipe {path} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"Recipe {path}: expected a mapping of settings, found {type(settings).__name__}.")
-    return settings
-
-
-def allocation_file(path: str | Path) -> dict[str, int | str]:
-    """Explicit ranks from a JSON or YAML file: linear (a regular expression) -> rank, ``full`` or ``dense``.
-
-    Raises:
-        InputError: no allocation has this name and no file either, or the file is no such map.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(
-            f"--allocation {str(path)!r} is neither one of {', '.join(ALLOCATIONS)} nor a file. A file is a JSON or YAML "
-            "map from linear to rank, like {'mlp.down_proj': 200, 'q_proj': dense}."
-        )
-    ranks = load_settings(path)
-    wrong = [
-        f"{name}: {rank!r}" for name, rank in ranks.items() if rank not in ("full", "dense") and not _is_rank(rank)
-    ]
-    if wrong or not ranks:
-        raise InputError(
-            f"Allocation {path}: expected a map from linear to a rank above zero, 'full' or 'dense', found "
-            f"{'; '.join(wrong[:5]) or 'nothing'}."
-        )
-    return {str(name): rank for name, rank in ranks.items()}
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def preset_settings(name: str) -> dict[str, Any]:
-    """The settings of a preset, from the YAML file in the package."""
-    if name not in PRESETS:
-        raise InputError(f"Unknown preset {name!r}; known are {', '.join(PRESETS)}.")
-    text = (resources.files("svdllm.compression") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)
-
-
-def parse_amount(text: str, *, what: str, bytes_allowed: bool) -> int:
-    """``100M`` or ``1.5B`` parameters, ``300MB`` or ``2GiB`` bytes, as an integer."""
-    units = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
-    if bytes_allowed:
-        units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-        units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-    amount = 0 if match is None else int(Decimal(match[1]) * units.get(match[2].upper(), 0))
-    if amount <= 0:
-        examples = "300MB, 1.5GB or 2GiB" if bytes_allowed else "100M or 1.5B"
-        raise InputError(f"{what} {text!r} is not an amount above zero; write it like {examples}.")
-    return amount
-
-
-def problems_of(error: ValidationError) -> str:
-    lines = []
-    problems = error.errors()
-    for problem in problems:
-        place = problem["loc"]
-        if any(len(other["loc"]) > len(place) and other["loc"][: len(place)] == place for other in problems):
-            continue  # a list is also called too short where it has items that are wrong
-        where = ".".join(str(part) for part in place if not str(part).startswith(("constrained", "tuple", "float")))
-        message = problem["msg"].removeprefix("Value error, ")
-        found = problem.get("input")
-        shown = f" (found {found!r})" if isinstance(found, str | int | float) else ""
-        line = f"{where or 'recipe'}: {message}{shown}"
-        if line not in lines:
-            lines.append(line)
-    return "; ".join(lines)

@@ -1,28 +1,35 @@
-"""What a run says about itself: plain records, from which tables, cards and JSON are made."""
+"""Records of a run, from which tables, model cards and reports are made."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+from svdllm.common.version import __version__
 from svdllm.compression.math.linalg import tail_energies
 from svdllm.compression.plan import Plan
 from svdllm.compression.recipe import Recipe
 from svdllm.data import TokenWindows
-from svdllm.models.structure import Target
+from svdllm.models.low_rank import FORMAT_VERSION
+from svdllm.models.structure import Structure, Target, linear_ranks, shared_factors
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearRecord:
-    """One linear after compression. Losses are in the metric of the method: for svd-llm, over the calibration tokens.
+    """One linear after compression.
 
-    ``loss`` is ``||(W - W') X||_F`` and ``relative_loss`` its share of ``||W X||_F``; ``kept_energy`` is
-    ``1 - relative_loss^2``. A dense linear has rank None and loses nothing.
+    ``loss`` is ``||(W - W') X||_F`` and ``relative_loss`` its share of ``||W X||_F``, in the metric of the method (for
+    svd-llm, over the calibration tokens). ``kept_energy`` is ``1 - relative_loss^2``. A linear that stays dense has
+    rank None and no loss.
     """
 
     name: str
-    parts: list[str]  # names of the linears, where several have one first factor; else none
+    parts: list[str]  # names of the linears that share this first factor; empty for a linear of its own
     block: int
     out_features: int
     in_features: int
@@ -35,7 +42,12 @@ class LinearRecord:
 
 
 def linear_record(target: Target, rank: int | None, energies_K: Any, seconds: float) -> LinearRecord:
-    """The record of a target truncated to ``rank`` whose spectrum is ``energies_K`` (float64, descending)."""
+    """The record of a target that is truncated to ``rank``.
+
+    Args:
+        energies_K: the spectrum of the target; float64, descending.
+        seconds: of its decomposition.
+    """
     tails = tail_energies(energies_K)
     total = float(tails[0])
     squared_loss = 0.0 if rank is None else float(tails[min(rank, len(tails) - 1)])
@@ -57,7 +69,7 @@ def linear_record(target: Target, rank: int | None, energies_K: Any, seconds: fl
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where a compressed model comes from."""
+    """The origin of a compressed model: dense model and calibration text, with hashes of both."""
 
     model: str
     revision: str | None
@@ -83,7 +95,7 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionResult:
-    """The record of a run: what was written where, and what it took (bytes, seconds)."""
+    """The result of a run: the checkpoint's folder, its plan, and the memory (bytes) and time (seconds) it took."""
 
     output_dir: Path
     recipe: Recipe
@@ -95,30 +107,20 @@ class CompressionResult:
     warnings: list[str]
 
     def load(self, **kwargs: Any) -> Any:
-        """The compressed model, by ``from_pretrained``."""
+        """Loads the compressed model by ``from_pretrained``."""
         from svdllm.checkpoint.load import load_model
 
         return load_model(self.output_dir, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        sizes = {
-            key: getattr(self.plan, key)
-            for key in (
-                "model",
-                "method",
-                "achieved_ratio",
-                "params",
-                "dense_params",
-                "file_bytes",
-                "dense_file_bytes",
-                "quantized_file_bytes",
-                "ranks",
-            )
-        }
         unused = self.plan.unused_tensors
         return {
             "output_dir": str(self.output_dir),
-            **sizes,
+            "model": self.plan.model,
+            "method": self.recipe.method,
+            "ratio": self.recipe.ratio,
+            **asdict(self.plan.sizes),
+            "ranks": self.plan.ranks,
             "seconds": self.seconds,
             "peak_ram_bytes": self.peak_ram_bytes,
             "planned_ram_bytes": self.plan.peak_ram_bytes,
@@ -128,3 +130,33 @@ class CompressionResult:
             "warnings": self.warnings,
             "recipe": self.recipe.to_dict(),
         }
+
+
+def report_of(plan: Plan, recipe: Recipe, provenance: Provenance, linears: list[LinearRecord]) -> dict[str, Any]:
+    """The content of ``svdllm/report.json``, without the times of the run."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "source": provenance.to_dict(),
+        "method": recipe.method,
+        "recipe": recipe.to_dict(),
+        "allocation": {
+            "name": plan.allocation_name,
+            "predicted_loss": plan.allocation.predicted_loss,
+            "gap": plan.allocation.gap,
+            "threshold": plan.allocation.threshold,
+        },
+        "speed": None if plan.speed is None else asdict(plan.speed),
+        "linear_times": None if plan.linear_times is None else asdict(plan.linear_times),
+        "ratio": recipe.ratio,
+        **asdict(plan.sizes),
+        "versions": {"svdllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "warnings": plan.warnings,
+        "unused_tensors": None if plan.unused_tensors is None else asdict(plan.unused_tensors),
+        "linears": [asdict(record) for record in linears],
+    }
+
+
+def ranks_entry(structure: Structure, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The ranks as ``config.json`` holds them: by linear, with the linears that share a first factor."""
+    shared = shared_factors(structure.targets, ranks)
+    return {"ranks": linear_ranks(structure.targets, ranks), **({"shared_factors": shared} if shared else {})}

@@ -1,9 +1,10 @@
-"""Sequential calibration: every linear is compressed for the inputs that the compressed model hands it.
+"""Sequential calibration: fits every linear to the inputs that it gets in the compressed model.
 
-Two streams of hidden states go through the blocks, the dense model's and the compressed model's. Within a block the
-groups are compressed in the order in which the model calls them: q, k, v; o; gate, up; down. Each is fitted to
-``W* = W (beta K + (1 - beta) S') S'^-1`` in the metric of ``S'``: part of the error of what comes before it is
-corrected. A linear that stays dense becomes ``W*`` itself, which costs no parameters. It needs the ranks first, so it follows a dense analysis and an allocation.
+Two streams of hidden states go through the blocks, one of the dense model and one of the compressed model. Within a
+block the groups are compressed in the order in which the model calls them: q, k, v; o; gate, up; down. Each linear is
+fitted to ``W* = W (beta K + (1 - beta) S') S'^-1`` in the metric of ``S'``, which corrects part of the error of the
+linears before it. A linear that stays dense becomes ``W*`` itself, which costs no parameters. The ranks must be known,
+so this walk follows a dense analysis and an allocation.
 
 Source: error-propagation aware (anchored) calibration, as in AA-SVD.
 """
@@ -11,10 +12,8 @@ Source: error-propagation aware (anchored) calibration, as in AA-SVD.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,57 +21,54 @@ from torch import Tensor
 from svdllm.common.errors import NumericalError
 from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis, FinalFactors
-from svdllm.compression.analyze import left_metric_of
+from svdllm.compression.collect import left_metric_of
 from svdllm.compression.math.linalg import anchored, corrected_bias, factorise, output_spectrum
-from svdllm.compression.math.statistics import CrossGram, Gram
+from svdllm.compression.plan import Plan
+from svdllm.compression.products import Products, Sums, relative_error
 from svdllm.compression.recipe import Recipe
-from svdllm.models.structure import Target, bias_of, weight_of
+from svdllm.compression.session import Run
+from svdllm.compression.subject import Subject
+from svdllm.data import TokenWindows
+from svdllm.models.loaded_weights import tensors_replaced
+from svdllm.models.structure import Target, bias_of, weight_of, weights_by_name
 from svdllm.models.walk import Block, Walk
 
-# Candidates among which a group's beta is chosen by its error on tokens that it was not fitted to.
+# Candidates for the beta of a group; the one with the least error on held-out tokens is taken.
 BETAS = (0.0, 0.5, 1.0)
 HELD_OUT_SHARE = 0.125
-# Keeps the regression defined where a text excites fewer directions than there are: a share of the mean diagonal.
-RIDGE = 1e-6
+# Batches are made small enough for so many of them, because some are held out.
+LEAST_BATCHES = 8
 
 
-class Products(NamedTuple):
-    """What a group's inputs ``X`` (dense stream) and ``X'`` (compressed stream) are reduced to; all float64."""
+def refit(
+    run: Run, subject: Subject, windows: TokenWindows | None, analysis: Analysis, plan: Plan
+) -> FinalFactors | None:
+    """Fits the factors of one plan to the inputs that the compressed model makes itself.
 
-    dense_II: Tensor  # C = X X^T
-    compressed_II: Tensor  # S' = X' X'^T
-    cross_II: Tensor  # K = X X'^T
-    dense_sum_I: Tensor
-    compressed_sum_I: Tensor
-    num_tokens: int
-
-    def plus(self, other: Products) -> Products:
-        sums = {name: ours + theirs for name, ours, theirs in zip(self._fields, self, other, strict=True)}
-        return self._replace(**sums)
-
-    def centred(self) -> Products:
-        """Of the inputs less their means: what is left to a weight where a bias takes care of the means."""
-        dense_I, compressed_I, count = self.dense_sum_I, self.compressed_sum_I, max(self.num_tokens, 1)
-        return self._replace(
-            dense_II=self.dense_II - torch.outer(dense_I, dense_I) / count,
-            compressed_II=self.compressed_II - torch.outer(compressed_I, compressed_I) / count,
-            cross_II=self.cross_II - torch.outer(dense_I, compressed_I) / count,
-        )
-
-    def shrunk(self, amount: float) -> Products:
-        """Shrunk alike, so that ``K = S'`` still gives the weight back, and positive definite."""
-        diagonal_I = self.compressed_II.diagonal()
-        ridge = RIDGE * diagonal_I.mean().clamp_min(torch.finfo(torch.float64).tiny)
-        kept_II = torch.diag(amount * diagonal_I + ridge)
-        return self._replace(
-            compressed_II=(1 - amount) * self.compressed_II + kept_II,
-            cross_II=(1 - amount) * self.cross_II + kept_II,
-        )
+    None where the recipe does not ask for it: the factors are slices of the analysis then.
+    """
+    if run.recipe.calibration_mode == "dense":
+        return None
+    assert windows is not None
+    ids = windows.ids[: run.recipe.sequential_samples]
+    walk = subject.walk(ids, run.recipe, run.spill_file(plan))
+    walk.two_streams = True
+    walk.batch_tokens = min(walk.batch_tokens, max(1, ids.numel() // LEAST_BATCHES))
+    finals = FinalFactors(run.analysis_folder / f"sequential-{plan.achieved_ratio:.6f}")
+    Sequential(
+        walk=walk,
+        ranks=plan.ranks,
+        recipe=run.recipe,
+        analysis=analysis,
+        finals=finals,
+        reporter=run.reporter,
+    ).run()
+    return finals
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sequential:
-    """The second walk, for one allocation; every finished block is a file of final factors."""
+    """The walk of a sequential calibration for one allocation. Every finished block is a file in ``finals``."""
 
     walk: Walk
     ranks: Mapping[str, int]
@@ -96,7 +92,7 @@ class Sequential:
 
     def _compress(self, block: Block) -> None:
         factors: dict[str, dict[str, Tensor]] = {}
-        replaced: dict[str, Replacement] = {}
+        replaced: dict[str, Tensor] = {}  # parameters of the targets that are compressed already
         betas: dict[str, float] = {}
         started = time.perf_counter()
         for group in self._groups_in_order(block):
@@ -109,7 +105,7 @@ class Sequential:
                 weight_OI = weight_of(self.walk.skeleton, target)
                 betas[target.name] = beta
                 if target.name not in self.ranks and beta == 0:
-                    continue  # stays as it is
+                    continue  # keeps its weight
                 tensors = self._fit(target, weight_OI, products, beta)
                 if target.bias_corrected and target.name in self.ranks:
                     means = [total / products.num_tokens for total in (products.dense_sum_I, products.compressed_sum_I)]
@@ -117,7 +113,7 @@ class Sequential:
                     bias_O = bias_of(self.walk.skeleton, target)
                     tensors["svd_u.bias"] = corrected_bias(weight_OI, u_OR, v_RI, *means, bias_O=bias_O)
                 factors[target.name] = tensors
-                replaced[target.name] = self._effective(factors[target.name])
+                replaced |= self._parameters(target, tensors)
         dtype = torch.float64 if self.walk.dtype == torch.float64 else torch.float32
         stored = {name: {leaf: t.to(dtype) for leaf, t in tensors.items()} for name, tensors in factors.items()}
         self.finals.write(block.index, stored, {"betas": betas, "seconds": time.perf_counter() - started})
@@ -143,16 +139,19 @@ class Sequential:
             groups.setdefault(targets[name].group, []).append(targets[name])
         return list(groups.values())
 
-    def _products(self, block: Block, leader: Target, replaced: Mapping[str, Replacement]) -> tuple[Products, Products]:
-        """Of the tokens to fit to and of those held out: every eighth batch or so, none where beta is given."""
+    def _products(self, block: Block, leader: Target, replaced: Mapping[str, Tensor]) -> tuple[Products, Products]:
+        """The products of a group over the tokens to fit to, and over those held out to choose beta by.
+
+        About every eighth batch is held out; none if the recipe gives beta.
+        """
         assert self.walk.compressed is not None
         module = self.walk.skeleton.get_submodule(leader.linears[0])
         num_batches = len(self.walk.batches)
         num_held = 0 if self.recipe.beta is not None else max(1, round(HELD_OUT_SHARE * num_batches))
-        sums = [_Sums(leader.in_features, self.walk.device) for _ in range(2)]
+        sums = [Sums(leader.in_features, self.walk.device) for _ in range(2)]
         for number in range(num_batches):
             dense = block.inputs_of(module, self.walk.hidden, number)
-            with self._weights(replaced):
+            with tensors_replaced(self.walk.skeleton, replaced):
                 compressed = block.inputs_of(module, self.walk.compressed, number)
             sums[number >= num_batches - num_held].add(dense, compressed)
         fitted, held_out = (part.value() for part in sums)
@@ -161,7 +160,7 @@ class Sequential:
         return fitted, held_out
 
     def _fit(self, target: Target, weight_OI: Tensor, products: Products, beta: float) -> dict[str, Tensor]:
-        """``svd_u`` and ``svd_v`` of a target's rank, or the ``weight`` of one that stays dense; float64."""
+        """Fits a target: ``svd_u`` and ``svd_v`` of its rank, or ``weight`` if it stays dense; float64."""
         dense = target.name not in self.ranks
         if target.bias_corrected and not dense:
             products = products.centred()
@@ -181,7 +180,7 @@ class Sequential:
         return {"svd_u.weight": u_OR, "svd_v.weight": v_RI}
 
     def _best_beta(self, targets: list[Target], fitted: Products, held_out: Products) -> float:
-        """The candidate whose factors come nearest to the dense outputs on the held-out tokens, over the group."""
+        """The candidate whose factors come nearest to the group's dense outputs on the held-out tokens."""
         errors = dict.fromkeys(BETAS, 0.0)
         for target in targets:
             weight_OI = weight_of(self.walk.skeleton, target).double()
@@ -191,19 +190,24 @@ class Sequential:
                 errors[beta] += relative_error(weight_OI, product_OI, judged)
         return min(BETAS, key=errors.__getitem__)
 
-    def _effective(self, tensors: Mapping[str, Tensor]) -> Replacement:
-        """What stands in for a dense linear in the compressed stream, with its bias if it is another one."""
-        bias = tensors.get("svd_u.bias")
-        return Replacement(
-            _product(tensors).to(self.walk.device, self.walk.dtype),
-            None if bias is None else bias.to(self.walk.device, self.walk.dtype),
-        )
+    def _parameters(self, target: Target, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters with which a dense linear computes what its factors, or its fitted weight, would."""
+        device, dtype = self.walk.device, self.walk.dtype
+        parameters = weights_by_name(target, _product(tensors).to(device, dtype))
+        if (bias_O := tensors.get("svd_u.bias")) is not None:
+            parts = target.split(bias_O.to(device, dtype)).items()
+            parameters |= {f"{name}.bias": values for name, values in parts}
+        return parameters
 
     def _advance(self, block: Block) -> None:
+        """Carries both streams through a block."""
         assert self.walk.compressed is not None
-        replaced = {name: self._effective(tensors) for name, tensors in self.finals.read(block.index).items()}
+        finals, replaced = self.finals.read(block.index), {}
+        for target in self.walk.structure.block_targets(block.index):
+            if target.name in finals:
+                replaced |= self._parameters(target, finals[target.name])
         for number, batch in enumerate(self.walk.batches):
-            with self._weights(replaced), torch.no_grad():
+            with tensors_replaced(self.walk.skeleton, replaced), torch.no_grad():
                 output, written = block.run_on(self.walk.compressed, number)
             if not bool(torch.isfinite(output).all()):
                 raise NumericalError(
@@ -214,66 +218,9 @@ class Sequential:
             self.walk.compressed.share(number, block.index, written)
         block.run()
 
-    @contextmanager
-    def _weights(self, replaced: Mapping[str, Replacement]) -> Iterator[None]:
-        """Targets of the resident block have other weights while the context lasts."""
-        targets = [target for target in self.walk.structure.targets if target.name in replaced]
-        modules: dict[str, Any] = {n: self.walk.skeleton.get_submodule(n) for t in targets for n in t.linears}
-        dense = {name: (module.weight.data, module.bias) for name, module in modules.items()}
-        try:
-            for target in targets:
-                weight_OI, bias_O = replaced[target.name]
-                for name, rows in target.split(weight_OI).items():
-                    modules[name].weight.data = rows.mT if target.is_conv1d else rows
-                for name, values in ({} if bias_O is None else target.split(bias_O)).items():
-                    modules[name].bias = torch.nn.Parameter(values, requires_grad=False)
-            yield
-        finally:
-            for name, module in modules.items():
-                module.weight.data, module.bias = dense[name]
-
 
 def _product(tensors: Mapping[str, Tensor]) -> Tensor:
-    """``out x in``, float64, of factors or of a weight."""
+    """The weight (``out x in``, float64) that factors multiply out to, or a fitted dense weight."""
     if "weight" in tensors:
         return tensors["weight"].double()
     return tensors["svd_u.weight"].double() @ tensors["svd_v.weight"].double()
-
-
-class Replacement(NamedTuple):
-    """Another weight (``out x in``) for a linear, and another bias or None."""
-
-    weight_OI: Tensor
-    bias_O: Tensor | None
-
-
-class _Sums:
-    """The three products of a group, while the batches come."""
-
-    def __init__(self, in_features: int, device: torch.device):
-        self.dense, self.compressed = Gram(in_features, device), Gram(in_features, device)
-        self.cross = CrossGram(in_features, device)
-
-    def add(self, dense: Tensor, compressed: Tensor) -> None:
-        self.dense.add(dense)
-        self.compressed.add(compressed)
-        self.cross.add(dense, compressed)
-
-    def value(self) -> Products:
-        count = self.dense.num_tokens
-        return Products(
-            dense_II=self.dense.value(),
-            compressed_II=self.compressed.value(),
-            cross_II=self.cross.value(),
-            dense_sum_I=self.dense.mean() * count,
-            compressed_sum_I=self.compressed.mean() * count,
-            num_tokens=count,
-        )
-
-
-def relative_error(weight_OI: Tensor, product_OI: Tensor, products: Products) -> float:
-    """``||W X - W' X'||_F^2 / ||W X||_F^2``, from products alone."""
-    dense = (weight_OI @ products.dense_II * weight_OI).sum()
-    cross = (weight_OI @ products.cross_II * product_OI).sum()
-    compressed = (product_OI @ products.compressed_II * product_OI).sum()
-    return float((dense - 2 * cross + compressed) / dense.clamp_min(torch.finfo(torch.float64).tiny))

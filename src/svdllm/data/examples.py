@@ -11,7 +11,8 @@ from torch import Tensor
 
 from svdllm.common.errors import InputError
 from svdllm.data.chats import messages_of, render
-from svdllm.data.sources import CHAT_FIELD, documents_of_spec, rows_of_spec
+from svdllm.data.files import CHAT_FIELD
+from svdllm.data.sources import documents_of_spec, rows_of_spec
 from svdllm.data.specs import DocsSpec, MixtureSpec, NamedSet, parse_spec
 from svdllm.data.tokens import encode, token_stream
 

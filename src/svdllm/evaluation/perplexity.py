@@ -121,8 +121,7 @@ def _check(
 ) -> None:
     check_counts(batch_size=batch_size, max_windows=max_windows)
     config = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        require_context(config, seqlen)
+    require_context(config, seqlen)
     for ids in texts:
         require_known_ids(ids, config)
 

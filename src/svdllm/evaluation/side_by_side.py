@@ -15,7 +15,7 @@ from svdllm.checkpoint.load import load_model
 from svdllm.common.device import resolve_device, resolve_dtype
 from svdllm.common.progress import Reporter
 from svdllm.data import check_source, evaluation_tokens
-from svdllm.data.sources import hub_offline
+from svdllm.data.hub_datasets import hub_offline
 from svdllm.evaluation.perplexity import Perplexity, check_counts, perplexity
 from svdllm.evaluation.tasks import TaskResults, TaskSuite, check_models, open_tasks, run_tasks
 from svdllm.evaluation.windows import check_protocol, prefix_token

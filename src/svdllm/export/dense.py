@@ -1,4 +1,4 @@
-"""Other forms of a checkpoint: the factors multiplied out to a plain model. Graphs of other runtimes: ``graphs.py``."""
+"""Multiplies the factors of a checkpoint out to a plain model."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from svdllm.checkpoint.shards import write_shards
 from svdllm.checkpoint.tensors import Tensors, tensor_bytes
 from svdllm.common.errors import CheckpointError, InputError, UnsupportedModelError
 from svdllm.models.companions import copy_companion_files
+from svdllm.models.config_files import load_config
 from svdllm.models.low_rank import HASHES_FILE, compare_hashes
 from svdllm.models.low_rank.factory import dense_config
-from svdllm.models.open import load_config
+from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.weights import SafetensorsWeights
 
 
 def export_dense(folder: str | Path, output_dir: str | Path) -> None:
-    """Multiplies the factors out: a plain model of the base family, loadable everywhere, as large as the original.
+    """Writes a plain model of the base family, which loads everywhere and is as large as the original.
 
     Raises:
-        InputError: ``folder`` is no checkpoint, or ``output_dir`` is not empty.
+        InputError: ``folder`` is not a checkpoint, or ``output_dir`` is not empty.
         CheckpointError: a file is truncated or altered.
-        ResourceError: the disk does not suffice.
-        UnsupportedModelError: the base family has no place for the biases of a bias correction.
+        ResourceError: the disk is too small.
+        UnsupportedModelError: the base family has no biases where bias correction added some.
     """
     folder = Path(folder)
     config = config_to_export(folder)
-    if not getattr(config, "svdllm", None):
-        raise InputError(f"{folder} is a dense model already ({config.model_type}); there is nothing to multiply out.")
+    if (info := LowRankInfo.of(config)) is None:
+        raise InputError(f"{folder} is already a dense model ({config.model_type}); it has no factors to multiply out.")
     with new_folder(output_dir, "an export") as (output, partial):
         require_intact(folder)
         base = dense_config(config)
-        ranks, shared = config.svdllm["ranks"], config.svdllm.get("shared_factors", {})
-        dense = _Products(SafetensorsWeights(folder, build_skeleton(config)), build_skeleton(base), ranks, shared)
+        dense = _Products(SafetensorsWeights(folder, build_skeleton(config)), build_skeleton(base), info)
         dense.require_places()
         output.require_disk(tensor_bytes(dense.tensors), "the weights need")
         write_shards(partial, dense, dense.tensors)
@@ -46,31 +46,29 @@ def export_dense(folder: str | Path, output_dir: str | Path) -> None:
 
 
 def config_to_export(folder: Path) -> PreTrainedConfig:
-    """The config of a model's folder. Raises InputError if there is none."""
+    """Reads the config in a model's folder. Raises InputError if there is none."""
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is no svdllm checkpoint: it has no config.json.")
+        raise InputError(f"{folder} is not an svdllm checkpoint: it has no config.json.")
     return load_config(folder, str(folder))
 
 
 def require_intact(folder: Path) -> None:
-    """Raises CheckpointError if the weights are not those that the hashes in the folder tell of."""
+    """Raises CheckpointError if the weights differ from the hashes in the folder."""
     problems = compare_hashes(folder, weights_only=True) if (folder / HASHES_FILE).is_file() else []
     if problems:
         raise CheckpointError(f"{folder} is not as it was written: {' '.join(problems)}")
 
 
 class _Products:
-    """The tensors of the dense model that a low-rank one multiplies out to."""
+    """The tensors of the dense model, made one at a time from those of a low-rank model."""
 
-    def __init__(
-        self, weights: SafetensorsWeights, skeleton: PreTrainedModel, ranks: dict[str, int], shared: dict[str, str]
-    ):
-        self._weights, self._skeleton, self._ranks, self._shared = weights, skeleton, ranks, shared
+    def __init__(self, weights: SafetensorsWeights, skeleton: PreTrainedModel, info: LowRankInfo):
+        self._weights, self._skeleton, self._info = weights, skeleton, info
         self.tensors: Tensors = {}
         for name in weights.names():
             shape, dtype = weights.shape_and_dtype(name)
             owner = name.rpartition(".")[0].removesuffix(".svd_u").removesuffix(".svd_v")
-            if owner not in ranks:
+            if owner not in info.ranks:
                 self.tensors[name] = (shape, dtype)
             elif name.endswith(".svd_u.weight"):
                 shape = tuple(skeleton.get_parameter(f"{owner}.weight").shape)
@@ -79,23 +77,23 @@ class _Products:
                 self.tensors[f"{owner}.bias"] = (shape, dtype)
 
     def require_places(self) -> None:
-        """Raises UnsupportedModelError if transformers would drop a tensor, because the base family has none of its name."""
+        """Raises UnsupportedModelError if the base family has no tensor of a name: transformers would drop it."""
         dropped = sorted(self.tensors.keys() - self._skeleton.state_dict().keys())
         if dropped:
             raise UnsupportedModelError(
-                f"{type(self._skeleton).__name__} has no place for {len(dropped)} biases that --bias-correction added, such "
-                f"as {dropped[0]}: a plain model would compute without them. Use the checkpoint as it is, or compress "
-                "without --bias-correction."
+                f"{type(self._skeleton).__name__} has no place for {len(dropped)} biases that --bias-correction added, "
+                f"such as {dropped[0]}: a plain model would compute without them. Use the checkpoint as it is, or "
+                "compress without --bias-correction."
             )
 
     def get(self, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
-        if owner not in self._ranks:
+        if owner not in self._info.ranks:
             return self._weights.get(name)
         if leaf == "bias":
             return self._weights.get(f"{owner}.svd_u.bias")
         u_OR = self._weights.get(f"{owner}.svd_u.weight")
-        v_RI = self._weights.get(f"{self._shared.get(owner, owner)}.svd_v.weight")
+        v_RI = self._weights.get(f"{self._info.shared_factors.get(owner, owner)}.svd_v.weight")
         product_OI = u_OR.double() @ v_RI.double()
-        is_conv1d = isinstance(self._skeleton.get_submodule(owner), Conv1D)  # which keeps its weight as (in, out)
+        is_conv1d = isinstance(self._skeleton.get_submodule(owner), Conv1D)  # its weight is stored as (in, out)
         return (product_OI.mT if is_conv1d else product_OI).to(u_OR.dtype)

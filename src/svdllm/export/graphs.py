@@ -1,4 +1,4 @@
-"""A model as one graph for another runtime, ONNX Runtime or OpenVINO, by transformers' exporters; compared before it is kept."""
+"""Exports a model as one graph for ONNX Runtime or OpenVINO, and compares the two before the graph is kept."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from svdllm.common.memory import parameter_bytes
 from svdllm.export.dense import config_to_export
 from svdllm.inference.cache_names import cache_name, cache_of
 from svdllm.models.companions import copy_companion_files
+from svdllm.models.logits import compare_logits
 from svdllm.models.low_rank.factory import dense_config
 
 GRAPH_FORMATS = ("onnx", "openvino")
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
-# The largest difference of a logit, as a share of the largest logit: rounding is below 1e-5, a wrong graph far above.
-TOLERANCE = 1e-3
-# Sequences and tokens: a graph that has kept a length that it was traced with fails at another.
+# (sequences, tokens) to trace and to check with: they differ, so that a graph with a fixed length fails the check.
 TRACED, CHECKED = (2, 7), (3, 20)
-PIECES = (13, 1, 6)  # of the checked tokens: a prompt, the next token, several more
+PIECES = (13, 1, 6)  # the checked tokens with a cache: a prompt, one token, several tokens
 
 
 def export_graph(folder: str | Path, output_dir: str | Path, format: str) -> tuple[float, bool]:
-    """Writes a float32 graph of the model, compressed or not, and compares it with the model.
+    """Writes a float32 graph of a model, compressed or not.
 
-    The graph takes ``input_ids`` and ``attention_mask`` of any size, and the key-value cache, which it also returns. A
-    model of which some layers keep only the last tokens gets a graph without a cache.
+    The graph takes ``input_ids`` and ``attention_mask`` of any size and a key-value cache, and returns logits and
+    cache. It has no cache if some layers of the model keep only the last tokens.
 
     Returns:
-        The largest difference of a logit as a share of the largest logit, and whether there is a cache.
+        The largest difference of a logit from the model's, as a share of the largest logit; and whether the graph has a
+        cache.
 
     Raises:
-        InputError: ``folder`` is no model, ``output_dir`` is not empty, or a package is missing.
+        InputError: ``folder`` is not a model, ``output_dir`` is not empty, or a package is missing.
         CheckpointError: a file is truncated or altered.
         UnsupportedModelError: the exporter cannot trace the model.
-        NumericalError: the graph does not compute what the model does; nothing is written.
+        NumericalError: the graph and the model compute different logits; nothing is written.
     """
     folder = Path(folder)
     if format not in GRAPH_FORMATS:
@@ -62,17 +62,18 @@ def export_graph(folder: str | Path, output_dir: str | Path, format: str) -> tup
         past = _past(model, _token_ids(model, TRACED))
         with torch.no_grad(), _quiet():
             graph = _traced(model, past, format)
-            # The factors are in the graph: nobody who runs it needs the code of a low-rank config.
-            graph.config = dense_config(config) if getattr(config, "svdllm", None) else config
+            # The factors are inside the graph, so the dense config describes its inputs without code of this library.
+            graph.config = dense_config(config)
             graph.save_pretrained(partial)
             copy_companion_files(folder, partial)
-            difference = _difference(model, _opened(partial, format), cached=past is not None)
-        if not difference <= TOLERANCE:
-            raise NumericalError(
-                f"The {format} graph of {folder} differs from the model by {difference:.1e} of the largest logit (at most "
-                f"{TOLERANCE:.0e} expected), so it is not kept. Other versions of {', '.join(PACKAGES[format])} may do "
-                "better."
-            )
+            logits = _both_logits(model, _opened(partial, format), cached=past is not None)
+        difference = compare_logits(
+            *logits,
+            lambda how: NumericalError(
+                f"The {format} graph of {folder} is not kept: {how}. Other versions of {', '.join(PACKAGES[format])} may "
+                "do better."
+            ),
+        )
     return difference, past is not None
 
 
@@ -91,13 +92,13 @@ def _traced(model: PreTrainedModel, past: DynamicCache | None, format: str) -> A
     exporters: Any = importlib.import_module("transformers.exporters")
     exporter, settings = {
         "onnx": (exporters.OnnxExporter, exporters.OnnxConfig(dynamic=True)),
-        # Not stateful: the same inputs and outputs in both formats.
+        # Not stateful, so that the inputs and outputs are the same in both formats.
         "openvino": (exporters.OpenVINOExporter, exporters.OpenVINOConfig(dynamic=True, stateful=False)),
     }[format]
     ids = _token_ids(model, TRACED)
     try:
         return exporter().export(model, _inputs(model, ids, past), config=settings)
-    except Exception as error:  # of torch, of either runtime, of transformers: of many kinds
+    except Exception as error:  # torch, the runtimes and transformers raise errors of many kinds
         raise UnsupportedModelError(
             f"transformers' exporter cannot make an {format} graph of {type(model).__name__}: {first_line(error)}"
         ) from error
@@ -106,7 +107,7 @@ def _traced(model: PreTrainedModel, past: DynamicCache | None, format: str) -> A
 def _opened(folder: Path, format: str) -> Any:
     from transformers.exporters.base import ExportedModel
 
-    # OpenVINO computes in bfloat16 where the processor can, which differs far more than a float32 graph may.
+    # By default OpenVINO computes in bfloat16 on processors that can, with errors above the tolerance.
     settings: dict[str, Any] = {"config": {"INFERENCE_PRECISION_HINT": "f32"}} if format == "openvino" else {}
     return ExportedModel.from_pretrained(folder, device="cpu", **settings)
 
@@ -119,7 +120,7 @@ def _inputs(model: PreTrainedModel, ids: Tensor, past: DynamicCache | None) -> d
 
 
 def _past(model: PreTrainedModel, ids: Tensor) -> DynamicCache | None:
-    """The cache after some tokens, or None if a layer forgets tokens: then its shape follows from more than its length."""
+    """The cache after some tokens, or None if a layer forgets tokens, since a graph cannot describe its shape."""
     with torch.no_grad():
         past = cache_of(model(input_ids=ids, use_cache=True))
     keeps_all = type(past) is DynamicCache and all(type(layer) is DynamicLayer for layer in past.layers)
@@ -132,8 +133,11 @@ def _empty(past: DynamicCache) -> DynamicCache:
     return past
 
 
-def _difference(model: PreTrainedModel, graph: Any, *, cached: bool) -> float:
-    """Of the logits of other tokens, in other numbers than traced; with a cache, given in several pieces."""
+def _both_logits(model: PreTrainedModel, graph: Any, *, cached: bool) -> tuple[Tensor, Tensor]:
+    """The logits of the graph and of the model for tokens and sizes that were not traced.
+
+    With a cache the graph gets the tokens in several pieces.
+    """
     ids = _token_ids(model, CHECKED)
     expected = model(input_ids=ids, use_cache=False).logits
     past = _past(model, ids) if cached else None
@@ -143,7 +147,7 @@ def _difference(model: PreTrainedModel, graph: Any, *, cached: bool) -> float:
         output = graph(**_inputs(model, piece, past))
         past = cache_of(output) if cached else None
         found.append(output.logits)
-    return float((torch.cat(found, dim=1) - expected).abs().max() / expected.abs().max())
+    return torch.cat(found, dim=1), expected
 
 
 def _token_ids(model: PreTrainedModel, shape: tuple[int, int]) -> Tensor:
@@ -153,7 +157,7 @@ def _token_ids(model: PreTrainedModel, shape: tuple[int, int]) -> Tensor:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch, onnxscript and the exporters tell of every step, on standard output and in the log."""
+    """Silences torch, onnxscript and the exporters, which report every step on standard output and in the log."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

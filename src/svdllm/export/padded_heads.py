@@ -1,7 +1,8 @@
-"""Heads that do nothing, so that a number of processes can share out all of them evenly (tensor parallelism).
+"""Pads a model with attention heads that compute zero, so that their number is divisible by a number of processes.
 
-A whole group more, one head of keys and values and those that ask it, has zero rows in q, k and v, and zero columns in
-o: what it adds is zero times zero. Of a pair of factors these are rows of ``svd_u`` and columns of ``svd_v``.
+Tensor parallelism needs this. Heads are added in whole groups: one head of keys and values with the query heads that
+read it. Their rows in q, k and v and their columns in o are zero. In a pair of factors these are rows of ``svd_u`` and
+columns of ``svd_v``.
 """
 
 from __future__ import annotations
@@ -20,33 +21,34 @@ from svdllm.checkpoint.output import new_folder
 from svdllm.checkpoint.reference import reference_logits
 from svdllm.checkpoint.shards import write_shards
 from svdllm.checkpoint.tensors import Tensors, tensor_bytes
-from svdllm.checkpoint.verify import REFERENCE_TOLERANCE
 from svdllm.common.errors import InputError, UnsupportedModelError, first_line
 from svdllm.export.dense import config_to_export, require_intact
 from svdllm.models.companions import copy_companion_files
+from svdllm.models.linears import is_linear, linear_shape
+from svdllm.models.logits import compare_logits
 from svdllm.models.low_rank import family_classes, write_hashes
+from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import is_linear, linear_shape
 from svdllm.models.weights import SafetensorsWeights
 
-FIXED_WIDTH = "the width of a head follows from their number there, whatever config.json says."
+FIXED_WIDTH = "it computes the width of a head from the number of heads, whatever config.json says."
 
 
 class Heads(NamedTuple):
-    """Of an attention layer: heads in all, heads of keys and values, and the width of one."""
+    """The heads of an attention layer: all of them, those of keys and values, and the width of one."""
 
     all: int
     kv: int
     width: int
 
     def for_processes(self, number: int) -> Heads:
-        """The fewest heads, in groups of the same size, that a number of processes can share out."""
+        """The fewest heads, in groups of the same size, that a number of processes can share evenly."""
         kv = -(-self.kv // number) * number
         return Heads(kv * self.all // self.kv, kv, self.width)
 
 
 class Padding(NamedTuple):
-    """What was made of which heads, and the largest difference of a logit as a share of the largest logit."""
+    """The heads before and after, and the largest difference of a logit as a share of the largest logit."""
 
     before: Heads
     after: Heads
@@ -54,15 +56,14 @@ class Padding(NamedTuple):
 
 
 def export_padded(folder: str | Path, output_dir: str | Path, processes: int) -> Padding:
-    """Writes a copy of a model, compressed or not, with as many more heads as tensor parallelism asks for.
+    """Writes a copy of a model, compressed or not, with enough heads for tensor parallelism over ``processes``.
 
-    It computes the same. Before the folder appears, the logits of a few tokens are computed from its files and from the
-    original's, one block at a time.
+    The copy computes the same: its logits of a few tokens are compared with the original's before the folder appears.
 
     Raises:
-        InputError: ``folder`` is no model, its heads can be shared out as they are, or ``output_dir`` is not empty.
-        UnsupportedModelError: more heads would mean something else in this family, or the processes cannot share out
-            what is not heads; nothing is written.
+        InputError: ``folder`` is not a model, its heads need no padding, or ``output_dir`` is not empty.
+        UnsupportedModelError: heads cannot be added in this family, or a width other than that of heads is not
+            divisible by the number of processes; nothing is written.
         CheckpointError: a file is truncated or altered.
     """
     folder = Path(folder)
@@ -74,8 +75,8 @@ def export_padded(folder: str | Path, output_dir: str | Path, processes: int) ->
         after = before.for_processes(processes)
         if after == before:
             raise InputError(
-                f"{processes} processes can share out the {before.all} heads of {folder} ({before.kv} of keys and values) "
-                "evenly; nothing is to be padded."
+                f"{processes} processes can share the {before.all} heads of {folder} ({before.kv} of keys and values) "
+                "evenly; there is nothing to pad."
             )
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8")) | _fields(config, after)
         skeleton, padded = build_skeleton(config), _padded_skeleton(config, fields)
@@ -93,8 +94,8 @@ def _write(tensors: _Padded, fields: dict[str, Any], folder: Path, config: PreTr
     write_shards(partial, tensors, tensors.layout)
     (partial / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     copy_companion_files(folder, partial)
-    if svdllm := getattr(config, "svdllm", None):
-        for name, text in family_classes(svdllm["base_model_type"]).causal_lm.code_files().items():
+    if info := LowRankInfo.of(config):
+        for name, text in family_classes(info.base_model_type).causal_lm.code_files().items():
             (partial / name).write_text(text, encoding="utf-8", newline="\n")
         write_hashes(partial)
 
@@ -103,14 +104,14 @@ def _heads(config: PreTrainedConfig) -> Heads:
     heads = getattr(config, "num_attention_heads", None)
     kv = getattr(config, "num_key_value_heads", None) or heads
     if not isinstance(heads, int) or not isinstance(kv, int) or heads % kv:
-        raise _refused(config, "its config does not tell of one number of heads for all layers.")
+        raise _refused(config, "its config does not give one number of heads for all layers.")
     if isinstance(getattr(type(config), "head_dim", None), property):
         raise _refused(config, FIXED_WIDTH)
     return Heads(heads, kv, getattr(config, "head_dim", None) or config.hidden_size // heads)  # type: ignore[operator]
 
 
 def _fields(config: PreTrainedConfig, heads: Heads) -> dict[str, int]:
-    """What ``config.json`` says of heads. Their width has to be told: it no longer follows from their number."""
+    """The entries of ``config.json`` on heads, with their width, which no longer follows from their number."""
     fields = {"num_attention_heads": heads.all, "head_dim": heads.width}
     return fields | ({"num_key_value_heads": heads.kv} if hasattr(config, "num_key_value_heads") else {})
 
@@ -119,15 +120,15 @@ def _padded_skeleton(config: PreTrainedConfig, fields: dict[str, Any]) -> PreTra
     try:
         return build_skeleton(type(config).from_dict(fields))
     except (ValueError, TypeError, StrictDataclassError, UnsupportedModelError) as error:
-        raise _refused(config, f"transformers makes no such model ({first_line(error.__cause__ or error)}).") from error
+        raise _refused(config, f"transformers cannot build it ({first_line(error.__cause__ or error)}).") from error
 
 
 def _padded_shapes(skeleton: PreTrainedModel, padded: PreTrainedModel, before: Heads, after: Heads) -> dict[str, Any]:
     """The shapes of all tensors of the padded model.
 
     Raises:
-        UnsupportedModelError: something else than linears with one row or column for each number of a head has grown,
-            or nothing has.
+        UnsupportedModelError: no tensor grew, or one grew that is not the weight or bias of a linear with a row or
+            column for every number of a head.
     """
     old = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     new = {name: tuple(tensor.shape) for name, tensor in padded.state_dict().items()}
@@ -141,14 +142,14 @@ def _padded_shapes(skeleton: PreTrainedModel, padded: PreTrainedModel, before: H
         if not is_linear(owner) or not sizes <= widths:
             raise _refused(
                 skeleton.config,
-                f"{name} ({type(owner).__name__}) would grow from {old[name]} to {new[name]}. Known are heads that "
-                "q, k, v and o alone have rows or columns of, in linears of their own.",
+                f"{name} ({type(owner).__name__}) would grow from {old[name]} to {new[name]}. Only models in which q, "
+                "k, v and o are linears of their own, and nothing else depends on heads, can be padded.",
             )
     return new
 
 
 def _require_shares(padded: PreTrainedModel, processes: int) -> None:
-    """Raises UnsupportedModelError if the plan for tensor parallelism splits a width that the processes do not divide."""
+    """Raises UnsupportedModelError if tensor parallelism splits a width that is not divisible by ``processes``."""
     plan = padded.config.base_model_tp_plan or {}
     for name, module in padded.named_modules():
         rule = re.sub(r"\.\d+(?=\.|$)", ".*", name.removeprefix(f"{padded.base_model_prefix}."))
@@ -158,13 +159,13 @@ def _require_shares(padded: PreTrainedModel, processes: int) -> None:
         for split, width, ends in (("colwise", outputs, "outputs"), ("rowwise", inputs, "inputs")):
             if split in style and width % processes:
                 raise UnsupportedModelError(
-                    f"{processes} processes cannot share out the {width} {ends} of {name}, and only heads are padded. "
-                    "Choose a number of processes that divides them."
+                    f"{processes} processes cannot share the {width} {ends} of {name} evenly, and only heads are "
+                    f"padded. Choose a number of processes that divides {width}."
                 )
 
 
 class _Padded:
-    """The tensors of a model, with zeros behind them up to the shapes asked for."""
+    """The tensors of a model, with zeros appended up to the given shapes."""
 
     def __init__(self, weights: SafetensorsWeights, shapes: dict[str, tuple[int, ...]]):
         self._weights = weights
@@ -181,11 +182,8 @@ def _difference(folder: Path, config: PreTrainedConfig, partial: Path) -> float:
     cpu = torch.device("cpu")
     _, expected = reference_logits(folder, config, cpu)
     _, found = reference_logits(partial, config_to_export(partial), cpu)
-    difference = float((found - expected).abs().max() / expected.abs().max())
-    if not difference <= REFERENCE_TOLERANCE:
-        raise _refused(config, f"with them, logits differ by {difference:.1e} of the largest.")
-    return difference
+    return compare_logits(found, expected, lambda how: _refused(config, f"with them, {how}."))
 
 
 def _refused(config: PreTrainedConfig, why: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"A model of type {config.model_type} cannot be given heads that do nothing: {why}")
+    return UnsupportedModelError(f"A model of type {config.model_type} cannot be padded with heads: {why}")

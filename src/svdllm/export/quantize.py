@@ -1,4 +1,4 @@
-"""A model in fewer bits: the factors (or dense linears) stored in 8 or 4 bits each by torchao, in a folder like any other."""
+"""Quantises the factors, or dense linears, of a model to 8 or 4 bits with torchao, and writes an ordinary folder."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from transformers import GenerationConfig, PreTrainedModel
 from svdllm.checkpoint.elastic import ELASTIC_STEM
 from svdllm.checkpoint.finish import RECIPE_FILE, finish_checkpoint
 from svdllm.checkpoint.load import load_model
-from svdllm.checkpoint.output import new_folder
+from svdllm.checkpoint.output import Output, new_folder
 from svdllm.checkpoint.quantized import (
     QuantizedLinear,
+    Scheme,
     choose_schemes,
     make_scheme,
     quantization_config,
-    quantized_tensors,
+    quantized_bytes,
     require_dtype,
 )
 from svdllm.checkpoint.report import REPORT_FILE, is_checkpoint, read_report
-from svdllm.checkpoint.tensors import SHARD_BYTES, stored_tensors, tensor_bytes
+from svdllm.checkpoint.tensors import SHARD_BYTES, stored_tensors
 from svdllm.checkpoint.weight_sizes import weight_bytes
 from svdllm.common.device import resolve_device
 from svdllm.common.errors import InputError, ResourceError
@@ -31,28 +32,29 @@ from svdllm.common.extras import require_extra
 from svdllm.common.memory import available_bytes
 from svdllm.common.progress import Reporter
 from svdllm.common.version import __version__
-from svdllm.compression.recipe import load_settings, make_recipe
+from svdllm.compression.recipe_files import load_settings, make_recipe
 from svdllm.models.companions import copy_companion_files
+from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.open import Source, open_config
 from svdllm.models.skeleton import build_skeleton
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationResult:
-    """What was written. Sizes in bytes of weight files."""
+    """The record of a quantisation. Sizes are bytes of weight files."""
 
     output_dir: Path
     model: str
     bits: int
     group_size: int | None
     linears: list[QuantizedLinear]
-    left: dict[str, str]  # linears and embeddings that are as they were, and why
+    left: dict[str, str]  # linears and embeddings that are not quantised -> the reason
     bytes_before: int
     bytes_after: int
     seconds: dict[str, float]
 
     def by_scheme(self) -> dict[str, int]:
-        """How many linears have each scheme."""
+        """Number of linears with each scheme."""
         names = [str(linear.scheme) for linear in self.linears]
         return {name: names.count(name) for name in dict.fromkeys(names)}
 
@@ -72,26 +74,26 @@ def quantize(
     revision: str | None = None,
     reporter: Reporter | None = None,
 ) -> QuantizationResult:
-    """Stores the linears of a model's blocks in few bits, and writes a folder that ``from_pretrained`` loads.
+    """Quantises the linears of a model's blocks and writes a folder that ``from_pretrained`` loads.
 
-    Of a checkpoint of this library, report, recipe, card and hashes are carried over; of a dense model, weights and
-    tokenizer. Embeddings, ``lm_head``, norms and biases are left in their dtype.
+    Embeddings, ``lm_head``, norms and biases keep their dtype. A checkpoint of this library keeps its report, recipe,
+    card and hashes, brought up to date.
 
     Args:
         model: a checkpoint, or a dense model (folder or hub id).
         output_dir: made by this call; must not exist, or be empty.
-        bits: 8, symmetric integers; or 4, NVFP4 (numbers of four bits, a scale of eight for every 16). A linear whose
-            shape is not in groups gets 8 bits and a scale per row.
-        group_size: inputs that share a scale, with 8 bits; by default all of a row.
-        skip: regular expressions of linears that are left as they are.
+        bits: 8, symmetric integers; or 4, NVFP4 (4-bit floats with an 8-bit scale for every 16). A linear whose shape
+            does not fit gets 8 bits and a scale per row.
+        group_size: inputs that share a scale, with 8 bits; by default a whole row.
+        skip: regular expressions of linears that are not quantised.
         device: where the weights are rounded: auto, cpu, cuda, ...
-        offline, revision: of a hub id.
+        offline, revision: as for ``from_pretrained``, of a hub id.
         reporter: is told about stages.
 
     Raises:
         InputError: torchao is missing, an option is wrong, or the output exists; nothing is left behind.
-        UnsupportedModelError: the model is quantised already, or of no kind that can be.
-        ResourceError: memory or disk does not suffice.
+        UnsupportedModelError: the model is already quantised, or cannot be.
+        ResourceError: memory or disk is too small.
         CheckpointError: a file is missing or altered.
     """
     reporter = reporter or Reporter()
@@ -99,32 +101,11 @@ def quantize(
     scheme = make_scheme(bits, group_size)
     with new_folder(output_dir, "a run") as (output, partial):
         with reporter.stage("check", 1):
-            source = open_config(model, offline=offline, revision=revision)
-            place = resolve_device(device)
-            _require_quantizable(source, bits)
-            skeleton = build_skeleton(source.config)
-            linears, left = choose_schemes(skeleton, scheme, skip)
-            needed = tensor_bytes(quantized_tensors(stored_tensors(source, skeleton), linears))
-            output.require_disk(needed, "the weights need")
-            _require_memory(needed, place)
-        if source.folder is not None and any(source.folder.glob(f"{ELASTIC_STEM}*")):
-            reporter.warn(
-                "The smaller sizes of this elastic checkpoint are not carried over; slice before you quantise."
-            )
-        with reporter.stage("quantise", 1):
-            options: dict[str, Any] = {} if place.type == "cpu" else {"device_map": {"": str(place)}}
-            if revision is not None:
-                options["revision"] = revision
-            loaded = load_model(
-                model,
-                dtype=source.dtype,
-                quantization_config=quantization_config(linears),
-                local_files_only=offline,
-                **options,
-            )
-        with reporter.stage("write", 1):
-            _write(loaded, partial, source)
-            del loaded
+            source, place = open_config(model, offline=offline, revision=revision), resolve_device(device)
+            linears, left = _choose_linears(source, scheme, skip, place, output)
+        _warn_of_elastic_files(source, reporter)
+        options = {"local_files_only": offline} | ({} if revision is None else {"revision": revision})
+        _round_and_write(model, partial, source, linears, place, options, reporter)
         result = QuantizationResult(
             output_dir=output.path,
             model=source.name,
@@ -138,28 +119,67 @@ def quantize(
         )
         if source.folder is not None and is_checkpoint(source.folder):
             with reporter.stage("finish", 1):
-                recipe = make_recipe(load_settings(source.folder / RECIPE_FILE) | {"elastic": False})
-                report = _report(source.folder, result) | {"recipe": recipe.to_dict()}
-                finish_checkpoint(partial, recipe.to_yaml(), report, place, reporter)
+                _finish(source.folder, partial, result, place, reporter)
     return result
+
+
+def _choose_linears(
+    source: Source, scheme: Scheme, skip: Sequence[str], place: torch.device, output: Output
+) -> tuple[list[QuantizedLinear], dict[str, str]]:
+    """The linears to quantise, and those left with the reason; checks model, disk and memory.
+
+    Raises:
+        InputError, UnsupportedModelError, ResourceError: as ``quantize``.
+    """
+    _require_quantizable(source, scheme.bits)
+    skeleton = build_skeleton(source.config)
+    linears, left = choose_schemes(skeleton, scheme, skip)
+    schemes = {f"{linear.name}.weight": linear.scheme for linear in linears}
+    needed = quantized_bytes(stored_tensors(source, skeleton), schemes, num_files=1)
+    output.require_disk(needed, "the weights need")
+    _require_memory(needed, place)
+    return linears, left
+
+
+def _warn_of_elastic_files(source: Source, reporter: Reporter) -> None:
+    if source.folder is not None and any(source.folder.glob(f"{ELASTIC_STEM}*")):
+        reporter.warn("The smaller sizes of this elastic checkpoint are not carried over; slice before you quantise.")
+
+
+def _round_and_write(
+    model: str | Path,
+    partial: Path,
+    source: Source,
+    linears: Sequence[QuantizedLinear],
+    place: torch.device,
+    options: dict[str, Any],
+    reporter: Reporter,
+) -> None:
+    """Loads the model with quantised linears and writes its weights; ``options`` are those of ``from_pretrained``."""
+    with reporter.stage("quantise", 1):
+        if place.type != "cpu":
+            options = options | {"device_map": {"": str(place)}}
+        loaded = load_model(model, dtype=source.dtype, quantization_config=quantization_config(linears), **options)
+    with reporter.stage("write", 1):
+        _write(loaded, partial, source)
 
 
 def _require_quantizable(source: Source, bits: int) -> None:
     if source.gguf is not None:
         raise InputError(
-            f"{source.gguf} is a GGUF file, whose weights are in few bits already. Quantise a folder of safetensors."
+            f"{source.gguf} is a GGUF file, whose weights are already quantised. Quantise a folder of safetensors."
         )
     assert source.folder is not None
-    if getattr(source.config, "svdllm", None) and not is_checkpoint(source.folder):
+    if LowRankInfo.of(source.config) and not is_checkpoint(source.folder):
         raise InputError(
-            f"{source.name} is a compressed model without {REPORT_FILE}; of a checkpoint on the hub, download the whole "
-            "repository first."
+            f"{source.name} is a compressed model without {REPORT_FILE}. If the checkpoint is on the hub, download the "
+            "whole repository first."
         )
     require_dtype(bits, source.dtype, source.name)
 
 
 def _require_memory(needed: int, place: torch.device) -> None:
-    """Raises ResourceError unless the memory holds the result, where the weights are rounded there."""
+    """Raises ResourceError if the quantised weights do not fit in memory; they are only kept there on the CPU."""
     memory = available_bytes()
     if place.type == "cpu" and memory is not None and needed > memory:
         raise ResourceError(
@@ -168,18 +188,27 @@ def _require_memory(needed: int, place: torch.device) -> None:
 
 
 def _write(loaded: PreTrainedModel, folder: Path, source: Source) -> None:
-    loaded.generation_config = GenerationConfig()  # the source's file is copied; saving may refuse what is in it
+    loaded.generation_config = GenerationConfig()  # that of the source is copied as a file, since saving may refuse it
     loaded.save_pretrained(folder, max_shard_size=SHARD_BYTES, save_original_format=False)
     (folder / "generation_config.json").unlink(missing_ok=True)
     assert source.folder is not None
     copy_companion_files(source.folder, folder)
     mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
-        path.chmod(mode)  # the library makes them readable by their owner only
+        path.chmod(mode)  # save_pretrained makes them readable by their owner only
+
+
+def _finish(
+    checkpoint: Path, partial: Path, result: QuantizationResult, place: torch.device, reporter: Reporter
+) -> None:
+    """Recipe, report, card, reference logits and hashes of a checkpoint that was quantised."""
+    recipe = make_recipe(load_settings(checkpoint / RECIPE_FILE) | {"elastic": False})
+    report = _report(checkpoint, result) | {"recipe": recipe.to_dict()}
+    finish_checkpoint(partial, recipe.to_yaml(), report, place, reporter)
 
 
 def _report(folder: Path, result: QuantizationResult) -> dict[str, Any]:
-    """The report of the checkpoint with what quantisation changed in it."""
+    """The report of a checkpoint, brought up to date with its quantisation."""
     import torchao
 
     report = read_report(folder)

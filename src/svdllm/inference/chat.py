@@ -14,8 +14,7 @@ from svdllm.common.errors import InputError
 from svdllm.data.chat_template import require_default_template
 from svdllm.data.chats import render
 from svdllm.data.tokens import encode
-from svdllm.models.limits import require_known_ids
-from svdllm.models.open import context_length
+from svdllm.models.limits import require_context, require_known_ids, within_context
 
 CONVERSATION = "the conversation"  # in messages about it
 
@@ -98,16 +97,12 @@ class Chat:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _room(self, input_ids: Tensor) -> int:
-        context, length = context_length(self._model.config), input_ids.shape[1]
+        config, length = self._model.config, input_ids.shape[1]
         if length == 0:
             raise InputError("The message is empty.")
-        if context is None:
-            return self._max_new_tokens
-        if length >= context:
-            raise InputError(
-                f"The conversation has {length} tokens, the model takes {context}. Begin anew with /reset, or be shorter."
-            )
-        return min(self._max_new_tokens, context - length)
+        advice = "begin anew with /reset, or be shorter"
+        require_context(config, length + 1, "The conversation with one token of an answer,", advice=advice)
+        return within_context(config, length + self._max_new_tokens) - length
 
     def _generate(self, arguments: dict[str, Any], stop: Event, failed: list[Exception]) -> None:
         criteria = StoppingCriteriaList([_Stopped(stop)])

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svdllm.models.hooks import input_groups
 from svdllm.models.low_rank import LowRankLinear
-from svdllm.models.structure import input_groups
 
 ALIGNMENT = 16
 

@@ -12,6 +12,8 @@ from svdllm.common.errors import InputError, UnsupportedModelError
 from svdllm.inference.cache_names import CACHE_NAMES, cache_name, cache_of
 from svdllm.inference.latent_attention import LatentAttention
 from svdllm.inference.latent_keys import Positions, Seen, find_key_path, rotary_modules, watched
+from svdllm.models.logits import compare_logits
+from svdllm.models.low_rank.info import LowRankInfo
 
 
 class CacheSize(NamedTuple):
@@ -49,15 +51,17 @@ def use_latent_cache(model: Any, *, keys: bool = True) -> int:
         changed = _latent_attentions(model, layers, seen, keys)
         for attention in changed:
             attention.install()
-        error = _relative_error(_trial(model), expected)
-    if not error <= torch.finfo(expected.dtype).eps ** 0.5:
+        found = _trial(model)
+
+    def refusal(how: str) -> UnsupportedModelError:
         use_ordinary_cache(model)
         classes = ", ".join(sorted({type(layer).__name__ for layer in layers.values()}))
-        raise UnsupportedModelError(
-            f"With latents in the cache of {classes}, logits differ by {error:.1e} of their size from those with the "
-            "ordinary cache: these layers do something with keys or values that is not known here. "
-            "Use the ordinary cache."
+        return UnsupportedModelError(
+            f"The cache of {classes} cannot hold latents: {how}. These layers do something with keys or values that is "
+            "not known here. Use the ordinary cache."
         )
+
+    compare_logits(found, expected, refusal)
     return len(changed)
 
 
@@ -83,8 +87,8 @@ def cache_size(config: Any, dtype: torch.dtype | None = None) -> CacheSize:
     """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    ranks = (getattr(config, "svdllm", None) or {}).get("ranks", {})
-    shared = (getattr(config, "svdllm", None) or {}).get("shared_factors", {})
+    info = LowRankInfo.of(config)
+    ranks, shared = (info.ranks, info.shared_factors) if info else ({}, {})
     latents = {name: rank for name, rank in ranks.items() if name.endswith((".k_proj", ".v_proj"))}
     kept = [
         min(rank, width * (2 if name in shared.values() else 1)) for name, rank in latents.items() if name not in shared
@@ -172,7 +176,3 @@ def _trial(model: Any) -> Tensor:
     for slot in (5, 6):
         outputs.append(model(input_ids=ids[:, slot : slot + 1], **cache, use_cache=True))
     return torch.cat([output.logits for output in outputs], dim=1)
-
-
-def _relative_error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).float().norm() / (expected - expected.mean()).float().norm()).item()

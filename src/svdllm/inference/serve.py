@@ -23,6 +23,7 @@ from svdllm.inference.prepare import check_kv_cache, prepare
 from svdllm.models.companions import has_own_code
 from svdllm.models.limits import guard_embeddings
 from svdllm.models.low_rank import family_classes
+from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.open import Source, open_config
 
 BACKENDS = ("auto", "vllm", "transformers")
@@ -126,7 +127,7 @@ def _not_for_vllm(source: Source, device: str, kv_cache: str) -> str | None:
         return f"--device {device} is for transformers: vLLM runs on what it was built for."
     if kv_cache != "ordinary":
         return f"--kv-cache {kv_cache} is for transformers: vLLM keeps keys and values in pages of its own."
-    if (getattr(source.config, "svdllm", None) or {}).get("shared_factors"):
+    if (info := LowRankInfo.of(source.config)) and info.shared_factors:
         return f"{source.name} was made with --joint-kv, and vLLM wants a first factor for every linear in the files."
     return None
 
@@ -160,9 +161,9 @@ def _require_free(host: str, port: int) -> None:
 
 def _runs_code(source: Source, trusted: bool) -> bool:
     """Whether vLLM has to run the folder's code files: they are ours, letter by letter, or the user trusts them."""
-    if not getattr(source.config, "svdllm", None):
+    if (info := LowRankInfo.of(source.config)) is None:
         return trusted
-    files = family_classes(source.config.svdllm["base_model_type"]).causal_lm.code_files()  # type: ignore[attr-defined]
+    files = family_classes(info.base_model_type).causal_lm.code_files()
     folder = source.folder or Path()
     ours = all(
         (folder / name).is_file() and (folder / name).read_text(encoding="utf-8") == text
@@ -186,9 +187,9 @@ def _run_transformers(service: Service, reporter: Reporter) -> None:
     from transformers.cli.serve import Serve
     from transformers.cli.serving import model_manager
 
-    if base := getattr(service.config, "svdllm", None):
+    if info := LowRankInfo.of(service.config):
         # It looks a model's class up by its name in the package, where none of another package's is.
-        causal_lm = family_classes(base["base_model_type"]).causal_lm
+        causal_lm = family_classes(info.base_model_type).causal_lm
         setattr(vars(model_manager)["transformers"], causal_lm.__name__, causal_lm)
     # It lists what is in the hub's cache, whatever it serves.
     listed = [{"id": service.model, "object": "model", "created": int(time.time()), "owned_by": "svdllm"}]

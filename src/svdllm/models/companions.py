@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
+from svdllm.common.errors import CheckpointError
+from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.low_rank.lowrank import read_object
 
 GENERATION_CONFIG = "generation_config.json"
@@ -66,12 +69,19 @@ def has_own_code(folder: Path) -> bool:
 def _vocabulary_names(folder: Path) -> set[str]:
     """The files that a tokenizer's class looks for, and the versions of ``tokenizer.json`` that its config names."""
     settings, config = _read(folder / TOKENIZER_CONFIG), _read(folder / "config.json")
-    svdllm = config.get("svdllm")
-    family = svdllm.get("base_model_type") if isinstance(svdllm, dict) else config.get("model_type")
-    classes = (settings.get("tokenizer_class"), config.get("tokenizer_class"), TOKENIZER_MAPPING_NAMES.get(str(family)))
+    family = TOKENIZER_MAPPING_NAMES.get(_family(config))
+    classes = (settings.get("tokenizer_class"), config.get("tokenizer_class"), family)
     versions = settings.get("fast_tokenizer_files")
     named = {name for name in (versions if isinstance(versions, list) else []) if VERSIONED.fullmatch(str(name))}
     return named | {name for of in classes for name in _names_of(of)}
+
+
+def _family(config: dict[str, Any]) -> str:
+    """The model type, of a low-rank model that of the dense one; a damaged entry is reported when the config is loaded."""
+    with suppress(CheckpointError):
+        if info := LowRankInfo.of(config):
+            return info.base_model_type
+    return str(config.get("model_type"))
 
 
 def _names_of(tokenizer_class: Any) -> Iterator[str]:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
@@ -24,6 +24,8 @@ from transformers.modeling_gguf_pytorch_utils import (
 from svdllm.common.errors import InputError, UnsupportedModelError, first_line
 from svdllm.common.files import save_tensors
 from svdllm.models.low_rank.lowrank import sha256_of
+from svdllm.models.skeleton import build_skeleton
+from svdllm.models.tokenizer_files import load_tokenizer
 from svdllm.models.unused_tensors import UnusedTensors
 
 MARKER = "gguf-source.json"
@@ -108,8 +110,6 @@ def convert_gguf(path: Path, config: PreTrainedConfig, folder: Path) -> None:
     Raises:
         InputError: the weights or the tokenizer in the file are damaged, or of a kind that transformers does not read.
     """
-    from svdllm.models.skeleton import build_skeleton
-
     digest = sha256_of(path)
     marker = folder / MARKER
     if marker.is_file() and json.loads(marker.read_text())["sha256"] == digest:
@@ -117,10 +117,7 @@ def convert_gguf(path: Path, config: PreTrainedConfig, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with redirect_stderr(StringIO()):  # transformers draws a bar of its own per tensor
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        except Exception as error:  # of any kind: tokenizers has but Exception
-            raise InputError(f"The tokenizer in {path.name} cannot be read: {first_line(error)}") from error
+        tokenizer = load_tokenizer(path.name, None, path, offline=True)
         skeleton = build_skeleton(config)
         try:
             tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=skeleton)["tensors"]

@@ -1,7 +1,8 @@
-"""A module's weights, in memory for as long as they are needed."""
+"""Puts tensors into a module for a while: its weights, read from where they are kept, or any others."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -11,41 +12,59 @@ from svdllm.models.weights import Weights
 
 
 @contextmanager
-def resident(
+def tensors_replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Puts other tensors in the place of the named parameters and buffers while the context lasts."""
+    places = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], name) for name in tensors]
+    held = [_slots(owner, leaf)[leaf] for owner, leaf, _ in places]
+    try:
+        for owner, leaf, name in places:
+            value = tensors[name]
+            if leaf in owner._parameters and not isinstance(value, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=False)
+            _slots(owner, leaf)[leaf] = value
+        yield
+    finally:
+        for (owner, leaf, _), tensor in zip(places, held, strict=True):
+            _slots(owner, leaf)[leaf] = tensor
+
+
+@contextmanager
+def weights_loaded(
     module: nn.Module,
     prefix: str,
     weights: Weights,
     device: torch.device,
     dtype: torch.dtype,
     skip: tuple[str, ...] = (),
-):
-    """A module on the meta device has its weights while the context lasts (floating ones cast to ``dtype``)."""
+) -> Iterator[None]:
+    """Gives a module on the meta device its weights while the context lasts; floating ones are cast to ``dtype``.
+
+    Args:
+        prefix: name of the module in the model; "" for the whole model.
+        skip: beginnings of names, in the model, of tensors that are left alone.
+    """
     stored = set(weights.names())
-    places = []
-    for owner, child in module.named_modules(prefix=prefix):
+    start = f"{prefix}." if prefix else ""
+    values: dict[str, Tensor] = {}
+    for name, tensor in _own_tensors(module):
+        if skip and f"{start}{name}".startswith(skip):
+            continue
+        if f"{start}{name}" in stored:
+            value = weights.get(f"{start}{name}")
+            values[name] = value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        else:  # a tied parameter stays on the meta device, a computed buffer is moved
+            values[name] = tensor if tensor.is_meta else tensor.to(device)
+    with tensors_replaced(module, values):
+        yield
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields every parameter and buffer of each module with its name, tied ones under all of their names."""
+    for owner, child in module.named_modules():
         for leaf, tensor in [*child._parameters.items(), *child._buffers.items()]:
-            name = f"{owner}.{leaf}" if owner else leaf
-            if tensor is not None and not name.startswith(skip or ("\0",)):
-                places.append((child, leaf, tensor, name))
-    try:
-        for child, leaf, tensor, name in places:
-            if name in stored:
-                value = weights.get(name)
-                value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
-                _put(child, leaf, value)
-            elif not tensor.is_meta:
-                _put(child, leaf, tensor.to(device))
-        yield module
-    finally:
-        for child, leaf, tensor, _ in places:
-            if leaf in child._parameters:
-                child._parameters[leaf] = tensor
-            else:
-                child._buffers[leaf] = tensor
+            if tensor is not None:
+                yield f"{owner}.{leaf}" if owner else leaf, tensor
 
 
-def _put(module: nn.Module, leaf: str, value: Tensor) -> None:
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-    else:
-        module._buffers[leaf] = value
+def _slots(module: nn.Module, leaf: str) -> dict[str, Tensor | None]:
+    return module._parameters if leaf in module._parameters else module._buffers  # type: ignore[return-value]

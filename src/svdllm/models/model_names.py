@@ -26,6 +26,11 @@ def given_name(model: str) -> str:
     return _hub_id(model) or model
 
 
+def snapshot_commit(folder: Path) -> str | None:
+    """The commit of a folder that is a snapshot in the hub's cache, else None."""
+    return folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
+
+
 def _hub_id(path: str) -> str | None:
     # The path as it is given first: the cache may be a link to another place, and a link may lead into the cache.
     for place in (Path(path).absolute(), Path(path).resolve()):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from svdllm.models.hooks import to_device
 from svdllm.models.shared_state import NOTHING, Argument, State, contents, moved, refilled, written
-from svdllm.models.structure import to_device
 
 
 class Ran(NamedTuple):
@@ -57,7 +57,7 @@ class Call:
         return self.args, self.kwargs, {argument: dict(mapping) for argument, mapping in self.shared.items()}
 
 
-class StandIn(nn.Module):
+class BlockStub(nn.Module):
     """Stands in the place of a block; whatever else the model asks of the block is answered by the block."""
 
     def __init__(self, block: nn.Module, returns_tuple: bool):
@@ -75,7 +75,7 @@ class StandIn(nn.Module):
         return (hidden, None) if self.returns_tuple else hidden
 
 
-class Recorder(StandIn):
+class Recorder(BlockStub):
     """Keeps what its block is called with and hands the hidden states on unchanged."""
 
     hidden: Tensor
@@ -97,7 +97,7 @@ class Recorder(StandIn):
         return self.wrapped(self.hidden)
 
 
-class Replay(StandIn):
+class Replay(BlockStub):
     """Answers with hidden states computed before."""
 
     def replay(self, hidden: Tensor) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,54 +25,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from svdllm.common.disk import allocate
 from svdllm.common.errors import NumericalError, UnsupportedModelError
 from svdllm.common.files import save_tensors
-from svdllm.models.loaded_weights import resident
-from svdllm.models.shared_state import SharedStates, State, StateGradients, differentiable, moved
-from svdllm.models.structure import Structure, replaced
+from svdllm.models.hidden_states import HiddenStates
+from svdllm.models.hooks import replaced
+from svdllm.models.loaded_weights import weights_loaded
+from svdllm.models.shared_state import StateGradients, differentiable
+from svdllm.models.structure import Structure
 from svdllm.models.stubs import Call, Ran, Recorder, Replay
 from svdllm.models.weights import Weights
-
-
-class HiddenStates:
-    """Hidden states of a stream (``... x windows x seqlen x hidden``), in RAM or in a memory-mapped file.
-
-    ``shared`` has what its blocks wrote for later ones.
-
-    Raises:
-        OSError: the disk has no room for the file.
-    """
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, file: Path | None = None):
-        self.shared = SharedStates()
-        self._parts: list[HiddenStates] = []
-        self.file = file
-        if file is None:
-            self.tensor = torch.empty(shape, dtype=dtype)
-        else:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            allocate(file, prod(shape) * dtype.itemsize)
-            self.tensor = torch.from_file(str(file), shared=True, size=prod(shape), dtype=dtype).view(shape)
-
-    def share(self, batch: int, block: int, entries: State) -> None:
-        """Keeps what a block wrote for later ones, where the hidden states are kept."""
-        self.shared.write(batch, block, moved(entries, self._kept))
-
-    def _kept(self, tensor: Tensor) -> Tensor:
-        if self.file is None:
-            return tensor.detach().cpu()
-        file = self.file.with_name(f"{self.file.name}-shared-{len(self._parts)}")
-        self._parts.append(HiddenStates(tuple(tensor.shape), tensor.dtype, file))
-        return self._parts[-1].tensor.copy_(tensor)
-
-    def close(self) -> None:
-        self.shared = SharedStates()
-        for part in self._parts:
-            part.close()
-        del self.tensor
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
 
 
 @dataclass
@@ -117,7 +77,7 @@ class Walk:
         for index in indices:
             name = self.structure.blocks[index]
             module = self.skeleton.get_submodule(name)
-            with resident(module, name, self.weights, self.device, self.dtype):
+            with weights_loaded(module, name, self.weights, self.device, self.dtype):
                 yield Block(walk=self, index=index, name=name, module=module)
 
     @property
@@ -168,7 +128,7 @@ class Walk:
             last.replay(hidden)
             return self.skeleton(input_ids=self.ids[windows].to(self.device), use_cache=False).logits
 
-        with self._outside_resident(everything=True), replaced(self.skeleton, {**self._recorders(), blocks[-1]: last}):
+        with self._outside_loaded(everything=True), replaced(self.skeleton, {**self._recorders(), blocks[-1]: last}):
             yield logits_of
 
     def _finite_gradient(self, hidden: Tensor, where: str) -> Tensor:
@@ -183,7 +143,7 @@ class Walk:
     def _skeleton_pass(self) -> None:
         self.calls = []
         recorders = self._recorders()
-        with self._outside_resident(everything=False), replaced(self.skeleton, recorders), torch.no_grad():
+        with self._outside_loaded(everything=False), replaced(self.skeleton, recorders), torch.no_grad():
             for batch in self.batches:
                 self.skeleton.base_model(input_ids=self.ids[batch].to(self.device), use_cache=False)
                 recorded = list(recorders.values())
@@ -214,12 +174,12 @@ class Walk:
         return [next((other for other in known if other.same_as(call)), call) for call in calls]
 
     @contextmanager
-    def _outside_resident(self, *, everything: bool):
+    def _outside_loaded(self, *, everything: bool):
         """What is not in a block has its weights while the context lasts; the head only if asked for."""
         inside = tuple(f"{name}." for name in self.structure.blocks)
         root = self.skeleton if everything else self.skeleton.base_model
         prefix = "" if root is self.skeleton else f"{self.skeleton.base_model_prefix}."
-        with resident(root, prefix[:-1], self.weights, self.device, self.dtype, skip=inside):
+        with weights_loaded(root, prefix[:-1], self.weights, self.device, self.dtype, skip=inside):
             if everything:
                 self.skeleton.tie_weights()
             yield

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from svdllm.recovery.record import RecoveryResult, TrainingRecord
+from svdllm.recovery.record import TrainingRecord
+from svdllm.recovery.result import RecoveryResult
 from svdllm.recovery.run import recover
 from svdllm.recovery.settings import Recovery, make_recovery
 

@@ -6,8 +6,9 @@ of each is in memory; finished blocks are files, so a killed run goes on with th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar, cast
 
 import torch
 from safetensors.torch import load_file
@@ -16,9 +17,59 @@ from transformers import get_cosine_schedule_with_warmup
 
 from svdllm.common.errors import NumericalError
 from svdllm.common.files import save_atomically
+from svdllm.common.settings import setting
 from svdllm.models.walk import Block, Walk
-from svdllm.recovery.settings import BETA2, Recovery
-from svdllm.recovery.stage import Task
+from svdllm.recovery.method import Method
+from svdllm.recovery.models import Models
+from svdllm.recovery.record import TrainingRecord
+from svdllm.recovery.stage import Task, Trained
+from svdllm.recovery.training_data import Lesson, TrainingData
+from svdllm.recovery.training_settings import BETA2, Schedule, TrainingSettings
+
+SAMPLES = 64
+
+
+class BlockwiseSettings(TrainingSettings):
+    """The settings of block by block training alone."""
+
+    samples: int | None = setting(
+        None, "Random windows of a text (blockwise).", panel="Data", shown_default=str(SAMPLES), ge=1
+    )
+
+
+class Blockwise(Method):
+    """Trains one block after the other on what the dense blocks hand on, in one process."""
+
+    name = "blockwise"
+    summary = "each block's output matched to the dense block's"
+    defaults = Schedule(lr=1e-4, batch=4, seqlen=512, epochs=4)
+    Settings = BlockwiseSettings
+    uses_trainer = False
+    teacher = "required"
+    same_as_teacher: ClassVar[Mapping[str, str]] = {"num_hidden_layers": "blocks", "hidden_size": "hidden features"}
+    takes_mixtures = True
+    whole_epochs = True
+
+    def lesson(self, data: TrainingData) -> Lesson:
+        """Random windows of a text."""
+        return data.random_windows(cast(BlockwiseSettings, data.settings).samples or SAMPLES)
+
+    def train(self, task: Task, models: Models) -> Trained:
+        """Trains every block; the trained tensors are files in the task's folder."""
+        ids = torch.stack([ids for ids, _ in task.rows])
+        dense, compressed = models.walks(ids, task.schedule.batch)
+        errors = train_blocks(dense, compressed, task)
+        blocks = map(compressed.skeleton.get_submodule, compressed.structure.blocks)
+        epochs = int(task.schedule.epochs or 0)
+        record = TrainingRecord(
+            stage=task.title,
+            steps=epochs * len(compressed.batches),
+            tokens=epochs * ids.numel(),
+            seconds=task.reporter.seconds[task.title],
+            trained_params=sum(parameter.numel() for block in blocks for parameter in block.parameters()),
+            losses=[(index, error.after) for index, error in enumerate(errors)],
+        )
+        return record, None
 
 
 @dataclass(frozen=True)
@@ -51,7 +102,7 @@ def train_blocks(dense: Walk, compressed: Walk, task: Task) -> list[BlockErrors]
                 for name, parameter in _parameters(ours).items():
                     parameter.data.copy_(stored[name])
             else:
-                _train_block(ours, dense, task.settings)
+                _train_block(ours, dense, task)
                 save_atomically(_parameters(ours), file)
             ours.run()
             outputs = (compressed.hidden.tensor[batch] for batch in compressed.batches)
@@ -65,13 +116,14 @@ def train_blocks(dense: Walk, compressed: Walk, task: Task) -> list[BlockErrors]
     return errors
 
 
-def _train_block(block: Block, dense: Walk, settings: Recovery) -> None:
-    """All parameters of a block, norms included, by AdamW."""
-    walk = block.walk
+def _train_block(block: Block, dense: Walk, task: Task) -> None:
+    """Trains all parameters of a block, norms included, by AdamW."""
+    walk, settings = block.walk, task.settings
     parameters = [parameter.requires_grad_(True) for parameter in block.module.parameters()]
-    rate = settings.of("blockwise", "lr")
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, BETA2), weight_decay=settings.weight_decay)
-    epochs, batches = int(settings.of("blockwise", "epochs")), walk.batches
+    optimizer = torch.optim.AdamW(
+        parameters, lr=task.schedule.lr, betas=(0.9, BETA2), weight_decay=settings.weight_decay
+    )
+    epochs, batches = int(task.schedule.epochs or 0), walk.batches
     steps = epochs * len(batches)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * steps), steps)
     generator = torch.Generator().manual_seed(settings.seed + block.index)

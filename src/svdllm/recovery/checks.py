@@ -1,4 +1,4 @@
-"""What can be wrong with a recovery, found before a model is loaded."""
+"""Finds what is wrong with a recovery before a model is loaded."""
 
 from __future__ import annotations
 
@@ -11,41 +11,43 @@ from torch import Tensor
 
 from svdllm.common.errors import InputError
 from svdllm.common.extras import require_extra
-from svdllm.common.memory import weight_bytes
 from svdllm.data import check_source
 from svdllm.data.examples import refuse_mixture
 from svdllm.evaluation.windows import check_protocol
 from svdllm.models.limits import require_context, require_known_ids
-from svdllm.models.open import context_length
-from svdllm.models.skeleton import build_skeleton
 from svdllm.recovery.distributed import num_processes
-from svdllm.recovery.memory import least_bytes, require_memory
+from svdllm.recovery.memory import require_memory
+from svdllm.recovery.method import Method
+from svdllm.recovery.methods import METHODS
 from svdllm.recovery.models import Models
-from svdllm.recovery.settings import Recovery
+from svdllm.recovery.settings import Recovery, users_of
 from svdllm.recovery.stage import Task
 
 
 def check_cheaply(
-    models: Models, settings: Recovery, texts: Sequence[str], ppl_seqlen: int | None, log_dir: Path | None
+    models: Models, settings: Recovery, texts: Sequence[str], ppl_seqlen: int, log_dir: Path | None
 ) -> None:
-    """Raises InputError or ResourceError for what needs no model to be seen."""
+    """Raises InputError or ResourceError for what is wrong with the settings, as far as configs and paths tell."""
     training_dtype(models, settings)
     check_data(settings, texts)
     if log_dir is not None:
         require_extra("tensorboard", "--log-dir", extra="tensorboard")
-        if set(settings.methods) == {"blockwise"}:
-            raise InputError("--log-dir does nothing to blockwise: it is for sequential-lora and distill.")
-    if "sequential-lora" in settings.methods:
-        require_extra("peft", "--method sequential-lora", extra="recover")
-    _check_teacher(models, settings)
-    _check_lengths(models, settings)
-    if ppl_seqlen is not None:
-        check_protocol("windows", ppl_seqlen)
-        require_context(models.config, ppl_seqlen, "--ppl-seqlen")
+        if not any(METHODS[name].uses_trainer for name in settings.methods):
+            raise InputError(
+                f"--log-dir does nothing to {', '.join(settings.methods)}: it is for {' and '.join(users_of('steps'))}."
+            )
+    for method in (METHODS[name] for name in settings.methods):
+        method.check_extra(f"--method {method.name}")
+        _check_processes(method)
+        _check_teacher(models, method)
+    for name in settings.methods:
+        _check_lengths(models, settings, name)
+    check_protocol("windows", ppl_seqlen)
+    require_context(models.config, ppl_seqlen, "--ppl-seqlen")
 
 
 def training_dtype(models: Models, settings: Recovery) -> torch.dtype:
-    """Of the products in training.
+    """The dtype of the products in training.
 
     Raises:
         InputError: the device does not have it, or the weights would overflow in it.
@@ -73,60 +75,57 @@ def check_data(settings: Recovery, texts: Sequence[str]) -> None:
         check_source(text)
     if held_out is not None:
         refuse_mixture(held_out)
-    if "sequential-lora" in settings.methods:
-        refuse_mixture(settings.data)
+    for name in settings.methods:
+        METHODS[name].check_data(settings)
 
 
-def _check_teacher(models: Models, settings: Recovery) -> None:
-    if "blockwise" in settings.methods:
-        if models.teacher is None:
-            raise InputError("--method blockwise needs --teacher: the dense model, whose blocks' outputs are matched.")
-        if num_processes() > 1:
+def _check_processes(method: Method) -> None:
+    if not method.uses_trainer and num_processes() > 1:
+        raise InputError(
+            f"--method {method.name} runs in one process, these are {num_processes()}: run it alone first, then the other "
+            "methods on the checkpoint that it makes."
+        )
+
+
+def _check_teacher(models: Models, method: Method) -> None:
+    if models.teacher is None:
+        if method.teacher == "required":
             raise InputError(
-                f"--method blockwise runs in one process, these are {num_processes()}: run it alone first, then the other "
-                "methods on what it made."
+                f"--method {method.name} needs --teacher: the dense model that the checkpoint was made of."
             )
-    if models.teacher is not None:
-        theirs = models.dense_config.config.get_text_config()
-        ours = models.config.get_text_config()
-        alike = {"vocab_size": "tokens in its vocabulary"}
-        if "blockwise" in settings.methods:
-            alike |= {"num_hidden_layers": "blocks", "hidden_size": "hidden features"}
-        for name, what in alike.items():
-            if (wanted := getattr(ours, name)) != (found := getattr(theirs, name)):
-                raise InputError(
-                    f"--teacher {models.teacher} has {found} {what}, {models.folder} has {wanted}: the teacher is the dense "
-                    "model that this one was made of."
-                )
-
-
-def _check_lengths(models: Models, settings: Recovery) -> None:
-    settings = settings.within(context_length(models.config))
-    for method in settings.methods:
-        batch = settings.of(method, "batch")
-        require_context(models.config, settings.of(method, "seqlen"), "--seqlen")
-        if batch % num_processes():
+        return
+    theirs = models.dense_config.config.get_text_config()
+    ours = models.config.get_text_config()
+    for name, counted in {"vocab_size": "tokens in its vocabulary", **method.same_as_teacher}.items():
+        if (wanted := getattr(ours, name)) != (found := getattr(theirs, name)):
             raise InputError(
-                f"--batch {batch} cannot be shared evenly by {num_processes()} processes: give a multiple of it."
+                f"--teacher {models.teacher} has {found} {counted}, {models.folder} has {wanted}: the teacher is the dense "
+                "model that this checkpoint was made of."
             )
+
+
+def _check_lengths(models: Models, settings: Recovery, method: str) -> None:
+    schedule = settings.schedule(method)
+    require_context(models.config, schedule.seqlen, "--seqlen")
+    if schedule.batch % num_processes():
+        raise InputError(
+            f"--batch {schedule.batch} cannot be shared evenly by {num_processes()} processes: give a multiple of it."
+        )
 
 
 def check_tokens(models: Models, tokenizer: Any, texts: Iterable[Tensor], tasks: Sequence[Task]) -> None:
-    """Raises InputError for an id in the texts or in what the tasks learn from that the model has no embedding of."""
+    """Raises InputError if the model has no embedding of an id in the texts or in the sequences of the tasks."""
     sequences = (ids for task in tasks for ids, _ in (*task.rows, *task.held_out))
     for ids in (*texts, *sequences):
         require_known_ids(ids, models.config, tokenizer)
 
 
-def check_memory(models: Models, tasks: Sequence[Task]) -> None:
-    """Raises ResourceError if what the tasks need at the least is not free; of several processes, each may hold a part."""
+def check_memory(models: Models, needed: dict[str, int]) -> None:
+    """Raises ResourceError if the bytes that a method needs at the least are not free.
+
+    Several processes are not checked: each may hold a part of the model.
+    """
     if num_processes() > 1:
         return
-    teacher_bytes = 0
-    if models.teacher is not None and any(task.settings.kl > 0 for task in tasks):
-        teacher_bytes = weight_bytes(build_skeleton(models.dense_config.config, models.dense_dtype))
-    needed = {}
-    for task in tasks:
-        skeleton = build_skeleton(models.config, torch.float32 if task.method == "distill" else models.own_dtype)
-        needed[task.method] = least_bytes(task, skeleton, models.vocab_size, teacher_bytes)
-    require_memory(needed, models.device)
+    advice = METHODS[max(needed, key=lambda name: needed[name])].memory_advice
+    require_memory(needed, models.device, advice)

@@ -3,48 +3,29 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel
 
 from svdllm.common.errors import ResourceError
-from svdllm.common.memory import available_bytes, weight_bytes
-from svdllm.recovery.distill import open_for_training
-from svdllm.recovery.stage import Task
+from svdllm.common.memory import available_bytes
 
-ADAMW_BYTES = 4 + 4 + 4  # gradient and two moments of a trained number
-# Of the logits of a micro-batch in float32: themselves, their log-softmax and its gradient; with a teacher its own two.
+# Copies of a micro-batch's logits in float32: the logits, their log-softmax and its gradient; a teacher adds its own two.
 LOGITS, TEACHERS_LOGITS = 3, 2
 
 
-def least_bytes(task: Task, skeleton: PreTrainedModel, vocab_size: int, teacher_bytes: int) -> int:
-    """Weights, what AdamW keeps, the teacher and the logits; without the activations, so it is a lower bound.
+def logits_bytes(num_tokens: int, vocab_size: int, *, with_teacher: bool = False) -> int:
+    """Bytes of the logits that a micro-batch of ``num_tokens`` keeps, and of the teacher's."""
+    return (LOGITS + with_teacher * TEACHERS_LOGITS) * num_tokens * vocab_size * 4
 
-    Args:
-        skeleton: the compressed model without data, in the dtype that it is trained in.
-        teacher_bytes: of the dense model's weights, 0 without one.
+
+def require_memory(needed: dict[str, int], device: torch.device, advice: str = "") -> None:
+    """Raises ResourceError if what the methods need at the least (bytes by method) is not free.
+
+    ``advice`` names what needs less memory, in words that end with "; ".
     """
-    if task.method == "blockwise":
-        return 0  # two blocks
-    weights = weight_bytes(skeleton)
-    longest = max(len(ids) for ids, _ in task.rows)
-    logits = task.settings.sequences_at_once(task.method, 1) * longest * vocab_size * 4
-    if task.method == "sequential-lora":
-        return weights + LOGITS * logits
-    open_for_training(skeleton, task.settings.train_norms)
-    trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
-    copies = LOGITS + (TEACHERS_LOGITS if teacher_bytes else 0)
-    return weights + trained * ADAMW_BYTES + teacher_bytes + copies * logits
-
-
-def require_memory(needed: dict[str, int], device: torch.device) -> None:
-    """Raises ResourceError if what the methods need at the least (bytes by method) is not free."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     method = max(needed, key=lambda name: needed[name])
     if free is not None and needed[method] > free:
-        others = "--method sequential-lora keeps no gradients of the factors, blockwise one block; " * (
-            method == "distill"
-        )
         raise ResourceError(
             f"--method {method} needs more than {needed[method] / 1e9:.2f} GB of memory (weights, gradients, AdamW, logits), "
             f"{free / 1e9:.2f} GB are free on {device}.",
-            f"Lower --micro-batch or --seqlen; {others}or free some memory.",
+            f"Lower --micro-batch or --seqlen; {advice}or free some memory.",
         )

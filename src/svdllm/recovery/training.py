@@ -21,24 +21,20 @@ from transformers.trainer_utils import get_last_checkpoint
 from svdllm.common.errors import InputError, NumericalError
 from svdllm.common.progress import Reporter
 from svdllm.data.examples import padded
-from svdllm.recovery.distill import Loss
 from svdllm.recovery.distributed import is_main, num_processes, own_device, wait_for_all
 from svdllm.recovery.record import TrainingRecord
-from svdllm.recovery.settings import BETA2
-from svdllm.recovery.stage import Rows, Task
+from svdllm.recovery.stage import Loss, Rows, Task
+from svdllm.recovery.training_settings import BETA2
 
 SAVES_PER_STAGE = 10
 LOGS_PER_STAGE = 20
 LOOKS_PER_STAGE = 5  # at the held-out examples
 
 
-def train(
-    model: nn.Module, task: Task, dtype: torch.dtype, loss_of: Loss | None = None
-) -> tuple[TrainingRecord, dict[str, Tensor]]:
+def train(model: nn.Module, task: Task, loss_of: Loss | None = None) -> tuple[TrainingRecord, dict[str, Tensor]]:
     """Trains what requires gradients, in place; goes on with the last checkpoint in the task's folder if there is one.
 
     Args:
-        dtype: of the products; sums, gradients and what is trained are in float32.
         loss_of: another loss than the model's own.
 
     Returns:
@@ -48,7 +44,7 @@ def train(
         InputError: the launcher shards the model in a way that is not supported.
         NumericalError: the loss or a gradient is not finite, or the loss is exactly zero; names step and layer.
     """
-    arguments = training_arguments(task, dtype)
+    arguments = training_arguments(task)
     trained_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     trainer = _Trainer(
         model=model,
@@ -82,32 +78,23 @@ def train(
     ), trained
 
 
-def training_arguments(task: Task, dtype: torch.dtype) -> TrainingArguments:
+def training_arguments(task: Task) -> TrainingArguments:
     """The Trainer's arguments; ``batch`` sequences a step over all processes."""
-    settings = task.settings
-    batch = settings.of(task.method, "batch")
-    micro = settings.sequences_at_once(task.method, num_processes())
-    steps = settings.of(task.method, "steps")
-    if steps is None:
-        steps = max(1, math.ceil(settings.of(task.method, "epochs") * len(task.rows) / batch))
-    checkpointing = {}
-    if settings.gradient_checkpointing:  # newer versions call it by another name
-        known = {field.name for field in fields(TrainingArguments)}
-        name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-        checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    settings, batch, micro = task.settings, task.schedule.batch, task.sequences_at_once
+    steps = num_steps(task)
     arguments = TrainingArguments(
         output_dir=str(task.folder),
         max_steps=steps,
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=micro,
-        learning_rate=settings.of(task.method, "lr"),
+        learning_rate=task.schedule.lr,
         lr_scheduler_type="cosine",
         warmup_steps=round(settings.warmup * steps),
         weight_decay=settings.weight_decay,
         adam_beta2=BETA2,
         max_grad_norm=settings.clip,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
+        bf16=task.dtype == torch.bfloat16,
+        fp16=task.dtype == torch.float16,
         use_cpu=own_device(settings.device).type == "cpu",
         seed=settings.seed,
         data_seed=settings.seed,
@@ -123,14 +110,32 @@ def training_arguments(task: Task, dtype: torch.dtype) -> TrainingArguments:
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
-        **checkpointing,
+        **_checkpointing(settings.gradient_checkpointing),
     )
     if num_processes() == 1:
         arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are used by several processes only
     arguments.gradient_accumulation_steps = batch // (micro * num_processes())
     # Else what accelerate was configured with would decide.
-    arguments.mixed_precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
+    arguments.mixed_precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(task.dtype, "no")
     return arguments
+
+
+def num_steps(task: Task) -> int:
+    """Optimizer steps of a stage: those of the schedule, or as many as its epochs take."""
+    schedule = task.schedule
+    if schedule.steps is not None:
+        return schedule.steps
+    assert schedule.epochs is not None
+    return max(1, math.ceil(schedule.epochs * len(task.rows) / schedule.batch))
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """The Trainer's arguments of gradient checkpointing, which newer versions call by another name."""
+    if not wanted:
+        return {}
+    known = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _last_checkpoint(folder: Path) -> str | None:

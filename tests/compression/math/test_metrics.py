@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from reference import measured_loss, scaled_product
+from runs import target
+from svdllm import Recipe
 from svdllm.compression.math.linalg import factorise, output_spectrum
 from svdllm.compression.math.metrics import METHODS
 from svdllm.compression.math.statistics import Gram, MeanAbsolute, RowFisher
@@ -18,13 +20,13 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 
 def compress(name: str, weight_OI: Tensor, inputs_IT: Tensor, rank: int, alpha: float = 0.5) -> Tensor:
     """``W'`` of a method, by the way that a run takes: statistic, metric, spectrum, factors."""
-    method = METHODS[name]
+    method, settings = METHODS[name], Recipe(method=name, metric="input", shrinkage=0.0, asvd_alpha=alpha)
     value = None
     if method.statistic is not None:
         statistic = method.statistic(weight_OI.shape[1])
         statistic.add(inputs_IT.T)
         value = statistic.value()
-    u_OR, v_RI = factorise(weight_OI, output_spectrum(weight_OI, method.right(value, alpha)), rank)
+    u_OR, v_RI = factorise(weight_OI, output_spectrum(weight_OI, method.right(value, settings)), rank)
     return u_OR @ v_RI
 
 
@@ -62,15 +64,19 @@ def test_asvd_is_its_formula(shape: tuple[int, int], alpha: float):
 def test_asvd_metric_by_hand():
     """Means 4, 9 and 0.25 with alpha 0.5: S is 2, 3 and 0.5, and C = S^2; with alpha 1 C is the squares."""
     mean = torch.tensor([4.0, 9.0, 0.25], dtype=torch.float64)
-    assert METHODS["asvd"].right(mean, 0.5).tolist() == [4.0, 9.0, 0.25]
-    assert METHODS["asvd"].right(mean, 1.0).tolist() == [16.0, 81.0, 0.0625]
-    assert METHODS["asvd"].right(mean, 0.0).tolist() == [1.0, 1.0, 1.0]
+    assert METHODS["asvd"].right(mean, Recipe(method="asvd", asvd_alpha=0.5)).tolist() == [4.0, 9.0, 0.25]
+    assert METHODS["asvd"].right(mean, Recipe(method="asvd", asvd_alpha=1.0)).tolist() == [16.0, 81.0, 0.0625]
+    assert METHODS["asvd"].right(mean, Recipe(method="asvd", asvd_alpha=0.0)).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_asvd_gives_dead_channels_the_smallest_living_scale():
-    metric = METHODS["asvd"].right(torch.tensor([4.0, 0.0, 0.25], dtype=torch.float64), 0.5)
+    metric = METHODS["asvd"].right(
+        torch.tensor([4.0, 0.0, 0.25], dtype=torch.float64), Recipe(method="asvd", asvd_alpha=0.5)
+    )
     assert metric.tolist() == [4.0, 0.25, 0.25]
-    assert METHODS["asvd"].right(torch.zeros(2, dtype=torch.float64), 0.5).tolist() == [1.0, 1.0]
+    assert METHODS["asvd"].right(
+        torch.zeros(2, dtype=torch.float64), Recipe(method="asvd", asvd_alpha=0.5)
+    ).tolist() == [1.0, 1.0]
     inputs_IT = rand(12, 30)
     inputs_IT[3] = 0
     assert bool(torch.isfinite(compress("asvd", rand(8, 12), inputs_IT, 4)).all())
@@ -78,9 +84,9 @@ def test_asvd_gives_dead_channels_the_smallest_living_scale():
 
 def test_svd_llm_is_the_gram_itself_and_svd_the_identity():
     gram = rand(3, 3)
-    assert METHODS["svd-llm"].right(gram, 0.5) is gram
-    assert METHODS["svd"].right(None, 0.5) is None
-    assert METHODS["svd"].right(gram, 0.5) is None
+    assert METHODS["svd-llm"].right(gram, Recipe(shrinkage=0.0)) is gram
+    assert METHODS["svd"].right(None, Recipe()) is None
+    assert METHODS["svd"].right(gram, Recipe()) is None
 
 
 def test_outlier_channels_tell_the_methods_apart():
@@ -107,15 +113,21 @@ def test_fwsvd_weighs_rows_by_their_fisher_information(shape: tuple[int, int]):
     squares_OI = sum(sum(per_window[5 * w : 5 * w + 5]).pow(2) for w in range(3))
     torch.testing.assert_close(fisher.value(), squares_OI.sum(1), rtol=1e-5, atol=0)
     scale_O = squares_OI.sum(1).sqrt()
-    metric = METHODS["fwsvd"].left(fisher.value())
+    metric_OO = fwsvd_metric(fisher.value())
     for rank in (1, 4, 8):
         u_OS, s_S, v_SI = torch.linalg.svd(scale_O[:, None] * weight_OI, full_matrices=False)
         expected = (u_OS[:, :rank] * s_S[:rank]) @ v_SI[:rank] / scale_O[:, None]
-        u_OR, v_RI = factorise(weight_OI, output_spectrum(weight_OI, None, left_gram_OO=torch.diag(metric)), rank)
+        u_OR, v_RI = factorise(weight_OI, output_spectrum(weight_OI, None, left_gram_OO=metric_OO), rank)
         torch.testing.assert_close(u_OR @ v_RI, expected, rtol=0, atol=1e-4)
 
 
 def test_fwsvd_keeps_rows_without_gradient_defined():
-    metric = METHODS["fwsvd"].left(torch.tensor([4.0, 0.0, 2.0], dtype=torch.float64))
-    assert metric.tolist() == [1.5, 0.75, 0.75]
-    assert METHODS["fwsvd"].left(torch.zeros(2, dtype=torch.float64)).tolist() == [1.0, 1.0]
+    metric_OO = fwsvd_metric(torch.tensor([4.0, 0.0, 2.0], dtype=torch.float64))
+    assert metric_OO.tolist() == [[1.5, 0.0, 0.0], [0.0, 0.75, 0.0], [0.0, 0.0, 0.75]]
+    assert fwsvd_metric(torch.zeros(2, dtype=torch.float64)).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def fwsvd_metric(fisher_O: Tensor) -> Tensor:
+    left = METHODS["fwsvd"].left
+    assert left is not None
+    return left.of(target(len(fisher_O), 1), fisher_O, Recipe(method="fwsvd"))

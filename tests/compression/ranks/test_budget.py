@@ -26,15 +26,17 @@ from svdllm.checkpoint.tensors import (
     tensor_bytes,
 )
 from svdllm.common.errors import InputError
-from svdllm.compression.ranks import Evidence, candidate_ranks, fill_budget, uniform_rank, uniform_ranks
+from svdllm.compression.ranks import Evidence
 from svdllm.compression.ranks.budget import choose_ranks
 from svdllm.compression.ranks.predicted_sizes import WrittenFiles
-from svdllm.compression.ranks.uniform import exact_floor
+from svdllm.compression.ranks.strs import candidate_ranks
+from svdllm.compression.ranks.uniform import exact_floor, fill_budget, uniform_rank, uniform_ranks
 from svdllm.compression.recipe import PLAIN, Recipe
+from svdllm.models.discover import discover
 from svdllm.models.low_rank import low_rank_config, register_all
 from svdllm.models.open import open_source
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import Structure, Target, bias_corrected, discover
+from svdllm.models.structure import Structure, bias_corrected
 
 register_all()
 
@@ -452,12 +454,11 @@ def evidence_for(structure: Structure, recipe: Recipe, seed: int = 0) -> Evidenc
         for t in structure.targets
     }
 
-    def probed(linear: Target) -> list[int]:
-        return candidate_ranks(linear, recipe.strs_ratios, recipe.round_to) if recipe.allocation == "strs" else [1]
-
-    probes = {
-        t.name: {rank: float(torch.rand(1, generator=generator)) for rank in probed(t)} for t in structure.targets
+    strs = recipe.allocation == "strs"
+    ranks = {
+        t.name: candidate_ranks(t, recipe.strs_ratios, recipe.round_to) if strs else [1] for t in structure.targets
     }
+    probes = {name: {rank: float(torch.rand(1, generator=generator)) for rank in ranks[name]} for name in ranks}
     return Evidence(energies, probes)
 
 

@@ -32,10 +32,13 @@ from svdllm.compression.ranks.linear_times import (
     measured_ranks,
     shape_of,
 )
+from svdllm.compression.ranks.loss import losses_of
 from svdllm.compression.ranks.predicted_sizes import WrittenFiles
 from svdllm.compression.recipe import PLAIN, Recipe
+from svdllm.compression.recipe_files import make_recipe
+from svdllm.models.discover import discover
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import Structure, discover
+from svdllm.models.structure import Structure
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 OUTSIDE = 700
@@ -140,7 +143,7 @@ def test_no_other_ranks_are_as_fast_and_lose_less(seed: int) -> None:
     structure = structure_of(*SHAPES)
     times = times_of(structure, time)
     evidence = evidence_for(structure, times, seed)
-    losses = {t.name: evidence.losses(t) for t in structure.targets}
+    losses = {t.name: losses_of(evidence, t) for t in structure.targets}
     options = [[None, *range(1, t.break_even_rank + 1)] for t in structure.targets]
     names = [t.name for t in structure.targets]
     for speedup in (1.05, 1.15, 1.25):
@@ -192,9 +195,9 @@ def test_a_speed_out_of_reach_is_refused_with_one_that_is_not() -> None:
     dense, least = 700 + 2 * 250 + 266, 700 + 3 * (20 + 32)
     with pytest.raises(
         InputError,
-        match=r"--target-speedup 2 cannot be met: of the dense linears' time for 1,024 tokens at once, 48% lie outside the "
-        r"compressed linears, and with every rank at its least \(1\), or dense where that is faster, 58% are left. Ask for "
-        r"1.71 or less.",
+        match=r"--target-speedup 2 cannot be met: of the dense linears' time for 1,024 tokens at once, 48% lie outside "
+        r"the compressed linears, and with every rank at its least \(1\), or dense where that is faster, 58% are left. "
+        r"Ask for 1.71 or less.",
     ):
         require_fast_enough(recipe_of(target_speedup=2), structure, times)
     assert 1.71 < dense / least < 1.72
@@ -222,7 +225,7 @@ def test_a_speed_out_of_reach_is_refused_with_one_that_is_not() -> None:
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        svdllm.compression.recipe.make_recipe(settings)
+        make_recipe(settings)
 
 
 # --- whole runs ---
@@ -243,7 +246,7 @@ def made_up_times(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         )
 
     # The name svdllm.compress is the function's.
-    monkeypatch.setattr(importlib.import_module("svdllm.compression.run"), "measure_linears", measure)
+    monkeypatch.setattr(importlib.import_module("svdllm.compression.allocate"), "measure_linears", measure)
     return calls
 
 
@@ -321,8 +324,8 @@ def test_before_the_times_are_known_uniform_ranks_stand_in() -> None:
     assert not plan.ranks_known
     assert plan.speed is None
     assert plan.ranks == uniform.ranks
-    assert plan.disk_bytes >= plan.dense_file_bytes
-    assert plan.seconds_by_stage["time linears"] > 0 == uniform.seconds_by_stage["time linears"]
+    assert plan.needs.disk_bytes >= plan.sizes.dense_file_bytes
+    assert plan.needs.seconds_by_stage["time linears"] > 0 == uniform.needs.seconds_by_stage["time linears"]
     (extreme,) = svdllm.plan(model, fast_recipe(target_speedup=1000))
     assert set(extreme.ranks.values()) == {1}
 

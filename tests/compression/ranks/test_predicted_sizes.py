@@ -1,28 +1,38 @@
-"""Sizes of what will be quantised: predicted before there is anything, against the bytes of the files in the end."""
+"""Predicted sizes of quantised models: files are never larger, and of real models at most 0.5 % smaller."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import svdllm
 from families import tiny_model
 from runs import TEXT, run, save_dense, small_recipe
+from svdllm.checkpoint.quantized import ENTRY_BYTES, NOTE_BYTES
 from svdllm.checkpoint.report import read_report
-from svdllm.checkpoint.tensors import SHARD_BYTES, Tensors, empty_file_bytes, file_bytes, shard_names, share_of_files
+from svdllm.checkpoint.tensors import (
+    SHARD_BYTES,
+    Tensors,
+    empty_files_bytes,
+    file_bytes,
+    shard_names,
+    share_of_files,
+)
+from svdllm.checkpoint.weight_sizes import weight_bytes
 from svdllm.cli import main
 from svdllm.common.errors import InputError
 from svdllm.comparison.variants import variants_of
-from svdllm.compression.plan import structure_for
-from svdllm.compression.ranks.predicted_sizes import QuantizedFiles
-from svdllm.compression.recipe import load_settings, make_recipe
+from svdllm.compression.ranks.predicted_sizes import EMPTY_QUANTIZED_BYTES, QuantizedFiles
+from svdllm.compression.recipe_files import load_settings, make_recipe
+from svdllm.compression.subject import structure_for
 from svdllm.export.quantize import quantize
 from svdllm.models.open import open_config
 from svdllm.models.skeleton import build_skeleton
@@ -56,7 +66,7 @@ def budget_of(files: QuantizedFiles, least: int) -> int:
 
 
 def check(dense: Path, work: Path, bits: int, **settings: Any) -> None:
-    """Compresses and quantises: the size is as predicted, in the budget, and no rank could be a step more."""
+    """Compresses and quantises: files within the prediction, which is within the budget; no rank could be higher."""
     settings = {"round_to": 16 if bits == 4 else 1} | settings
     files = files_of(dense, bits, **settings)
     budget = budget_of(files, settings["round_to"])
@@ -64,16 +74,27 @@ def check(dense: Path, work: Path, bits: int, **settings: Any) -> None:
     result = run(dense, work / "small", recipe=recipe)
     ranks = result.plan.ranks
     quantize(work / "small", work / "few", bits=bits)
-    assert result.plan.quantized_file_bytes == size(work / "few") <= budget
+    predicted = result.plan.sizes.quantized_file_bytes
+    assert predicted is not None
+    assert predicted <= budget
+    assert_close_from_above(predicted, files, ranks, work / "few")
     assert result.plan.file_bytes == size(work / "small")
     if recipe.allocation == "strs":
         return  # which takes the ranks of one threshold and no more
-    slack = files.most_bytes(ranks, budget) - size(work / "few")
-    assert 0 <= slack < 100 + 20 * len(files.content(ranks)[0])  # the digits of offsets
     for target in files.targets:
         raised = ranks.get(target.name, target.full_rank) + recipe.round_to
         if raised <= target.break_even_rank and not any(re.search(fixed, target.name) for fixed in recipe.overrides):
-            assert files.num_bytes({**ranks, target.name: raised}) + slack > budget, target.name
+            assert files.num_bytes({**ranks, target.name: raised}) > budget, target.name
+
+
+def assert_close_from_above(predicted: int, files: QuantizedFiles, ranks: dict[str, int], folder: Path) -> None:
+    """The bytes of weights are exact; of headers there may be less, by the margin of a few hundred bytes a tensor."""
+    found = weight_bytes(folder)
+    assert found.files == size(folder) <= predicted
+    margin = predicted - found.files
+    tensors = files.tensors(ranks)
+    count = len(list(folder.glob("*.safetensors")))
+    assert margin < (count + 1) * (EMPTY_QUANTIZED_BYTES + (ENTRY_BYTES + NOTE_BYTES) * len(tensors))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -115,8 +136,9 @@ def test_a_second_factor_of_rank_one_is_left_as_it_is(bits: int, tmp_path: Path)
     result = quantize(tmp_path / "small", tmp_path / "few", bits=bits)
     name = "model.layers.0.self_attn.q_proj.svd_u"
     assert result.left[name] == "a linear of one input, of which torchao has no form"
-    ranks = {t.name: 1 for t in files_of(dense, bits).targets if t.name.endswith("q_proj")}
-    assert files_of(dense, bits).num_bytes(ranks) == size(tmp_path / "few")
+    files = files_of(dense, bits)
+    ranks = {t.name: 1 for t in files.targets if t.name.endswith("q_proj")}
+    assert_close_from_above(files.num_bytes(ranks), files, ranks, tmp_path / "few")
     assert svdllm.verify(tmp_path / "few")
 
 
@@ -136,34 +158,62 @@ def test_several_files(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run(dense, tmp_path / "small", recipe=small_recipe(ranks={f"^{name}$": rank for name, rank in ranks.items()}))
     monkeypatch.setattr(sys.modules["svdllm.export.quantize"], "SHARD_BYTES", 60_000)
     quantize(tmp_path / "small", tmp_path / "few", bits=bits)
-    tensors, notes = files_of(dense, bits).content(ranks)
-    assert len(list((tmp_path / "few").glob("*.safetensors"))) == len(shard_names(tensors, 60_000)) > 2
-    assert file_bytes(tensors, 60_000, notes) == size(tmp_path / "few")
+    assert len(list((tmp_path / "few").glob("*.safetensors"))) > 2
+    assert files_of(dense, bits).num_bytes(ranks) < size(tmp_path / "few")  # which counts on one file
     monkeypatch.setattr("svdllm.checkpoint.tensors.SHARD_BYTES", 60_000)
-    assert files_of(dense, bits).most_bytes(ranks, size(tmp_path / "few")) >= size(tmp_path / "few")
+    assert files_of(dense, bits).num_bytes(ranks) >= size(tmp_path / "few")
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_shares_add_up_to_hardly_more_than_the_files(bits: int, tmp_path: Path) -> None:
+def test_weights_are_counted_to_the_byte(bits: int, tmp_path: Path) -> None:
+    """What a prediction says beside the margin for headers is what files hold beside their headers."""
+    dense = save_dense(tmp_path / "dense", "qwen2", **WIDE)
+    files = files_of(dense, bits)
+    quantize(dense, tmp_path / "few", bits=bits)
+    found = weight_bytes(tmp_path / "few")
+    headers = sum(ENTRY_BYTES + NOTE_BYTES + 5 * len(name) for name in files.dense) + EMPTY_QUANTIZED_BYTES
+    assert files.num_bytes({}) - headers == found.quantized + found.other
+    assert 0.35 * headers < found.headers < headers
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_of_a_model_of_real_size_the_margin_is_below_half_a_percent(bits: int) -> None:
+    """The shapes of SmolLM2-135M. Only the limit on headers is not exact, and files hold more than 0.35 of it."""
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    skeleton = build_skeleton(config)
+    structure = structure_for(skeleton, small_recipe())
+    files = QuantizedFiles.of(skeleton, structure.targets, torch.bfloat16, bits)
+    ranks = {target.name: target.break_even_rank // 32 * 16 for target in structure.targets}
+    headers = sum(ENTRY_BYTES + NOTE_BYTES + 5 * len(name) for name in files.tensors(ranks)) + EMPTY_QUANTIZED_BYTES
+    assert 0.65 * headers < 0.005 * files.num_bytes(ranks)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_shares_add_up(bits: int, tmp_path: Path) -> None:
     files = files_of(save_dense(tmp_path / "dense", "qwen2", **WIDE), bits)
     ranks = {target.name: 16 for target in files.targets[::2]}
     total = files.num_bytes(ranks)
-    tensors, notes = files.content(ranks)
+    tensors = files.tensors(ranks)
     for part in (files.part(target) for target in files.targets):
-        found, said = part.content({name: rank for name, rank in ranks.items() if name == part.targets[0].name})
+        found = part.tensors({name: rank for name, rank in ranks.items() if name == part.targets[0].name})
         assert found == {name: tensors[name] for name in found}
-        assert said == {name: notes[name] for name in said}
     inside = sum(
         files.part(target).share({name: rank for name, rank in ranks.items() if name == target.name}, total)
         for target in files.targets
     )
-    names = {f"{target.name}." for target in files.targets}
-    others = {name: entry for name, entry in tensors.items() if not any(name.startswith(start) for start in names)}
-    outside = share_of_files(
-        others, total, {name: note for name, note in notes.items() if not name.startswith(tuple(names))}
-    )
-    assert empty_file_bytes(total) + inside + outside == files.most_bytes(ranks, total)
-    assert total <= files.most_bytes(ranks, total) < total + 20 * len(tensors)
+    whole = {target.name for target in files.targets}
+    others = {name: entry for name, entry in files.dense.items() if name.rpartition(".")[0] not in whole}
+    outside = replace(files, dense=others, targets=[]).share({}, total)
+    assert EMPTY_QUANTIZED_BYTES + inside + outside == files.most_bytes(ranks, total)
 
 
 # what is said
@@ -206,7 +256,7 @@ def test_from_plan_to_the_quantised_folder(
     assert f"chosen for {bits} bits" in (tmp_path / "out" / "README.md").read_text()
     assert all(rank % (16 if bits == 4 else 1) == 0 for rank in planned_ranks(planned))
     assert cli(*advice[1].split()) == 0
-    assert size(Path(advice[2])) == planned["quantized_file_bytes"] <= budget
+    assert size(Path(advice[2])) <= planned["quantized_file_bytes"] <= budget
     assert size(tmp_path / "out") == planned["file_bytes"]
     assert "chosen for" not in (Path(advice[2]) / "README.md").read_text()
     capsys.readouterr()
@@ -242,8 +292,8 @@ def test_before_the_analysis_ranks_of_the_same_size_stand_in(tmp_path: Path) -> 
     recipe = small_recipe(target_size=budget, factor_bits=4, round_to=16, allocation="loss")
     (planned,) = svdllm.plan(dense, recipe)
     assert not planned.ranks_known
-    assert planned.quantized_file_bytes is not None
-    assert 0.97 * budget < planned.quantized_file_bytes <= budget
+    assert planned.sizes.quantized_file_bytes is not None
+    assert 0.97 * budget < planned.sizes.quantized_file_bytes <= budget
     assert {rank % 16 for rank in planned.ranks.values()} == {0}
     assert set(planned.ranks) == {target.name for target in files.targets}
     check(dense, tmp_path, 4, allocation="loss", ignore=("k_proj", "v_proj"))
@@ -313,5 +363,5 @@ def test_shares_hold_the_headers_of_as_many_files_as_there_can_be(share: float, 
     total = file_bytes(tensors)
     files = len(shard_names(tensors))
     assert files == -(-count // int(1 / share))
-    assert files <= empty_file_bytes(total) // empty_file_bytes(0)
-    assert share_of_files(tensors, total) + empty_file_bytes(total) >= total
+    assert files <= empty_files_bytes(total) // empty_files_bytes(0)
+    assert share_of_files(tensors, total) + empty_files_bytes(total) >= total

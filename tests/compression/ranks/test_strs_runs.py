@@ -14,8 +14,9 @@ import svdllm
 from families import tiny_model
 from runs import digests, run, small_recipe, token_windows
 from svdllm.compression.probe import probe_ids, probe_ranks, probe_tokens
+from svdllm.models.discover import discover
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import Structure, discover
+from svdllm.models.structure import Structure
 
 STRS = {"allocation": "strs", "probe_share": 0.97, "strs_ratios": (0.2, 0.45, 0.7)}
 
@@ -72,7 +73,7 @@ def test_losses_are_those_of_compressed_models_and_ranks_those_of_a_scan(
     for result, ratio in zip(results, (0.2, 0.35, 0.6), strict=True):
         assert result.plan.ranks == scanned(structure, losses, (1 - ratio) * structure.num_target_params)
         assert result.plan.achieved_ratio >= ratio
-        assert result.plan.allocation_threshold == max(losses[name][rank] for name, rank in result.plan.ranks.items())
+        assert result.plan.allocation.threshold == max(losses[name][rank] for name, rank in result.plan.ranks.items())
 
     probed = probe_ids(ids, probe_tokens(recipe, structure, build_skeleton(model.config)))
     assert probed.numel() > 32
@@ -113,7 +114,7 @@ def test_plain_svd_reads_text_for_the_probes_only(tmp_path: Path) -> None:
     }
     reports = [json.loads((tmp_path / str(seed) / "svdllm" / "report.json").read_text()) for seed in (0, 1)]
     assert len({report["source"]["calibration_fingerprint"] for report in reports}) == 2
-    assert results[0].plan.allocation_threshold != results[1].plan.allocation_threshold
+    assert results[0].plan.allocation.threshold != results[1].plan.allocation.threshold
     kept = [{row["name"]: row["kept_energy"] for row in report["linears"]} for report in reports]
     same = [name for name, rank in results[0].plan.ranks.items() if results[1].plan.ranks.get(name) == rank]
     assert same
@@ -152,9 +153,9 @@ def test_the_plan_counts_every_truncation() -> None:
         svdllm.plan(tiny_model("llama"), small_recipe(samples=64, seqlen=48, **STRS | {"strs_ratios": ratios}))[0]
         for ratios in ((0.5,), (0.3, 0.5, 0.7))
     )
-    more = [plan.ram_by_stage["probe"] - plan.ram_by_stage["now"] for plan in (one, three)]
+    more = [plan.needs.ram_by_stage["probe"] - plan.needs.ram_by_stage["now"] for plan in (one, three)]
     assert more[1] - more[0] == pytest.approx(2 * 14 * 64 * 48 * 32 * 4, abs=2**20)
-    assert three.seconds_by_stage["probe"] == pytest.approx(3 * one.seconds_by_stage["probe"])
+    assert three.needs.seconds_by_stage["probe"] == pytest.approx(3 * one.needs.seconds_by_stage["probe"])
 
 
 def test_few_tokens_are_said(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ which needs no inverse and is defined for a singular ``C`` as well. With a left 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -103,6 +103,12 @@ def shrunk_to_mean(gram_OO: Tensor, amount: float) -> Tensor:
     return identity_OO if mean <= 0 else (1 - amount) / mean * gram_OO + amount * identity_OO
 
 
+def without_zeros(values: Tensor) -> Tensor:
+    """Replaces zeros by the smallest value above zero, or by 1: a metric of zero would leave a channel undefined."""
+    active = values[values > 0]
+    return values.clamp_min(float(active.min()) if active.numel() else 1.0)
+
+
 def equal_energies(weights: Sequence[Tensor], gram: Tensor | None) -> Tensor:
     """The left metric (``O x O``, diagonal) in which weights, one under the other, have outputs of energy 1 each."""
     rows = []
@@ -174,10 +180,22 @@ def _symmetric_product(left_NM: Tensor, right_MN: Tensor) -> Tensor:
     """A product that is known to be symmetric: only its upper triangle is multiplied, panel by panel."""
     size = left_NM.shape[0]
     product_NN = left_NM.new_empty(size, size)
-    for start in range(0, size, PANEL):
-        stop = start + PANEL
-        product_NN[start:stop, start:] = left_NM[start:stop] @ right_MN[:, start:]
+    for start, stop, panel in upper_panels(left_NM, right_MN):
+        product_NN[start:stop, start:] = panel
     return product_NN.triu() + product_NN.triu(1).mT
+
+
+def upper_panels(left_NM: Tensor, right_MN: Tensor, buffer: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
+    """The upper triangle of a symmetric product, panel by panel: almost half of the product need not be computed.
+
+    Yields ``start, stop, product[start:stop, start:]``. With a ``buffer`` of ``PANEL`` rows each panel overwrites the
+    panel before.
+    """
+    size = left_NM.shape[0]
+    for start in range(0, size, PANEL):
+        stop = min(start + PANEL, size)
+        out = None if buffer is None else buffer[: (stop - start) * (size - start)].view(stop - start, -1)
+        yield start, stop, torch.mm(left_NM[start:stop], right_MN[:, start:], out=out)
 
 
 def _balancing_scales(weight_OI: Tensor, energies_K: Tensor) -> Tensor:

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
+from svdllm.compression.math.linalg import PANEL, upper_panels
+
 # Tokens of one float32 product before it is added to the float64 sum.
 TOKENS_PER_PRODUCT = 4096
-# Width of a panel of the symmetric product: narrower panels skip more of the lower triangle but multiply slower.
-PANEL = 192
+
+
+class Statistic(Protocol):
+    """Accumulated over the inputs of a linear in the forward walk."""
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu"): ...
+
+    def add(self, inputs: Tensor) -> None:
+        """Adds the tokens of ``inputs`` (``..., in``)."""
+        ...
+
+    def value(self) -> Tensor: ...
+
+
+class BackwardStatistic(Protocol):
+    """Accumulated over the inputs of a linear and the gradients of the loss in its outputs, in the reverse walk."""
+
+    def __init__(self, out_features: int, device: torch.device | str = "cpu"): ...
+
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Adds windows (``windows x tokens x in`` and ``windows x tokens x out``)."""
+        ...
+
+    def value(self) -> Tensor: ...
 
 
 class Gram:
@@ -44,12 +70,7 @@ class Gram:
         return self.value() - self.num_tokens * torch.outer(self.mean(), self.mean())
 
     def _add_product(self, tokens_TI: Tensor) -> None:
-        """Upper triangle only, panel by panel: the product is symmetric, so almost half of it need not be computed."""
-        in_features = tokens_TI.shape[1]
-        for start in range(0, in_features, PANEL):
-            stop = min(start + PANEL, in_features)
-            panel = self._product[: (stop - start) * (in_features - start)].view(stop - start, -1)
-            torch.mm(tokens_TI[:, start:stop].mT, tokens_TI[:, start:], out=panel)
+        for start, stop, panel in upper_panels(tokens_TI.mT, tokens_TI, self._product):
             self._upper_II[start:stop, start:] += panel
 
 
@@ -111,4 +132,16 @@ class RowFisher:
         return self._sum_O
 
 
-Statistic = Gram | MeanAbsolute
+class GradientGram:
+    """``G = sum g g^T`` (``out x out``) of the gradients of the loss in a linear's outputs, float64."""
+
+    def __init__(self, out_features: int, device: torch.device | str = "cpu"):
+        self._gram = Gram(out_features, device)
+
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Adds the gradients of windows (``windows x tokens x out``); the inputs are not needed."""
+        self._gram.add(gradients)
+
+    def value(self) -> Tensor:
+        """The symmetric sum, float64."""
+        return self._gram.value()

@@ -1,26 +1,21 @@
-"""How a budget is spread over the targets: a map target -> rank; what is not in it stays dense."""
+"""The table of allocations: how a budget is spread over the targets.
 
-from svdllm.checkpoint.elastic import Probes
-from svdllm.compression.ranks.effective_rank import effective_ranks
-from svdllm.compression.ranks.evidence import Allocation, Evidence
-from svdllm.compression.ranks.loss import loss_ranks
-from svdllm.compression.ranks.strs import candidate_ranks, strs_ranks
-from svdllm.compression.ranks.uniform import Cost, Ranks, exact_floor, fill_budget, uniform_rank, uniform_ranks
-from svdllm.compression.ranks.v2 import v2_ranks
+A new one is a file beside this one, a row, and its settings if it has any.
+"""
 
-__all__ = [
-    "Allocation",
-    "Cost",
-    "Evidence",
-    "Probes",
-    "Ranks",
-    "candidate_ranks",
-    "effective_ranks",
-    "exact_floor",
-    "fill_budget",
-    "loss_ranks",
-    "strs_ranks",
-    "uniform_rank",
-    "uniform_ranks",
-    "v2_ranks",
-]
+from svdllm.compression.ranks.effective_rank import EFFECTIVE_RANK
+from svdllm.compression.ranks.loss import LOSS
+from svdllm.compression.ranks.question import Allocation, Evidence
+from svdllm.compression.ranks.rows import Row
+from svdllm.compression.ranks.strs import STRS, StrsSettings
+from svdllm.compression.ranks.uniform import UNIFORM
+from svdllm.compression.ranks.v2 import V2
+
+ALLOCATIONS: dict[str, Row] = {row.name: row for row in (UNIFORM, V2, EFFECTIVE_RANK, LOSS, STRS)}
+
+
+class AllocationSettings(StrsSettings):
+    """The settings of all rows."""
+
+
+__all__ = ["ALLOCATIONS", "Allocation", "AllocationSettings", "Evidence", "Row"]

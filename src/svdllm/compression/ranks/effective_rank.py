@@ -5,12 +5,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from math import exp
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from svdllm.common.errors import InputError
-from svdllm.compression.ranks.uniform import Cost, Ranks
+from svdllm.compression.ranks.question import Allocation, Cost, Evidence, Question, Ranks
+from svdllm.compression.ranks.rows import Row
 from svdllm.models.structure import Target
 
 # What part of the parameters of a block's q and k goes to its v.
@@ -150,3 +152,16 @@ def _rounded(
                 levels[name] += 1
                 spent = True
     return {t.name: (levels[t.name] + 1) * round_to for t in targets if levels[t.name] < len(prices[t.name]) - 1}
+
+
+def _allocate(question: Question, evidence: Evidence, settings: Any) -> Allocation:
+    unit = question.unit
+    return Allocation(effective_ranks(question.targets, evidence.energies, unit.left, question.round_to, unit.cost))
+
+
+EFFECTIVE_RANK = Row(
+    name="effective-rank",
+    summary="by the effective rank of each linear, from the spectra alone",
+    source="D-Rank, arXiv 2509.25622",
+    allocate=_allocate,
+)

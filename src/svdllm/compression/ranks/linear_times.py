@@ -1,7 +1,8 @@
-"""How long linears take here, dense and factored: what a budget of time is counted in.
+"""Measures how long the linears of a model take on this machine, dense and factorised: the unit of a budget of time.
 
-A product with few tokens takes as long as its matrix takes to be read, and in a model every matrix is read once per step:
-when its turn comes it is in no cache. So the matrices of consecutive products are cut from more memory than caches hold.
+A product with few tokens takes as long as reading its matrix. A model reads every matrix once per step, so that none
+is in a cache when its turn comes. To reproduce this, consecutive products use matrices cut from more memory than
+caches hold.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from svdllm.common.progress import Reporter
-from svdllm.models.structure import Structure, Target, linear_shape, linears_of
+from svdllm.models.linears import linear_shape, linears_of
+from svdllm.models.structure import Structure, Target
 
 COLD_BYTES = 256 * 2**20
 NUM_RANKS = 12  # of a shape, from the least to break-even
-SAMPLE_NS = 1_000_000  # short products are timed several at once
-ROUNDS = range(5, 50)  # in each of which every rank is timed once
-SECONDS = 2.0  # for the rounds of one shape, beyond the least number
+SAMPLE_NS = 1_000_000  # shorter products are timed several at once
+ROUNDS = range(5, 50)  # least and most; a round times every rank once
+SECONDS = 2.0  # after which a shape gets no more rounds than the least number
 
 
 class Shape(NamedTuple):
-    """What the time of a linear depends on; GPT-2's ``Conv1D`` keeps its weight as (in, out)."""
+    """The properties of a linear that its time depends on; GPT-2's ``Conv1D`` keeps its weight as (in, out)."""
 
     out_features: int
     in_features: int
@@ -40,7 +42,10 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class ShapeTimes:
-    """Of one shape: nanoseconds of the dense product, and of the two products at each measured rank (ascending)."""
+    """Times of one shape, in nanoseconds: of the dense product, and of the two products at each measured rank.
+
+    Ranks ascend.
+    """
 
     shape: Shape
     dense: int
@@ -50,7 +55,7 @@ class ShapeTimes:
 
 @dataclass(frozen=True)
 class Speed:
-    """What times predict for all linears of a model together: nanoseconds for ``tokens`` tokens at once."""
+    """Predicted time of all linears of a model together, for ``tokens`` tokens at once."""
 
     tokens: int
     device: str
@@ -62,10 +67,10 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearTimes:
-    """Nanoseconds of a model's linears for ``tokens`` tokens at once.
+    """Measured times of a model's linears for ``tokens`` tokens at once, in nanoseconds.
 
-    ``outside`` is what the linears that are no targets (the head, say) take together, ``threads`` the number of threads that
-    the CPU had.
+    ``outside`` is the time of all linears that are not targets, such as the head. ``threads`` is the number of CPU
+    threads.
     """
 
     tokens: int
@@ -76,12 +81,12 @@ class LinearTimes:
     shapes: Sequence[ShapeTimes]
 
     def of(self, target: Target, rank: int | None) -> int:
-        """Of a target's factors of a rank, between measured ranks on a straight line; dense if ``rank`` is None."""
+        """Time of a target: dense if ``rank`` is None, else of its factors, interpolated between measured ranks."""
         times = next(times for times in self.shapes if times.shape == shape_of(target))
         return times.dense if rank is None else round(float(np.interp(rank, times.ranks, times.factored)))
 
     def total(self, targets: Iterable[Target], ranks: Mapping[str, int]) -> int:
-        """Of all linears; a target that has no rank is dense."""
+        """Time of all linears; targets without a rank are dense."""
         return self.outside + sum(self.of(target, ranks.get(target.name)) for target in targets)
 
     def speed(self, targets: Sequence[Target], ranks: Mapping[str, int]) -> Speed:
@@ -112,13 +117,13 @@ def measure_linears(
     dtype: torch.dtype,
     reporter: Reporter,
 ) -> LinearTimes:
-    """Times every distinct linear of a model on matrices of random numbers.
+    """Times every distinct shape of linear in a model, on matrices of random numbers.
 
     Args:
-        skeleton: the model; only its shapes are looked at.
-        structure: whose targets are timed factored as well, at multiples of ``round_to`` up to break-even.
-        tokens: rows of the inputs: 1 is decoding of one text.
-        device: where the products are made.
+        skeleton: the model, of which only the shapes are read.
+        structure: its targets, which are also timed factorised, at multiples of ``round_to`` up to break-even.
+        tokens: rows of the inputs; 1 is the decoding of one text.
+        device: runs the products.
         dtype: of inputs and matrices.
         reporter: is told about progress.
     """
@@ -149,14 +154,14 @@ def module_shape(module: nn.Module) -> Shape:
 
 
 def measured_ranks(highest: int, round_to: int) -> list[int]:
-    """Multiples of ``round_to``, from the least to the highest, evenly spread; none where there is no multiple."""
+    """At most ``NUM_RANKS`` multiples of ``round_to`` up to ``highest``, evenly spread."""
     steps = highest // round_to
     spread = np.linspace(1, steps, min(NUM_RANKS, steps)).round().astype(int)
     return (spread * round_to).tolist()
 
 
 def work_bytes(shapes: Iterable[tuple[int, int]], tokens: int, dtype: torch.dtype) -> int:
-    """Memory that the measurement takes, by the (out, in) of all linears."""
+    """Bytes of memory that the measurement takes; ``shapes`` are the (out, in) of all linears."""
     return max(
         max(COLD_BYTES, rows * columns * dtype.itemsize) + tokens * (rows + columns) * dtype.itemsize
         for rows, columns in shapes
@@ -164,7 +169,7 @@ def work_bytes(shapes: Iterable[tuple[int, int]], tokens: int, dtype: torch.dtyp
 
 
 class _Watch:
-    """Times products with matrices that are in no cache."""
+    """Times products with matrices that are not in a cache."""
 
     def __init__(self, shapes: Iterable[Shape], tokens: int, device: torch.device, dtype: torch.dtype):
         self.tokens, self.device, self.dtype = tokens, device, dtype
@@ -175,7 +180,7 @@ class _Watch:
         self._used = 0
 
     def times(self, shape: Shape, ranks: Sequence[int]) -> ShapeTimes:
-        """Medians over rounds: whatever else the machine does meets dense and factored products alike."""
+        """Medians over rounds, so that other processes slow down dense and factorised products alike."""
         x = torch.ones(self.tokens, shape.in_features, device=self.device, dtype=self.dtype)
         options = (None, *ranks)
         first = {rank: min(self._sample(x, shape, rank, 1) for _ in range(2)) for rank in options}
@@ -191,7 +196,7 @@ class _Watch:
         return ShapeTimes(shape, round(median(samples[None])), ranks, factored)
 
     def _sample(self, x: Tensor, shape: Shape, rank: int | None, count: int) -> float:
-        """Nanoseconds of one of ``count`` linears in a row."""
+        """Mean nanoseconds of a linear, over ``count`` of them in a row."""
         linears = [self._linear(shape, rank) for _ in range(count)]
         if self.device.type != "cuda":
             started = time.perf_counter_ns()
@@ -206,14 +211,14 @@ class _Watch:
         return start.elapsed_time(end) * 1e6 / count
 
     def _linear(self, shape: Shape, rank: int | None) -> list[Tensor]:
-        """The matrices that a linear multiplies by, one after the other."""
+        """The matrices of a linear: one if it is dense, two if factorised."""
         rows, columns, is_conv1d = shape
         if rank is not None:
             return [self._cut(rank, columns), self._cut(rows, rank)]
         return [self._cut(columns, rows).mT if is_conv1d else self._cut(rows, columns)]
 
     def _cut(self, rows: int, columns: int) -> Tensor:
-        """The next matrix, at the start of a cache line; from the beginning again when the numbers are used up."""
+        """Cuts the next matrix, from the start of a cache line. Starts again when the numbers are used up."""
         start = -(-self._used // 64) * 64
         if start + rows * columns > len(self._numbers):
             start = 0
@@ -229,7 +234,7 @@ def _multiply(x: Tensor, linears: Iterable[Sequence[Tensor]]) -> None:
 
 
 def isotonic(values: Sequence[float]) -> list[int]:
-    """Without what noise makes fall: midway between the least rising sequence above and the greatest below."""
+    """Makes times non-decreasing in rank: the mean of the smallest such sequence above them and the largest below."""
     above = np.maximum.accumulate(values)
     below = np.minimum.accumulate(values[::-1])[::-1]
     return ((above + below) / 2).round().astype(int).tolist()

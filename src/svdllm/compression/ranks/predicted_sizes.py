@@ -1,6 +1,6 @@
-"""Bytes of a compressed model's weight files for any ranks: as they are written, or as they are once quantised.
+"""Bytes of a compressed model's weight files for any ranks: as ``compress`` writes them, or once quantised.
 
-The one account from which budgets and plans take the size of a model that does not exist yet.
+Budgets and plans take the size of a model that does not exist yet from here.
 """
 
 from __future__ import annotations
@@ -11,104 +11,93 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import PreTrainedModel
 
-from svdllm.checkpoint.quantized import (
-    QuantizedLinear,
-    Scheme,
-    can_quantize,
-    file_notes,
-    linears_in_blocks,
-    make_scheme,
-    quantized_linear,
-    quantized_tensors,
-)
+from svdllm.checkpoint.quantized import Scheme, can_quantize, linears_in_blocks, make_scheme, quantized_bytes
 from svdllm.checkpoint.tensors import (
-    NO_NOTES,
-    Notes,
     Tensors,
     buffer_names,
     compressed_tensors,
-    empty_file_bytes,
+    empty_files_bytes,
     file_bytes,
     loaded_tensors,
+    most_files,
     num_params,
     share_of_files,
-    tied_names,
 )
-from svdllm.models.structure import Target, linear_ranks
+from svdllm.models.structure import Target
+
+# What torchao adds to the header of a file that names no tensor, and a few tied tensors that are named and in no file.
+EMPTY_QUANTIZED_BYTES = 1000
 
 
 @dataclass(frozen=True)
 class WrittenFiles:
-    """What ``compress`` writes of a model, or of a part of it, that has these tensors."""
+    """The files that ``compress`` writes of a model, or of a part of it, that has these tensors."""
 
     dense: Tensors
     targets: Sequence[Target]
-    buffers: Collection[str] = field(default=(), kw_only=True)  # of the tensors: those that are no parameters
+    buffers: Collection[str] = field(default=(), kw_only=True)  # of the tensors: those that are not parameters
 
-    def content(self, ranks: Mapping[str, int]) -> tuple[Tensors, Notes]:
-        """What files and headers hold; targets without a rank stay dense."""
-        return compressed_tensors(self.dense, self.targets, ranks), NO_NOTES
+    def tensors(self, ranks: Mapping[str, int]) -> Tensors:
+        """What ``compress`` writes; targets without a rank stay dense."""
+        return compressed_tensors(self.dense, self.targets, ranks)
 
     def num_params(self, ranks: Mapping[str, int]) -> int:
         """Parameters in all files."""
-        return num_params(self.content(ranks)[0], self.buffers)
+        return num_params(self.tensors(ranks), self.buffers)
 
     def num_bytes(self, ranks: Mapping[str, int]) -> int:
-        """Exact size of all files."""
-        tensors, notes = self.content(ranks)
-        return file_bytes(tensors, notes=notes)
+        """Size of all files, exact."""
+        return file_bytes(self.tensors(ranks))
 
     def most_bytes(self, ranks: Mapping[str, int], total: int) -> int:
-        """The same from above, if it is no more than ``total``: a sum to which each target adds its ``share``."""
-        return empty_file_bytes(total) + self.share(ranks, total)
+        """The most that all files have, if it is at most ``total``: a sum to which each target adds its ``share``."""
+        return empty_files_bytes(total) + self.share(ranks, total)
 
     def share(self, ranks: Mapping[str, int], total: int) -> int:
-        """What this part of a model adds to files of ``total`` bytes, at most."""
-        tensors, notes = self.content(ranks)
-        return share_of_files(tensors, total, notes)
+        """The most that this part of a model adds to files of ``total`` bytes."""
+        return share_of_files(self.tensors(ranks), total)
 
     def part(self, target: Target) -> WrittenFiles:
-        """Of this target alone."""
+        """The files of this target alone."""
         names = [name for name in self.dense if name.rpartition(".")[0] in target.linears]
         return replace(self, dense={name: self.dense[name] for name in names}, targets=[target])
 
 
 @dataclass(frozen=True)
 class QuantizedFiles(WrittenFiles):
-    """What ``quantize`` makes of that. Made of nothing but shapes: torchao is not needed."""
+    """The files that ``quantize`` makes of those. Sizes are upper bounds, from shapes alone: torchao is not needed."""
 
     scheme: Scheme
-    dtype: torch.dtype  # of the source: what is not quantised has it
-    linears: Mapping[str, QuantizedLinear]  # those of the dense model that are quantised
-    tied: Sequence[str]  # tensors that headers name and files do not hold
+    linears: Collection[str]  # those of the dense model that are quantised
 
     @classmethod
     def of(cls, skeleton: PreTrainedModel, targets: Sequence[Target], dtype: torch.dtype, bits: int) -> QuantizedFiles:
-        """By the skeleton of the dense model."""
+        """Made of the skeleton of the dense model; ``dtype`` is that of the source, which unquantised tensors have."""
         scheme = make_scheme(bits, None)
         return cls(
             dense=loaded_tensors(skeleton, dtype),
             targets=targets,
             scheme=scheme,
-            dtype=dtype,
-            linears={linear.name: linear for linear in linears_in_blocks(skeleton, scheme)},
-            tied=sorted(tied_names(skeleton)),
+            linears=frozenset(linear.name for linear in linears_in_blocks(skeleton, scheme)),
             buffers=buffer_names(skeleton),
         )
 
-    def content(self, ranks: Mapping[str, int]) -> tuple[Tensors, Notes]:
-        written, _ = super().content(ranks)
-        factorised = linear_ranks(self.targets, ranks)
-        linears = [linear for name, linear in self.linears.items() if name not in factorised]
-        for target in self.targets:
-            if (rank := ranks.get(target.name)) is None:
-                continue
-            linears.append(quantized_linear(f"{target.linears[0]}.svd_v", rank, target.in_features, self.scheme))
-            if can_quantize(rank):
-                parts = target.parts or ((target.name, target.out_features),)
-                linears += [quantized_linear(f"{name}.svd_u", rows, rank, self.scheme) for name, rows in parts]
-        return quantized_tensors(written, linears), file_notes([*written, *self.tied], linears, self.dtype)
+    def num_bytes(self, ranks: Mapping[str, int]) -> int:
+        """The most that all files have; less than 0.5 % too much where linears have a million weights."""
+        return self.most_bytes(ranks, self.most_bytes(ranks, 0))
 
-    def part(self, target: Target) -> QuantizedFiles:
-        linears = {name: self.linears[name] for name in target.linears if name in self.linears}
-        return replace(self, dense=super().part(target).dense, targets=[target], linears=linears, tied=())
+    def most_bytes(self, ranks: Mapping[str, int], total: int) -> int:
+        return most_files(total) * EMPTY_QUANTIZED_BYTES + self.share(ranks, total)
+
+    def share(self, ranks: Mapping[str, int], total: int) -> int:
+        tensors = self.tensors(ranks)
+        schemes = {
+            name: self.scheme.for_shape(*shape)
+            for name, (shape, _) in tensors.items()
+            if self._is_quantized(name) and can_quantize(shape[1])
+        }
+        return quantized_bytes(tensors, schemes, most_files(total))
+
+    def _is_quantized(self, name: str) -> bool:
+        owner, _, leaf = name.rpartition(".")
+        return leaf == "weight" and (owner in self.linears or owner.endswith((".svd_u", ".svd_v")))

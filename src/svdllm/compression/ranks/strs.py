@@ -9,9 +9,40 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated
 
-from svdllm.compression.ranks.uniform import Cost, Ranks, uniform_rank
+from pydantic import Field, field_validator
+
+from svdllm.common.settings import setting
+from svdllm.compression.after_analysis import AfterAnalysis
+from svdllm.compression.math.measures import cross_entropy
+from svdllm.compression.ranks.probe_settings import ProbeSettings
+from svdllm.compression.ranks.question import Allocation, Cost, Evidence, Least, Question, Ranks
+from svdllm.compression.ranks.rows import Probing, Row
+from svdllm.compression.ranks.uniform import uniform_rank
 from svdllm.models.structure import Target
+
+Ratio = Annotated[float, Field(gt=0, lt=1)]
+
+
+class StrsSettings(ProbeSettings):
+    """Settings of the allocation strs."""
+
+    strs_ratios: AfterAnalysis[tuple[Ratio, ...]] = setting(
+        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+        "Ratios at which each linear alone is tried (strs); fewer leave more tokens for each.",
+        panel="Allocation",
+        reader="ratios",
+        only_with=("allocation", ("strs",)),
+        min_length=1,
+    )
+
+    @field_validator("strs_ratios")
+    @classmethod
+    def _distinct(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(ratios)) < len(ratios):
+            raise ValueError(f"names a value twice: {ratios}")
+        return ratios
 
 
 def candidate_ranks(target: Target, ratios: Iterable[float], round_to: int) -> list[int]:
@@ -48,3 +79,33 @@ def strs_ranks(
     thresholds = sorted({loss for target in targets for loss in losses[target.name].values()})
     position = bisect_left(thresholds, True, key=fits)
     return None if position == len(thresholds) else (ranks_at(thresholds[position]), thresholds[position])
+
+
+def _least(question: Question, settings: StrsSettings) -> Least:
+    candidates = {t.name: candidate_ranks(t, settings.strs_ratios, question.round_to) for t in question.targets}
+    ranks = {name: found[0] for name, found in candidates.items() if found}
+    highest = max(settings.strs_ratios)
+    return Least(ranks, f"that of ratio {highest}", ", or give a higher ratio in --strs-ratios")
+
+
+def _allocate(question: Question, evidence: Evidence, settings: StrsSettings) -> Allocation:
+    found = strs_ranks(question.targets, evidence.probes, question.unit.left, question.unit.cost)
+    assert found is not None  # the least ranks fit
+    ranks, threshold = found
+    return Allocation(ranks, threshold=threshold)
+
+
+STRS = Row(
+    name="strs",
+    summary="one bound on the loss for all linears, each tried alone at several ratios",
+    source="ASVD, arXiv 2312.05821",
+    allocate=_allocate,
+    least=_least,
+    probing=Probing(
+        measure=cross_entropy,
+        ranks=lambda target, round_to, settings: candidate_ranks(target, settings.strs_ratios, round_to),
+        least_tokens=256,
+        advice=", or fewer --strs-ratios",
+    ),
+    settings=StrsSettings,
+)

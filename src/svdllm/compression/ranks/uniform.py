@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import floor
+from typing import Any
 
+from svdllm.compression.ranks.question import Allocation, Cost, Evidence, Question, Ranks
+from svdllm.compression.ranks.rows import Row, multiples
 from svdllm.models.structure import Target
-
-Ranks = dict[str, int]  # target name -> rank; a target that is not in it stays dense
-# Of a target: what its factors of a rank cost, or the dense matrix (None), in the unit of the budget. Rises with rank.
-Cost = Callable[[Target, int | None], int]
 
 
 def uniform_rank(target: Target, ratio: float, round_to: int = 1) -> int:
@@ -80,3 +79,24 @@ def exact_floor(value: float) -> int:
 def _exact_rank(target: Target, ratio: float) -> float:
     weights = (1 - ratio) * target.num_weights - target.added_params
     return max(0.0, weights) / (target.in_features + target.out_features)
+
+
+def _allocate(question: Question, evidence: Evidence, settings: Any) -> Allocation:
+    if question.ratio is not None:
+        return Allocation(uniform_ranks(question.targets, question.ratio, question.round_to))
+    unit, least = question.unit, multiples(question, settings)
+    ranks = fill_budget(question.targets, unit.left, question.round_to, unit.cost)
+    if ranks is None:
+        raise unit.cannot_be_met(unit.total(question.targets, least.ranks), least)
+    return Allocation(ranks)
+
+
+UNIFORM = Row(
+    name="uniform",
+    summary="the same ratio for every linear",
+    source="SVD-LLM, arXiv 2403.07378",
+    allocate=_allocate,
+    budgets=("ratio", "target_params", "target_size", "ranks"),
+    needs_spectra=False,
+    leaves_dense=False,
+)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from math import e, floor, log
+from typing import Any
 
 from torch import Tensor
 
 from svdllm.compression.math.linalg import tail_energies
-from svdllm.compression.ranks.uniform import Ranks, uniform_rank, uniform_ranks
+from svdllm.compression.ranks.question import Allocation, Evidence, Question, Ranks
+from svdllm.compression.ranks.rows import Row
+from svdllm.compression.ranks.uniform import uniform_rank, uniform_ranks
 from svdllm.models.structure import Target
 
 # A loss of zero has no logarithm: losses count as at least this share of the greatest of their type.
@@ -80,3 +83,18 @@ def _lower_to(budget: int, targets: Sequence[Target], ranks: Ranks, round_to: in
         richest = max(able, key=lambda t: (ranks[t.name] / t.break_even_rank, t.name))
         ranks[richest.name] -= round_to
         cost -= round_to * (richest.in_features + richest.out_features)
+
+
+def _allocate(question: Question, evidence: Evidence, settings: Any) -> Allocation:
+    assert question.ratio is not None
+    return Allocation(v2_ranks(question.targets, evidence.energies, question.ratio, question.round_to))
+
+
+V2 = Row(
+    name="v2",
+    summary="within a type of linear, who would lose more is compressed less",
+    source="SVD-LLM V2, arXiv 2503.12340",
+    allocate=_allocate,
+    budgets=("ratio",),
+    leaves_dense=False,
+)

@@ -14,11 +14,11 @@ from transformers import PreTrainedConfig
 from svdllm.common.errors import InputError, explaining, first_line
 from svdllm.common.extras import require_extra
 from svdllm.common.progress import Reporter
-from svdllm.data.sources import hub_offline
+from svdllm.data.hub_datasets import hub_offline
 from svdllm.evaluation.tasks.index import find_tasks
 from svdllm.evaluation.tasks.local_data import LocalTask, prepare_local, write_definitions
 from svdllm.evaluation.tasks.quiet import quiet
-from svdllm.models.open import context_length
+from svdllm.models.limits import require_context
 
 GENERATED_TOKENS = 256  # of the harness, where a task does not say
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -95,12 +95,8 @@ def check_models(suite: TaskSuite, configs: dict[str, PreTrainedConfig]) -> None
         settings = task.config.generation_kwargs or {}
         length = next((settings[name] for name in LENGTH_NAMES if settings.get(name)), GENERATED_TOKENS)
         for name, config in configs.items():
-            context = context_length(config)
-            if context is not None and context <= length:
-                raise InputError(
-                    f"{task_name} lets a model write {length} tokens after its prompt; {name} has a context of {context} "
-                    "tokens: leave the task out"
-                )
+            what = f"{task_name}: an answer of {length} tokens after a prompt of at least one,"
+            require_context(config, length + 1, what, model=name, advice="leave the task out")
 
 
 def _check_settings(names: Sequence[str], limit: int | None, num_fewshot: int | None) -> list[str]:

@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from svdllm.common.errors import InputError, ResourceError
-from svdllm.common.memory import available_bytes, weight_bytes
+from svdllm.common.errors import InputError
+from svdllm.common.memory import require_memory, skeleton_bytes
 from svdllm.inference.bench.settings import BenchSettings
+from svdllm.models.limits import context_length, require_context
 from svdllm.models.low_rank.factory import dense_config
+from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.model_names import short_name
-from svdllm.models.open import Source, context_length, open_config
+from svdllm.models.open import Source, open_config
 from svdllm.models.skeleton import build_skeleton
 
 
@@ -36,7 +38,7 @@ def different_names(models: Sequence[str | Path], base: str | Path | None) -> di
 def open_compressed(model: str, offline: bool) -> Source:
     """Raises InputError unless it is a checkpoint of this library."""
     source = open_config(model, offline=offline)
-    if not getattr(source.config, "svdllm", None):
+    if LowRankInfo.of(source.config) is None:
         raise InputError(
             f"{model} is no svdllm checkpoint, it is a dense model ({source.config.model_type}). Give the dense model "
             "with --base, and beside it a checkpoint that `svdllm compress` made."
@@ -47,7 +49,7 @@ def open_compressed(model: str, offline: bool) -> Source:
 def open_base(model: str, offline: bool) -> Source:
     """Raises InputError if it is compressed."""
     source = open_config(model, offline=offline)
-    if getattr(source.config, "svdllm", None):
+    if LowRankInfo.of(source.config):
         raise InputError(f"--base {model} is compressed itself; give the dense model that it was made of.")
     return source
 
@@ -56,7 +58,7 @@ def check_alike(base: Source, models: Sequence[Source]) -> None:
     """Raises InputError unless the dense model has the family and the shapes of what the others were made of."""
     shapes = _shapes(base)
     for model in models:
-        family = model.config.svdllm["base_model_type"]  # type: ignore[attr-defined]
+        family = dense_config(model.config).model_type
         if family != base.config.model_type:
             raise InputError(
                 f"--base {base.name} is of the family {base.config.model_type}, {model.name} was made of a {family}: give "
@@ -79,30 +81,22 @@ def shortest_context(configs: Iterable[PreTrainedConfig]) -> int | None:
 
 def check_context(sources: Mapping[str, Source], settings: BenchSettings) -> None:
     """Raises InputError if the longest prompt and what follows it are more than a model can take."""
+    what = f"--prompt {max(settings.prompt_lengths)} plus --gen {settings.gen} ="
     for name, source in sources.items():
-        limit = context_length(source.config)
-        if limit is not None and settings.longest > limit:
-            raise InputError(
-                f"--prompt {max(settings.prompt_lengths)} and --gen {settings.gen} are {settings.longest} tokens, beyond the "
-                f"context of {name}, {limit} tokens: lower one of them."
-            )
+        require_context(source.config, settings.longest, what, model=name, advice="lower one of them")
 
 
 def check_room(sources: Iterable[Source], dtype: torch.dtype, device: torch.device) -> None:
     """Raises ResourceError if the weights of all models together are more than there is memory."""
-    needed = sum(weight_bytes(build_skeleton(source.config, dtype)) for source in sources)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
-    if free is not None and needed > free:
-        raise ResourceError(
-            f"The weights of all models together need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on {device}: "
-            "they are measured in turns. Give fewer models, or a smaller --dtype."
-        )
+    needed = sum(skeleton_bytes(build_skeleton(source.config, dtype)) for source in sources)
+    advice = "They are measured in turns: give fewer models, or a smaller --dtype."
+    require_memory(needed, "The weights of all models together need", device, advice)
 
 
 def _shapes(source: Source) -> dict[str, tuple[int, ...]]:
     """Of the parameters of the dense model, or of the one that it was made of."""
-    config = dense_config(source.config) if getattr(source.config, "svdllm", None) else source.config
-    return {name: tuple(parameter.shape) for name, parameter in build_skeleton(config).named_parameters()}
+    skeleton = build_skeleton(dense_config(source.config))
+    return {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
 
 
 def _shown(shape: tuple[int, ...] | None) -> str:

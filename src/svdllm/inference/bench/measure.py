@@ -13,7 +13,7 @@ from svdllm.common.errors import ResourceError
 from svdllm.common.memory import explain_out_of_memory
 from svdllm.common.progress import Reporter
 from svdllm.inference.bench.forward import turn
-from svdllm.inference.bench.memory import measure_memory, require_room
+from svdllm.inference.bench.memory import measure_memory, require_cell_memory
 from svdllm.inference.bench.records import CellRecord, MemoryUse, PhaseRecord, Spread
 from svdllm.inference.bench.roofline import ModelShape, ideal
 from svdllm.inference.bench.settings import BenchSettings
@@ -42,7 +42,7 @@ def measure_cell(
     for step, (name, model) in enumerate(models.items(), start=1):
         with _noting_lack_of_memory(errors, name):
             if ids_BS.device.type == "cpu":
-                require_room(shapes[name], batch, prompt, settings.gen)
+                require_cell_memory(shapes[name], batch, prompt, settings.gen)
             for _ in range(settings.warmup):
                 turn(model, ids_BS, prompt)
             memory[name] = measure_memory(model, shapes[name], ids_BS, prompt)

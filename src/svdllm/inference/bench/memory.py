@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from svdllm.common.errors import ResourceError
-from svdllm.common.memory import available_bytes, parameter_bytes
+from svdllm.common.memory import parameter_bytes, require_memory
 from svdllm.inference.bench.forward import decode, fixed_length, prefill
 from svdllm.inference.bench.records import MemoryUse
 from svdllm.inference.bench.roofline import ModelShape
@@ -48,15 +47,13 @@ def measure_memory(model: Any, shape: ModelShape, ids_BS: Tensor, prompt: int) -
     )
 
 
-def require_room(shape: ModelShape, batch: int, prompt: int, gen: int) -> None:
+def require_cell_memory(shape: ModelShape, batch: int, prompt: int, gen: int) -> None:
     """Raises ResourceError if a CPU has not even the memory for the cache and the input and output of an activation.
 
     Linux would end the process without a word instead.
     """
     least = shape.cache_bytes(batch, prompt + gen) + 2 * batch * prompt * shape.widest_bytes
-    free = available_bytes()
-    if free is not None and least > free:
-        raise ResourceError(f"Out of memory: at least {least / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free.")
+    require_memory(least, "Out of memory: cache and activations need at least", torch.device("cpu"))
 
 
 def _run(model: Any, ids_BS: Tensor, prompt: int) -> Any:

@@ -137,11 +137,15 @@ class CellRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
-    """A model that was measured. ``linears`` counts the weights of the linears in its blocks."""
+    """A model that was measured.
+
+    parameter_bytes: memory of its parameters, in the dtype of the benchmark; ``weight_bytes`` elsewhere are of files.
+    linears: weights of the linears in its blocks.
+    """
 
     name: str
     params: int
-    weight_bytes: int
+    parameter_bytes: int
     linears: int
     fused_groups: int
     latent_layers: int

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from svdllm.common.errors import UnsupportedModelError
 from svdllm.inference.cache_names import cache_of
-from svdllm.models.structure import find_blocks, linear_shape, linears_of
+from svdllm.models.linears import find_blocks, linear_shape, linears_of
 
 
 @dataclass(frozen=True, kw_only=True)

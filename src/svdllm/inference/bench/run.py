@@ -117,7 +117,7 @@ def benchmark_loaded(
         ModelRecord(
             name=name,
             params=model.num_parameters(),
-            weight_bytes=parameter_bytes(model),
+            parameter_bytes=parameter_bytes(model),
             linears=shapes[name].block_linears,
             **prepared[name]._asdict(),
         )

@@ -15,6 +15,7 @@ from transformers import (
 from transformers.models.auto import tokenization_auto
 
 from svdllm.models.low_rank.families import MODEL_TYPE_PREFIX, base_classes, class_stem, families
+from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.low_rank.lowrank import LowRankMixin
 from svdllm.models.low_rank.lowrank_config import LowRankConfigMixin
 from svdllm.models.low_rank.render import render
@@ -125,8 +126,10 @@ def __getattr__(name: str) -> Any:
 
 
 def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The base family's config of a low-rank config."""
-    base = base_classes(config.svdllm["base_model_type"])  # type: ignore[attr-defined]
+    """The config of the dense model that a low-rank config was made of; a dense config as it is."""
+    if (info := LowRankInfo.of(config)) is None:
+        return config
+    base = base_classes(info.base_model_type)
     fields = config.to_dict()
     for key in ("svdllm", "auto_map", "model_type", "architectures", "transformers_version", "rope_scaling"):
         fields.pop(key, None)

@@ -1,0 +1,119 @@
+"""Collects statistics of the linears of a loaded block, and makes metrics of them.
+
+The right metric of a linear comes from its inputs, the left metric from the gradients of its outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdllm.common.errors import InputError, NumericalError
+from svdllm.compression.math.linalg import equal_energies
+from svdllm.compression.math.metrics import Method
+from svdllm.compression.math.statistics import BackwardStatistic, Gram, Statistic
+from svdllm.compression.recipe import Recipe
+from svdllm.models.hooks import input_groups
+from svdllm.models.structure import Target
+from svdllm.models.walk import Block
+
+
+def collect_statistics(block: Block, targets: list[Target], method: Method) -> dict[str, Statistic]:
+    """Runs a block over all its batches and accumulates one statistic per distinct input.
+
+    Returns a dict target -> statistic; targets that read the same tensor share the object.
+    """
+    linears = [(target.name, block.walk.skeleton.get_submodule(target.linears[0])) for target in targets]
+    in_features = {target.name: target.in_features for target in targets}
+    statistics: dict[str, Statistic] = {}
+    assert method.statistic is not None
+
+    def on_input(leader: str, inputs: Tensor) -> None:
+        if leader not in statistics:
+            statistics[leader] = method.statistic(in_features[leader], inputs.device)  # type: ignore[misc]
+        statistics[leader].add(inputs)
+
+    with input_groups(linears, on_input) as (groups, release):
+        block.run(after_batch=release)
+    uncalled = [name for name, _ in linears if name not in groups]
+    if uncalled:
+        raise InputError(f"{', '.join(uncalled)} saw no token; leave them dense with --ignore.")
+    return {target.name: statistics[groups[target.name]] for target in targets}
+
+
+def right_metric(target: Target, statistics: Mapping[str, Statistic], method: Method, recipe: Recipe) -> Tensor | None:
+    """The metric ``C = S S^T`` of a target, from what was accumulated over its inputs; centred if a bias is added.
+
+    Raises:
+        NumericalError: the inputs are not finite.
+    """
+    statistic = statistics.get(target.name)
+    value = None if statistic is None else statistic.value()
+    if recipe.bias_correction and isinstance(statistic, Gram):
+        value = statistic.centred()
+    metric = method.right(value, recipe)
+    if metric is not None and not bool(torch.isfinite(metric).all()):
+        raise NumericalError(f"The inputs of {target.name} have NaN or infinite values over the calibration text.")
+    return metric
+
+
+def left_metric_of(target: Target, weight_OI: Tensor, metric: Tensor | None, left_OO: Tensor | None) -> Tensor | None:
+    """The left metric; several linears with one first factor that have none count for as much as each other."""
+    if left_OO is not None or not target.parts:
+        return left_OO
+    return equal_energies(list(target.split(weight_OI).values()), metric)
+
+
+def collect_backward(
+    block: Block, targets: list[Target], statistic: type[BackwardStatistic]
+) -> dict[str, BackwardStatistic]:
+    """Runs a block backward over the kept batches and accumulates one statistic per target, by its name.
+
+    A target that the loss does not reach is not in it.
+    """
+    statistics: dict[str, BackwardStatistic] = {}
+    seqlen = block.walk.ids.shape[1]
+
+    def watch(target: Target, inputs: Tensor, gradients: Tensor) -> None:
+        if target.name not in statistics:
+            statistics[target.name] = statistic(target.out_features, gradients.device)
+        statistics[target.name].add(_by_window(inputs, seqlen), _by_window(gradients, seqlen))
+
+    _run_backward(block, targets, watch)
+    return statistics
+
+
+def _by_window(tokens: Tensor, seqlen: int) -> Tensor:
+    """(windows, seqlen, features), also of what some models hand on as one row of tokens (experts: as one window)."""
+    if tokens.ndim == 2:
+        return tokens.unflatten(0, (-1, seqlen if len(tokens) % seqlen == 0 else len(tokens)))
+    return tokens
+
+
+def _run_backward(block: Block, targets: list[Target], watch: Callable[[Target, Tensor, Tensor], None]) -> None:
+    """``watch(target, inputs, gradients of the outputs)`` is called for every target and batch."""
+    arrived: dict[str, dict[str, Tensor]] = {}
+
+    def on(target: Target, linear: str) -> Any:
+        def after_backward(inputs: Tensor, gradients: Tensor) -> None:
+            parts = arrived.setdefault(target.name, {})
+            parts[linear] = gradients
+            if len(parts) == len(target.linears):
+                del arrived[target.name]
+                watch(target, inputs, torch.cat([parts[name] for name in target.linears], dim=-1))
+
+        def after_forward(module: torch.nn.Module, args: Any, output: Tensor) -> None:
+            inputs = args[0].detach()
+            output.register_hook(lambda gradients: after_backward(inputs, gradients))
+
+        return block.walk.skeleton.get_submodule(linear).register_forward_hook(after_forward)
+
+    handles = [on(target, linear) for target in targets for linear in target.linears]
+    try:
+        block.run_backward()
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,127 @@
+"""Predicts the seconds of every stage of a run, from its shapes and the speed of the machine."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from svdllm.checkpoint.tensors import file_bytes, tensor_bytes
+from svdllm.compression.machine_speed import MachineSpeed, busy_share, measure_speed
+from svdllm.compression.ranks.linear_times import SECONDS as SECONDS_PER_SHAPE
+from svdllm.compression.workload import Workload
+from svdllm.models.structure import Target
+
+# Bytes per second of reading weights and looking for NaN, and of writing a checkpoint, hashing it and reading it back.
+READ_BYTES, WRITE_BYTES = 4e8, 1e8
+# Of a GGUF file: seconds to read its vocabulary, and weights dequantised, written and hashed per second.
+GGUF_SECONDS, GGUF_WEIGHTS = 8.0, 3e7
+# Element-wise operations for every output of a linear: norms, residuals, rotations, gates, copies.
+PASSES = 16
+# Times the forward pass that a backward pass takes, with the forward pass that it repeats.
+BACKWARD = 2.5
+# Fits of a target in a sequential calibration that chooses beta: three candidates, and then the best of them.
+FITS = 4
+# A call of few tokens takes as long as with this many more, in which time the weights are read from memory.
+CALL_TOKENS = 32
+# How much of the products' work a symmetric product needs, computed panel by panel.
+SYMMETRIC = 0.65
+MARGIN = 1.25  # of the longest time: shapes do not tell everything
+
+
+def predicted_seconds(work: Workload) -> tuple[dict[str, float], tuple[float, float]]:
+    """Seconds of every stage at the median speed, and the least and most of all together.
+
+    The least is that of the best speed measured. The most is that of the median speed, or of the share of the machine
+    that other processes leave, whichever is longer.
+    """
+    shapes = Counter((target.out_features, target.in_features) for target in work.structure.targets)
+    best, typical = measure_speed(work.device, work.dtype, *shapes.most_common(1)[0][0])
+    stages = _seconds_by_stage(work, typical)
+    least = sum(_seconds_by_stage(work, best).values())
+    busy = busy_share() if work.on_cpu else 1.0
+    return stages, (least, MARGIN * max(sum(stages.values()), least * busy))
+
+
+def _seconds_by_stage(work: Workload, speed: MachineSpeed) -> dict[str, float]:
+    spectra = sum(_spectrum_seconds(target, work, speed) for target in work.structure.targets)
+    walk = _forward_seconds(work, work.tokens, speed) + _gram_seconds(work, work.tokens, speed)
+    speedup = work.recipe.target_speedup
+    return {
+        "open": GGUF_SECONDS + work.num_stored_weights / GGUF_WEIGHTS if work.gguf_bytes else 0.0,
+        "check weights": tensor_bytes(work.stored) / READ_BYTES,
+        "time linears": 0.0 if speedup is None else SECONDS_PER_SHAPE * len(work.linear_shapes),
+        "analyze": walk if work.gradient_tokens else walk + spectra,
+        "gradients": _backward_seconds(work, speed) + spectra if work.gradient_tokens else 0.0,
+        "probe": _probe_seconds(work, speed),
+        "sequential": work.num_outputs * _sequential_seconds(work, speed),
+        "write": work.num_outputs * _write_seconds(work, speed),
+    }
+
+
+def _forward_seconds(work: Workload, tokens: int, speed: MachineSpeed) -> float:
+    """Of all blocks: products, attention and element-wise operations."""
+    weights, depth = work.structure.num_target_params, len(work.structure.blocks)
+    attention = 3 * work.recipe.seqlen * work.hidden_size * depth
+    passed = PASSES * sum(target.out_features for target in work.structure.targets)
+    return tokens * ((2 * weights + attention) / speed.multiply + passed / speed.elements)
+
+
+def _gram_seconds(work: Workload, tokens: int, speed: MachineSpeed) -> float:
+    if not work.takes_grams:
+        return 0.0
+    return 2 * SYMMETRIC * tokens * sum(width**2 for width in work.group_widths.values()) / speed.multiply32
+
+
+def _backward_seconds(work: Workload, speed: MachineSpeed) -> float:
+    """The last blocks' gradients: forward again and back, the Grams of output gradients, and the head both ways."""
+    tokens, head = work.gradient_tokens, work.vocab_size * work.hidden_size
+    lefts = sum(target.out_features**2 for target in work.structure.targets)
+    return (
+        BACKWARD * _forward_seconds(work, tokens, speed)
+        + 2 * SYMMETRIC * tokens * lefts / speed.multiply32
+        + tokens * (4 * head / speed.multiply + 6 * work.vocab_size / speed.elements)
+    )
+
+
+def _probe_seconds(work: Workload, speed: MachineSpeed) -> float:
+    """Every probe goes from its block to the end, and through the head."""
+    depth = len(work.structure.blocks)
+    blocks = sum(work.num_probes[t.name] * (depth - t.block) / depth for t in work.structure.targets)
+    count = sum(work.num_probes.values())
+    head = 2 * work.vocab_size * work.hidden_size / speed.multiply + 8 * work.vocab_size / speed.elements
+    products = sum(work.num_probes[t.name] * 0.2 * t.break_even_rank * t.num_weights for t in work.structure.targets)
+    if not count:
+        return 0.0
+    return (
+        blocks * _forward_seconds(work, work.probe_tokens + CALL_TOKENS, speed)
+        + count * work.probe_tokens * head
+        + products / speed.multiply
+    )
+
+
+def _spectrum_seconds(target: Target, work: Workload, speed: MachineSpeed) -> float:
+    """One decomposition: its products with the metrics, and the eigenvectors of the smaller side."""
+    rows, columns, rank = target.out_features, target.in_features, target.full_rank
+    operations = 2 * SYMMETRIC * rank * rank * columns
+    if work.takes_grams:
+        operations += 2 * rank * columns * columns
+    if rows > columns:  # its column space first, by a Cholesky factor
+        operations += 2 * SYMMETRIC * columns * columns * rows + columns**3 + 2 * rows * columns * rank
+    if work.gradient_tokens:
+        operations += 2 * rows * rows * columns + rows * rows * (rank + rank) + rows**3 / 3
+    return operations / speed.multiply64 + rank**3 / speed.eigh
+
+
+def _sequential_seconds(work: Workload, speed: MachineSpeed) -> float:
+    """Six partial or whole passes, three products per group, and for each candidate of beta a fit and its error."""
+    if not work.sequential_tokens:
+        return 0.0
+    tokens, targets = work.sequential_tokens, work.structure.targets
+    fits = 1 if work.recipe.beta is not None else FITS
+    fit = sum(_spectrum_seconds(target, work, speed) for target in targets)
+    fit += sum(t.in_features**3 / 3 + 10 * t.num_weights * t.in_features for t in targets) / speed.multiply64
+    return 6 * _forward_seconds(work, tokens, speed) + 4 * _gram_seconds(work, tokens, speed) + fits * fit
+
+
+def _write_seconds(work: Workload, speed: MachineSpeed) -> float:
+    factors = sum(2 * target.break_even_rank * target.num_weights for target in work.structure.targets)
+    return factors / speed.multiply64 + file_bytes(work.written) / WRITE_BYTES

@@ -1,0 +1,58 @@
+"""The inputs of a run: its calibration text as windows of tokens, and weights without NaN or infinities."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from svdllm.common.errors import InputError
+from svdllm.compression.plan import calibration_warnings
+from svdllm.compression.records import Provenance
+from svdllm.compression.session import Run
+from svdllm.compression.subject import Subject
+from svdllm.data import TokenWindows
+from svdllm.data import calibration_windows as windows_of
+from svdllm.models.limits import require_known_ids
+from svdllm.models.weights import survey
+
+
+def calibration_windows(run: Run, subject: Subject) -> TokenWindows | None:
+    """Algorithm 1, line 4: some text, as windows of tokens (``samples x seqlen``). None where nothing needs data.
+
+    Raises:
+        InputError: the text, the tokenizer or a token is missing or wrong.
+    """
+    recipe = run.recipe
+    if not recipe.needs_tokens:
+        return None
+    with run.reporter.stage("tokenise", 1):
+        tokenizer = run.tokenizer
+        if tokenizer is None and not isinstance(run.calibration, Tensor):
+            if subject.source.folder is None:
+                raise InputError(
+                    "A model in memory needs its tokenizer (tokenizer=...), or token ids (calibration=...)."
+                )
+            tokenizer = subject.source.load_tokenizer(run.options.offline)
+        windows = windows_of(
+            run.calibration,
+            tokenizer,
+            samples=recipe.samples,
+            seqlen=recipe.seqlen,
+            seed=recipe.seed,
+            offline=run.options.offline,
+        )
+    require_known_ids(windows.ids, subject.source.config, tokenizer)
+    for warning in calibration_warnings(subject, recipe, windows.num_tokens):
+        run.reporter.warn(warning)
+    return windows
+
+
+def check_weights(run: Run, subject: Subject, windows: TokenWindows | None) -> Provenance:
+    """Reads every weight once, and tells where model and text of the run come from.
+
+    Raises:
+        NumericalError: a weight is NaN or infinite; names the tensor.
+    """
+    source = subject.source
+    with run.reporter.stage("check weights", len(subject.weights.names())):
+        fingerprint = survey(subject.weights, subject.buffers, run.reporter.advance)
+    return Provenance.of(source.name, source.revision, fingerprint, windows)

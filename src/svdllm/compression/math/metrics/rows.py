@@ -1,0 +1,72 @@
+"""What a row of the tables of metrics says of itself.
+
+Every method is the same truncation in another metric, ``min ||L (W - W') S||_F`` over rank ``r``. The right metric
+``C = S S^T`` is made from a statistic of the inputs, the left one ``G = L^T L`` from one of the loss's gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+from torch import Tensor
+
+from svdllm.compression.math.statistics import BackwardStatistic, Gram, Statistic
+from svdllm.models.structure import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftMetric:
+    """How errors of the outputs are weighed, from gradients of the loss.
+
+    ``weighs(target, settings)`` says which targets have a left metric; the others keep the identity.
+    ``of(target, value, settings)`` returns ``G`` (``out x out``) from the value of the statistic.
+    """
+
+    statistic: type[BackwardStatistic]
+    of: Callable[[Target, Tensor, Any], Tensor]
+    weighs: Callable[[Target, Any], bool] = lambda target, settings: True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A row of ``METRICS``: how the outputs are weighed. ``left`` is None where all count alike."""
+
+    name: str
+    summary: str
+    source: str
+    left: LeftMetric | None = None
+    settings: type[BaseModel] = BaseModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A row of ``METHODS``: how the inputs are weighed, and perhaps the outputs.
+
+    ``right(value, settings)`` returns ``C`` as ``None`` (identity), ``(in,)`` (diagonal) or ``(in, in)``, from the value
+    of the statistic over the calibration tokens, which is None without a statistic.
+
+    ``has_gram`` says that ``C`` is the Gram of the inputs. Shrinkage, the correction of biases, a sequential calibration
+    and the metrics with a left side build on it.
+    """
+
+    name: str
+    summary: str
+    source: str
+    right: Callable[[Tensor | None, Any], Tensor | None]
+    statistic: type[Statistic] | None = None
+    left: LeftMetric | None = None
+    has_gram: bool = False
+    settings: type[BaseModel] = BaseModel
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the calibration text runs through the model."""
+        return self.statistic is not None or self.left is not None
+
+    @property
+    def collects_gram(self) -> bool:
+        """Whether the statistic is a Gram, which takes the time and memory of ``in x in``."""
+        return self.statistic is Gram

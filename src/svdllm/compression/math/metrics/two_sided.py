@@ -1,0 +1,66 @@
+"""The two-sided metric: errors of the outputs weighed by what the loss says of each, the Gram of its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from svdllm.common.settings import setting
+from svdllm.compression.math.linalg import shrunk_to_mean
+from svdllm.compression.math.metrics.rows import LeftMetric, Metric
+from svdllm.compression.math.metrics.shared_settings import SharedSettings
+from svdllm.compression.math.statistics import GradientGram
+from svdllm.models.linears import matches
+from svdllm.models.structure import Target
+
+# Keeps the left metric of several linears defined where one of them has no gradient.
+LEAST_SHARE = 1e-6
+
+
+class TwoSidedSettings(SharedSettings):
+    """Settings of the metric two-sided."""
+
+    gradient_shrinkage: float = setting(
+        0.3, "Share of the mean diagonal mixed into the gradients' Gram (two-sided).", panel="Method", gt=0, le=1
+    )
+
+
+def _left(target: Target, gradient_OO: Tensor, settings: TwoSidedSettings) -> Tensor:
+    if target.parts:
+        return joint_left_metric(target, gradient_OO, _input_only(target, settings), settings.gradient_shrinkage)
+    return shrunk_to_mean(gradient_OO, settings.gradient_shrinkage)
+
+
+def joint_left_metric(target: Target, gradient_OO: Tensor, input_only: Collection[str], shrinkage: float) -> Tensor:
+    """The left metric of several linears with one first factor: each linear's in its place, in proportion to its gradients.
+
+    A linear of ``input_only`` keeps its proportion, and the identity as its metric.
+    """
+    whole = gradient_OO.diagonal().mean().clamp_min(torch.finfo(gradient_OO.dtype).tiny)
+    blocks, start = [], 0
+    for name, size in target.parts:
+        own_OO = gradient_OO[start : start + size, start : start + size]
+        share = (own_OO.diagonal().mean() / whole).clamp_min(LEAST_SHARE)
+        blocks.append(share * shrunk_to_mean(own_OO, 1.0 if name in input_only else shrinkage))
+        start += size
+    return torch.block_diag(*blocks)
+
+
+def _weighs(target: Target, settings: TwoSidedSettings) -> bool:
+    return len(_input_only(target, settings)) < len(target.linears)
+
+
+def _input_only(target: Target, settings: TwoSidedSettings) -> list[str]:
+    """The linears of a target whose outputs all count alike."""
+    return [name for name in target.linears if any(matches(pattern, name) for pattern in settings.input_only)]
+
+
+TWO_SIDED = Metric(
+    name="two-sided",
+    summary="error of the outputs weighted by the gradients of the loss in them",
+    source="a diagonal Fisher approximation of the loss, of full rank within each linear",
+    left=LeftMetric(statistic=GradientGram, of=_left, weighs=_weighs),
+    settings=TwoSidedSettings,
+)

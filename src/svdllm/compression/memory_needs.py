@@ -1,0 +1,115 @@
+"""Predicts the memory of a run, stage by stage: on the CPU, and on the device where that is another."""
+
+from __future__ import annotations
+
+from svdllm.checkpoint.tensors import SHARD_BYTES, shard_names, tensor_bytes
+from svdllm.common.memory import resident_bytes
+from svdllm.compression.probe import WINDOW as PROBE_WINDOW
+from svdllm.compression.ranks.linear_times import work_bytes
+from svdllm.compression.workload import Workload
+from svdllm.models.structure import Target
+
+# Tokenizer, data set reader, thread stacks and the allocator's slack, beyond what the modules import.
+WORKING_BYTES = 120 * 2**20
+
+
+def ram_by_stage(work: Workload, hidden_states_on_disk: bool) -> dict[str, int]:
+    """Peak bytes of RAM of every stage that the run has; ``now`` is what the process has already."""
+    base = resident_bytes() + WORKING_BYTES
+    hidden = 0 if hidden_states_on_disk else work.hidden_states_bytes
+    shard = max(tensor_bytes(work.written, names) for names in shard_names(work.written, SHARD_BYTES))
+    stages = {"now": resident_bytes(), "read": base + 2 * work.largest_tensor_bytes}
+    if work.gguf_bytes:
+        stages["dequantise"] = base + 4 * work.num_stored_weights + work.gguf_bytes + work.largest_tensor_bytes
+    carried = {"analyze": hidden, "gradients": hidden, "probe": _probe_streams(work), "sequential": hidden}
+    for stage, computed in _computed_bytes(work).items():
+        on_cpu = computed if work.on_cpu else 2 * work.largest_tensor_bytes if stage == "analyze" else 0
+        stages[stage] = base + carried.get(stage, 0) + on_cpu
+    stages["write"] = base + shard + _decomposition(work)
+    stages["check"] = base + (work.outside_bytes + work.block_bytes if work.on_cpu else work.largest_tensor_bytes)
+    return stages
+
+
+def device_bytes(work: Workload) -> int:
+    """Peak bytes on a device that is not the CPU; 0 on the CPU."""
+    return 0 if work.on_cpu else max(_computed_bytes(work).values())
+
+
+def _computed_bytes(work: Workload) -> dict[str, int]:
+    """Bytes of the stages that compute, where they compute."""
+    recipe = work.recipe
+    stages = {"analyze": max(work.outside_bytes + _batch(work), _forward_block(work))}
+    if recipe.needs_gradients:
+        stages["gradients"] = max(_head(work, recipe.seqlen), _backward_block(work))
+    if work.probe_tokens:
+        stages["probe"] = max(_head(work, PROBE_WINDOW), work.block_bytes)
+    if recipe.target_speedup is not None:
+        stages["time linears"] = work_bytes(work.linear_shapes, recipe.speedup_tokens, work.dtype)
+    if work.sequential_tokens:
+        stages["sequential"] = _sequential_block(work)
+    return stages
+
+
+def _batch(work: Workload) -> int:
+    """Activations of one batch at its widest moment."""
+    return work.batch_tokens * work.dtype.itemsize * (sum(_widest_inputs(work)) + 4 * work.hidden_size)
+
+
+def _head(work: Workload, tokens: int) -> int:
+    """One window's logits, their probabilities and gradients, beside everything outside the blocks."""
+    return work.outside_bytes + 5 * tokens * work.vocab_size * 4
+
+
+def _forward_block(work: Workload) -> int:
+    """A block with its statistics, and a batch's activations or a decomposition."""
+    power = 2 if work.takes_grams else 1
+    statistics = sum(8 * width**power for width in _widest_inputs(work))
+    return work.block_bytes + statistics + max(_batch(work), _decomposition(work) + _bases(work))
+
+
+def _backward_block(work: Workload) -> int:
+    """A block with the Grams of its outputs, and a batch's activations and their gradients or a decomposition."""
+    lefts: dict[int, int] = {}
+    for target in work.structure.targets:
+        lefts[target.block] = lefts.get(target.block, 0) + 12 * target.out_features**2
+    inputs = work.gradient_tokens * work.hidden_size * work.dtype.itemsize
+    return (
+        work.block_bytes + inputs + max(lefts.values()) + max(3 * _batch(work), _decomposition(work) + 2 * _bases(work))
+    )
+
+
+def _sequential_block(work: Workload) -> int:
+    """A block twice, with three sums of products of its inputs in two parts and what is made of them."""
+    widest = max(work.group_widths.values())
+    return 2 * work.block_bytes + 8 * 10 * widest**2 + max(2 * _batch(work), _decomposition(work))
+
+
+def _probe_streams(work: Workload) -> int:
+    """Hidden states of every probe, and of the dense model."""
+    return (sum(work.num_probes.values()) + 1) * work.probe_tokens * work.token_bytes
+
+
+def _widest_inputs(work: Workload) -> list[int]:
+    """Features of the distinct inputs of the block that has most."""
+    blocks: dict[int, dict[str, int]] = {}
+    for target in work.structure.targets:
+        blocks.setdefault(target.block, {})[target.group] = target.in_features
+    return max((list(inputs.values()) for inputs in blocks.values()), key=sum)
+
+
+def _decomposition(work: Workload) -> int:
+    """The largest decomposition: a weight, its metric, and square matrices of its smaller side, in float64."""
+
+    def workspace(target: Target) -> int:
+        metric = 2 * target.in_features**2 if work.takes_grams else 0
+        return 8 * (2 * target.num_weights + 4 * target.full_rank**2 + metric)
+
+    return max(workspace(target) for target in work.structure.targets)
+
+
+def _bases(work: Workload) -> int:
+    """The bases of a block's targets, as they are kept until the block is written."""
+    sizes = [0] * len(work.structure.blocks)
+    for target in work.structure.targets:
+        sizes[target.block] += 4 * target.out_features * target.break_even_rank
+    return max(sizes)

@@ -1,0 +1,103 @@
+"""Predicts the memory, disk and time of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from svdllm.checkpoint.tensors import compressed_tensors, file_bytes, tensor_bytes
+from svdllm.common.memory import available_bytes
+from svdllm.compression.duration import predicted_seconds
+from svdllm.compression.memory_needs import device_bytes, ram_by_stage
+from svdllm.compression.recipe import Recipe
+from svdllm.compression.subject import Subject
+from svdllm.compression.workload import Workload
+
+# Share of the free memory that hidden states may take before they go to disk.
+HIDDEN_STATES_SHARE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunNeeds:
+    """What a run needs: bytes of memory and disk, seconds by stage, and where it computes."""
+
+    device: str
+    compute_dtype: str
+    ram_by_stage: dict[str, int]
+    hidden_states_bytes: int
+    hidden_states_on_disk: bool
+    device_bytes: int
+    disk_bytes: int
+    seconds_by_stage: dict[str, float]
+    seconds_range: tuple[float, float]  # of the whole run: on an idle machine, and as busy as this one is
+
+    @property
+    def peak_ram_bytes(self) -> int:
+        return max(self.ram_by_stage.values())
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.seconds_by_stage.values())
+
+
+def needs_of(
+    subject: Subject,
+    recipe: Recipe,
+    ranks: Mapping[str, int],
+    *,
+    ranks_known: bool,
+    elastic_bytes: int,
+    num_outputs: int,
+    hidden_states_limit: int | None,
+) -> RunNeeds:
+    """What a run of the recipe needs for ``num_outputs`` checkpoints of about these ranks."""
+    stored = subject.stored
+    device, dtype = subject.placement(recipe)
+    written = compressed_tensors(stored, subject.structure.targets, ranks)
+    if recipe.target_speedup is not None and not ranks_known:
+        written = stored  # the one limit that is known then: the model is not larger than the dense one
+    work = Workload(
+        subject=subject, recipe=recipe, device=device, dtype=dtype, written=written, num_outputs=num_outputs
+    )
+    on_disk = spill_hidden_states(work.hidden_states_bytes, hidden_states_limit)
+    seconds, seconds_range = predicted_seconds(work)
+    return RunNeeds(
+        device=str(device),
+        compute_dtype=str(dtype).removeprefix("torch."),
+        ram_by_stage=ram_by_stage(work, on_disk),
+        hidden_states_bytes=work.hidden_states_bytes,
+        hidden_states_on_disk=on_disk,
+        device_bytes=device_bytes(work),
+        disk_bytes=_disk_bytes(work, on_disk) + elastic_bytes,
+        seconds_by_stage=seconds,
+        seconds_range=seconds_range,
+    )
+
+
+def spill_hidden_states(num_bytes: int, limit: int | None) -> bool:
+    """Whether hidden states go to disk: above ``limit``, by default half of the memory that is free."""
+    if limit is None:
+        free = available_bytes()
+        limit = None if free is None else int(free * HIDDEN_STATES_SHARE)
+    return limit is not None and num_bytes > limit
+
+
+def _disk_bytes(work: Workload, hidden_states_on_disk: bool) -> int:
+    """The analysis, what waits for other stages, and the checkpoints."""
+    targets, recipe = work.structure.targets, work.recipe
+    is_sequential = work.sequential_tokens > 0
+    sides = 2 if recipe.needs_gradients else 1
+    needed = sum(8 * t.full_rank + 4 * sides * t.out_features * t.break_even_rank for t in targets)
+    if (
+        recipe.needs_gradients
+    ):  # metrics and inputs that wait for the reverse walk, metrics for a sequential calibration
+        needed += sum(4 * width**2 for width in work.group_widths.values())
+        needed += work.gradient_tokens * work.hidden_size * work.dtype.itemsize * len(work.structure.blocks)
+        needed += is_sequential * sum(4 * t.out_features**2 for t in targets)
+    if is_sequential:
+        needed += work.num_outputs * sum(4 * t.factor_params(t.break_even_rank) for t in targets)
+    if work.gguf_bytes:
+        needed += tensor_bytes(work.stored)
+    if hidden_states_on_disk:
+        needed += work.hidden_states_bytes
+    return needed + work.num_outputs * file_bytes(work.written)

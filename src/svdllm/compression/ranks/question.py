@@ -1,0 +1,110 @@
+"""What an allocation is asked, what it knows, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import floor
+from typing import NamedTuple
+
+from torch import Tensor
+
+from svdllm.checkpoint.elastic import Probes
+from svdllm.common.errors import InputError
+from svdllm.compression.ranks.linear_times import LinearTimes
+from svdllm.models.structure import Target
+
+Ranks = dict[str, int]  # target name -> rank; a target that is not in it stays dense
+# What the factors of a target cost at a rank, or its dense matrix (None), in the unit of the budget. Rises with rank.
+Cost = Callable[[Target, int | None], int]
+
+
+class Least(NamedTuple):
+    """The least ranks that an allocation may choose, and how to name them in a message."""
+
+    ranks: Ranks
+    at: str
+    advice: str = ""  # what else to do where they do not fit, from a comma on
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a budget is counted in, and how much of it lies outside the targets whose ranks are free."""
+
+    what: str
+    budget: int
+    outside: int
+    cost: Cost
+
+    @property
+    def left(self) -> int:
+        """The budget of the targets whose ranks are free."""
+        return self.budget - self.outside
+
+    def total(self, free: Sequence[Target], ranks: Mapping[str, int]) -> int:
+        """The cost of the model with these ranks; a target without a rank stays dense."""
+        return self.outside + sum(self.cost(t, ranks.get(t.name)) for t in free)
+
+    def cannot_be_met(self, total: int, least: Least) -> InputError:
+        """The error to raise where the least ranks cost a ``total`` above the budget."""
+        return InputError(
+            f"{self.what} {self.budget:,} cannot be met: {self.outside:,} lie outside the compressed linears, and with "
+            f"every rank at its least ({least.at}) the model still has {total:,}. Raise the budget to more than that"
+            f"{least.advice}."
+        )
+
+
+@dataclass(frozen=True)
+class TimeUnit(Unit):
+    """Nanoseconds of all linears: a rank has no cost of its own, and factors may take longer than the dense matrix."""
+
+    times: LinearTimes
+    dense: int  # of all linears
+
+    def cannot_be_met(self, total: int, least: Least) -> InputError:
+        possible = floor(100 * self.dense / total) / 100
+        advice = f"Ask for {possible:.2f} or less" if possible > 1 else "Give another budget"
+        return InputError(
+            f"{self.what} cannot be met: of the dense linears' time for {self.times.tokens:,} tokens at once, "
+            f"{self.outside / self.dense:.0%} lie outside the compressed linears, and with every rank at its least "
+            f"({least.at}), or dense where that is faster, {total / self.dense:.0%} are left. {advice}."
+        )
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which ranks, that cost at most ``unit.left`` together, for these targets?"""
+
+    targets: Sequence[Target]
+    unit: Unit
+    round_to: int = 1  # ranks are multiples of this, and at least this
+    ratio: float | None = None  # the share of the targets' parameters to remove, where that is the budget
+
+    def require_met(self, least: Least) -> None:
+        """Raises InputError if not even the least ranks fit."""
+        total = self.unit.total(self.targets, least.ranks)
+        if total > self.unit.budget:
+            raise self.unit.cannot_be_met(total, least)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What an analysis knows of every target: its eigenvalues (descending) and, if it was probed, its probes.
+
+    A probe is what the allocation's own measure found with this target alone truncated, by rank. ``times`` are there
+    where time is the budget.
+    """
+
+    energies: Mapping[str, Tensor] = field(default_factory=dict)
+    probes: Probes = field(default_factory=dict)
+    times: LinearTimes | None = None
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Ranks, and what the row that chose them reports."""
+
+    ranks: Ranks
+    predicted_loss: float | None = None  # nats per token
+    gap: float | None = None  # how far the predicted loss may be above the least possible, as a share of it
+    threshold: float | None = None  # nats per token; the loss of no linear truncated alone exceeds it

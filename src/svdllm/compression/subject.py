@@ -1,0 +1,128 @@
+"""The model that a run compresses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from svdllm.checkpoint.tensors import Tensors, buffer_names, stored_tensors
+from svdllm.common.device import resolve_device, resolve_dtype
+from svdllm.common.errors import InputError, UnsupportedModelError
+from svdllm.common.run_options import RunOptions
+from svdllm.compression.recipe import Recipe
+from svdllm.models.config_files import refuse_several_parts
+from svdllm.models.discover import discover
+from svdllm.models.hub import hub_folder
+from svdllm.models.low_rank.info import LowRankInfo
+from svdllm.models.open import Source
+from svdllm.models.skeleton import build_skeleton
+from svdllm.models.structure import Structure, bias_corrected, with_joint_keys_and_values
+from svdllm.models.walk import Walk
+from svdllm.models.weights import SafetensorsWeights, Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model to compress: where its weights are, its skeleton, and its blocks and targets."""
+
+    source: Source
+    skeleton: PreTrainedModel
+    structure: Structure
+
+    @property
+    def weights(self) -> Weights:
+        """The weights. Only ``read_weights`` gives them to a subject whose config alone was opened."""
+        assert self.source.weights is not None
+        return self.source.weights
+
+    @cached_property
+    def stored(self) -> Tensors:
+        """The tensors in the source's files, or those to be expected in them while only the config is known."""
+        return stored_tensors(self.source, self.skeleton)
+
+    @cached_property
+    def buffers(self) -> set[str]:
+        """Names of the tensors that are not parameters."""
+        return buffer_names(self.skeleton)
+
+    def placement(self, recipe: Recipe) -> tuple[torch.device, torch.dtype]:
+        """The device on which the blocks run, and the dtype in which they compute."""
+        device = resolve_device(recipe.device)
+        return device, resolve_dtype(recipe.dtype, device, self.source.dtype)
+
+    def walk(self, ids: Tensor, recipe: Recipe, spill_file: Path | None = None) -> Walk:
+        """A walk that carries token ids (``windows x seqlen``) through the dense model.
+
+        Args:
+            spill_file: holds the hidden states; without it they stay in RAM.
+        """
+        device, dtype = self.placement(recipe)
+        return Walk(
+            weights=self.weights,
+            skeleton=build_skeleton(self.source.config, dtype),
+            structure=self.structure,
+            ids=ids,
+            device=device,
+            dtype=dtype,
+            batch_tokens=recipe.batch_tokens,
+            spill_file=spill_file,
+        )
+
+
+def discover_subject(source: Source, recipe: Recipe) -> Subject:
+    """Finds the blocks and targets of a model from its config.
+
+    Raises:
+        InputError: the model is compressed already, or a pattern of the recipe matches nothing.
+        UnsupportedModelError: the structure of the model is not understood.
+    """
+    if info := LowRankInfo.of(source.config, source.name):
+        named = f" ({info.source['id']})" if "id" in info.source else ""
+        raise InputError(f"{source.name} is compressed already; compress its dense source{named}.")
+    skeleton = build_skeleton(source.config)
+    try:
+        return Subject(source=source, skeleton=skeleton, structure=structure_for(skeleton, recipe))
+    except UnsupportedModelError:
+        refuse_several_parts(source.config, source.name)
+        raise
+
+
+def structure_for(skeleton: PreTrainedModel, recipe: Recipe) -> Structure:
+    """Finds the blocks and targets of a skeleton, with the joint and bias-corrected targets that the recipe asks for.
+
+    Raises:
+        InputError, UnsupportedModelError: as ``discover_subject``.
+    """
+    structure = discover(skeleton, recipe.ignore)
+    if recipe.joint_kv:
+        structure = with_joint_keys_and_values(structure)
+    return bias_corrected(structure) if recipe.bias_correction else structure
+
+
+def read_weights(subject: Subject, model: Any, options: RunOptions, gguf_folder: Path) -> Subject:
+    """Fetches or dequantises the weights of a subject of which only the config was opened.
+
+    Args:
+        model: the hub id, where the source is a model on the hub.
+        gguf_folder: receives the dequantised weights of a GGUF file.
+
+    Raises:
+        InputError: the weights are missing or damaged.
+        UnsupportedModelError: the weights are in a form that cannot be read.
+    """
+    source = subject.source
+    if source.gguf is not None:
+        from svdllm.models.gguf import convert_gguf
+
+        convert_gguf(source.gguf, source.config, gguf_folder)
+        weights = SafetensorsWeights(gguf_folder, subject.skeleton)
+        return replace(subject, source=replace(source, folder=gguf_folder, weights=weights))
+    folder = hub_folder(str(model), source.revision or options.revision, options.offline, weights=True)
+    weights = SafetensorsWeights(folder, subject.skeleton)
+    return replace(subject, source=replace(source, folder=folder, weights=weights, unused=weights.unused))

@@ -1,0 +1,32 @@
+"""Compares the logits of two models that should compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from svdllm.common.errors import SvdllmError
+
+# In float32, products in another order differ by less than 1e-5; a wrong model differs by far more than this.
+LEAST_TOLERANCE = 1e-3
+
+
+def compare_logits(found: Tensor, expected: Tensor, refusal: Callable[[str], SvdllmError]) -> float:
+    """The largest difference of a logit, as a share of the largest expected logit.
+
+    Args:
+        found, expected: logits of the same shape; the tolerance goes by the dtype of ``expected``.
+        refusal: makes an error of "the logits differ by ...", which is raised beyond the tolerance.
+    """
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    allowed = tolerance_of(expected.dtype)
+    if not difference <= allowed:  # also where it is NaN
+        raise refusal(f"the logits differ by {difference:.1e} of the largest (at most {allowed:.0e} expected)")
+    return difference
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """The largest relative difference that rounding in a dtype explains: the root of its precision, but 1e-3 at least."""
+    return max(LEAST_TOLERANCE, torch.finfo(dtype).eps ** 0.5)

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
 
 import svdllm
-from svdllm.cli import app
+from svdllm.cli import COMMANDS
+from svdllm.cli.commands import build
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -26,10 +26,9 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def options_by_command() -> dict[str, set[str]]:
-    group = typer.main.get_command(app)
     return {
         name: HELP | {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
-        for name, command in group.commands.items()  # type: ignore[attr-defined]
+        for name, command in ((name, build(name, function)) for name, function in COMMANDS.items())
     }
 
 

@@ -469,6 +469,90 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         assert len(capsys.readouterr().out) > 300
 
 
+@pytest.mark.parametrize("started", [["-m", "svdllm"], [str(Path(sys.executable).with_name("svdllm"))]])
+def test_help_imports_no_torch(started: list[str]) -> None:
+    """The list of commands comes at once: what they need is imported when they are called."""
+    listing = subprocess.run(
+        [sys.executable, "-X", "importtime", *started, "--help"], capture_output=True, text=True, check=True
+    )
+    assert "compress" in listing.stdout
+    imported = {line.rpartition("|")[2].strip() for line in listing.stderr.splitlines()}
+    assert "svdllm.cli" in imported
+    assert not {"torch", "transformers"} & imported
+
+
+def test_a_program_that_imports_the_library_has_it_all() -> None:
+    """The command line is told by how Python was started; everybody else gets the names and the model types."""
+    code = "import svdllm; from transformers import AutoConfig; print(AutoConfig.for_model('svdllm_llama').model_type)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; svdllm.compress"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().startswith("svdllm")
+
+
+@pytest.mark.parametrize("command", ["compress", "plan"])
+@pytest.mark.parametrize("flag", [["--calibration", "sequential"], ["--calibration=sequential"]])
+def test_a_renamed_flag_says_what_it_is_called_now(
+    command: str, flag: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(command, "model", "-o", tmp_path / "out", "--ratio", "0.3", *flag) == 2
+    said = capsys.readouterr().err
+    assert said == "Error: --calibration was renamed: use --calibration-mode; the calibration text is --calib.\n"
+    assert cli(command, "model", "-o", tmp_path / "out", "--json", *flag) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["type"] == "InputError"
+
+
+def test_a_flag_that_a_command_never_had_is_no_renamed_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("eval", "model", "--calibration", "sequential") == 2
+    assert "No such option: --calibration" in capsys.readouterr().err
+
+
+def test_a_command_of_compress_with_another_verb_is_its_plan(
+    dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything that compress takes, at once."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("ratio: 0.5\nbatch_tokens: 64\n")
+    out = tmp_path / "out"
+    arguments = [dense, "-o", out, "--preset", "balanced", "--recipe", recipe, "--ratio", "0.3", "--calib", text]
+    arguments += ["--samples", "8", "--seqlen", "16", "--seed", "7", "--metric", "two-sided", "--gradient-samples", "2"]
+    arguments += [
+        "--gradient-shrinkage",
+        "0.2",
+        "--input-only",
+        "q_proj",
+        "--input-only",
+        "k_proj",
+        "--shrinkage",
+        "0.05",
+    ]
+    arguments += [
+        "--calibration-mode",
+        "sequential",
+        "--sequential-samples",
+        "4",
+        "--beta",
+        "0.5",
+        "--no-bias-correction",
+    ]
+    arguments += ["--allocation", "loss", "--probe-share", "0.5", "--ignore", "down_proj", "--override", "up_proj=0.1"]
+    arguments += ["--round-to", "2", "--no-joint-kv", "--no-elastic", "--device", "cpu", "--dtype", "float32"]
+    arguments += ["--hidden-states-limit", "1GB", "--no-resume", "--offline", "--json"]
+    assert cli("plan", *arguments) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert not out.exists()
+    assert list(tmp_path.glob("out*")) == []
+    assert cli("compress", *arguments) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["recipe"]["input_only"] == ["q_proj", "k_proj"]
+    assert made["recipe"]["gradient_shrinkage"] == 0.2
+    assert (made["recipe"]["calibration_mode"], made["recipe"]["sequential_samples"]) == ("sequential", 4)
+    assert made["recipe"]["batch_tokens"] == 64
+    assert plan["peak_ram_bytes"] > 0
+    assert cli("plan", *arguments) == 2
+    assert "is a finished checkpoint; nothing is overwritten" in " ".join(capsys.readouterr().out.split())
+
+
 def test_as_a_program(dense: Path) -> None:
     """The installed entry point, in a process of its own."""
     program = Path(sys.executable).with_name("svdllm")
@@ -553,6 +637,16 @@ def test_a_switch_of_another_method_is_refused_with_a_reason(
     [
         (["--gradient-samples", "4", "--metric", "input"], "--gradient-samples does nothing here"),
         (["--probe-share", "0.2", "--allocation", "uniform"], "--probe-share does nothing here"),
+        (
+            ["--gradient-samples", "4", "--method", "svd"],
+            "it is for metric two-sided or method fwsvd, and this recipe has",
+        ),
+        (["--gradient-shrinkage", "0.2", "--metric", "input"], "--gradient-shrinkage does nothing here"),
+        (["--input-only", "q_proj", "--metric", "input"], "--input-only does nothing here"),
+        (
+            ["--sequential-samples", "4"],
+            "--sequential-samples does nothing here: it is for calibration_mode sequential",
+        ),
         (["--asvd-alpha", "0.2"], "--asvd-alpha does nothing here"),
         (["--strs-ratios", "0.2,0.5"], "--strs-ratios does nothing here: it is for allocation strs, and this recipe"),
         (["--allocation", "strs", "--strs-ratios", "0.2,2"], "--strs-ratios '2' is not a ratio"),

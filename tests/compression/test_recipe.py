@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from svdllm.common.errors import InputError
 from svdllm.compression.recipe import Recipe
-from svdllm.compression.recipe_files import load_settings, make_recipe, parse_amount, preset_settings
+from svdllm.compression.recipe_files import load_settings, make_recipe, preset_settings
 
 
 @pytest.mark.parametrize(
@@ -194,55 +194,3 @@ def test_a_recipe_file_that_is_none(tmp_path: Path):
         (tmp_path / "bad.yaml").write_bytes(content)
         with pytest.raises(InputError, match=message):
             load_settings(tmp_path / "bad.yaml")
-
-
-@pytest.mark.parametrize(
-    ("text", "amount"),
-    [
-        ("300MB", 300_000_000),
-        ("300 mb", 300_000_000),
-        ("2GiB", 2 * 2**30),
-        ("1.5GB", 1_500_000_000),
-        ("8.2GB", 8_200_000_000),  # 8.2 * 1e9 is 8199999999.999999 in floats
-        ("512KiB", 512 * 1024),
-        (".5KB", 500),
-        ("123456", 123_456),
-        ("7B", 7),
-        ("1TB", 10**12),
-        ("2TiB", 2 * 2**40),
-        ("3MiB", 3 * 2**20),
-    ],
-)
-def test_amounts_of_bytes(text: str, amount: int):
-    assert parse_amount(text, what="--target-size", bytes_allowed=True) == amount
-
-
-@pytest.mark.parametrize(
-    ("text", "amount"),
-    [
-        ("1.5B", 1_500_000_000),
-        ("100M", 100_000_000),
-        ("100m", 100_000_000),
-        ("4.35K", 4350),
-        ("12", 12),
-        (" 8 B ", 8 * 10**9),
-    ],
-)
-def test_amounts_of_parameters(text: str, amount: int):
-    assert parse_amount(text, what="--target-params", bytes_allowed=False) == amount
-
-
-@pytest.mark.parametrize(
-    "text", ["", "MB", "many", "-5MB", "0", "0.0GB", "1e3", "5PB", "3M", "1.2.3GB", "0.4", "nan", "12,5MB"]
-)
-def test_nonsense_is_no_amount_of_bytes(text: str):
-    with pytest.raises(
-        InputError, match=rf"--target-size '{text}' is not an amount above zero; write it like 300MB, 1.5GB"
-    ):
-        parse_amount(text, what="--target-size", bytes_allowed=True)
-
-
-@pytest.mark.parametrize("text", ["100MB", "2GiB", "1.5T", "0M", "0.9"])
-def test_nonsense_is_no_amount_of_parameters(text: str):
-    with pytest.raises(InputError, match=r"is not an amount above zero; write it like 100M or 1\.5B"):
-        parse_amount(text, what="--target-params", bytes_allowed=False)

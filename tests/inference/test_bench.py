@@ -460,7 +460,7 @@ def test_mistakes_on_the_command_line(
         assert cli(*arguments) == 2
         return " ".join(capsys.readouterr().err.split())
 
-    assert "--batch 'one' is no list of numbers" in said(compressed, "--batch", "one")
+    assert "--batch 'one' is not a list of numbers" in said(compressed, "--batch", "one")
     assert "--threads must be at least 1" in said(compressed, "--threads", 0)
     assert "--dtype 'int4' is unknown" in said(compressed, *SHORT, "--dtype", "int4")
     assert "the output is a folder" in said(compressed, "-o", tmp_path / "bench.json")

@@ -238,6 +238,13 @@ def require_writable(place: Path, output: Path | None = None) -> None:
         raise InputError(f"{output or place} cannot be made: {existing} {why}. Choose an output elsewhere.")
 
 
+def require_free_output(path: str | Path) -> None:
+    """Raises InputError if a run could not write to this output; an unfinished run is not in the way."""
+    output = Output.at(path)
+    require_ours(output.work)
+    output.require_free(LOCK, PARTIAL, WRITING)
+
+
 def require_new(place: Path) -> None:
     """Raises InputError if there is something at the place of the output, or nothing can be made there."""
     if place.is_file() or (place.is_dir() and not is_empty(place)):

@@ -2,48 +2,48 @@
 
 from __future__ import annotations
 
+from inspect import Parameter
 from typing import Annotated, Any
-
-import typer
 
 from svdllm.cli import grid_options as g
 from svdllm.cli import options as o
-from svdllm.comparison import STUDIES, find_study, study
+from svdllm.cli.commands import takes
+from svdllm.cli.readers import read_names
 
-DESCRIPTIONS = "; ".join(f"{name}: {chosen.summary}" for name, chosen in STUDIES.items())
-
-
-def register(app: typer.Typer) -> None:
-    app.command("ablate")(ablate)
+Values = Annotated[str | None, o.option("Values of it, as in 16,64,256.", None, "the study's own")]
+Method = Annotated[str | None, o.option("The method, as for svdllm compare.", None, "svd-llm")]
 
 
-@g.sharing_options(ratios="0.2", new_tokens=0)
-def ablate(
-    model: o.Model,
-    output: g.Output,
-    study_name: Annotated[str, typer.Option("--study", help=f"What varies. {DESCRIPTIONS}.", show_default=False)],
-    values: Annotated[
-        str | None, typer.Option(help="Its values, as in 16,64,256.", show_default="the study's own")
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="The method, as for svdllm compare.", show_default="svd-llm")
-    ] = None,
-    **shared: Any,
-) -> None:
+def study_options() -> list[Parameter]:
+    """The option --study, which describes the studies that there are."""
+    from svdllm.comparison import STUDIES
+
+    studies = "; ".join(f"{name}: {study.summary}" for name, study in STUDIES.items())
+    option = o.option(f"What varies. {studies}.", None, False, "--study")
+    return [Parameter("study_name", Parameter.KEYWORD_ONLY, annotation=Annotated[str, option])]
+
+
+@takes(g.shared_options(study_options, ratios="0.2", new_tokens=0))
+def ablate(model: o.Model, output: g.Output, values: Values = None, method: Method = None, **options: Any) -> None:
     """Varies one thing of a method, all else equal, and writes a report with a plot: the paper's sensitivity studies.
 
     [bold]svdllm ablate MODEL -o REPORT --study samples --values 16,64,256 --ratios 0.2,0.4[/bold]
 
     [bold]svdllm ablate MODEL -o REPORT --study order --recover 'data: alpaca.json'[/bold]
 
-    The same command goes on with a killed run, and one with more values or ratios adds to the report.
+    The same command continues a killed run, and one with more values or ratios adds to the report.
     """
-    chosen = find_study(study_name)
-    asked = [] if values is None else g.names_of(values)
-    g.run_and_report(
+    from svdllm.cli.grid_run import run_and_report
+    from svdllm.comparison import find_study, study
+
+    name = options.pop("study_name")
+    chosen, asked = find_study(name), read_names(values or "")
+    shared, calibration = g.split(options)
+    run_and_report(
         model,
         output,
-        lambda calibration, recover: study(study_name, asked, method, calibration, recover, teacher=model),
+        lambda settings, training: study(name, asked, method, settings, training, teacher=model),
+        shared,
+        calibration,
         chosen,
-        **shared,
     )

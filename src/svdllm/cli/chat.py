@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
-from svdllm.checkpoint.load import load_model
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, error_console, print_warning
 from svdllm.cli.terminal import reader_is_gone
-from svdllm.common.device import resolve_device, resolve_dtype
 from svdllm.common.errors import InputError
-from svdllm.data.chat_template import require_default_template
-from svdllm.inference.chat import Chat
-from svdllm.inference.prepare import check_kv_cache, prepare
-from svdllm.models.open import open_config
+
+if TYPE_CHECKING:
+    from svdllm.inference.chat import Chat
 
 
-def register(app: typer.Typer) -> None:
-    app.command("chat")(chat)
+System = Annotated[str | None, o.option("What the model is told first.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=0, help="Temperature of sampling; 0 is greedy.", show_default="the model's own settings"),
+]
+Seed = Annotated[int | None, o.option("Seed of sampling.", None, "another one each time")]
 
 
 def chat(
     model: o.Model,
-    system: Annotated[str | None, typer.Option(help="What the model is told first.", show_default=False)] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[
-        float | None, typer.Option(min=0, help="Of sampling; 0 is greedy.", show_default="the model's own settings")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of sampling.", show_default="another one each time")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto is float32 on a CPU, the model's own on a GPU.")] = "auto",
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
     kv_cache: o.KvCache = "ordinary",
     offline: o.Offline = False,
 ) -> None:
@@ -42,6 +41,15 @@ def chat(
 
     Ctrl-C stops an answer, /reset begins anew, /exit ends. A file or pipe on standard input has one message in a line.
     """
+    import torch
+
+    from svdllm.checkpoint.load import load_model
+    from svdllm.common.device import resolve_device, resolve_dtype
+    from svdllm.data.chat_template import require_default_template
+    from svdllm.inference.chat import Chat
+    from svdllm.inference.prepare import check_kv_cache, prepare
+    from svdllm.models.open import open_config
+
     check_kv_cache(kv_cache)
     place = resolve_device(device)
     source = open_config(model, offline=offline)

@@ -100,6 +100,13 @@ def show(titled: tuple[str, list[Table]]) -> None:
         console.print(table)
 
 
+def show_next(*commands: str) -> None:
+    """Shows the commands that may follow, without the ``svdllm`` in front of each."""
+    console.print("Next:", style="bold")
+    for command in commands:
+        console.print(f"  svdllm {command}", soft_wrap=True)
+
+
 def print_json(document: Any) -> None:
     """One JSON document on standard output and nothing else."""
     print(json.dumps(document, indent=2, default=str, allow_nan=False))

@@ -15,8 +15,8 @@ from svdllm.models.model_names import short_name
 
 LEGEND = "±: standard error"
 SHARES = (
-    "kept: score / dense score; above chance: the same of what exceeds guessing, where the dense model exceeds it by two "
-    "standard errors"
+    "kept: score / dense score; above chance: the same of what exceeds guessing, where the dense model exceeds it by "
+    "two standard errors"
 )
 
 

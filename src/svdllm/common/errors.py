@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 
 class SvdllmError(Exception):
     """Base of every error that this library raises on purpose; ``exit_code`` is the command line's."""
@@ -62,6 +60,8 @@ def as_ours(error: BaseException) -> SvdllmError | None:
     """What an error means to the user, if it is ours or of memory, disk or files; None where nobody expected it."""
     if isinstance(error, SvdllmError):
         return error
+    import torch  # late: the help of the command line needs these classes, not torch
+
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return ResourceError(f"Out of memory: {first_line(error)}")
     if (found := os_error_in(error)) is not None:

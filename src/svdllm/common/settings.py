@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -14,14 +14,19 @@ Panel = Literal[
     "Method",
     "Allocation",
     "Calibration",
-    "Machine",
     "Data",
     "Training",
     "Sequential LoRA",
+    "Perplexity",
+    "Tasks",
     "Measuring",
+    "What is measured",
+    "Output",
+    "Machine",
 ]
+PANELS: tuple[Panel, ...] = get_args(Panel)  # in the order of the help
 # How the text of a flag becomes the value of a field whose type does not say it.
-Reader = Literal["names", "ratio", "ratios", "parameters", "bytes", "overrides", "allocation"]
+Reader = Literal["names", "ratios", "ratio list", "parameters", "bytes", "overrides", "allocation"]
 
 DEVICE = "Device to compute on: auto, cpu, cuda, cuda:1, ..."
 
@@ -36,7 +41,7 @@ class Flag:
         metavar: placeholder of the value in the help.
         shown_default: what holds without the flag, if the default of the field does not say it.
         reader: how the text becomes a value; None for the field's own type.
-        only_with: another field and its values with which this flag does something.
+        only_with: other fields and their values; without any of these the flag does nothing, and is refused.
     """
 
     panel: Panel
@@ -44,7 +49,7 @@ class Flag:
     metavar: str | None = None
     shown_default: str | None = None
     reader: Reader | None = None
-    only_with: tuple[str, tuple[str, ...]] | None = None
+    only_with: dict[str, tuple[str, ...]] | None = None
 
 
 def setting(
@@ -56,7 +61,7 @@ def setting(
     metavar: str | None = None,
     shown_default: str | None = None,
     reader: Reader | None = None,
-    only_with: tuple[str, tuple[str, ...]] | None = None,
+    only_with: dict[str, tuple[str, ...]] | None = None,
     **constraints: Any,
 ) -> Any:
     """A field of a pydantic model with its flag; ``constraints`` are those of ``pydantic.Field``.

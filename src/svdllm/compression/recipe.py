@@ -81,7 +81,11 @@ class Recipe(AllocationSettings, Budget, MetricSettings, MetricChoice, MethodSet
         le=1,
     )
     sequential_samples: AfterAnalysis[int] = setting(
-        32, "Calibration windows of the second walk (sequential).", panel="Calibration", ge=1
+        32,
+        "Calibration windows of the second walk (sequential).",
+        panel="Calibration",
+        only_with={"calibration_mode": ("sequential",)},
+        ge=1,
     )
     bias_correction: bool = setting(
         False,

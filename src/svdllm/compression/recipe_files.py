@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from decimal import Decimal
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -77,17 +75,3 @@ def preset_settings(name: str) -> dict[str, Any]:
         raise InputError(f"Unknown preset {name!r}; known are {', '.join(PRESETS)}.")
     text = (resources.files("svdllm.compression") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)
-
-
-def parse_amount(text: str, *, what: str, bytes_allowed: bool) -> int:
-    """``100M`` or ``1.5B`` parameters, ``300MB`` or ``2GiB`` bytes, as an integer."""
-    units = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
-    if bytes_allowed:
-        units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-        units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-    amount = 0 if match is None else int(Decimal(match[1]) * units.get(match[2].upper(), 0))
-    if amount <= 0:
-        examples = "300MB, 1.5GB or 2GiB" if bytes_allowed else "100M or 1.5B"
-        raise InputError(f"{what} {text!r} is not an amount above zero; write it like {examples}.")
-    return amount

@@ -91,5 +91,6 @@ class Budget(BaseModel):
         f"How the budget is spread over the linears. {rows_of(ALLOCATIONS)}. Or a JSON or YAML file of explicit ranks: "
         "linear (a regular expression): rank, full or dense.",
         panel="Allocation",
+        metavar="NAME|FILE",
         reader="allocation",
     )

@@ -32,8 +32,8 @@ class StrsSettings(ProbeSettings):
         (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
         "Ratios at which each linear alone is tried (strs); fewer leave more tokens for each.",
         panel="Allocation",
-        reader="ratios",
-        only_with=("allocation", ("strs",)),
+        reader="ratio list",
+        only_with={"allocation": ("strs",)},
         min_length=1,
     )
 

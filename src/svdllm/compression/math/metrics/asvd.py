@@ -15,7 +15,7 @@ class AsvdSettings(BaseModel):
     """Settings of the method asvd."""
 
     asvd_alpha: float = setting(
-        0.5, "Exponent of ASVD's channel scales.", panel="Method", only_with=("method", ("asvd",)), ge=0, le=1
+        0.5, "Exponent of ASVD's channel scales.", panel="Method", only_with={"method": ("asvd",)}, ge=0, le=1
     )
 
 

@@ -23,7 +23,12 @@ class TwoSidedSettings(SharedSettings):
     """Settings of the metric two-sided."""
 
     gradient_shrinkage: float = setting(
-        0.3, "Share of the mean diagonal mixed into the gradients' Gram (two-sided).", panel="Method", gt=0, le=1
+        0.3,
+        "Share of the mean diagonal mixed into the gradients' Gram (two-sided).",
+        panel="Method",
+        only_with={"metric": ("two-sided",)},
+        gt=0,
+        le=1,
     )
 
 

@@ -81,13 +81,12 @@ def compress_many(
     ) as run:
         subject, plans = open_subject(run)  # lines 1 and 6: the model, its blocks and the weights to compress
         windows = calibration_windows(run, subject)  # line 4: some text, as tokens
-        provenance = check_weights(run, subject, windows)
+        provenance = check_weights(run, subject, windows)  # every weight is finite; hashes of weights and text
         with open_analysis(run, subject, provenance) as analysis:
             times = measure_times(run, subject)  # where time is the budget
             analyze(run, subject, windows, plans, analysis)  # lines 5 to 9, Algorithm 2: C = X X^T, spectra of W C W^T
             plans = allocate(run, subject, windows, plans, analysis, times)  # a rank for every weight, or dense
         fitted = [refit(run, subject, windows, analysis, plan) for plan in plans]  # sequential calibration only
-        made = zip(plans, fitted, strict=True)
-        results = [write(run, subject, provenance, analysis, *each) for each in made]  # lines 10 to 13: W' = W'u W'v
-        run.output.complete()
-        return results
+        return [  # lines 10 to 13: the factors of every weight take its place
+            write(run, subject, provenance, analysis, plan, finals) for plan, finals in zip(plans, fitted, strict=True)
+        ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ HELP = {"-h", "--help"}
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE_CODE = re.compile(r"`([^`\n]+)`")
+QUOTE = re.compile(r'"([^"]+)"')
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -199,6 +202,22 @@ def test_python_examples_use_public_names_only(source: str) -> None:
             modules.update(alias.name for alias in node.names if alias.name.startswith("svdllm"))
     assert modules <= {"svdllm"}
     assert used <= set(svdllm.__all__)
+
+
+def test_quoted_messages_are_those_of_the_source() -> None:
+    """Of every message that the page of questions quotes, some words beside names and numbers stand in the source."""
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    texts = re.sub(r'"\s*\n\s*f?"', "", source) + "".join(map(os.strerror, (ENOSPC, EDQUOT, EFBIG)))
+    page = (ROOT / "docs/faq.md").read_text(encoding="utf-8")
+    quotes = [quote for heading in re.findall(r"^### (.+)$", page, re.MULTILINE) for quote in QUOTE.findall(heading)]
+    assert len(quotes) > 20
+    assert [quote for quote in quotes if not any(piece in texts for piece in pieces_of(quote))] == []
+
+
+def pieces_of(message: str) -> list[str]:
+    """The pieces between what varies in a message: names with dots or several capitals, numbers, omissions."""
+    pieces = re.split(r"\S*[0-9./_]\S*|\b[A-Z]\w*[A-Z]\w*|[,():]", message)
+    return [piece.strip() for piece in pieces if len(piece.strip()) >= 6]
 
 
 def test_readme_python_example_has_existing_settings() -> None:

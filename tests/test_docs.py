@@ -182,6 +182,7 @@ def python_sources() -> list[tuple[str, str]]:
     blocks = [
         (f"{page.name}, block {number}", block)
         for page in PAGES
+        if page.name != "extending.md"  # which is about the inside, and runs in test_extending.py
         for number, block in enumerate(fenced(page.read_text(encoding="utf-8"), "python"))
     ]
     examples = [(path.name, path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("examples/*.py"))]

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from runs import save_dense
+from svdllm.comparison.variants import VARIANTS
 from svdllm.compression.math.metrics import METHODS
 from svdllm.compression.ranks import ALLOCATIONS
+from svdllm.recovery.methods import METHODS as RECOVERY_METHODS
 from test_docs import ROOT, fenced
 
-TABLES = (METHODS, ALLOCATIONS)
+TABLES = (METHODS, ALLOCATIONS, RECOVERY_METHODS, VARIANTS)
 
 
 @pytest.fixture

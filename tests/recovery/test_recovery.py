@@ -765,7 +765,7 @@ def test_memory_that_cannot_suffice_is_told_before_anything_is_loaded(
 def test_only_our_checkpoints_and_their_own_teachers(
     checkpoint: Path, dense: Path, text: Path, tmp_path: Path, tokenizer: Any
 ) -> None:
-    with pytest.raises(InputError, match="is no svdllm checkpoint"):
+    with pytest.raises(InputError, match="is not an svdllm checkpoint"):
         recover(dense, tmp_path / "out", recovery(text))
     from families import tiny_model
 

@@ -165,14 +165,24 @@ def quantization_table(result: QuantizationResult) -> Titled:
 def demo_table(result: DemoResult) -> Table:
     """Dense, plain SVD, SVD-LLM as published and the default preset side by side."""
     table = Table(title="SmolLM2-135M-Instruct on held-out Python documentation", header_style="bold")
-    for column in ("model", "params", "files", "perplexity", "s.e.", "compressed in"):
+    for column in ("model", "params", "files", "perplexity", "s.e.", "times dense", "compressed in"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for name, row, seconds in zip(
-        ("dense", "plain SVD", "SVD-LLM", "balanced"), result.rows, result.compression_seconds, strict=True
-    ):
-        ppl, stderr, _ = _measured(row)
-        time = "" if seconds is None else duration(seconds)
-        table.add_row(name, count(row.params), size(row.weight_bytes), ppl, stderr, time)
+    dense, *others = result.rows
+    table.add_row(
+        dense.name, count(dense.params), size(dense.weight_bytes), _number(dense.perplexity), _number(dense.stderr)
+    )
+    for row in others:
+        times, stderr = row.times(dense)
+        table.add_row(
+            row.name,
+            count(row.params),
+            size(row.weight_bytes),
+            _number(row.perplexity),
+            _number(row.stderr),
+            f"{_number(times)} ± {_number(stderr)}",
+            duration(row.compression_seconds or 0),
+        )
+    table.caption = "s.e.: standard error over windows; of 'times dense', over differences on the same windows"
     return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from dataclasses import dataclass, field
 from importlib import resources
@@ -14,26 +13,14 @@ import transformers
 
 from svdllm.common.files import write_atomically
 from svdllm.common.version import __version__
-from svdllm.comparison import plots as grid_plots
-from svdllm.comparison.settings import Grid, file_name_of
+from svdllm.comparison.figures import Figure, figures_of
+from svdllm.comparison.settings import Grid
 from svdllm.comparison.studies import Study
 from svdllm.comparison.table import Column, Entry, Group, columns_of, groups_of
 from svdllm.comparison.variants import is_baseline
 
 Record = dict[str, Any]
 STAGES = {"analyze": "calibration, forward", "gradients": "calibration, backward", "probe": "probing"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    name: str
-    title: str
-    caption: str
-    svg: str
-
-    @property
-    def data_uri(self) -> str:
-        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg.encode()).decode()}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,54 +134,7 @@ class GridReport:
         return {variant.name: variant.describe() for variant in self.grid.variants}
 
     def figures(self) -> list[Figure]:
-        made = [record for record in self.records if record["status"] == "done" and record["variant"]]
-        figures = []
-        if made and self.grid.measures.texts:
-            if self.study is not None:
-                svg = grid_plots.study_figure(self.records, self.study.axis, self.study.numeric)
-                figures.append(Figure(name="study", title="Sensitivity", caption=self.study.summary, svg=svg))
-            else:
-                figures += [
-                    Figure(
-                        name=f"perplexity-{against}",
-                        title=f"Perplexity against {title}",
-                        caption="Bars are standard errors over windows; the broken line is the dense model.",
-                        svg=grid_plots.perplexity_figure(self.records, against),
-                    )
-                    for against, title in (("ratio", "ratio"), ("bytes", "bytes"))
-                ]
-        if any(record["linears"] and not record["recovery"] for record in made):
-            figures += [
-                Figure(
-                    name=f"linears-{quantity}",
-                    title=title,
-                    caption="Blocks from left to right, kinds of linears from top to bottom.",
-                    svg=grid_plots.heat_map_figure(self.records, quantity),
-                )
-                for quantity, title in (("params", "Where the parameters are"), ("kept_energy", "Kept energy"))
-            ]
-        shown = [name for v in self.grid.variants if file_name_of(name := (v.base or v).name) in self.spectra]
-        if shown:
-            variant = "svd-llm" if "svd-llm" in shown else shown[0]
-            figures.append(
-                Figure(
-                    name="spectra",
-                    title="Spectra",
-                    caption=f"Singular values of every weight in the metric of {variant}: a line for each block, from the "
-                    "first (dark) to the last (bright).",
-                    svg=grid_plots.spectra_figure(self.spectra[file_name_of(variant)]),
-                )
-            )
-        if times := self.times:
-            figures.append(
-                Figure(
-                    name="time",
-                    title="Time to compress",
-                    caption="Calibration is done once for all ratios; a run that was interrupted shows the last part only.",
-                    svg=grid_plots.time_figure(times),
-                )
-            )
-        return figures
+        return figures_of(self.records, self.grid, self.study, self.spectra, self.times)
 
     def to_dict(self) -> Record:
         return {

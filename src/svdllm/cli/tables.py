@@ -44,8 +44,8 @@ def plan_table(plan: Plan) -> Titled:
     elif not plan.ranks_known:
         summary.add_row(
             "allocation",
-            f"{plan.allocation_name}, linears {plan.recipe.target_speedup:g} times as fast: ranks and size follow from the "
-            "analysis and from times measured then; uniform ranks are shown, as if time were parameters",
+            f"{plan.allocation_name}, linears {plan.recipe.target_speedup:g} times as fast: ranks and size follow from "
+            "the analysis and from times measured then; uniform ranks are shown, as if time were parameters",
         )
     summary.add_row("removed of the linears", f"{plan.achieved_ratio:.2%}")
     summary.add_row("parameters", f"{count(plan.dense_params)} -> {count(plan.params)}")

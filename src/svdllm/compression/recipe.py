@@ -18,7 +18,7 @@ from svdllm.compression.ranks import ALLOCATIONS, AllocationSettings
 from svdllm.compression.recipe_parts import BUDGETS, Budget, MethodChoice, MetricChoice
 
 # The settings that choose a row, and the table of the rows.
-TABLES: dict[str, Mapping[str, Any]] = {"method": METHODS, "metric": METRICS, "allocation": ALLOCATIONS}
+TABLES: dict[str, Mapping[str, Any]] = {"metric": METRICS, "method": METHODS, "allocation": ALLOCATIONS}
 # What a method without a Gram cannot use and is not given by default.
 PLAIN = {"metric": "input", "shrinkage": 0.0, "allocation": "uniform", "round_to": 1}
 
@@ -265,6 +265,12 @@ class Recipe(AllocationSettings, Budget, MetricSettings, MetricChoice, MethodSet
         """The settings that decide the analysis: neither the budget nor how it is spread."""
         later = settings_after_analysis(type(self))
         return {name: value for name, value in self.to_dict().items() if name not in later}
+
+    @classmethod
+    def rows_that_read(cls, setting: str) -> dict[str, tuple[str, ...]]:
+        """The rows that a setting is for, by the setting that chooses them; empty where it is for every recipe."""
+        found = {choice: tuple(n for n, row in rows.items() if setting in row.reads) for choice, rows in TABLES.items()}
+        return {choice: names for choice, names in found.items() if names}
 
     def require_budget(self) -> None:
         """Raises InputError unless a budget is given."""

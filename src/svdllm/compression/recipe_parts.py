@@ -27,13 +27,23 @@ def rows_of(table: Mapping[str, Any]) -> str:
 class MethodChoice(BaseModel):
     """The row of ``METHODS``."""
 
-    method: str = setting("svd-llm", f"How the inputs are weighed. {rows_of(METHODS)}.", panel="Method")
+    method: str = setting(
+        "svd-llm",
+        f"How a linear is truncated: {rows_of(METHODS)}.",
+        panel="Method",
+        metavar="|".join(METHODS),
+    )
 
 
 class MetricChoice(BaseModel):
     """The row of ``METRICS``."""
 
-    metric: str = setting("two-sided", f"How the outputs are weighed. {rows_of(METRICS)}.", panel="Method")
+    metric: str = setting(
+        "two-sided",
+        f"Which error of the outputs is minimised: {rows_of(METRICS)}.",
+        panel="Method",
+        metavar="|".join(METRICS),
+    )
 
 
 class Budget(BaseModel):
@@ -88,7 +98,7 @@ class Budget(BaseModel):
     )
     allocation: AfterAnalysis[str] = setting(
         "loss",
-        f"How the budget is spread over the linears. {rows_of(ALLOCATIONS)}. Or a JSON or YAML file of explicit ranks: "
+        f"How the budget is spread over the linears: {rows_of(ALLOCATIONS)}. Or a JSON or YAML file of explicit ranks: "
         "linear (a regular expression): rank, full or dense.",
         panel="Allocation",
         metavar="NAME|FILE",

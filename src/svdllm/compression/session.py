@@ -85,9 +85,10 @@ def open_run(
     analysis_dir: str | Path | None = None,
     statistics_dir: str | Path | None = None,
 ) -> Iterator[Run]:
-    """A run whose output no other run writes to while the context lasts; the arguments are those of ``compress_many``.
+    """Opens a run; the arguments are those of ``compress_many``.
 
-    If the run fails, nothing is left behind but finished blocks, where the disk or the memory did not suffice.
+    No other run writes to the output while the context lasts. When it ends, the finished checkpoints appear under the
+    name of the output. If the run fails, nothing is left behind, except finished blocks if disk or memory ran out.
 
     Raises:
         InputError: a setting, the model's path or the output is wrong.
@@ -123,6 +124,7 @@ def open_run(
             )
             _refuse_other_recipe(run)
             yield run
+            output.complete()
 
 
 def open_subject(run: Run) -> tuple[Subject, list[Plan]]:

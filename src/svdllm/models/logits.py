@@ -28,5 +28,5 @@ def compare_logits(found: Tensor, expected: Tensor, refusal: Callable[[str], Svd
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """The largest relative difference that rounding in a dtype explains: the root of its precision, but 1e-3 at least."""
+    """The largest difference that rounding explains: the square root of the dtype's precision, at least 1e-3."""
     return max(LEAST_TOLERANCE, torch.finfo(dtype).eps ** 0.5)

@@ -16,7 +16,7 @@ from svdllm.data.examples import refuse_mixture
 from svdllm.evaluation.windows import check_protocol
 from svdllm.models.limits import require_context, require_known_ids
 from svdllm.recovery.distributed import num_processes
-from svdllm.recovery.memory import require_memory
+from svdllm.recovery.memory import require_memory_of_methods
 from svdllm.recovery.method import Method
 from svdllm.recovery.methods import METHODS
 from svdllm.recovery.models import Models
@@ -129,4 +129,4 @@ def check_memory(models: Models, needed: dict[str, int]) -> None:
     if num_processes() > 1:
         return
     advice = METHODS[max(needed, key=lambda name: needed[name])].memory_advice
-    require_memory(needed, models.device, advice)
+    require_memory_of_methods(needed, models.device, advice)

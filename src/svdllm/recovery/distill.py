@@ -11,7 +11,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from svdllm.common.memory import weight_bytes
+from svdllm.common.memory import skeleton_bytes
 from svdllm.common.settings import setting
 from svdllm.data.examples import NO_LABEL
 from svdllm.models.linears import find_blocks, is_linear
@@ -73,7 +73,8 @@ class Distill(Method):
         trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
         has_teacher = models.teacher is not None and settings.kl > 0
         logits = logits_bytes(task.sequences_at_once * task.longest, models.vocab_size, with_teacher=has_teacher)
-        return weight_bytes(skeleton) + trained * ADAMW_BYTES + has_teacher * models.dense_bytes + logits
+        teacher = models.dense_bytes if has_teacher else 0
+        return skeleton_bytes(skeleton) + trained * ADAMW_BYTES + teacher + logits
 
     def train(self, task: Task, models: Models) -> Trained:
         from svdllm.recovery.training import train  # importing the Trainer takes seconds

@@ -13,15 +13,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from svdllm.checkpoint.load import load_model
 from svdllm.common.device import resolve_dtype
-from svdllm.common.memory import weight_bytes
+from svdllm.common.memory import skeleton_bytes
 from svdllm.common.progress import Reporter
 from svdllm.models.config_files import load_config
 from svdllm.models.discover import discover
 from svdllm.models.low_rank.lowrank import sha256_of
 from svdllm.models.open import Source, open_config, open_source
+from svdllm.models.safetensors_files import weight_files
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.walk import Walk
-from svdllm.models.weights import SafetensorsWeights, Weights, weight_files
+from svdllm.models.weights import SafetensorsWeights, Weights
 from svdllm.recovery.trained_weights import TrainedWeights
 
 
@@ -77,7 +78,7 @@ class Models:
     @property
     def dense_bytes(self) -> int:
         """Bytes of the teacher's weights in the dtype that it computes in."""
-        return weight_bytes(build_skeleton(self.dense_config.config, self.dense_dtype))
+        return skeleton_bytes(build_skeleton(self.dense_config.config, self.dense_dtype))
 
     def skeleton(self, dtype: torch.dtype) -> PreTrainedModel:
         """The compressed model without data."""

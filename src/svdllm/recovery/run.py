@@ -21,7 +21,7 @@ from svdllm.data import evaluation_tokens
 from svdllm.evaluation.perplexity import perplexity
 from svdllm.models.limits import context_length, within_context
 from svdllm.models.open import open_config
-from svdllm.models.weights import weight_files
+from svdllm.models.safetensors_files import weight_files
 from svdllm.recovery.checks import check_cheaply, check_memory, check_tokens, training_dtype
 from svdllm.recovery.distributed import is_main, meet, own_device, wait_for_all
 from svdllm.recovery.methods import METHODS

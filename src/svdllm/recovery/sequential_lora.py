@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from svdllm.common.errors import NumericalError
-from svdllm.common.memory import weight_bytes
+from svdllm.common.memory import skeleton_bytes
 from svdllm.common.settings import setting
 from svdllm.evaluation.perplexity import evaluation_mode
 from svdllm.models.logits import compare_logits
@@ -61,7 +61,7 @@ class SequentialLora(Method):
     def least_bytes(self, task: Task, models: Models) -> int:
         """Weights and logits; the adapters are small."""
         skeleton = models.skeleton(models.own_dtype)
-        return weight_bytes(skeleton) + logits_bytes(task.sequences_at_once * task.longest, models.vocab_size)
+        return skeleton_bytes(skeleton) + logits_bytes(task.sequences_at_once * task.longest, models.vocab_size)
 
     def train(self, task: Task, models: Models, factors: tuple[str, ...] = ("svd_u", "svd_v")) -> Trained:
         return train_factors(models.compressed, factors, task)

@@ -161,7 +161,7 @@ def _allocate(question: Question, evidence: Evidence, settings: Any) -> Allocati
 
 EFFECTIVE_RANK = Row(
     name="effective-rank",
-    summary="by the effective rank of each linear, from the spectra alone",
+    summary="D-Rank: by the entropy of each spectrum",
     source="D-Rank, arXiv 2509.25622",
     allocate=_allocate,
 )

@@ -76,7 +76,7 @@ def _allocate(question: Question, evidence: Evidence, settings: Any) -> Allocati
 
 LOSS = Row(
     name="loss",
-    summary="the least predicted loss, by what truncating each linear alone does to the predictions",
+    summary="least loss, measured on the model; may leave linears dense",
     source="a probe of each linear, its spectrum, and a multiple-choice knapsack (Pisinger, 1995)",
     allocate=_allocate,
     budgets=("ratio", "target_params", "target_size", "target_speedup"),

@@ -52,3 +52,8 @@ class Row:
     leaves_dense: bool = True  # whether it may leave a target dense
     probing: Probing | None = None
     settings: type[BaseModel] = BaseModel
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The settings of a recipe that are for this row."""
+        return frozenset(self.settings.model_fields)

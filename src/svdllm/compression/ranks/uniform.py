@@ -93,7 +93,7 @@ def _allocate(question: Question, evidence: Evidence, settings: Any) -> Allocati
 
 UNIFORM = Row(
     name="uniform",
-    summary="the same ratio for every linear",
+    summary="one ratio for all, as in the paper",
     source="SVD-LLM, arXiv 2403.07378",
     allocate=_allocate,
     budgets=("ratio", "target_params", "target_size", "ranks"),

@@ -92,7 +92,7 @@ def _allocate(question: Question, evidence: Evidence, settings: Any) -> Allocati
 
 V2 = Row(
     name="v2",
-    summary="within a type of linear, who would lose more is compressed less",
+    summary="SVD-LLM V2: more for those of a type that would lose more",
     source="SVD-LLM V2, arXiv 2503.12340",
     allocate=_allocate,
     budgets=("ratio",),

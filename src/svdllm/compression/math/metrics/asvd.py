@@ -14,9 +14,7 @@ from svdllm.compression.math.statistics import MeanAbsolute
 class AsvdSettings(BaseModel):
     """Settings of the method asvd."""
 
-    asvd_alpha: float = setting(
-        0.5, "Exponent of ASVD's channel scales.", panel="Method", only_with={"method": ("asvd",)}, ge=0, le=1
-    )
+    asvd_alpha: float = setting(0.5, "Exponent of ASVD's channel scales.", panel="Method", ge=0, le=1)
 
 
 def _right(mean_absolute: Tensor | None, settings: AsvdSettings) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 from torch import Tensor
 
+from svdllm.compression.math.metrics.shared_settings import SharedSettings
 from svdllm.compression.math.statistics import BackwardStatistic, Gram, Statistic
 from svdllm.models.structure import Target
 
@@ -40,6 +41,11 @@ class Metric:
     left: LeftMetric | None = None
     settings: type[BaseModel] = BaseModel
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """The settings of a recipe that are for this row."""
+        return _reads(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -62,6 +68,11 @@ class Method:
     settings: type[BaseModel] = BaseModel
 
     @property
+    def reads(self) -> frozenset[str]:
+        """The settings of a recipe that are for this row."""
+        return _reads(self)
+
+    @property
     def needs_tokens(self) -> bool:
         """Whether the calibration text runs through the model."""
         return self.statistic is not None or self.left is not None
@@ -70,3 +81,8 @@ class Method:
     def collects_gram(self) -> bool:
         """Whether the statistic is a Gram, which takes the time and memory of ``in x in``."""
         return self.statistic is Gram
+
+
+def _reads(row: Method | Metric) -> frozenset[str]:
+    own = frozenset(row.settings.model_fields) - frozenset(SharedSettings.model_fields)
+    return own if row.left is None else own | {"gradient_samples"}

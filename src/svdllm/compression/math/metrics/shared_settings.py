@@ -21,6 +21,7 @@ class SharedSettings(BaseModel):
         "Linears whose error is not weighted by gradients (two-sided); may be repeated.",
         panel="Method",
         metavar="REGEX",
+        only_with={"metric": ("two-sided",)},
     )
     shrinkage: float = setting(
         0.1,

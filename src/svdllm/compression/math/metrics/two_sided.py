@@ -64,8 +64,8 @@ def _input_only(target: Target, settings: TwoSidedSettings) -> list[str]:
 
 TWO_SIDED = Metric(
     name="two-sided",
-    summary="error of the outputs weighted by the gradients of the loss in them",
-    source="a diagonal Fisher approximation of the loss, of full rank within each linear",
+    summary="weighted by the gradients of the loss; one backward pass more",
+    source="Kronecker approximation of the Fisher matrix (docs/method.md)",
     left=LeftMetric(statistic=GradientGram, of=_left, weighs=_weighs),
     settings=TwoSidedSettings,
 )

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from runs import save_dense
 from svdllm.checkpoint.report import read_report
 from svdllm.cli import main
+from svdllm.cli.tables import demo_table
 from svdllm.comparison import demo
-from svdllm.comparison.demo import DemoRow
+from svdllm.comparison.demo import DemoResult, DemoRow
 from svdllm.models.gguf import MARKER
 
 
@@ -73,3 +76,15 @@ def test_errors_are_those_of_the_mean_and_of_the_differences() -> None:
     assert dense.perplexity == pytest.approx(math.exp(3))
     assert dense.stderr == pytest.approx(math.exp(3) * 2 / math.sqrt(3))
     assert ours.times(dense) == pytest.approx((math.exp(0.5), math.exp(0.5) * 0.25))
+
+
+def test_the_table_fits_a_terminal_of_80_columns() -> None:
+    dense = DemoRow(name="dense", model=Path("d"), params=134515008, weight_bytes=538_090_000, window_nlls=(2.6, 3.0))
+    ours = {"model": Path("m"), "params": 113281344, "weight_bytes": 453_200_000, "compression_seconds": 754.0}
+    rows = [DemoRow(name="plain SVD", window_nlls=(14.9, 15.6), **ours), DemoRow(name="x", window_nlls=(2, 4), **ours)]
+    console = Console(width=80, file=StringIO())
+    console.print(demo_table(DemoResult(rows=[dense, *rows])))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown
+    assert "4.2e6 ± 1.5e6" in shown
+    assert "12 min 34 s" in shown

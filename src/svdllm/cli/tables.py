@@ -11,6 +11,7 @@ from rich.table import Table
 from svdllm.checkpoint.card import quantization_text, recovery_text
 from svdllm.cli.console import count, duration, duration_range, size
 from svdllm.comparison.demo import DemoResult
+from svdllm.comparison.table import perplexity_text
 from svdllm.compression.plan import Plan
 from svdllm.compression.records import CompressionResult
 from svdllm.evaluation.side_by_side import ModelPerplexity
@@ -163,27 +164,27 @@ def quantization_table(result: QuantizationResult) -> Titled:
 
 
 def demo_table(result: DemoResult) -> Table:
-    """Dense, plain SVD, SVD-LLM as published and the default preset side by side."""
-    table = Table(title="SmolLM2-135M-Instruct on held-out Python documentation", header_style="bold")
-    for column in ("model", "params", "files", "perplexity", "s.e.", "times dense", "compressed in"):
+    """Dense, plain SVD, SVD-LLM as published and the default preset side by side, within 80 columns."""
+    title = "SmolLM2-135M-Instruct on held-out Python documentation"
+    table = Table(title=title, header_style="bold", pad_edge=False)
+    for column in ("model", "params", "files", "perplexity", "times dense", "made in"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    dense, *others = result.rows
-    table.add_row(
-        dense.name, count(dense.params), size(dense.weight_bytes), _number(dense.perplexity), _number(dense.stderr)
-    )
-    for row in others:
-        times, stderr = row.times(dense)
+    dense = result.rows[0]
+    for row in result.rows:
         table.add_row(
             row.name,
             count(row.params),
             size(row.weight_bytes),
-            _number(row.perplexity),
-            _number(row.stderr),
-            f"{_number(times)} ± {_number(stderr)}",
-            duration(row.compression_seconds or 0),
+            _with_error(row.perplexity, row.stderr),
+            "" if row is dense else _with_error(*row.times(dense)),
+            "" if row.compression_seconds is None else duration(row.compression_seconds),
         )
-    table.caption = "s.e.: standard error over windows; of 'times dense', over differences on the same windows"
+    table.caption = "± standard error over windows; for times dense, over the differences by window"
     return table
+
+
+def _with_error(value: float, stderr: float) -> str:
+    return f"{perplexity_text(value)} ± {perplexity_text(stderr)}"
 
 
 def report_table(report: dict[str, Any]) -> Titled:

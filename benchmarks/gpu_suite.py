@@ -42,7 +42,7 @@ from inference_gpu import llama_7b, random_models
 from svdllm.cli.console import ConsoleReporter
 from svdllm.common.device import resolve_device
 from svdllm.compression.math.linalg import factorise, output_spectrum
-from svdllm.compression.recipe import preset_settings
+from svdllm.compression.recipe_files import preset_settings
 from svdllm.inference.bench import BenchSettings, benchmark_loaded
 
 Record = dict[str, Any]
@@ -155,13 +155,13 @@ def compression(suite: Suite) -> Record:
             found[preset] = {
                 "seconds": seconds,
                 "seconds_by_stage": result.seconds,
-                "planned_seconds": plan.seconds,
-                "planned_seconds_by_stage": plan.to_dict()["seconds_by_stage"],
+                "planned_seconds": plan.needs.seconds,
+                "planned_seconds_by_stage": plan.needs.seconds_by_stage,
                 "peak_ram_bytes": result.peak_ram_bytes,
                 "planned_peak_ram_bytes": plan.peak_ram_bytes,
                 "peak_device_bytes": result.peak_device_bytes,
-                "planned_device_bytes": plan.to_dict()["device_bytes"],
-                "seconds_of_all_blocks": seconds * all_blocks / result.plan.num_blocks,
+                "planned_device_bytes": plan.needs.device_bytes,
+                "seconds_of_all_blocks": seconds * all_blocks / len(result.plan.structure.blocks),
             }
     return found
 

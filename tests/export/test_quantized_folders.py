@@ -156,7 +156,7 @@ def test_other_things_that_cannot_be(
     bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("svdllm"))
     with pytest.raises(InputError, match="download the whole repository first"):
         quantize(bare, tmp_path / "out")
-    monkeypatch.setattr(QUANTIZE, "available_bytes", lambda: 1000)
+    monkeypatch.setattr("svdllm.common.memory.available_bytes", lambda: 1000)
     with pytest.raises(ResourceError, match=r"GB of memory, 0\.00 GB are free"):
         quantize(checkpoint, tmp_path / "out")
     usage = shutil.disk_usage(tmp_path)

@@ -94,9 +94,10 @@ Its ranks were chosen for {bits} bits: `svdllm quantize FOLDER -o SMALLER --bits
 def _smaller_sizes(report: dict[str, Any]) -> str:
     if not report["recipe"].get("elastic"):
         return ""
+    ratio = report["recipe"]["ratio"]
     return f"""## Smaller sizes
 
-This checkpoint is elastic: any ratio R from {report["recipe"]["ratio"]} can be made of it in seconds, without the original model or
+This checkpoint is elastic: any ratio R from {ratio} can be made of it in seconds, without the original model or
 calibration text, by `svdllm slice FOLDER --ratio R -o SMALLER`, or loaded by `svdllm.load_model("FOLDER", ratio=R)`.
 The files `svdllm/elastic*` are for this only.
 """

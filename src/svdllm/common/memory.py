@@ -1,4 +1,4 @@
-"""What memory the process has and has used."""
+"""Measures memory: what is free, what the process uses, and what weights take."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def skeleton_bytes(skeleton: PreTrainedModel) -> int:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now (its highest so far where the system does not tell)."""
+    """Resident memory of this process now; its peak where the system does not report the current value."""
     statm = Path("/proc/self/statm")
     if statm.is_file():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -36,7 +36,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Highest resident memory of this process so far; 0 where the system does not tell."""
+    """Highest resident memory of this process so far; 0 where the system does not report it."""
     status = Path("/proc/self/status")
     if status.is_file() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(match[1]) * 1024  # getrusage would count what the parent had when it forked
@@ -49,7 +49,7 @@ def peak_bytes() -> int:
 
 
 def available_bytes() -> int | None:
-    """Memory that could be taken without swapping, within the limit of a container; None where not told."""
+    """Memory that is free without swapping, within a container's limit; None where the system does not report it."""
     found = []
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
@@ -65,13 +65,13 @@ def available_bytes() -> int | None:
 
 
 def device_peak_bytes(device: torch.device) -> int:
-    """Highest memory of an accelerator since the process began; 0 for the CPU."""
+    """Highest memory of a GPU since the process began; 0 for the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 @contextmanager
 def explain_out_of_memory(advice: str) -> Iterator[None]:
-    """Turns every way in which memory runs out, also that of torch's CPU allocator, into a ResourceError with advice."""
+    """Turns every out-of-memory error, also of torch's CPU allocator, into a ResourceError with advice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -50,6 +50,7 @@ class Run:
     resume: bool
     hidden_states_limit: int | None
     analysis_dir: Path | None  # of an analysis that is shared with other runs
+    statistics_dir: Path | None  # of statistics that are shared with runs of other recipes
 
     @property
     def work(self) -> Path:
@@ -82,6 +83,7 @@ def open_run(
     resume: bool = True,
     hidden_states_limit: int | None = None,
     analysis_dir: str | Path | None = None,
+    statistics_dir: str | Path | None = None,
 ) -> Iterator[Run]:
     """Opens a run; the arguments are those of ``compress_many``.
 
@@ -118,6 +120,7 @@ def open_run(
                 resume=resume,
                 hidden_states_limit=hidden_states_limit,
                 analysis_dir=None if analysis_dir is None else followed(Path(analysis_dir)),
+                statistics_dir=None if statistics_dir is None else followed(Path(statistics_dir)),
             )
             _refuse_other_recipe(run)
             yield run

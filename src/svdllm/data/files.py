@@ -13,12 +13,13 @@ from svdllm.common.extras import require_extra
 
 CHAT_FIELD = "messages"
 DEFAULT_FIELDS = ("text", CHAT_FIELD)
-# Columns by which a line of a plain text file is known for a row.
+# Columns that show that a line of a plain text file is a row.
 ROW_FIELDS = {*DEFAULT_FIELDS, "conversations", "instruction", "prompt", "content"}
 UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def read_text(path: Path) -> str:
+    """Reads a file of text. Raises InputError if it is empty, or not UTF-8."""
     data = path.read_bytes()
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
@@ -30,8 +31,8 @@ def read_text(path: Path) -> str:
         ) from err
     if (position := data.find(b"\0")) >= 0:
         raise InputError(
-            f"{path} is no text: byte 0x00 at position {position}. Give a text file in UTF-8; one in UTF-16 is converted "
-            "with iconv -f UTF-16 -t UTF-8"
+            f"{path} is not text: byte 0x00 at position {position}. Give a text file in UTF-8; convert one in "
+            "UTF-16 with iconv -f UTF-16 -t UTF-8"
         )
     if not text.strip():
         raise InputError(f"{path} is empty: give a file with text")
@@ -39,7 +40,7 @@ def read_text(path: Path) -> str:
 
 
 def refuse_rows(text: str, path: Path) -> None:
-    """Raises InputError for a file of rows that is called plain text: its brackets and keys are not what is meant."""
+    """Raises InputError for rows in a file named as plain text, which would train on brackets and keys."""
     start = text.lstrip()
     first = start if start.startswith("[") else start.partition("\n")[0]
     if not first.startswith(("{", "[")):

@@ -37,9 +37,9 @@ def load_split(spec: HubSpec, split: str, *, offline: bool) -> Any:
 
 
 def _hub_file(spec: HubSpec, name: str) -> str:
-    """The path of one file of a repository, from the hub's cache where it can be.
+    """Fetches one file of a repository, or finds it in the hub's cache.
 
-    ``load_dataset(repo, data_files=...)`` would do, but what it caches it does not find again offline.
+    ``load_dataset(repo, data_files=...)`` does not find offline what it cached.
     """
     from huggingface_hub import hf_hub_download
 
@@ -64,10 +64,10 @@ def _not_reached(spec: HubSpec, offline: bool, err: Exception) -> str:
 
 @contextmanager
 def hub_offline(offline: bool) -> Iterator[None]:
-    """Within it no request leaves for the hub and ``load_dataset`` takes what is cached.
+    """Forbids requests to the hub while the context lasts; ``load_dataset`` uses its cache.
 
-    ``DownloadConfig(local_files_only=True)`` is ignored by datasets 5, and the environment variables are read once at
-    import; what both libraries look at during a call are these two flags, so they are set here and put back.
+    datasets 5 ignores ``DownloadConfig(local_files_only=True)``, and environment variables are read only at import.
+    Both libraries read these two flags during a call, so they are set here and put back.
     """
     if not offline:
         yield

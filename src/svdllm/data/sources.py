@@ -1,4 +1,4 @@
-"""Documents of any source: files, hub datasets, the built-in text, and what the caller holds in memory."""
+"""Reads documents from any source: files, hub datasets, the built-in text, and objects in memory."""
 
 from __future__ import annotations
 
@@ -9,27 +9,20 @@ from typing import Any
 
 from svdllm.common.errors import InputError, explaining
 from svdllm.common.extras import require_extra
+from svdllm.data.checks import check_texts
 from svdllm.data.corpus import python_docs
 from svdllm.data.files import CHAT_FIELD, DEFAULT_FIELDS, json_rows, parquet_file, read_text, refuse_rows
 from svdllm.data.hub_datasets import load_split
-from svdllm.data.specs import (
-    ROW_JOINER,
-    TEXT_SUFFIXES,
-    DocsSpec,
-    FileSpec,
-    HubSpec,
-    MixtureSpec,
-    NamedSet,
-    Spec,
-    check_texts,
-)
+from svdllm.data.specs import ROW_JOINER, TEXT_SUFFIXES, DocsSpec, FileSpec, HubSpec, MixtureSpec, NamedSet, Spec
 
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
     """Rows that become one text: each is a str, or a chat (a list of role/content dicts).
 
-    promises_chats: whether the column is one of chats by its name.
+    joiner: text between two rows.
+    per_document: windows are drawn inside single rows.
+    promises_chats: the name of the column says that it holds chats.
     """
 
     rows: Sequence[Any]
@@ -39,7 +32,7 @@ class Documents:
     promises_chats: bool = False
 
     def row(self, index: int) -> Any:
-        """One row, which a data set may read only now."""
+        """Returns one row, which a data set may read only now."""
         with explaining(f"{self.source}, row {index} cannot be read"):
             return self.rows[index]
 
@@ -49,7 +42,7 @@ class Documents:
 
 
 def documents_of(source: Any) -> Documents:
-    """The documents of an object in memory; strings go through ``documents_of_spec``."""
+    """Makes documents of an object in memory: a list of texts or a data set."""
     if isinstance(source, (list, tuple)):
         check_texts(source)
         return Documents(rows=source, source=f"list of {len(source)} texts")
@@ -57,7 +50,7 @@ def documents_of(source: Any) -> Documents:
 
 
 def documents_of_spec(spec: Spec, *, evaluation: bool, offline: bool) -> Documents:
-    """Read what ``spec`` names.
+    """Reads the documents that ``spec`` names.
 
     Raises:
         InputError: the file or the dataset cannot be read, or it holds no such column.
@@ -76,7 +69,7 @@ def documents_of_spec(spec: Spec, *, evaluation: bool, offline: bool) -> Documen
 
 
 def rows_of_spec(spec: Spec, *, evaluation: bool, offline: bool) -> list[dict[str, Any]]:
-    """All columns of a file or data set with rows; none for plain text.
+    """Reads all columns of a file or data set with rows; none for plain text.
 
     Raises:
         InputError: the file or the dataset cannot be read.

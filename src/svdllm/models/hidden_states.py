@@ -13,9 +13,9 @@ from svdllm.models.shared_state import SharedStates, State, moved
 
 
 class HiddenStates:
-    """Hidden states of a stream (``... x windows x seqlen x hidden``), in RAM or in a memory-mapped file.
+    """Hidden states of a stream (``... x windows x seqlen x hidden``), in memory or in a memory-mapped file.
 
-    ``shared`` has what its blocks wrote for later ones.
+    ``shared`` holds what the blocks wrote for later blocks.
 
     Raises:
         OSError: the disk has no room for the file.
@@ -33,7 +33,7 @@ class HiddenStates:
             self.tensor = torch.from_file(str(file), shared=True, size=prod(shape), dtype=dtype).view(shape)
 
     def share(self, batch: int, block: int, entries: State) -> None:
-        """Keeps what a block wrote for later ones, where the hidden states are kept."""
+        """Keeps what a block wrote for later blocks, in memory or in files as the hidden states are."""
         self.shared.write(batch, block, moved(entries, self._kept))
 
     def _kept(self, tensor: Tensor) -> Tensor:
@@ -44,6 +44,7 @@ class HiddenStates:
         return self._parts[-1].tensor.copy_(tensor)
 
     def close(self) -> None:
+        """Frees the memory and removes the files."""
         self.shared = SharedStates()
         for part in self._parts:
             part.close()

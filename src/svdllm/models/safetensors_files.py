@@ -33,12 +33,12 @@ _DTYPES = {code: dtype for dtype, code in SAFETENSORS_CODES.items() if not code.
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder: those that transformers reads (``weight_file_names``), whatever else lies there.
+    """Lists the weight files of a folder that transformers reads (``weight_file_names``).
 
     Raises:
-        InputError: there are none.
-        CheckpointError: one is missing, or what names them is damaged.
-        UnsupportedModelError: there are only files of another kind.
+        InputError: the folder has no weight files.
+        CheckpointError: one is missing, or the index or config that names them is damaged.
+        UnsupportedModelError: the weights are in another format.
     """
     name = display_name(folder)
     try:
@@ -47,14 +47,15 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{name} cannot be read: {first_line(error)} Fetch or write it again.") from error
     if missing := [file for file in files if not (folder / file).is_file()]:
         raise CheckpointError(
-            f"{name} lacks {', '.join(missing)}, which its index lists (or transformers_weights in config.json names). "
-            "Fetch it again."
+            f"{name} lacks {', '.join(missing)}, named by its index or by transformers_weights in config.json. Fetch "
+            "it again."
         )
     if files:
         return [folder / file for file in files]
     _refuse_other_weights(folder, name)
     raise InputError(
-        f"{name} has a config.json but no model.safetensors: its weights are missing, or pickled, which are never read."
+        f"{name} has a config.json but no model.safetensors: its weights are missing, or pickled; pickled files are "
+        "never read."
     )
 
 
@@ -63,18 +64,18 @@ def _refuse_other_weights(folder: Path, name: str) -> None:
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     if others := [file for file in files if file.endswith(".safetensors")]:
         raise UnsupportedModelError(
-            f"{name} has no model.safetensors, only {', '.join(others[:3])}, which transformers does not read either. If it "
-            "holds the weights of this config, rename it; else fetch the model in the format of transformers."
+            f"{name} has no model.safetensors, only {', '.join(others[:3])}, which transformers does not read either. "
+            "If it holds the weights of this config, rename it; else fetch the model in the format of transformers."
         )
     if pickled := [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5"))]:
         raise UnsupportedModelError(
-            f"{name} has no safetensors weights, only {', '.join(pickled[:3])}; pickled files are never read. Re-save the "
-            "model with transformers' save_pretrained and compress that folder."
+            f"{name} has no safetensors weights, only {', '.join(pickled[:3])}; pickled files are never read. Re-save "
+            "the model with transformers' save_pretrained and compress that folder."
         )
 
 
 class StoredTensor(NamedTuple):
-    """What a header says of a tensor; ``code`` is its dtype in the format's words."""
+    """The entry of a tensor in a header; ``code`` is its dtype, such as ``BF16``."""
 
     shape: tuple[int, ...]
     code: str
@@ -82,25 +83,25 @@ class StoredTensor(NamedTuple):
 
 
 class Header(NamedTuple):
-    """The header of a safetensors file: its tensors by name, and texts beside them."""
+    """The header of a safetensors file: its tensors by name, and its metadata."""
 
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
 
 
 def read_header(path: Path) -> Header:
-    """Reads what a safetensors file holds, without its tensors.
+    """Reads the header of a safetensors file.
 
     Raises:
         CheckpointError: the file is truncated or damaged.
     """
     try:
-        with safe_open(path, framework="pt"):  # which checks the header, and that the file is as long as that says
+        with safe_open(path, framework="pt"):  # checks the header, and the length of the file by it
             pass
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path.name} in {display_name(path.parent)} is truncated or damaged ({first_line(error)}). Fetch or write it "
-            "again."
+            f"{path.name} in {display_name(path.parent)} is truncated or damaged ({first_line(error)}). Fetch or write "
+            "it again."
         ) from error
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -114,7 +115,7 @@ def read_header(path: Path) -> Header:
 
 
 def dtype_of(path: Path, key: str, code: str) -> torch.dtype:
-    """The dtype of a tensor of a file. Raises UnsupportedModelError for one that no plain model has."""
+    """The dtype of a tensor of a file. Raises UnsupportedModelError for one that models are not stored in."""
     if code not in _DTYPES:
         raise UnsupportedModelError(f"{path.name}: {key} is of dtype {code}, which is not supported.")
     return _DTYPES[code]

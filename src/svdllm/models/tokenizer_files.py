@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder or GGUF file; where it cannot be loaded, the file that is at fault."""
+"""Loads the tokenizer of a model folder or GGUF file; where that fails, finds the file at fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tensors of a model, read one at a time by the names they have in its ``state_dict``, whatever the files say."""
+"""Reads the tensors of a model one at a time, by their names in its ``state_dict``, however files name them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from svdllm.models.unused_tensors import UnusedTensors, unused_tensors, warn_of_
 
 
 class Weights(Protocol):
-    """The tensors of a model by their name in its ``state_dict``; tied tensors are there once."""
+    """The tensors of a model by their names in its ``state_dict``; tied tensors once."""
 
     def names(self) -> list[str]: ...
 
@@ -31,9 +31,9 @@ class Weights(Protocol):
 
 
 def survey(weights: Weights, buffers: Collection[str] = (), progress: Callable[[int, int], None] | None = None) -> str:
-    """Reads every tensor once: the fingerprint of their names, dtypes, shapes and bytes.
+    """Reads every tensor once and returns a SHA-256 (hex) of all names, dtypes, shapes and bytes.
 
-    ``buffers`` are those that are no parameters: they may be infinite, as limits that were never set are.
+    ``buffers`` names the tensors that are not parameters. They may be infinite, as limits that were never set are.
 
     Raises:
         NumericalError: a weight is NaN or infinite; names the tensor.
@@ -45,8 +45,8 @@ def survey(weights: Weights, buffers: Collection[str] = (), progress: Callable[[
         bad_values = tensor.isnan() if name in buffers else ~tensor.isfinite()
         if tensor.is_floating_point() and bool(bad_values.any()):
             raise NumericalError(
-                f"The weights are damaged: {name} has {int(bad_values.sum())} values of {tensor.numel()} that are NaN or "
-                "infinite."
+                f"The weights are damaged: {name} has {int(bad_values.sum())} values of {tensor.numel()} that are NaN "
+                "or infinite."
             )
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -56,11 +56,11 @@ def survey(weights: Weights, buffers: Collection[str] = (), progress: Callable[[
 
 
 class SafetensorsWeights:
-    """The safetensors files of a folder; nothing is held open or in memory between two reads.
+    """The tensors in the safetensors files of a folder. No file stays open, and nothing stays in memory, between reads.
 
     Raises:
         CheckpointError: a file is missing or truncated, or a tensor of the model is in none of them.
-        UnsupportedModelError: there are only pickled weights, or tensors in a layout that needs converting.
+        UnsupportedModelError: the weights are pickled, or in a layout that transformers converts.
     """
 
     def __init__(self, folder: Path, skeleton: PreTrainedModel):
@@ -92,15 +92,15 @@ class SafetensorsWeights:
 
     def get(self, name: str) -> Tensor:
         path, key, *_ = self._place[name]
-        # A copy, so that the mapping of the file (which counts as resident memory) ends with this call.
+        # A copy, so that the file is mapped only during this call: its pages count as resident memory.
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(key).clone()
 
     def _settle_ties(self, skeleton: PreTrainedModel) -> None:
-        """A tied tensor is kept once, under the name that the others are tied to, whatever the files hold.
+        """Keeps a tied tensor once, under the name that the others are tied to.
 
         Raises:
-            UnsupportedModelError: the files hold both, and they differ.
+            UnsupportedModelError: the files hold several of its names, with different values.
         """
         for name, origin in (getattr(skeleton, "all_tied_weights_keys", None) or {}).items():
             if name not in self._place:
@@ -116,10 +116,10 @@ class SafetensorsWeights:
 
 
 class MemoryWeights:
-    """The tensors of a model in memory; they are read, never changed.
+    """The tensors of a model in memory, which are read and never changed.
 
     Raises:
-        InputError: they are not those of a causal language model of its config (an adapter, a bare model).
+        InputError: they do not belong to a causal language model of its config (an adapter, a bare model).
     """
 
     def __init__(self, model: PreTrainedModel, skeleton: PreTrainedModel):
@@ -150,7 +150,7 @@ class MemoryWeights:
 
 
 def _require_all(weights: Weights, skeleton: PreTrainedModel, holder: str, unknown: Sequence[str]) -> None:
-    """Raises CheckpointError unless every tensor of the skeleton is there, in its shape (tied ones once)."""
+    """Raises CheckpointError unless every tensor of the skeleton is there, tied ones once, in the right shape."""
     expected = skeleton.state_dict()
     stored = set(weights.names())
     tied = set(getattr(skeleton, "all_tied_weights_keys", None) or ())
@@ -168,19 +168,19 @@ def _require_all(weights: Weights, skeleton: PreTrainedModel, holder: str, unkno
 
 
 def unused_in(folder: Path, model: PreTrainedModel) -> UnusedTensors | None:
-    """What a model that was loaded from a folder does not use of its files."""
+    """The tensors in a folder's files that a model loaded from it does not use; None if it uses all."""
     headers = map(read_header, weight_files(folder))
     shapes = {key: tensor.shape for header in headers for key, tensor in header.tensors.items()}
     return unused_tensors(shapes, _names_in(model, shapes), model)
 
 
 def _converters(model: PreTrainedModel) -> list[WeightConverter]:
-    """The rules by which transformers makes a model's tensors of several in its files, or the other way round."""
+    """The rules by which transformers joins or splits the tensors in files while it loads a model."""
     return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
 
 
 def _names_in(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Name in a file -> name in the model, by transformers' own rules and in its order: a rule may turn on another."""
+    """Maps names in files to names in the model, by the rules of transformers in its order: one may enable another."""
     renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
     converters = _converters(model)
     expected, prefix = model.state_dict(), model.base_model_prefix

@@ -70,15 +70,15 @@ class SequentialLora(Method):
 def train_factors(
     open_model: Callable[[], PreTrainedModel], factors: tuple[str, ...], task: Task
 ) -> tuple[TrainingRecord, dict[str, Tensor]]:
-    """One stage: adapters on the given factors of every low-rank linear, trained and merged; also the tensors it changed.
+    """Trains adapters on the given factors of every low-rank linear and merges them; returns the tensors that changed.
 
     Args:
         open_model: the model as it is before the stage.
         factors: ``svd_u``, ``svd_v`` or both.
 
     Raises:
-        NumericalError: the loss or a gradient is not finite; a merged model answers otherwise than with its adapters; or
-            a weight changed that was not trained.
+        NumericalError: the loss or a gradient is not finite, the merged model does not compute what the adapted one
+            does, or a weight changed that was not trained.
     """
     from peft import LoraConfig
 
@@ -86,7 +86,12 @@ def train_factors(
 
     settings = cast(LoraSettings, task.settings)
     pattern = rf".*\.({'|'.join(factors)})"
-    config = LoraConfig(r=settings.r, lora_alpha=settings.alpha, target_modules=pattern, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        target_modules=pattern,
+        task_type="CAUSAL_LM",
+    )
 
     model = open_model()
     before = _digests(model)
@@ -126,13 +131,13 @@ def _with_adapters(model: PreTrainedModel, config: Any) -> Any:
 
 
 def share_again(model: PreTrainedModel) -> None:
-    """peft exchanges a module that stands in two places in the first of them only."""
+    """Shares first factors again: peft replaces a module that stands in two places in the first of them only."""
     if info := LowRankInfo.of(model.config):
         share_first_factors(model, info.shared_factors)
 
 
 def _to_float32(adapted: nn.Module) -> None:
-    """Parameters in half precision: a sum in it would lose most of what was learnt, and hide what a merge gets wrong."""
+    """Converts parameters in half precision, in which a merge would lose most of what was learnt."""
     for parameter in adapted.parameters():
         if parameter.dtype.itemsize < 4:
             parameter.data = parameter.data.float()

@@ -46,7 +46,7 @@ class Output:
 
     @classmethod
     def at(cls, path: str | Path) -> Output:
-        """Raises InputError if the path cannot be that of a new folder."""
+        """Makes the output at a path. Raises InputError if no new folder can be made there."""
         folder = followed(named_folder(path))
         alone = folder.is_dir() and not os.access(folder.absolute().parent, os.W_OK)
         return cls(Path(path), folder, inside=is_mount(folder) or alone or (folder / PARTIAL).is_dir())

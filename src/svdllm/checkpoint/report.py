@@ -38,7 +38,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def ranks_of(report: Mapping[str, Any]) -> dict[str, int]:
-    """The rank of every factorised linear, by the report of a checkpoint."""
+    """Reads the rank of every factorised linear from the report of a checkpoint."""
     rows = [row for row in report["linears"] if row["rank"] is not None]
     return {name: row["rank"] for row in rows for name in row.get("parts") or [row["name"]]}
 

@@ -1,4 +1,4 @@
-"""The exact accounting of what a compressed model's files hold: tensors, parameters, bytes."""
+"""Counts the tensors, parameters and bytes in a model's files, from shapes and dtypes alone."""
 
 from __future__ import annotations
 

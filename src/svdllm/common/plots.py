@@ -1,4 +1,4 @@
-"""Shares the look of all plots: colours, panels, legends and SVG text."""
+"""Gives all plots the same look: colours, panels, legends and SVG text."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ LEAST_TOLERANCE = 1e-3
 
 
 def compare_logits(found: Tensor, expected: Tensor, refusal: Callable[[str], SvdllmError]) -> float:
-    """The largest difference of a logit, as a share of the largest expected logit.
+    """Compares logits and returns the largest difference, as a share of the largest expected logit.
 
     Args:
         found, expected: logits of the same shape; the tolerance goes by the dtype of ``expected``.

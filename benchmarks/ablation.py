@@ -131,7 +131,7 @@ def main() -> None:
                     "shared": analysis_name(result.recipe),
                     "own_seconds_of_all_ratios": own,
                     "num_ratios": len(args.ratios),
-                    "allocation_gap": result.plan.allocation_gap,
+                    "allocation_gap": result.plan.allocation.gap,
                 }
             )
         state["variants"][name] = rows

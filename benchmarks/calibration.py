@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from svdllm import load_model
 from svdllm.common.device import resolve_device, resolve_dtype
-from svdllm.compression.analysis import collect_statistics
+from svdllm.compression.collect import collect_statistics
 from svdllm.compression.math.metrics import METHODS
 from svdllm.compression.math.statistics import Gram
 from svdllm.data import calibration_windows

@@ -1,9 +1,9 @@
 """Truncation by one ``eigh`` of the smaller side against the paper's path, in one run, on one block's shapes.
 
-The paper's path (SVD-LLM, Algorithms 1 and 2): for every weight a float64 Cholesky of its Gram, an explicit inverse of
-the factor and an SVD of ``W S`` in float32. ``--share`` computes factor and inverse once per distinct input instead. Both paths end in the two factors at the rank of
-``--ratio``. They are measured in turns, the first of a turn changing with every repeat; times are medians with
-quartiles, and only their ratio means anything elsewhere.
+The paper's path (SVD-LLM, Algorithms 1 and 2): for every weight a float64 Cholesky of its Gram, an explicit inverse
+of the factor and an SVD of ``W S`` in float32. ``--share`` computes factor and inverse once per distinct input
+instead. Both paths end in the two factors at the rank of ``--ratio``. They are measured in turns, the first of a turn
+changing with every repeat; times are medians with quartiles, and only their ratio means anything elsewhere.
 
     python benchmarks/decomposition.py --repeats 5
     python benchmarks/decomposition.py --shapes llama-7b --repeats 1

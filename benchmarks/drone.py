@@ -1,13 +1,14 @@
 """DRONE against SVD-LLM on random matrices: Tables 9 and 10 of the SVD-LLM paper (arXiv 2403.07378, appendix A.5).
 
-A weight of n x n and n tokens of n features, all standard normal in float32, truncated to rank n / 2: the paper does not
-say so, but its losses do, to within 0.2 % (1.4 % for n = 128). SVD-LLM is this library's path, Gram and decomposition;
-both compute in float64 and end in the two factors. The minimum is the tail of the singular values of W X.
+A weight of n x n and n tokens of n features, all standard normal in float32, truncated to rank n / 2: the paper does
+not say so, but its losses do, to within 0.2 % (1.4 % for n = 128). SVD-LLM is this library's path, Gram and
+decomposition; both compute in float64 and end in the two factors. The minimum is the tail of the singular values of W
+X.
 
-Each path has a process of its own, and the two run in turns, the first of a turn changing with every repeat. Times are
-medians with quartiles; only their ratio means anything elsewhere. Beside other work take the processor's seconds with one
-thread, which waiting is not in. Memory is what a path's process took at its highest beyond the two matrices, in its
-first run.
+Each path has a process of its own, and the two run in turns, the first of a turn changing with every repeat. Times
+are medians with quartiles; only their ratio means anything elsewhere. Beside other work take the processor's seconds
+with one thread, which waiting is not in. Memory is what a path's process took at its highest beyond the two matrices,
+in its first run.
 
     python benchmarks/drone.py --sizes 128,2048 --repeats 5
     python benchmarks/drone.py --sizes 4096 --repeats 1 --json

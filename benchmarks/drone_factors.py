@@ -1,8 +1,8 @@
-"""DRONE (Chen et al., NeurIPS 2021) as SVD-LLM describes it (arXiv 2403.07378, appendix A.5): a reference for small problems.
+"""DRONE (Chen et al., NeurIPS 2021) as SVD-LLM describes it (arXiv 2403.07378, appendix A.5), for small problems.
 
-It solves the problem of ``svdllm.compression.math.linalg``, ``min ||(W - W') X||_F`` over a rank, but keeps all inputs ``X``, where
-SVD-LLM keeps their Gram. With ``W = U_W S_W V_W^T`` and ``X^T = U_X S_X V_X^T`` the optimum is ``W' = W M`` for
-``M = V_W S_W^-1 Z_r S_X^-1 V_X^T``, ``Z_r`` being the truncated SVD of ``Z = S_W V_W^T V_X S_X``.
+It solves the problem of ``svdllm.compression.math.linalg``, ``min ||(W - W') X||_F`` over a rank, but keeps all
+inputs ``X``, where SVD-LLM keeps their Gram. With ``W = U_W S_W V_W^T`` and ``X^T = U_X S_X V_X^T`` the optimum is
+``W' = W M`` for ``M = V_W S_W^-1 Z_r S_X^-1 V_X^T``, ``Z_r`` being the truncated SVD of ``Z = S_W V_W^T V_X S_X``.
 
 Shape suffixes: ``O`` out_features, ``I`` in_features, ``T`` tokens, ``K`` rank of the weight, ``L`` rank of the inputs,
 ``N = min(K, L)``, ``R`` rank of the factors.
@@ -39,7 +39,7 @@ def drone_factors(
         torch.linalg.LinAlgError: a decomposition does not converge (non-finite input).
     """
     if rank < 1:
-        raise InputError(f"rank {rank} is none: expected 1 or more.")
+        raise InputError(f"rank must be at least 1, found {rank}.")
     inputs_TI = _kept(batches, weight_OI.shape[1], memory)
     left_OK, weight_sigma_K, weight_right_KI = _compact_svd(weight_OI.double())
     _, input_sigma_L, input_right_LI = _compact_svd(inputs_TI)
@@ -68,9 +68,9 @@ def _kept(batches: Iterable[Tensor], in_features: int, memory: int) -> Tensor:
         num_tokens += len(tokens_TI)
         if (needed := drone_bytes(num_tokens, in_features)) > memory:
             raise ResourceError(
-                f"DRONE keeps all inputs: {num_tokens:,} tokens or more of {in_features:,} features take {needed / 1e9:.1f} "
-                f"GB with their SVD, {memory / 1e9:.1f} GB are allowed. Give fewer tokens or more memory=, or use "
-                "svdllm.compression.math.linalg, which needs their Gram only."
+                f"DRONE keeps all inputs: {num_tokens:,} tokens or more of {in_features:,} features take "
+                f"{needed / 1e9:.1f} GB with their SVD, {memory / 1e9:.1f} GB are allowed. Give fewer tokens or more "
+                "memory=, or use svdllm.compression.math.linalg, which needs their Gram only."
             )
         kept.append(tokens_TI.double())
     if not num_tokens:

@@ -1,7 +1,7 @@
 """Speed and memory of a dense model of random weights and of its low-rank twins, made on the device from shapes alone.
 
-What ``svdllm bench`` measures, without any checkpoint: speed does not depend on the values of the weights. The shapes are
-those of LLaMA-7B, or of a config.json; the ranks are those of the paper (uniform) in multiples of 8.
+What ``svdllm bench`` measures, without any checkpoint: speed does not depend on the values of the weights. The shapes
+are those of LLaMA-7B, or of a config.json; the ranks are those of the paper (uniform) in multiples of 8.
 
     python benchmarks/inference_gpu.py --ratios 0.2,0.4,0.6 --batch 1,32,128 --prompt 128,512 --output DIR
 """

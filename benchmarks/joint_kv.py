@@ -1,12 +1,12 @@
 """One latent for keys and values together against one for each: what is lost, by layer, of a real model.
 
-``[W_k; W_v]`` reads one input, so one truncation of the stack gives a first factor that both share, as multi-head latent
-attention has it (DeepSeek-V2, arXiv 2405.04434). A joint latent of rank ``r`` takes ``r`` elements in the cache and
-``r (in + 2 kv)`` parameters; two of ``r_k + r_v = r`` take as many elements and ``r (in + kv)`` parameters.
+``[W_k; W_v]`` reads one input, so one truncation of the stack gives a first factor that both share, as multi-head
+latent attention has it (DeepSeek-V2, arXiv 2405.04434). A joint latent of rank ``r`` takes ``r`` elements in the
+cache and ``r (in + 2 kv)`` parameters; two of ``r_k + r_v = r`` take as many elements and ``r (in + kv)`` parameters.
 
-Both are truncated in the metric of the inputs of a few windows, and measured on other windows. The losses of k and of v are each
-divided by the energy of the outputs, and added. The stack is scaled so that it is this sum that its truncation makes smallest;
-the separate ranks are equal, or split such that the sum is smallest.
+Both are truncated in the metric of the inputs of a few windows, and measured on other windows. The losses of k and of
+v are each divided by the energy of the outputs, and added. The stack is scaled so that it is this sum that its
+truncation makes smallest; the separate ranks are equal, or split such that the sum is smallest.
 
     python benchmarks/joint_kv.py MODEL --text FILE --windows 4 --seqlen 512
 """

@@ -1,9 +1,9 @@
 """Steps of decoding with the latent cache against the ordinary one, and the bytes of both caches, in one run.
 
-One token after ``--context`` others, at batch ``--batch``: the cache is cut back after every step, so that all steps are
-alike. Models take turns, the first of a turn changing with every repeat; times are medians with quartiles, and only their
-ratio means anything elsewhere. ``values`` keeps the values alone as latents; ``fused`` have the first factors of q, k and v as
-one product.
+One token after ``--context`` others, at batch ``--batch``: the cache is cut back after every step, so that all steps
+are alike. Models take turns, the first of a turn changing with every repeat; times are medians with quartiles, and
+only their ratio means anything elsewhere. ``values`` keeps the values alone as latents; ``fused`` have the first
+factors of q, k and v as one product.
 
     python benchmarks/latent_cache.py CHECKPOINT --context 1024 --repeats 40
 """

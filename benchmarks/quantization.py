@@ -1,4 +1,4 @@
-"""Perplexity at equal bytes: low rank alone, low rank and then few bits, few bits alone (the idea of the paper's Table 8).
+"""Perplexity at equal bytes: low rank alone, quantised low rank, quantisation alone (as in the paper's Table 8).
 
 Every checkpoint given is measured as it is, in 8 bits and in 4 bits, and so is the dense model. Bytes are those of the
 weight files; a second column counts what they would be if every tensor that is not quantised were stored in 16 bits. At

@@ -1,10 +1,10 @@
 """One compressed model trained in several ways: perplexity before and after on several texts, in one table.
 
-Each variant is a name and settings of ``svdllm.recovery.make_recovery``, beyond those of ``--common``. Finished variants
-are kept in ``--json`` and not run again.
+Each variant is a name and settings of ``svdllm.recovery.make_recovery``, beyond those of ``--common``. Finished
+variants are kept in ``--json`` and not run again.
 
-    python benchmarks/recovery.py CHECKPOINT --work DIR --json OUT.json --eval wiki=FILE --eval c4=FILE --teacher MODEL \\
-        --common 'data: alpaca.json, steps: 30, batch: 8, lr: 1e-3' \\
+    python benchmarks/recovery.py CHECKPOINT --work DIR --json OUT.json --eval wiki=FILE --eval c4=FILE \\
+        --teacher MODEL --common 'data: alpaca.json, steps: 30, batch: 8, lr: 1e-3' \\
         --variant 'u first=order: u-first' --variant 'joint=order: joint, steps: 60'
 """
 

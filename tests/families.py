@@ -79,8 +79,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "stablelm": {**_GQA, "use_qkv_bias": True},
 }
-# Families that differ in how they make keys: no rotation in some layers, neighbours in pairs, a part of each head, a norm of
-# all heads, a norm after the rotation.
+# Families that differ in how they make keys: no rotation in some layers, neighbours in pairs, a part of each head, a norm
+# of all heads, a norm after the rotation.
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "smollm3": {**_GQA, "no_rope_layers": [1, 0]},
     "cohere": _GQA,
@@ -88,8 +88,8 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "olmo2": _GQA,
     "hunyuan_v1_dense": {**_GQA, "head_dim": 8},
 }
-# Families that are initialised or named in ways of their own: a buffer in no file that the body's initialisation sets, an
-# initialisation that asks for the weight of a linear, a causal LM whose body is not called by the prefix of its class.
+# Families that are initialised or named in ways of their own: a buffer in no file that the body's initialisation sets,
+# an initialisation that asks for the weight of a linear, a causal LM whose body is not called by the prefix of its class.
 UNUSUAL: dict[str, dict[str, Any]] = {
     "falcon_h1": {**_GQA, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
     | {"ssm_multipliers": [0.5, 2.0, 0.25, 3.0, 1.5]},
@@ -121,7 +121,7 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:
 
 
 def low_rank_model(family: str, seed: int = 0, dense: tuple[str, ...] = (), **overrides: Any) -> Any:
-    """A random low-rank model in eval mode, of ranks 5, 6 and 7 by turns; linears named like one of ``dense`` are left."""
+    """A random low-rank model in eval mode, of ranks 5, 6 and 7 by turns; linears named as in ``dense`` stay dense."""
     base = tiny_model(family, seed, **overrides)
     names = [name for name in linear_targets(base) if not name.endswith(dense or ("-",))]
     ranks = {name: 5 + index % 3 for index, name in enumerate(names)}

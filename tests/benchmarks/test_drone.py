@@ -58,7 +58,7 @@ def test_the_loss_is_the_least_there_is_and_svd_llms(shape: tuple[int, int], kin
 
 
 def test_by_hand():
-    """Diagonal W and X: singular values 3 * 1, 2 * 4 and 1 * 2 of W X. Rank 1 keeps the second, rank 2 the first as well."""
+    """Diagonal W and X: W X has singular values 3 * 1, 2 * 4, 1 * 2. Rank 1 keeps the second, rank 2 the first too."""
     weight_OI, x_TI = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.diag(torch.tensor([1.0, 4.0, 2.0]))
     for rank, kept in ((1, [0.0, 2.0, 0.0]), (2, [3.0, 2.0, 0.0]), (3, [3.0, 2.0, 1.0])):
         u_OR, v_RI = drone_factors(weight_OI, [x_TI], rank)
@@ -111,7 +111,7 @@ def test_inputs_beyond_the_memory_are_refused_before_they_are_kept():
 
 def test_what_is_no_problem_is_refused():
     for arguments, message in (
-        ((rand(4, 6), [rand(9, 6)], 0), "rank 0 is none: expected 1 or more"),
+        ((rand(4, 6), [rand(9, 6)], 0), "rank must be at least 1, found 0"),
         ((rand(4, 6), [], 2), "There are no inputs"),
         ((rand(4, 6), [rand(9, 5)], 2), "The inputs have 5 features, the weight takes 6"),
     ):

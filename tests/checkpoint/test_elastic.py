@@ -224,7 +224,7 @@ def test_folders_that_cannot_be_sliced(dense: Path, made: Path, tmp_path: Path) 
     for name in ("plain", "saved"):
         with pytest.raises(svdllm.InputError, match=r"is not elastic: it has no svdllm/elastic\.json.*--elastic"):
             svdllm.slice_checkpoint(tmp_path / name, 0.5, tmp_path / "out")
-    with pytest.raises(svdllm.InputError, match="is no svdllm checkpoint"):
+    with pytest.raises(svdllm.InputError, match="is not an svdllm checkpoint"):
         svdllm.slice_checkpoint(dense, 0.5, tmp_path / "out")
     with pytest.raises(
         svdllm.InputError, match=r"is not a folder\. Download the whole repository of a model on the hub"

@@ -327,14 +327,14 @@ def test_a_full_disk_is_seen_beforehand(
 def test_too_little_memory_is_seen_beforehand(
     dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("svdllm.compression.room.available_bytes", lambda: 1000)
+    monkeypatch.setattr("svdllm.common.memory.available_bytes", lambda: 1000)
     assert cli("compress", dense, "-o", tmp_path / "out", "--ratio", "0.3", "--calib", text, *SMALL) == 4
     said = " ".join(capsys.readouterr().err.split())
-    assert "more memory at its peak" in said
+    assert "the run needs another" in said
     assert "Lower --batch-tokens" in said
     strs = ("--allocation", "strs", "--probe-share", "0.99", "--samples", "2000", "--ratio", "0.3", "--seqlen", "64")
     assert cli("compress", dense, "-o", tmp_path / "out", "--calib", text, "--method", "asvd", *strs) == 4
-    assert "(stage 'probe'), 0.00 GB are free. Lower --probe-share" in " ".join(capsys.readouterr().err.split())
+    assert "0.00 GB are free on cpu. Lower --probe-share" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect", "eval", "export"])
@@ -379,7 +379,9 @@ def test_a_wrong_model_is_found_by_its_logits(
     save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
     write_hashes(changed)
     assert cli("verify", changed) == 2
-    assert "the logits differ by" in " ".join(capsys.readouterr().err.split())
+    assert "does not compute what was written (svdllm/reference.safetensors): the logits differ" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_the_current_folder_is_no_output(
@@ -639,7 +641,7 @@ def test_a_switch_of_another_method_is_refused_with_a_reason(
         (["--probe-share", "0.2", "--allocation", "uniform"], "--probe-share does nothing here"),
         (
             ["--gradient-samples", "4", "--method", "svd"],
-            "takes no gradients. Leave it out, or choose --metric two-sided or --method fwsvd",
+            "it is for metric two-sided or method fwsvd, and this recipe has",
         ),
         (["--gradient-shrinkage", "0.2", "--metric", "input"], "--gradient-shrinkage does nothing here"),
         (["--input-only", "q_proj", "--metric", "input"], "--input-only does nothing here"),

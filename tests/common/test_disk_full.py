@@ -23,7 +23,7 @@ from svdllm.common.files import save_atomically, save_tensors, write_atomically
 from svdllm.compression.slice import slice_checkpoint
 from svdllm.evaluation.document import store_evaluation
 from svdllm.export.quantize import quantize
-from svdllm.models.walk import HiddenStates
+from svdllm.models.hidden_states import HiddenStates
 from svdllm.recovery import make_recovery, recover
 
 # Its processes start with the library imported.

@@ -1,4 +1,4 @@
-"""The versions that are tested, wherever they are named: in the package, its bounds, the constraints and the Makefile."""
+"""The tested versions agree wherever they are named: the package, its bounds, the constraints and the Makefile."""
 
 from __future__ import annotations
 

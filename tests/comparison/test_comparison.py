@@ -272,11 +272,13 @@ def test_what_to_do_about_memory_is_what_a_grid_can_do(
 
     monkeypatch.setattr(calibration, "decompose", no_memory)
     compressed = by_name(run_grid(make_grid(place, ["svd"]), tmp_path / "compressed"))["svd 0.3"]["error"]
-    monkeypatch.setattr("svdllm.compression.room.available_bytes", lambda: 0)
+    monkeypatch.setattr("svdllm.common.memory.available_bytes", lambda: 0)
     planned = by_name(run_grid(make_grid(place, ["svd"]), tmp_path / "planned"))["svd 0.3"]["error"]
     assert compressed["message"].startswith("Out of memory (MemoryError). When there is more memory")
-    assert re.match(r"The run needs .* free\. When there is more memory", planned["message"])
-    assert re.match(r"--method distill needs more than .* cpu\. When there is more memory", trained["message"])
+    assert re.match(r"At its peak .* cpu\. When there is more memory", planned["message"])
+    assert re.match(
+        r"Weights, .* of --method distill need more than .* cpu\. When there is more memory", trained["message"]
+    )
     for error, setting in ((compressed, "batch_tokens"), (planned, "batch_tokens"), (trained, "micro_batch")):
         assert (error["type"], error["exit_code"]) == ("ResourceError", 4)
         assert setting in error["message"]
@@ -465,7 +467,7 @@ def test_ablate_from_the_command_line(place: Path, tmp_path: Path, capsys: pytes
         (["--methods", "svdllm"], "Unknown method 'svdllm', did you mean 'svd-llm'? Known are svd,"),
         (["--methods", "svd,svd"], "Method 'svd' is given twice"),
         (["--methods", "svd-llm+lora"], "Unknown method 'svd-llm+lora', did you mean 'sequential-lora'?"),
-        (["--methods", LORA], "needs what to learn from"),
+        (["--methods", LORA], "needs data to learn from"),
         (["--methods", "svd", "--recover", "data: x.txt"], "no method is trained"),
         (["--methods", LORA, "--recover", "data: python-docs, stps: 3"], "stps"),
         (["--methods", LORA, "--recover", "data: nowhere.json"], "nowhere.json"),
@@ -479,7 +481,10 @@ def test_ablate_from_the_command_line(place: Path, tmp_path: Path, capsys: pytes
         (["--seqlen", "4096"], "4096"),
         (["--ppl-seqlen", "4096"], "4096"),
         (["--prompts", "x.txt", "--new-tokens", "0"], "--prompts does nothing"),
-        (["--methods", LORA, "--recover", "data: python-docs, methods: [distill]"], "written behind the method"),
+        (
+            ["--methods", LORA, "--recover", "data: python-docs, methods: [distill]"],
+            "write methods of training behind the method",
+        ),
     ],
 )
 def test_mistakes_are_found_before_any_work(

@@ -100,7 +100,7 @@ def test_the_range_spans_from_the_best_speed_to_a_busy_machine(monkeypatch: pyte
 
 
 def test_an_interruption_does_not_change_the_best_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    durations = iter([0.01, 5.0, 0.02, 0.01, 0.02, 0.02])
+    durations = iter([0.02, 5.0, 0.02, 0.01, 0.02, 0.02, 0.02, 0.02, 5.0])
     now = [0.0]
 
     def run() -> torch.Tensor:
@@ -153,3 +153,26 @@ def test_a_plan_tells_the_range(tmp_path: Path, capsys: pytest.CaptureFixture[st
             ["plan", str(tmp_path / "dense"), "--ratio", "0.3", "--preset", "paper", "--samples", "8", "--seqlen", "16"]
         )
     assert "time about 1 second on cpu in float32" in " ".join(capsys.readouterr().out.split())
+
+
+def test_threads_are_counted_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def work_per_second(run: object, work: float) -> tuple[float, float]:
+        seen.append(torch.get_num_threads())
+        return work, work
+
+    monkeypatch.setattr(machine_speed, "_work_per_second", work_per_second)
+    before = torch.get_num_threads()
+    speeds = []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            speeds.append(measure_speed(torch.device("cpu"), torch.float32, 20, 28)[0])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+        machine_speed._measured.cache_clear()
+    assert set(seen) == {1}
+    assert speeds[1].eigh == pytest.approx(2 * speeds[0].eigh)
+    assert speeds[0].multiply < speeds[1].multiply < 4 * speeds[0].multiply

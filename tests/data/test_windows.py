@@ -294,9 +294,9 @@ def test_an_existing_path_wins(tmp_path, tokenizer, monkeypatch):
         ("a.jsonl", "[" * 100_000 + "\n", "a.jsonl, line 1: not valid JSON .*recursion"),
         ("a.txt", '{"text": "one"}\n{"text": "two"}\n', r"holds rows in JSON, with text: rename it to a\.jsonl"),
         ("a.txt", '[\n{"messages": []}\n]', r"holds rows in JSON, with messages: rename it to a\.json$"),
-        ("a.txt", b"one\0two", r"a\.txt is no text: byte 0x00 at position 3"),
+        ("a.txt", b"one\0two", r"a\.txt is not text: byte 0x00 at position 3"),
         ("a.txt", "one".encode("utf-16"), r"is not UTF-8: byte 0xff at position 0; .* iconv -f UTF-16 -t UTF-8"),
-        ("a.txt", "one".encode("utf-16-le"), r"is no text: byte 0x00 at position 1\. .* iconv -f UTF-16"),
+        ("a.txt", "one".encode("utf-16-le"), r"is not text: byte 0x00 at position 1\. .* iconv -f UTF-16"),
         (
             "a.json",
             '[{"text": "a"},\n {"text"}]',

@@ -132,7 +132,7 @@ def compressed(dense: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness's look at the machine takes seconds, and so do long answers and intervals of ROUGE, which it drops."""
+    """Skips what takes seconds: the harness's look at the machine, long answers and intervals of ROUGE."""
     monkeypatch.setattr("rouge_score.scoring.BootstrapAggregator.__init__.__defaults__", (0.95, 2))
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
     monkeypatch.setattr("lm_eval.evaluator.TaskManager", None)  # it would read all definitions once more
@@ -380,7 +380,7 @@ def test_what_cannot_be_run_is_refused(
             "Question,Correct Answers\nWhy?,so\n",
             "row 1: no column 'Incorrect Answers'; .*, or Question, Correct Answers",
         ),
-        (b"Question\n\xff\n", "is no CSV file in UTF-8"),
+        (b"Question\n\xff\n", "is not a CSV file in UTF-8"),
     ],
 )
 def test_broken_csv(content: str | bytes, message: str, tmp_path: Path) -> None:
@@ -400,7 +400,7 @@ def test_the_longest_split_of_a_name(tmp_path: Path) -> None:
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="none is no folder; expected one with files like piqa"):
+    with pytest.raises(InputError, match="none is not a folder; expected one with files like piqa"):
         ready(["piqa"], task_data=tmp_path / "none")
 
 
@@ -578,8 +578,8 @@ def test_what_is_wrong_with_a_model_is_seen_before_one_is_loaded(
     shutil.copytree(dense, bad)
     message = {
         "tokenizer": "has no tokenizer",
-        "context": "gsm8k lets a model write 256 tokens",
-        "no model": "no model f",
+        "context": "gsm8k: an answer of 256 tokens after a prompt of at least one, 257 is beyond",
+        "no model": "not a model f",
     }
     if broken == "tokenizer":
         for file in bad.glob("tokenizer*"):

@@ -197,12 +197,12 @@ def test_a_batch_that_cannot_fit_is_refused_before_it_runs(monkeypatch: pytest.M
     # The cache of 10 tokens and the input and output of an activation of 8 x 40 numbers, for 3 sequences
     least = 3 * (2 * 16 * 2) * (10 + 3) + 2 * 3 * 8 * 40 * 2
     for free, fits in ((least, True), (least - 1, False), (None, True)):
-        monkeypatch.setattr(memory, "available_bytes", lambda free=free: free)
+        monkeypatch.setattr("svdllm.common.memory.available_bytes", lambda free=free: free)
         if fits:
-            memory.require_room(shape(), batch=3, prompt=8, gen=2)
+            memory.require_cell_memory(shape(), batch=3, prompt=8, gen=2)
         else:
-            with pytest.raises(ResourceError, match=r"at least 0.00 GB needed"):
-                memory.require_room(shape(), batch=3, prompt=8, gen=2)
+            with pytest.raises(ResourceError, match=r"need at least 0.00 GB of memory"):
+                memory.require_cell_memory(shape(), batch=3, prompt=8, gen=2)
 
 
 # Turns
@@ -308,7 +308,7 @@ def test_a_benchmark_of_models_in_memory() -> None:
         assert cell.memory.activations > 0
         assert len(cell.phases["decode"].seconds.values) == 2
     assert [model.fused_groups for model in record.models] == [0, 4]
-    assert record.models[1].weight_bytes == 4 * models["small"].num_parameters()
+    assert record.models[1].parameter_bytes == 4 * models["small"].num_parameters()
     assert len(record.findings) == 1
     for phase in ("prefill at 1 x 4", "decode at 2 x 6"):
         assert phase in record.findings[0]
@@ -347,7 +347,7 @@ def test_a_benchmark_of_folders(dense: Path, compressed: Path) -> None:
     alone = benchmark([compressed], settings=BenchSettings(**QUICK), device="cpu", dtype="bfloat16")
     assert alone.base is None
     assert alone.machine["dtype"] == "bfloat16"
-    assert 2 * alone.models[0].weight_bytes == second.weight_bytes
+    assert 2 * alone.models[0].parameter_bytes == second.parameter_bytes
     for figure in (throughput_figure(record), memory_figure(record), throughput_figure(alone)):
         assert figure.startswith("<?xml")
 
@@ -366,7 +366,7 @@ def test_models_that_cannot_be_compared_are_refused(
     words = tiny_model("llama", vocab_size=200)
     words.save_pretrained(tmp_path / "words")
     other = save_dense(tmp_path / "other", family="mistral")
-    assert "is no svdllm checkpoint, it is a dense model (llama)" in refused([dense])
+    assert "is not an svdllm checkpoint, it is a dense model (llama)" in refused([dense])
     assert "is of the family mistral, small was made of a llama" in refused([compressed], other)
     assert "wider has 64 x 32 as model.layers.0.mlp" in refused([compressed], wider)
     assert "words has 200 x 32 as model.embed_tokens.weight" in refused([compressed], tmp_path / "words")
@@ -381,15 +381,15 @@ def test_models_that_cannot_be_compared_are_refused(
 
 def test_a_compressed_base_is_refused(compressed: Path, dense: Path, tmp_path: Path) -> None:
     second = run(dense, tmp_path / "second").output_dir
-    assert f"--base {second} is compressed itself" in refused([compressed], second)
+    assert f"--base {second} is compressed; give" in refused([compressed], second)
 
 
 def test_models_that_do_not_fit_together_are_refused(
     dense: Path, compressed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("svdllm.inference.bench.run.load_model", None)
-    monkeypatch.setattr("svdllm.inference.bench.checks.available_bytes", lambda: 10**5)
-    with pytest.raises(ResourceError, match=r"together need 0.00 GB, 0.00 GB are free on cpu"):
+    monkeypatch.setattr("svdllm.common.memory.available_bytes", lambda: 10**5)
+    with pytest.raises(ResourceError, match=r"together need 0.00 GB of memory, 0.00 GB are free on cpu"):
         benchmark([compressed], dense, BenchSettings(**QUICK), device="cpu")
 
 

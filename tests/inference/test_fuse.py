@@ -1,4 +1,4 @@
-"""One product for the first factors of a group: the same numbers and the same weights, whatever is done with the model."""
+"""One product for the first factors of a group: same numbers and same weights, whatever is done with the model."""
 
 from __future__ import annotations
 

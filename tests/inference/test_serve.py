@@ -162,7 +162,7 @@ def test_vllm_is_taken_where_it_is(small: Path, tmp_path: Path, monkeypatch: pyt
     assert (chosen.backend, chosen.kv_cache) == ("transformers", "latent-values")
     joint = run(str(small.parent / "dense"), tmp_path / "joint", recipe=small_recipe(joint_kv=True)).output_dir
     assert prepare_service(str(joint), port=free_port()).backend == "transformers"
-    with pytest.raises(InputError, match=r"made with --joint-kv, and vLLM wants .* Use --backend transformers"):
+    with pytest.raises(InputError, match=r"made with --joint-kv, and vLLM needs .* Use --backend transformers"):
         prepare_service(str(joint), port=free_port(), backend="vllm")
     monkeypatch.setattr(serving, "vllm_program", lambda: None)
     assert prepare_service(str(small), port=free_port()).backend == "transformers"
@@ -189,7 +189,7 @@ def test_mistakes_are_found_before_anything_is_loaded(
             ("--kv-cache latent is for transformers: vLLM keeps", dense, {"backend": "vllm", "kv_cache": "latent"}),
             ("--kv-cache 'tiny' is unknown; use ordinary, latent", dense, {"kv_cache": "tiny"}),
             ("--dtype 'int3' is unknown", dense, {"backend": "transformers", "dtype": "int3"}),
-            ("--quick is for vLLM", dense, {"backend": "transformers", "vllm_options": ("--quick",)}),
+            ("--quick: options for vLLM", dense, {"backend": "transformers", "vllm_options": ("--quick",)}),
         ):
             with pytest.raises(InputError, match=message):
                 prepare_service(str(model), **{"port": port, **settings})

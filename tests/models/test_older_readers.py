@@ -1,4 +1,4 @@
-"""Rotary embeddings in ``config.json`` for readers that know no ``rope_parameters``: the same numbers by their old names."""
+"""Rotary embeddings in ``config.json`` for readers that do not know ``rope_parameters``: old names, same numbers."""
 
 from __future__ import annotations
 

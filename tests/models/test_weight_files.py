@@ -21,7 +21,7 @@ from families import low_rank_model, tiny_model, tiny_tokens
 from runs import run, save_dense, small_recipe
 from svdllm.models.low_rank.lowrank import check_weight_files
 from svdllm.models.open import open_config, open_source
-from svdllm.models.weights import weight_files
+from svdllm.models.safetensors_files import weight_files
 
 INDEX = "model.safetensors.index.json"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -96,9 +96,7 @@ def test_the_index_that_the_config_names(dense: Path, tmp_path: Path) -> None:
     folder = renamed(dense, tmp_path / "model", "other.safetensors.index.json")
     content = {"metadata": {}, "weight_map": {"lm_head.weight": "b.safetensors", "model.norm.weight": "a.safetensors"}}
     (folder / "other.safetensors.index.json").write_text(json.dumps(content))
-    with pytest.raises(
-        svdllm.CheckpointError, match=r"model lacks a.safetensors, b.safetensors, which its index lists"
-    ):
+    with pytest.raises(svdllm.CheckpointError, match=r"model lacks a.safetensors, b.safetensors, named by its index"):
         weight_files(folder)
 
 
@@ -294,6 +292,6 @@ def test_an_index_on_the_hub_cannot_ask_for_more_than_files_of_its_names(hub: Hu
     shutil.copytree(dense, hub.repository, dirs_exist_ok=True)
     (hub.repository / "model.safetensors").rename(hub.repository / "other.safetensors")
     (hub.repository / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "*.safetensors"}}))
-    with pytest.raises(svdllm.CheckpointError, match=r"owner/tiny lacks \*\.safetensors, which its index lists"):
+    with pytest.raises(svdllm.CheckpointError, match=r"owner/tiny lacks \*\.safetensors, named by its index"):
         open_source("owner/tiny")
     assert hub.weights == [INDEX]

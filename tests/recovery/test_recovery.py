@@ -747,25 +747,23 @@ def test_what_is_wrong_is_named_before_anything_is_done(
 def test_memory_that_cannot_suffice_is_told_before_anything_is_loaded(
     checkpoint: Path, dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from svdllm.recovery import memory as needs
-
     stored, teacher = (sum(t.numel() * 4 for t in weights(folder).values()) for folder in (checkpoint, dense))
     linears = sum(t.numel() for name, t in weights(checkpoint).items() if "layers" in name and "norm" not in name)
     logits = 4 * 16 * 300 * 4
     settings = recovery(text, "distill", teacher=str(dense))
     needed = stored + 12 * linears + teacher + 5 * logits
-    monkeypatch.setattr(needs, "available_bytes", lambda: needed - 1)
-    with pytest.raises(ResourceError, match=r"distill needs more than .* Lower --micro-batch"):
+    monkeypatch.setattr("svdllm.common.memory.available_bytes", lambda: needed - 1)
+    with pytest.raises(ResourceError, match=r"--method distill need more than .* Lower --micro-batch"):
         recover(checkpoint, tmp_path / "out", settings)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(needs, "available_bytes", lambda: needed)
+    monkeypatch.setattr("svdllm.common.memory.available_bytes", lambda: needed)
     recover(checkpoint, tmp_path / "out", settings)
 
 
 def test_only_our_checkpoints_and_their_own_teachers(
     checkpoint: Path, dense: Path, text: Path, tmp_path: Path, tokenizer: Any
 ) -> None:
-    with pytest.raises(InputError, match="is no svdllm checkpoint"):
+    with pytest.raises(InputError, match="is not an svdllm checkpoint"):
         recover(dense, tmp_path / "out", recovery(text))
     from families import tiny_model
 

@@ -1,10 +1,10 @@
-"""The elastic files: what a checkpoint holds beyond its own size, so that every smaller one can be sliced from it.
+"""Reads and writes the elastic files of a checkpoint, from which every smaller size can be sliced.
 
-The factors of a smaller rank are the first columns and rows of a larger one's, to the last bit. A linear that is
-factorised in the checkpoint is thus its own store. One that is dense in it may be factorised at a higher ratio: its
-factors are in ``svdllm/elastic*.safetensors``, with the energies of every target (float64), by which ranks are chosen
-and losses told. ``svdllm/elastic.json`` has the rest: the tensors of the dense source, the probes, and the hashes of
-the weights that all this belongs to.
+The factors of a smaller rank are the first columns and rows of the factors of a larger rank, to the last bit. The
+factors in the checkpoint thus contain their smaller sizes. A linear that is dense in the checkpoint may be factorised
+at a higher ratio: ``svdllm/elastic*.safetensors`` has its factors, and the energies of every target (float64), which
+choose the ranks and give the losses. ``svdllm/elastic.json`` has the tensors of the dense source, the probes, and the
+hashes of the weight files that it belongs to.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ ELASTIC_VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ElasticIndex:
-    """The content of ``svdllm/elastic.json``."""
+    """The content of ``svdllm/elastic.json``.
 
-    stored: Tensors  # what the files of the dense source hold, in their order
+    stored: tensors of the dense source, in the order of its files.
+    weights: weight file of the checkpoint -> SHA-256.
+    """
+
+    stored: Tensors
     probes: Probes
-    weights: dict[str, str]  # weight file of the checkpoint -> SHA-256
+    weights: dict[str, str]
 
     def write(self, folder: Path) -> None:
         content = {
@@ -47,7 +51,8 @@ class ElasticIndex:
 
     @classmethod
     def read(cls, folder: Path) -> ElasticIndex:
-        """
+        """Reads the index of a checkpoint.
+
         Raises:
             InputError: the checkpoint is not elastic.
             CheckpointError: the file is damaged, or of another version.
@@ -55,16 +60,16 @@ class ElasticIndex:
         file = folder / ELASTIC_FILE
         if not file.is_file():
             raise InputError(
-                f"{folder} is not elastic: it has no {ELASTIC_FILE}. Make it so with `svdllm compress MODEL -o OUT --ratio "
-                "... --elastic`; a folder written by save_pretrained is not elastic any more."
+                f"{folder} is not elastic: it has no {ELASTIC_FILE}. Make an elastic one with `svdllm compress MODEL "
+                "-o OUT --ratio ... --elastic`; a folder written by save_pretrained is not elastic any more."
             )
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             version = content["format_version"]
             if version != ELASTIC_VERSION:
                 raise CheckpointError(
-                    f"{file} has format_version {version!r}, this version of svdllm reads {ELASTIC_VERSION}. Slice with "
-                    "the version that wrote it."
+                    f"{file} has format_version {version!r}, this version of svdllm reads {ELASTIC_VERSION}. Slice "
+                    "with the version that wrote it."
                 )
             return cls(
                 stored={name: (tuple(shape), getattr(torch, dtype)) for name, shape, dtype in content["tensors"]},
@@ -78,7 +83,7 @@ class ElasticIndex:
 
 
 class TensorFiles:
-    """Tensors of several safetensors files by the names they have there; any part is read alone."""
+    """The tensors of several safetensors files by their names there. A part of a tensor is read alone."""
 
     def __init__(self, files: Iterable[Path]):
         self._place: dict[str, Path] = {}
@@ -90,22 +95,22 @@ class TensorFiles:
                 raise CheckpointError(f"{path} is truncated or damaged: {first_line(error)}") from error
 
     def get(self, name: str, rows: int | None = None, columns: int | None = None) -> Tensor:
-        """A tensor, or the first rows or columns of a matrix.
+        """Reads a tensor, or the first rows or columns of a matrix.
 
         Raises:
-            CheckpointError: it is in none of the files.
+            CheckpointError: no file has the tensor.
         """
         if name not in self._place:
             files = sorted({path.name for path in self._place.values()})
             raise CheckpointError(f"{name} is missing: it is in none of {', '.join(files)}.")
         with safe_open(self._place[name], framework="pt") as file:
             if rows is None and columns is None:
-                return file.get_tensor(name).clone()  # a copy, so that the mapping of the file ends with this call
+                return file.get_tensor(name).clone()  # a copy, so that the file is mapped only during this call
             return file.get_slice(name)[:rows, :columns].clone(memory_format=torch.contiguous_format)
 
 
 class SlicedTensors:
-    """The tensors of a smaller size, cut from those of an elastic checkpoint."""
+    """The tensors of a smaller size, cut from the tensors of an elastic checkpoint."""
 
     def __init__(self, weights: TensorFiles, elastic: TensorFiles, stored: Mapping[str, int], ranks: Mapping[str, int]):
         self._weights, self._elastic, self._stored, self._ranks = weights, elastic, stored, ranks
@@ -122,5 +127,5 @@ class SlicedTensors:
         return files.get(name, rows=rank) if factor == "svd_v" else files.get(name, columns=rank)
 
 
-# Target -> rank -> what truncation of this target alone to this rank was measured to do, nats per token.
+# Target -> rank -> measured loss (nats per token) if this target alone is truncated to this rank.
 Probes = Mapping[str, Mapping[int, float]]

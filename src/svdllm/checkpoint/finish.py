@@ -1,8 +1,8 @@
-"""The checkpoint, format version 1: written shard by shard, and loaded.
+"""Completes a checkpoint (format version 1).
 
-A low-rank model is an architecture of its own (``svdllm_<family>``), so the folder is an ordinary one: config, code
-files, safetensors in the source's dtype, tokenizer. ``svdllm/`` in it has the recipe, the report, the hashes and the
-reference logits.
+A low-rank model is an architecture of its own (``svdllm_<family>``), so its folder is a normal one of transformers:
+config, code files, safetensors in the source's dtype, tokenizer. ``svdllm/`` in it has the recipe, the report, the
+hashes and the reference logits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from svdllm.checkpoint.report import REPORT_FILE
 from svdllm.common.progress import Reporter
 from svdllm.models.config_files import load_config
 from svdllm.models.low_rank import HASHES_FILE, write_hashes
-from svdllm.models.weights import weight_files
+from svdllm.models.safetensors_files import weight_files
 
 RECIPE_FILE = "svdllm/recipe.yaml"
 
@@ -28,7 +28,7 @@ RECIPE_FILE = "svdllm/recipe.yaml"
 def finish_checkpoint(
     partial: Path, recipe_yaml: str, report: dict[str, Any], device: torch.device, reporter: Reporter
 ) -> None:
-    """Everything that follows from what is in the folder already: recipe, card, reference logits, report, hashes."""
+    """Writes recipe, card, reference logits, report and hashes into a folder that has config, code and weights."""
     config = load_config(partial, partial.name, allow_quantized=True)
     (partial / RECIPE_FILE).write_text(recipe_yaml, encoding="utf-8")
     (partial / "README.md").write_text(model_card(report, config), encoding="utf-8")
@@ -39,7 +39,7 @@ def finish_checkpoint(
 
 
 def copy_companions(folder: Path, partial: Path) -> None:
-    """Of a checkpoint to one made of it: code, tokenizer and whatever else was written beside the weights, by the hashes."""
+    """Copies the hashed files other than weights and config (code, tokenizer) to a checkpoint made of this one."""
     hashed = json.loads((folder / HASHES_FILE).read_text(encoding="utf-8"))["files"]
     written_anew = {"config.json", *(path.name for path in weight_files(folder))}
     for name in hashed:

@@ -1,4 +1,4 @@
-"""Loads a model, compressed or not, with svdllm's errors."""
+"""Loads a model, compressed or not, with the errors of svdllm."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from svdllm.models.hub import hub_folder
 from svdllm.models.low_rank.lowrank import unpacking_one_by_one
 from svdllm.models.model_names import display_name
 from svdllm.models.open import open_config
+from svdllm.models.safetensors_files import read_header, weight_files
 from svdllm.models.unused_tensors import warn_of_unused
-from svdllm.models.weights import read_header, unused_in, weight_files
+from svdllm.models.weights import unused_in
 
 
 def load_model(model: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """A model by ``from_pretrained``, compressed or not, with this library's errors.
+    """Loads a model, compressed or not, by ``from_pretrained``.
 
     Args:
         model: a folder, a hub id, or a GGUF file.
         kwargs: for ``from_pretrained``. Only safetensors are read, and code that comes with a model is not run.
 
-    Warns of tensors in the files that are not used (``UnusedTensorsWarning``).
+    Warns of tensors in the files that the model does not use (``UnusedTensorsWarning``).
 
     Raises:
         CheckpointError: a file is missing, truncated or altered; names it.
@@ -49,12 +50,12 @@ def load_model(model: str | Path, **kwargs: Any) -> PreTrainedModel:
         warn_of_unused(display_name(model), unused_in(place, loaded))
     dtype = kwargs.get("dtype")
     if isinstance(dtype, torch.dtype) and is_torchao(loaded):
-        loaded.to(dtype)  # a weight of 4 bits unpacks to the dtype that it was stored with
+        loaded.to(dtype)  # a weight of 4 bits unpacks to the dtype it was stored with
     return both if want_info else loaded
 
 
 def _require_loaded(model: str | Path, loaded: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where transformers has put random weights in place of the files'."""
+    """Raises CheckpointError where the files lack a weight and transformers made a random one."""
     misshapen = [
         f"{name} (in the file {list(found)}, by the config {list(wanted)})"
         for name, found, wanted in info["mismatched_keys"]
@@ -63,14 +64,15 @@ def _require_loaded(model: str | Path, loaded: PreTrainedModel, info: Mapping[st
         if names:
             raise CheckpointError(
                 f"{model}: {len(names)} tensors of {type(loaded).__name__} are {what}, for instance "
-                f"{', '.join(sorted(names)[:3])}. The files and config.json do not belong together: fetch the model again."
+                f"{', '.join(sorted(names)[:3])}. The files and config.json do not belong together: fetch the model "
+                "again."
             )
 
 
 def _place_of(model: str | Path, kwargs: dict[str, Any]) -> Path:
-    """The folder that ``from_pretrained`` reads a model from, after the checks that every other use of it makes.
+    """Checks a model as every command does, and returns the folder for ``from_pretrained``.
 
-    Takes what is for the hub out of ``kwargs``, and puts in what a GGUF file needs.
+    Removes the arguments for the hub from ``kwargs``, and adds the name of a GGUF file.
     """
     path = Path(model)
     if path.is_file():
@@ -87,6 +89,6 @@ def _place_of(model: str | Path, kwargs: dict[str, Any]) -> Path:
 
 
 def is_torchao(model: PreTrainedModel) -> bool:
-    """Whether weights of a model are tensors of torchao, in few bits."""
+    """Whether a model was quantised by torchao."""
     quantizer = getattr(model, "hf_quantizer", None)
     return quantizer is not None and quantizer.quantization_config.quant_method == "torchao"

@@ -1,4 +1,4 @@
-"""Where a result goes and what lies there until it is complete: what may be touched, by whom, and whether there is room."""
+"""Guards the folder of a result until it is complete: what may be overwritten, by which run, and whether it fits."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from svdllm.common.locks import locked
 # Left free on the disk beyond what is predicted.
 DISK_RESERVE = 64 * 2**20
 MARKER = ".svdllm-run"
-# In a folder that cannot be replaced, or that stays from run to run.
+# Names in a folder that cannot be replaced, or that stays from run to run.
 LOCK, PARTIAL, WRITING = "svdllm.lock", "svdllm.partial", "svdllm.writing"
-# What a file system itself keeps in its topmost folder.
+# A file system keeps this in its topmost folder.
 OF_THE_DISK = "lost+found"
-# Without these a folder is no model, and no checkpoint.
+# Without these a folder is neither a model nor a checkpoint, so they are moved last.
 LAST = ("config.json", "svdllm")
-# Of a work folder: the result, and that it is complete and only has to get its name.
+# In a work folder: the result, and the mark that it is complete and only has to be moved.
 FINISHED, COMPLETE = "finished", "complete"
-# Of a work folder: patterns of what no later run goes on with.
+# In a work folder: patterns of files that no later run uses.
 SCRATCH = ("finished.writing", "hidden-states*", "inputs")
 
 
@@ -33,17 +33,20 @@ SCRATCH = ("finished.writing", "hidden-states*", "inputs")
 class Output:
     """The folder of a result, which appears when the result is complete.
 
-    Until then everything lies beside it, so that it appears in one step. Where that is not possible (the folder is a
-    mount point, or nothing can be made beside it), everything lies in it, and moves up at the end.
+    Until then everything is written beside it, so that it appears in one step. Where that is not possible (the folder
+    is a mount point, or its parent is not writable), everything is written inside it, and moves up at the end.
+
+    path: as the caller gave it.
+    folder: the path, or the target if it is a link.
     """
 
-    path: Path  # as it was asked for
-    folder: Path  # without the link that the path may be
+    path: Path
+    folder: Path
     inside: bool
 
     @classmethod
     def at(cls, path: str | Path) -> Output:
-        """Raises InputError if the path cannot be that of a new folder."""
+        """Makes the output at a path. Raises InputError if no new folder can be made there."""
         folder = followed(named_folder(path))
         alone = folder.is_dir() and not os.access(folder.absolute().parent, os.W_OK)
         return cls(Path(path), folder, inside=is_mount(folder) or alone or (folder / PARTIAL).is_dir())
@@ -55,17 +58,17 @@ class Output:
 
     @property
     def writing(self) -> Path:
-        """The folder of a result that is written at once."""
+        """The folder of a result that is written without a work folder."""
         return self._place(WRITING)
 
     def _place(self, name: str) -> Path:
-        """Returns ``<folder>/svdllm.partial`` or, beside the folder, ``<folder>.partial``, for instance."""
+        """A place in the folder, such as ``<folder>/svdllm.partial``, or beside it, such as ``<folder>.partial``."""
         return self.folder / name if self.inside else self.folder.with_name(f"{self.folder.name}{Path(name).suffix}")
 
     def require_free(self, *known: str) -> None:
-        """Raises InputError if there is anything at the place of the output, or nothing can be made there.
+        """Raises InputError if the output exists, or cannot be made.
 
-        ``known`` are names of what may lie in a folder that cannot be replaced.
+        ``known`` names files that may be in a folder that cannot be replaced.
         """
         if self.folder.is_file():
             raise InputError(f"{self.path} is a file; the output is a folder. Choose another path.")
@@ -78,7 +81,7 @@ class Output:
 
     @contextmanager
     def taken(self) -> Iterator[str | None]:
-        """Keeps other runs from the output while the context lasts; yields a warning if one may still be at it.
+        """Locks the output while the context lasts; yields a warning if another run may still write to it.
 
         Raises:
             InputError: another run is writing to it.
@@ -89,24 +92,24 @@ class Output:
             yield warning
 
     def require_disk(self, num_bytes: int, needs: str, there: int = 0) -> None:
-        """Raises ResourceError unless the disk that gets the bytes has room for them, less those that are there already."""
+        """Raises ResourceError unless the disk has room for ``num_bytes``, of which ``there`` exist already."""
         free = free_bytes(self.work) + there
         if num_bytes + DISK_RESERVE > free:
             raise ResourceError(
-                f"The disk of {self.path} has {free / 1e9:.2f} GB free, {needs} {num_bytes / 1e9:.2f} GB. Free some, or "
-                "choose an output elsewhere."
+                f"The disk of {self.path} has {free / 1e9:.2f} GB free, {needs} {num_bytes / 1e9:.2f} GB. Free some, "
+                "or choose an output elsewhere."
             )
 
     def complete(self) -> None:
-        """Gives the finished result in the work folder its name, and removes the work folder.
+        """Moves the finished result to its place, and removes the work folder.
 
-        A run that is killed meanwhile is completed by the next one.
+        If the run is killed meanwhile, the next run completes it.
         """
         (self.work / COMPLETE).touch()
         self.finish_completing()
 
     def finish_completing(self) -> None:
-        """Does what a run that was killed in ``complete`` has left to do, if one was."""
+        """Completes a run that was killed in ``complete``, if there is one."""
         if not (self.work / COMPLETE).is_file():
             return
         if (self.work / FINISHED).is_dir():
@@ -117,9 +120,9 @@ class Output:
         shutil.rmtree(self.work)
 
     def appear(self, made: Path) -> None:
-        """Gives a complete folder the name of the output.
+        """Moves a complete folder to the place of the output.
 
-        Where that is not one step, config and report come last: without them nobody takes a part for the whole.
+        Where this takes several steps, config and report come last: a part without them is not taken for a checkpoint.
         """
         if not self.inside:
             made.replace(self.folder)
@@ -131,12 +134,14 @@ class Output:
 
 @contextmanager
 def new_folder(path: str | Path, what: str) -> Iterator[tuple[Output, Path]]:
-    """An output that is written at once, and the folder to write it into.
+    """Yields an output, and the folder to write it into.
 
-    The output appears when the context ends. If anything fails, nothing is left. ``what`` writes it: an export, ...
+    The output appears when the context ends; after an error, nothing is left.
+
+    ``what`` names the kind of run in messages, such as "an export".
 
     Raises:
-        InputError: something is there, or another run is writing to it.
+        InputError: the output exists, or another run is writing to it.
         ResourceError: the disk is full.
     """
     output = Output.at(path)
@@ -155,10 +160,10 @@ def new_folder(path: str | Path, what: str) -> Iterator[tuple[Output, Path]]:
 
 
 def named_folder(path: str | Path) -> Path:
-    """The path, if a folder beside it can be given another name.
+    """Returns the path of an output, if it can be made.
 
     Raises:
-        InputError: it is the current folder, one above it, or the root.
+        InputError: it is the current folder, a folder above it, or a link that leads nowhere.
     """
     place = Path(path).absolute()
     try:
@@ -171,15 +176,15 @@ def named_folder(path: str | Path) -> Path:
 
 
 def followed(path: Path) -> Path:
-    """Returns where a link leads to, also if nothing is there yet; any other path as it is."""
+    """Returns the target of a link, which need not exist; any other path as it is."""
     return path.resolve() if path.is_symlink() else path
 
 
 def is_mount(folder: Path) -> bool:
-    """Returns whether another disk, or another folder of the same disk, is mounted there."""
+    """Whether another disk, or another folder of the same disk, is mounted there."""
     if os.path.ismount(folder):
         return True
-    table = Path("/proc/self/mountinfo")  # the only one to tell of another folder of the same disk
+    table = Path("/proc/self/mountinfo")  # the only source for another folder of the same disk
     if not table.is_file():
         return False
     name = "".join(f"\\{ord(letter):03o}" if letter in " \t\n\\" else letter for letter in os.path.realpath(folder))
@@ -187,18 +192,18 @@ def is_mount(folder: Path) -> bool:
 
 
 def is_empty(folder: Path, *known: str) -> bool:
-    """Returns whether there is nothing in a folder but what is known, or what its file system keeps there."""
+    """Whether a folder has nothing in it but the ``known`` names and what its file system keeps there."""
     of_the_disk = (OF_THE_DISK,) if is_mount(folder) else ()
     return all(entry.name in (*known, *of_the_disk) for entry in folder.iterdir())
 
 
 def is_work_folder(work: Path) -> bool:
-    """Whether a run made this folder: it has our marker (or nothing at all in it)."""
+    """Whether a run made this folder: it has our marker, or is empty."""
     return work.is_dir() and ((work / MARKER).is_file() or not any(work.iterdir()))
 
 
 def require_ours(work: Path) -> None:
-    """Raises InputError if something that no run made is at the place of a work folder."""
+    """Raises InputError if a file or folder that no run made is in the place of a work folder."""
     if work.exists() and not is_work_folder(work):
         raise InputError(
             f"{work} is in the way: it is not the work folder of a run. Move it away, or choose another output."
@@ -206,19 +211,19 @@ def require_ours(work: Path) -> None:
 
 
 def claim_work_folder(work: Path) -> None:
-    """Makes the work folder, the marker first."""
+    """Makes a work folder with the marker in it."""
     work.mkdir(parents=True, exist_ok=True)
     (work / MARKER).touch()
 
 
 def start_over(work: Path) -> None:
-    """Removes what an earlier run computed; blocks without settings could be anybody's."""
+    """Removes what an earlier run computed."""
     for name in (FINISHED, "finished.writing", "analysis"):
         shutil.rmtree(work / name, ignore_errors=True)
 
 
 def remove_scratch(work: Path) -> None:
-    """Removes what takes room in a work folder and is of no use to a later run."""
+    """Removes the files in a work folder that no later run uses."""
     for path in [path for pattern in SCRATCH for path in work.glob(pattern)]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -227,11 +232,12 @@ def remove_scratch(work: Path) -> None:
 
 
 def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder; 0 where there is none."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
 def require_writable(place: Path, output: Path | None = None) -> None:
-    """Raises InputError if nothing can be made at a place: of the folders above, the first that exists is not writable."""
+    """Raises InputError if nothing can be made at a place: the nearest folder above it is not writable."""
     existing = existing_above(place)
     why = "is a file" if not existing.is_dir() else "is not writable" if not os.access(existing, os.W_OK) else None
     if why is not None:
@@ -246,7 +252,7 @@ def require_free_output(path: str | Path) -> None:
 
 
 def require_new(place: Path) -> None:
-    """Raises InputError if there is something at the place of the output, or nothing can be made there."""
+    """Raises InputError if the output, a file or a folder, exists or cannot be made."""
     if place.is_file() or (place.is_dir() and not is_empty(place)):
         raise InputError(f"{place} exists; nothing is overwritten. Choose another output, or remove it first.")
     if place.is_dir() and place.suffix.lower() == ".json":

@@ -17,24 +17,24 @@ from svdllm.models.walk import Walk
 from svdllm.models.weights import SafetensorsWeights
 
 REFERENCE_FILE = "svdllm/reference.safetensors"
-
-
 REFERENCE_TOKENS = 16
-
-
 REFERENCE_POSITIONS = 4
 
 
 def write_reference(folder: Path, config: PreTrainedConfig, device: torch.device) -> None:
+    """Stores the reference logits of a checkpoint in it."""
     ids, logits = reference_logits(folder, config, device)
     save_tensors({"token_ids": ids, "logits": logits}, folder / REFERENCE_FILE)
 
 
 def reference_logits(folder: Path, config: PreTrainedConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A few fixed tokens, and the logits after the last of them: float32, computed from the files of a folder.
+    """Computes the logits of a few fixed tokens from the files of a folder, in float32.
+
+    Returns:
+        Token ids (1 x ``REFERENCE_TOKENS``) and the logits of the last ``REFERENCE_POSITIONS`` of them.
 
     Raises:
-        NumericalError: they are not finite.
+        NumericalError: a logit is not finite.
     """
     ids = (torch.arange(REFERENCE_TOKENS).unsqueeze(0) * 7919 + 11) % config.get_text_config().vocab_size
     logits_of = _loaded_logits if getattr(config, "quantization_config", None) else _walked_logits
@@ -45,7 +45,7 @@ def reference_logits(folder: Path, config: PreTrainedConfig, device: torch.devic
 
 
 def _walked_logits(folder: Path, config: PreTrainedConfig, ids: Tensor, device: torch.device) -> Tensor:
-    """With one block resident."""
+    """Computes the logits with one block in memory at a time."""
     skeleton = build_skeleton(config)
     weights = SafetensorsWeights(folder, skeleton)
     walk = Walk(
@@ -58,6 +58,6 @@ def _walked_logits(folder: Path, config: PreTrainedConfig, ids: Tensor, device: 
 
 @torch.no_grad()
 def _loaded_logits(folder: Path, config: PreTrainedConfig, ids: Tensor, device: torch.device) -> Tensor:
-    """Of weights in few bits, which only the loaded model can read."""
+    """Computes the logits with a loaded model, the only way to read quantised weights."""
     model = load_model(folder, dtype=torch.float32).to(device)  # type: ignore[arg-type]
     return model.eval()(input_ids=ids.to(device)).logits

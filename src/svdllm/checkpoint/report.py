@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from svdllm.common.errors import CheckpointError, InputError
+from svdllm.models.low_rank.lowrank import read_object
 
 REPORT_FILE = "svdllm/report.json"
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """The report of a checkpoint.
+    """Reads the report of a checkpoint.
 
     ``ratio`` is what was asked for (None with another budget) and ``achieved_ratio`` what was reached. Reports of
     version 0.1 have the second under the name of the first; they are returned in today's form.
@@ -23,12 +23,14 @@ def read_report(folder: Path) -> dict[str, Any]:
     """
     file = Path(folder) / REPORT_FILE
     if not file.is_file():
-        raise InputError(f"{folder} is no svdllm checkpoint: it has no {REPORT_FILE}. Make one with `svdllm compress`.")
+        raise InputError(
+            f"{folder} is not an svdllm checkpoint: it has no {REPORT_FILE}. Make one with `svdllm compress`."
+        )
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = read_object(file)
     except ValueError as error:
-        raise CheckpointError(f"{REPORT_FILE} in {folder} is damaged: {error}") from error
-    if not isinstance(report, dict) or not {"linears", "source", "recipe", "params"} <= set(report):
+        raise CheckpointError(f"{folder} cannot be read: {error} Fetch or write it again.") from error
+    if not {"linears", "source", "recipe", "params"} <= report.keys():
         raise CheckpointError(f"{REPORT_FILE} in {folder} is damaged: entries are missing.")
     if "achieved_ratio" not in report:
         report |= {"achieved_ratio": report.get("ratio"), "ratio": report["recipe"].get("ratio")}
@@ -36,15 +38,16 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def ranks_of(report: Mapping[str, Any]) -> dict[str, int]:
-    """The rank of every factorised linear, by the report of a checkpoint."""
+    """Reads the rank of every factorised linear from the report of a checkpoint."""
     rows = [row for row in report["linears"] if row["rank"] is not None]
     return {name: row["rank"] for row in rows for name in row.get("parts") or [row["name"]]}
 
 
 def is_checkpoint(folder: str | Path) -> bool:
+    """Whether a folder has a report, as every checkpoint of svdllm does."""
     return (Path(folder) / REPORT_FILE).is_file()
 
 
 def holds_checkpoints(folder: Path) -> bool:
-    """A checkpoint, or a folder with one for each ratio."""
+    """Whether a folder is a checkpoint, or has one for each ratio in it."""
     return is_checkpoint(folder) or (folder.is_dir() and any(map(is_checkpoint, folder.glob("ratio-*"))))

@@ -11,7 +11,10 @@ from svdllm.common.files import save_tensors
 
 
 def write_shards(folder: Path, tensors: Any, layout: Tensors, stem: str = "model") -> None:
-    """Safetensors files of at most ``SHARD_BYTES`` (but whole pairs of factors), and their index if there are several."""
+    """Writes safetensors files of at most ``SHARD_BYTES`` and, if there are several, their index.
+
+    A pair of factors is not parted, whatever its size.
+    """
     shards = shard_names(layout, SHARD_BYTES)
     index: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):

@@ -1,4 +1,4 @@
-"""The exact accounting of what a compressed model's files hold: tensors, parameters, bytes."""
+"""Counts the tensors, parameters and bytes in a model's files, from shapes and dtypes alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from svdllm.models.open import Source
+from svdllm.models.safetensors_files import SAFETENSORS_CODES
 from svdllm.models.structure import Structure, Target
 
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and dtype
@@ -18,32 +19,16 @@ METADATA = {"format": "pt"}  # of every file
 # A shard is held in memory while it is written.
 SHARD_BYTES = 2 * 10**9
 
-# The dtypes of safetensors, in the order in which its writer lays tensors out.
-SAFETENSORS_CODES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
 
 def stored_tensors(source: Source, skeleton: PreTrainedModel) -> Tensors:
-    """What the source's files hold, or would hold if only its config is known (tied tensors once)."""
+    """The tensors in the source's files, tied ones once; from the config where only this is known."""
     if source.weights is not None:
         return {name: source.weights.shape_and_dtype(name) for name in source.weights.names()}
     return loaded_tensors(skeleton, source.dtype)
 
 
 def loaded_tensors(skeleton: PreTrainedModel, dtype: torch.dtype) -> Tensors:
-    """What a file would hold of a model that is loaded in a dtype (tied tensors once)."""
+    """The tensors that files of a model in a dtype have, tied ones once."""
     tied = tied_names(skeleton)
     return {
         name: (tuple(tensor.shape), dtype if tensor.is_floating_point() else tensor.dtype)
@@ -53,14 +38,14 @@ def loaded_tensors(skeleton: PreTrainedModel, dtype: torch.dtype) -> Tensors:
 
 
 def tied_names(skeleton: PreTrainedModel) -> set[str]:
-    """Tensors that are another's, and in no file."""
+    """Names of tensors that are tied to others, and thus in no file."""
     return set(getattr(skeleton, "all_tied_weights_keys", None) or ())
 
 
 def compressed_tensors(stored: Tensors, targets: Sequence[Target], ranks: Mapping[str, int]) -> Tensors:
-    """What the compressed model's files hold: ``weight`` becomes ``svd_v.weight`` and ``svd_u.weight``.
+    """The tensors in the compressed model's files: ``weight`` becomes ``svd_v.weight`` and ``svd_u.weight``.
 
-    Of several linears with one first factor the first has it.
+    A first factor that several linears share is stored with the first of them.
     """
     owners = {name: target for target in targets if target.name in ranks for name in target.linears}
     result: Tensors = {}
@@ -82,12 +67,12 @@ def compressed_tensors(stored: Tensors, targets: Sequence[Target], ranks: Mappin
 
 
 def buffer_names(skeleton: PreTrainedModel) -> set[str]:
-    """Tensors of a model that are no parameters, in its files or not."""
+    """Names of the tensors of a model that are not parameters, whether its files have them or not."""
     return {name for name, _ in skeleton.named_buffers()}
 
 
 def num_params(tensors: Tensors, buffers: Collection[str] = ()) -> int:
-    """Floating-point values of all but the buffers: what transformers' ``num_parameters`` counts."""
+    """Number of floating-point values, without buffers, as ``num_parameters`` of transformers counts them."""
     parameters = (tensor for name, tensor in tensors.items() if name not in buffers)
     return sum(torch.Size(shape).numel() for shape, dtype in parameters if dtype.is_floating_point)
 
@@ -98,7 +83,7 @@ def tensor_bytes(tensors: Tensors, names: Sequence[str] | None = None) -> int:
 
 
 def shard_names(tensors: Tensors, limit: int = SHARD_BYTES) -> list[list[str]]:
-    """The names of each shard, in order; the factors of a target stay together."""
+    """The names in each shard, in order; the two factors of a linear stay together."""
     shards: list[list[str]] = [[]]
     size = 0
     for unit in _units(tensors):
@@ -140,7 +125,7 @@ def most_files(total: int) -> int:
 
 
 def elastic_tensors(structure: Structure, stored: Tensors, spare: Mapping[str, int]) -> Tensors:
-    """What the elastic files hold: the energies of every target, and factors of the ``spare`` ranks."""
+    """The tensors in the elastic files: the energies of every target, and factors of the ``spare`` ranks."""
     energies: Tensors = {f"{t.name}.energies": ((t.full_rank,), torch.float64) for t in structure.targets}
     dense = {f"{n}.weight": stored[f"{n}.weight"] for t in structure.targets if t.name in spare for n in t.linears}
     return energies | compressed_tensors(dense, structure.targets, spare)

@@ -1,4 +1,4 @@
-"""Is a checkpoint what was written, and does it compute what it computed then?"""
+"""Verifies that a checkpoint is as it was written, and computes what it computed then."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from svdllm.models.low_rank import HASHES_FILE, LowRankLinear, compare_hashes
 def verify(folder: str | Path, device: str = "auto") -> list[tuple[str, str]]:
     """Checks hashes, shapes, finiteness and the stored reference logits of a checkpoint.
 
-    Returns the checks that were made, as (name, what was found).
+    Returns:
+        The checks that were made, as (name, finding).
 
     Raises:
         CheckpointError: the first check that fails; names the file or tensor.
@@ -67,7 +68,5 @@ def _reference_difference(folder: Path, model: PreTrainedModel, device: str) -> 
     return compare_logits(
         logits,
         reference["logits"],
-        lambda how: CheckpointError(
-            f"{folder} does not compute what was written: {how}, compared with {REFERENCE_FILE}."
-        ),
+        lambda how: CheckpointError(f"{folder} does not compute what was written ({REFERENCE_FILE}): {how}."),
     )

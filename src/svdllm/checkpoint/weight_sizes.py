@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from svdllm.models.weights import read_header, weight_files
+from svdllm.models.safetensors_files import read_header, weight_files
 
 # torchao stores a quantised weight as several tensors: x.weight as x._weight_qdata, x._weight_scale, ...
 QUANTIZED_PREFIX = "_weight_"

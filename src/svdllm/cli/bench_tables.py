@@ -22,7 +22,7 @@ def show_benchmark(record: BenchmarkRecord) -> None:
 
 def model_line(model: ModelRecord, record: BenchmarkRecord) -> str:
     """Its size, and what the size alone would make of it."""
-    text = f"{model.name}: {count(model.params)} parameters, {size(model.weight_bytes)}"
+    text = f"{model.name}: {count(model.params)} parameters, {size(model.parameter_bytes)}"
     dense = next((other for other in record.models if other.name == record.base), None)
     if dense is not None and model is not dense:
         text += f"; ideal of the linears alone {dense.linears / model.linears:.2f}"

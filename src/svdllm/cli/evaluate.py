@@ -114,7 +114,7 @@ def evaluate(
 
 def _check(texts: list[str], tasks: list[str], of_tasks: dict[str, Any], counts: dict[str, int | None]) -> None:
     """Raises InputError for options that are wrong whatever the models are."""
-    from svdllm.data.specs import check_source
+    from svdllm.data.checks import check_source
 
     if not texts and not tasks:
         raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from inspect import Parameter
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -44,11 +44,16 @@ def read_flags(model: type[BaseModel], flags: Mapping[str, Any]) -> dict[str, An
     return given
 
 
-def refuse_idle(settings: BaseModel, given: Collection[str]) -> None:
-    """Raises InputError for the first flag that does nothing with the other settings."""
+def refuse_idle(
+    settings: BaseModel, given: Collection[str], rows: Callable[[str], Mapping[str, Sequence[str]]] = lambda name: {}
+) -> None:
+    """Raises InputError for the first flag that does nothing with the other settings.
+
+    ``rows`` returns, for a field, other fields and the values with which it does something, as ``only_with`` does.
+    """
     fields = type(settings).model_fields
     for name in given:
-        needed = flag_of(name, fields[name]).only_with
+        needed = flag_of(name, fields[name]).only_with or rows(name)
         if not needed or any(getattr(settings, other) in values for other, values in needed.items()):
             continue
         wanted = " or ".join(f"{other} {' or '.join(values)}" for other, values in needed.items())

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from svdllm.cli.generated import options_of, read_flags, refuse_idle
 from svdllm.cli.options import option
-from svdllm.common.errors import InputError
 
 if TYPE_CHECKING:
     from svdllm.compression.recipe import Recipe
 
-# Settings of the backward pass.
-OF_GRADIENTS = ("gradient_samples", "input_only")
 LIMIT = "--hidden-states-limit"
 
 Preset = Annotated[
@@ -67,21 +63,6 @@ def build_recipe(preset: str | None, recipe_file: Path | None, flags: dict[str, 
     if given.get("factor_bits") == 4 and settings.get("round_to", NVFP4_GROUP) % NVFP4_GROUP:
         settings["round_to"] = NVFP4_GROUP
     recipe = make_recipe(settings | given, origin=f"Recipe {recipe_file}" if recipe_file else "The options")
-    refuse_idle(recipe, given)
-    _refuse_without_gradients(recipe, given)
+    refuse_idle(recipe, given, Recipe.rows_that_read)
     recipe.require_budget()
     return recipe
-
-
-def _refuse_without_gradients(recipe: Recipe, given: Collection[str]) -> None:
-    """Raises InputError for a setting of the backward pass where there is none; rows say whether they take gradients."""
-    from svdllm.compression.recipe import TABLES
-
-    idle = [name for name in OF_GRADIENTS if name in given]
-    if not idle or recipe.needs_gradients:
-        return
-    others = [f"--{kind} {row}" for kind in ("metric", "method") for row in TABLES[kind] if TABLES[kind][row].left]
-    raise InputError(
-        f"--{idle[0].replace('_', '-')} does nothing here: metric {recipe.metric} of method {recipe.method} takes no "
-        f"gradients. Leave it out, or choose {' or '.join(others)}."
-    )

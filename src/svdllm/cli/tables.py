@@ -11,6 +11,7 @@ from rich.table import Table
 from svdllm.checkpoint.card import quantization_text, recovery_text
 from svdllm.cli.console import count, duration, duration_range, size
 from svdllm.comparison.demo import DemoResult
+from svdllm.comparison.table import perplexity_text
 from svdllm.compression.plan import Plan
 from svdllm.compression.records import CompressionResult
 from svdllm.evaluation.side_by_side import ModelPerplexity
@@ -43,8 +44,8 @@ def plan_table(plan: Plan) -> Titled:
     elif not plan.ranks_known:
         summary.add_row(
             "allocation",
-            f"{plan.allocation_name}, linears {plan.recipe.target_speedup:g} times as fast: ranks and size follow from the "
-            "analysis and from times measured then; uniform ranks are shown, as if time were parameters",
+            f"{plan.allocation_name}, linears {plan.recipe.target_speedup:g} times as fast: ranks and size follow from "
+            "the analysis and from times measured then; uniform ranks are shown, as if time were parameters",
         )
     summary.add_row("removed of the linears", f"{plan.achieved_ratio:.2%}")
     summary.add_row("parameters", f"{count(plan.dense_params)} -> {count(plan.params)}")
@@ -163,17 +164,27 @@ def quantization_table(result: QuantizationResult) -> Titled:
 
 
 def demo_table(result: DemoResult) -> Table:
-    """Dense, plain SVD, SVD-LLM as published and the default preset side by side."""
-    table = Table(title="SmolLM2-135M-Instruct on held-out Python documentation", header_style="bold")
-    for column in ("model", "params", "files", "perplexity", "s.e.", "compressed in"):
+    """Dense, plain SVD, SVD-LLM as published and the default preset side by side, within 80 columns."""
+    title = "SmolLM2-135M-Instruct on held-out Python documentation"
+    table = Table(title=title, header_style="bold", pad_edge=False)
+    for column in ("model", "params", "files", "perplexity", "times dense", "made in"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for name, row, seconds in zip(
-        ("dense", "plain SVD", "SVD-LLM", "balanced"), result.rows, result.compression_seconds, strict=True
-    ):
-        ppl, stderr, _ = _measured(row)
-        time = "" if seconds is None else duration(seconds)
-        table.add_row(name, count(row.params), size(row.weight_bytes), ppl, stderr, time)
+    dense = result.rows[0]
+    for row in result.rows:
+        table.add_row(
+            row.name,
+            count(row.params),
+            size(row.weight_bytes),
+            _with_error(row.perplexity, row.stderr),
+            "" if row is dense else _with_error(*row.times(dense)),
+            "" if row.compression_seconds is None else duration(row.compression_seconds),
+        )
+    table.caption = "± standard error over windows; for times dense, over the differences by window"
     return table
+
+
+def _with_error(value: float, stderr: float) -> str:
+    return f"{perplexity_text(value)} ± {perplexity_text(stderr)}"
 
 
 def report_table(report: dict[str, Any]) -> Titled:

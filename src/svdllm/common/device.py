@@ -10,7 +10,11 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is the first accelerator, else the CPU. Raises InputError for a device that is not there."""
+    """Finds a device by name; ``auto`` is the first GPU, else the CPU.
+
+    Raises:
+        InputError: the device does not exist here, or has no float64.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -25,7 +29,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device, source_dtype: torch.dtype) -> torch.dtype:
-    """``auto`` computes in float32 on a CPU, where half precision is slow, else in the source's dtype."""
+    """Finds a dtype by name; ``auto`` is float32 on a CPU, where half precision is slow, else the source's dtype."""
     if name != "auto":
         if name not in DTYPES:
             raise InputError(f"--dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}.")

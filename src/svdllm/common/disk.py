@@ -1,4 +1,4 @@
-"""Room on disks: how much there is, how a file takes its share at once, and what is said when there is no more."""
+"""Measures free disk space, allocates files at once, and explains a full disk."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from svdllm.common.errors import FULL, ResourceError, os_error_in
 
-# What posix_fallocate ends with where it is not offered.
+# Errors of posix_fallocate where the system does not support it.
 NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 ZEROS = bytes(2**20)
 
 
 def existing_above(path: Path) -> Path:
-    """Returns the path itself if something is there, otherwise the nearest folder above it."""
+    """Returns the path itself if it exists, otherwise the nearest folder above it."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -30,10 +30,10 @@ def free_bytes(path: Path) -> int:
 
 
 def allocate(file: Path, num_bytes: int) -> None:
-    """Makes a file of this size whose blocks are all taken, so that writing to a mapping of it cannot fail.
+    """Makes a file of a size and reserves all its blocks, so that writing to a mapping of it cannot fail.
 
     Raises:
-        OSError: the disk has no room for it. The file is removed.
+        OSError: the disk is full. The file is removed.
     """
     try:
         with file.open("wb", buffering=0) as opened, naming(file):
@@ -46,7 +46,7 @@ def allocate(file: Path, num_bytes: int) -> None:
 
 
 def _fallocate(handle: int, num_bytes: int) -> bool:
-    """Returns False where the system or the file system has no such call."""
+    """Reserves the blocks of an open file; returns False where the system has no call for this."""
     if not hasattr(os, "posix_fallocate"):
         return False
     try:
@@ -60,7 +60,7 @@ def _fallocate(handle: int, num_bytes: int) -> bool:
 
 @contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Adds the file's name to an error of the system that lacks one, also to one that a library wraps."""
+    """Adds the file's name to a system error without one, also if a library has wrapped the error."""
     try:
         yield
     except Exception as error:
@@ -75,7 +75,7 @@ def naming(file: Path) -> Iterator[None]:
 
 @contextmanager
 def explain_full_disk(folder: Path, what_is_left: str) -> Iterator[None]:
-    """Turns every way in which a disk runs full while ``folder`` is written to into a ResourceError."""
+    """Turns every error of a full disk into a ResourceError, which ends with ``what_is_left``."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What can go wrong, told apart by who has to act. Every message says what, expected against found, and what to do."""
+"""Errors by who has to act. Every message says what is wrong, what was expected and found, and what to do."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from contextlib import contextmanager
 
 
 class SvdllmError(Exception):
-    """Base of every error that this library raises on purpose; ``exit_code`` is the command line's."""
+    """Base of every error that svdllm raises on purpose; the command line exits with ``exit_code``."""
 
     exit_code = 1
 
 
 class InputError(SvdllmError, ValueError):
-    """An argument, a file or a setting is wrong: the caller can mend it."""
+    """An argument, a file or a setting is wrong, and the caller can correct it."""
 
     exit_code = 2
 
 
 class UnsupportedModelError(SvdllmError):
-    """The model is fine, but it is of a kind that cannot be compressed or loaded here."""
+    """The model is intact, but of a kind that svdllm cannot compress or load."""
 
     exit_code = 3
 
 
 class ResourceError(SvdllmError):
-    """Memory or disk does not suffice; ``advice`` says what to do by the options of a command."""
+    """Memory or disk does not suffice; ``advice`` names options of a command that help."""
 
     exit_code = 4
 
@@ -39,7 +39,7 @@ class ResourceError(SvdllmError):
 
 
 class NumericalError(SvdllmError):
-    """A NaN or an infinity, in weights, activations or logits; the message names where."""
+    """Weights, activations or logits have a NaN or an infinity; the message says where."""
 
     exit_code = 5
 
@@ -48,7 +48,7 @@ class CheckpointError(InputError):
     """A checkpoint is truncated, altered or incomplete; the message names the file."""
 
 
-# Errors of the system that mean that a disk holds no more, and what to do about each.
+# System errors of a full disk, and what to do about each.
 FULL = {
     errno.ENOSPC: "Free some room on that disk.",
     errno.EDQUOT: "Free some of the room that your quota allows.",
@@ -57,7 +57,7 @@ FULL = {
 
 
 def as_ours(error: BaseException) -> SvdllmError | None:
-    """What an error means to the user, if it is ours or of memory, disk or files; None where nobody expected it."""
+    """Turns an error of memory, disk or files into ours; None for an error that nobody expected."""
     if isinstance(error, SvdllmError):
         return error
     import torch  # late: the help of the command line needs these classes, not torch
@@ -71,10 +71,10 @@ def as_ours(error: BaseException) -> SvdllmError | None:
 
 
 def os_error_in(error: BaseException) -> OSError | None:
-    """Returns the error of the system that an error is, or tells of.
+    """Returns the system error that an error is, or has in its text; None if there is none.
 
-    Libraries in Rust (safetensors, tokenizers) put it into the text of an error of their own: ``... (os error 28)``.
-    torch.save does not tell which one it was; that is taken for a full disk.
+    Libraries in Rust (safetensors, tokenizers) quote it in the text of their own error: ``... (os error 28)``.
+    torch.save does not say which it was; a full disk is assumed.
     """
     if isinstance(error, SvdllmError):
         return None
@@ -89,17 +89,17 @@ def os_error_in(error: BaseException) -> OSError | None:
 
 @contextmanager
 def explaining(what: str, advice: str = "") -> Iterator[None]:
-    """Turns whatever a library throws at a damaged file or an odd row into one sentence: ``what (its words): advice``.
+    """Turns an error of a library over a damaged file or an odd row into one sentence: ``what (its words): advice``.
 
-    Errors of ours, and memory or disk that runs out, pass as they are.
+    Our own errors, and those of full memory or disks, pass unchanged.
 
     Raises:
-        InputError: in place of any other exception, and of a panic of a library in Rust.
+        InputError: instead of any other exception, and of a panic of a library in Rust.
     """
     try:
         yield
     except BaseException as error:
-        # what pyo3 makes of a panic is no Exception, and has no name to import
+        # a panic in Rust is not an Exception here, and its class cannot be imported
         foreign = isinstance(error, Exception) or type(error).__name__ == "PanicException"
         if not foreign or isinstance(as_ours(error), ResourceError) or isinstance(error, SvdllmError):
             raise
@@ -107,19 +107,19 @@ def explaining(what: str, advice: str = "") -> Iterator[None]:
 
 
 def said_by(error: BaseException) -> str:
-    """What an error of a library says, in one line; of a failed look-up also its type, since it says only the key."""
+    """Quotes an error of a library in one line; with its type for a failed look-up, which says only the key."""
     words = first_line(error)
     return f"{type(error).__name__}: {words}" if isinstance(error, LookupError) else words
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, to be quoted in a message of ours; the next too where it ends with a colon."""
+    """The first line of an error's text, for messages of ours; with the next line where it ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
-    """What to put behind a name that is not known: ``, did you mean 'a' or 'b'?``, or nothing where none is like it."""
+    """The end of a message on an unknown name: ``, did you mean 'a' or 'b'?``, or "" where no name is similar."""
     known, name = list(known), name.lower()
     like = difflib.get_close_matches(name, known, n=most) or [other for other in known if name and name in other][:most]
     return f", did you mean {' or '.join(map(repr, like))}?" if like else ""

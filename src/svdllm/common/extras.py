@@ -8,6 +8,6 @@ from svdllm.common.errors import InputError
 
 
 def require_extra(package: str, needed_for: str, extra: str = "data") -> None:
-    """``package`` of an extra of ours can be imported."""
+    """Raises InputError unless ``package``, which an extra of svdllm installs, can be imported."""
     if importlib.util.find_spec(package) is None:
         raise InputError(f"{needed_for} needs the package '{package}': pip install 'svdllm[{extra}]'")

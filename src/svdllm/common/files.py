@@ -16,7 +16,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Writes a safetensors file with the permissions of an ordinary new file (the library gives it to its owner only).
 
     Raises:
-        OSError: it could not be written, for instance because the disk is full. There is no file then.
+        OSError: the file cannot be written, for instance because the disk is full. Nothing is left of it.
     """
     path.touch()
     mode = path.stat().st_mode
@@ -43,7 +43,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
-    """A path to write to, which gets another name at the end, and goes if anything fails."""
+    """Yields a temporary path, which is renamed at the end, or removed after an error."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial

@@ -18,7 +18,7 @@ try:
 except ImportError:  # on Windows
     fcntl = None
 
-# How a file system answers that has no locks.
+# Errors of a file system that has no locks.
 NOT_OFFERED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 SINCE = "%Y-%m-%d %H:%M:%S"
@@ -29,9 +29,9 @@ Holder = dict[str, str | int]  # process, host, since; empty where a file does n
 def locked(file: Path, what: Path) -> Iterator[str | None]:
     """Holds the lock of ``what`` while the context lasts; ``file`` is removed at its end, with folders made for it.
 
-    The kernel holds the lock (``flock``) and releases it when the process ends, however it ends: a file that a killed
-    process left locks nothing. The content of the file tells others who holds it. On a file system without locks the
-    content is the lock. There, a process of this host that has ended holds nothing; one of another host is believed.
+    The kernel holds the lock (``flock``) and releases it when the process ends, however it ends. The file that a killed
+    process leaves locks nothing. Its content says who holds the lock. On a file system without locks, the content is
+    the lock: a process of this host that has ended does not hold it, and a process of another host is believed to run.
 
     Yields:
         A warning if a run on another host left the file and did not end; otherwise None.
@@ -56,7 +56,7 @@ def locked(file: Path, what: Path) -> Iterator[str | None]:
 
 
 def _attempt(file: Path, what: Path) -> tuple[int, Holder] | None:
-    """Returns the open file and who left it; None if it was removed, or had to be, before another attempt."""
+    """Tries to take a lock once; returns the open file and its earlier holder, or None if another attempt is needed."""
     try:
         handle, is_new = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
     except FileExistsError:
@@ -116,7 +116,7 @@ def _release(file: Path, handle: int) -> None:
 
 
 def _is_at(handle: int, file: Path) -> bool:
-    """Returns whether the open file is still the one at this path."""
+    """Whether the open file is still the file at this path."""
     try:
         return os.path.samestat(os.fstat(handle), file.stat())
     except FileNotFoundError:
@@ -138,7 +138,7 @@ def _write(handle: int, holder: Holder) -> None:
 
 
 def _has_ended(holder: Holder) -> bool:
-    """Returns whether the holder is a process of this host that is not there any more."""
+    """Whether the holder is a process of this host that has ended."""
     if holder.get("host") != socket.gethostname() or os.name == "nt":
         return False
     try:
@@ -160,8 +160,8 @@ def _warning(what: Path, holder: Holder) -> str | None:
     if _is_here(holder):
         return None
     return (
-        f"An earlier run ({_name(holder)}) was stopped while it wrote to {what}; this one goes on. Stop one of the two if "
-        "it is still running: not every network file system tells one host of the locks of another."
+        f"An earlier run ({_name(holder)}) was stopped while it wrote to {what}; this one goes on. Stop one of the two "
+        "if it is still running: not every network file system shows the locks of another host."
     )
 
 

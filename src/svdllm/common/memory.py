@@ -1,4 +1,4 @@
-"""What memory the process has and has used."""
+"""Measures memory: what is free, what the process uses, and what weights take."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ from svdllm.common.errors import ResourceError, first_line
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Of the parameters of a model, tied ones counted once."""
+    """Bytes of the parameters of a model in memory; tied ones are counted once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
+def skeleton_bytes(skeleton: PreTrainedModel) -> int:
+    """Bytes that the parameters of a skeleton take once they are loaded in its dtype; tied ones are counted once."""
+    skeleton.tie_weights()
+    return parameter_bytes(skeleton)
+
+
 def resident_bytes() -> int:
-    """Resident memory of this process now (its highest so far where the system does not tell)."""
+    """Resident memory of this process now; its peak where the system does not report the current value."""
     statm = Path("/proc/self/statm")
     if statm.is_file():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -30,7 +36,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Highest resident memory of this process so far; 0 where the system does not tell."""
+    """Highest resident memory of this process so far; 0 where the system does not report it."""
     status = Path("/proc/self/status")
     if status.is_file() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(match[1]) * 1024  # getrusage would count what the parent had when it forked
@@ -43,7 +49,7 @@ def peak_bytes() -> int:
 
 
 def available_bytes() -> int | None:
-    """Memory that could be taken without swapping, within the limit of a container; None where not told."""
+    """Memory that is free without swapping, within a container's limit; None where the system does not report it."""
     found = []
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
@@ -59,13 +65,13 @@ def available_bytes() -> int | None:
 
 
 def device_peak_bytes(device: torch.device) -> int:
-    """Highest memory of an accelerator since the process began; 0 for the CPU."""
+    """Highest memory of a GPU since the process began; 0 for the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 @contextmanager
 def explain_out_of_memory(advice: str) -> Iterator[None]:
-    """Turns every way in which memory runs out, also that of torch's CPU allocator, into a ResourceError with advice."""
+    """Turns every out-of-memory error, also of torch's CPU allocator, into a ResourceError with advice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -76,7 +82,15 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
         raise ResourceError(f"Out of memory ({said}).", advice) from error
 
 
-def weight_bytes(skeleton: PreTrainedModel) -> int:
-    """Of a model without data, what is tied counted once."""
-    skeleton.tie_weights()
-    return parameter_bytes(skeleton)
+def free_bytes_on(device: torch.device) -> int | None:
+    """Free memory of an accelerator, or ``available_bytes`` for the CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+
+
+def require_memory(num_bytes: int, needs: str, device: torch.device, advice: str = "") -> None:
+    """Raises ResourceError unless so much memory is free; ``needs`` begins the message, as in "the weights need"."""
+    free = free_bytes_on(device)
+    if free is not None and num_bytes > free:
+        raise ResourceError(
+            f"{needs} {num_bytes / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free on {device}.", advice
+        )

@@ -1,4 +1,4 @@
-"""Whether this process is the command line, which imports what a command needs when it is called."""
+"""Tells whether this process is the command line, which imports what a command needs only when it is called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a long run tells what it does: a reporter that the command line, or a notebook, may replace."""
+"""Reports the progress of a long run; the command line or a notebook may replace the reporter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Reporter:
-    """Silent; subclasses draw. Every run is a sequence of stages, each of a known number of steps."""
+    """Follows a run as a sequence of stages, each with a known number of steps. Silent; subclasses draw."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -16,7 +16,7 @@ class Reporter:
 
     @contextmanager
     def stage(self, name: str, steps: int) -> Iterator[None]:
-        """Times a stage; stages of one name add up."""
+        """Times a stage; the times of stages with the same name add up."""
         started = time.perf_counter()
         self.start_stage(name, steps)
         try:
@@ -30,21 +30,21 @@ class Reporter:
     def end_stage(self, name: str) -> None: ...
 
     def advance(self, done: int, steps: int) -> None:
-        """``done`` of ``steps`` of the current stage are finished."""
+        """Called when ``done`` of ``steps`` of the current stage are finished."""
 
     def note(self, text: str) -> None:
-        """A line worth reading."""
+        """Called with a line worth reading."""
 
     def block_done(self, index: int, num_blocks: int, forward_seconds: float, decompose_seconds: float) -> None:
-        """A block's analysis is final."""
+        """Called when the analysis of a block is complete."""
 
     def warn(self, text: str) -> None:
-        """Something the user should know, though the run goes on."""
+        """Called with what the user should know, while the run goes on."""
         self.warnings.append(text)
 
 
 class SubReporter(Reporter):
-    """Passes on what a part of a larger run tells, and keeps that part's times for itself."""
+    """Passes on the reports of a part of a larger run, and keeps the times of this part for itself."""
 
     def __init__(self, outer: Reporter, prefix: str):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What every run is told beside its settings: how to reach the hub, and whom to report to."""
+"""Options of a run that decide no numbers: how to reach the hub, and whom to report to."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from svdllm.common.progress import Reporter
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The circumstances of a run. They decide no numbers.
+    """Options of a run that decide no numbers.
 
-    Public functions take them as the keywords ``offline``, ``revision`` and ``reporter``; inside, this object is passed
-    on.
+    Public functions take them as the keywords ``offline``, ``revision`` and ``reporter``, and pass this object on.
 
     Args:
         offline: never ask the hub; its local cache is used.
         revision: branch, tag or commit of a hub id.
-        reporter: is told about stages, progress and warnings; the default is silent.
+        reporter: receives stages, progress and warnings; silent by default.
     """
 
     offline: bool = False

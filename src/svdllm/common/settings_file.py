@@ -13,19 +13,19 @@ FINGERPRINT_FILE = "analysis.json"
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of an analysis folder; empty where a run was killed before it wrote them."""
+    """Reads the settings of an analysis folder; empty if a run was killed before it wrote them."""
     file = folder / FINGERPRINT_FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Each setting in which two runs differ, by name; empty where there is none."""
+    """Describes each setting in which two runs differ; "" where there is none."""
     keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     return "; ".join(f"{key} was {_short(found.get(key))}, is now {_short(wanted.get(key))}" for key in keys)
 
 
 def refuse_other_settings(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
-    """Raises InputError that names each setting in which two runs differ."""
+    """Raises InputError if two runs differ in a setting; names each of them."""
     if different := differences(found, wanted):
         raise InputError(
             f"An unfinished run in {folder} had other settings: {different}. Repeat it with the old settings to go on, "

@@ -1,6 +1,6 @@
-"""Imported first: keeps to itself what torchao says while transformers imports it, wherever it is installed.
+"""Silences torchao while transformers imports it; has to be imported first.
 
-It reports the kernels that a machine without a GPU cannot load, and that it uses a name of torch which will change.
+torchao reports kernels that a machine without a GPU cannot load, and a name of torch that will change.
 """
 
 from __future__ import annotations

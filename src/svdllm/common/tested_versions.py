@@ -11,13 +11,13 @@ OLDEST, NEWEST = "5.16", "5.24"
 
 
 def warn_if_untested() -> None:
-    """Warns of a transformers newer than any that was tested; Python shows the same warning once."""
+    """Warns if transformers is newer than any tested version; Python shows the same warning once."""
     found = transformers.__version__
     if _release(found) > _release(NEWEST):
         major, minor = _release(NEWEST)
         warnings.warn(
-            f"transformers {found} is newer than any that this version of svdllm was tested with ({OLDEST} to {NEWEST}). "
-            f"If something fails, take a newer svdllm or: pip install 'transformers<{major}.{minor + 1}'",
+            f"transformers {found} is newer than any that this version of svdllm was tested with ({OLDEST} to "
+            f"{NEWEST}). If something fails, take a newer svdllm or: pip install 'transformers<{major}.{minor + 1}'",
             stacklevel=3,  # where svdllm is imported
         )
 

@@ -1,4 +1,4 @@
-"""Grids: many compressed models of one dense model, measured alike (the paper's tables and sensitivity studies)."""
+"""Comparisons: many models made from one dense model, measured alike (the paper's tables and sensitivity studies)."""
 
 from __future__ import annotations
 

@@ -98,13 +98,13 @@ class Cells:
                     self._refuse_other_checkpoint(made)
 
     def _refuse_other(self, found: Record, cell: Cell) -> None:
-        # Records of older versions say less.
+        # Records of older versions have fewer settings.
         wanted = {key: value for key, value in self.settings_of(cell).items() if key in found}
         known = {"recipe": with_new_fields(found["recipe"]), "recovery": with_new_recovery(found["recovery"])}
         if different := differences(_flat(found | known), _flat(wanted)):
             raise InputError(
-                f"{self._file(cell)} holds '{cell.name}' made with other settings: {different}. Give the same settings to "
-                "go on, or name another folder."
+                f"{self._file(cell)} holds '{cell.name}' made with other settings: {different}. Give the same settings "
+                "to continue, or name another folder."
             )
 
     def _refuse_other_checkpoint(self, cell: Cell) -> None:
@@ -112,8 +112,8 @@ class Cells:
         folder = self.checkpoint(cell)
         if cell.variant.is_made(folder, self.settings_of(cell)) is None:
             raise InputError(
-                f"{folder} was made with other settings than those of '{cell.name}'. Give the same settings to go on, or name "
-                "another folder."
+                f"{folder} was made with other settings than those of '{cell.name}'. Give the same settings to "
+                "continue, or name another folder."
             )
 
     def _file(self, cell: Cell) -> Path:

@@ -135,8 +135,8 @@ class Trained(Variant):
             METHODS[method].check_extra(f"method {self.name}")
         if options.revision is not None and self.recovery.teacher == model:
             raise InputError(
-                f"--revision is not known to the training of {self.name}, whose teacher would be another model: download the "
-                "revision and give its folder."
+                f"--revision does not reach the training of {self.name}, whose teacher would be another model. "
+                "Download the revision and give its folder."
             )
 
     def settings(self, ratio: float | None) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def with_new_recovery(settings: dict[str, Any] | None) -> dict[str, Any] | None:
 
 @contextmanager
 def _advising(advice: str) -> Iterator[None]:
-    """Says what a comparison can do about memory that is short, instead of what the command for one model can."""
+    """Replaces the advice of an error about memory by what can be done in a comparison."""
     try:
         yield
     except ResourceError as error:

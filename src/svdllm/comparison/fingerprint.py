@@ -9,7 +9,7 @@ from svdllm.common.device import resolve_device, resolve_dtype
 from svdllm.comparison.settings import Grid
 from svdllm.models.low_rank.lowrank import sha256_of
 from svdllm.models.open import Source, open_config
-from svdllm.models.weights import weight_files
+from svdllm.models.safetensors_files import weight_files
 
 
 def identity_of(grid: Grid) -> dict[str, Any]:

@@ -38,8 +38,8 @@ class Foreign(Variant):
         if not same_vocabulary or len({tuple(tokenizer(SAMPLE)["input_ids"]) for tokenizer in tokenizers}) > 1:
             how = f"{sizes[1]:,} tokens, {model} has {sizes[0]:,}" if sizes[0] != sizes[1] else "other tokens or merges"
             raise InputError(
-                f"Method {self.name}={self.source}: its tokenizer is not that of {model} ({how}). Perplexities over different "
-                "tokens cannot be compared: give a model that was made of this one."
+                f"Method {self.name}={self.source}: its tokenizer is not that of {model} ({how}). Perplexities over "
+                "different tokens cannot be compared: give a model that was made from this one."
             )
 
     @cached_property

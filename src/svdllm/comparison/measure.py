@@ -61,7 +61,7 @@ def measure(
 def continuations(
     model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], new_tokens: int
 ) -> list[dict[str, str]]:
-    """What a model writes after every prompt: the most likely token each time, so that models can be compared."""
+    """Continues every prompt with the most likely token each time, so that models can be compared."""
     written = []
     with evaluation_mode(model), torch.no_grad():
         for prompt in prompts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from dataclasses import dataclass, field
 from importlib import resources
@@ -14,8 +13,8 @@ import transformers
 
 from svdllm.common.files import write_atomically
 from svdllm.common.version import __version__
-from svdllm.comparison import plots as grid_plots
-from svdllm.comparison.settings import Grid, file_name_of
+from svdllm.comparison.figures import Figure, figures_of
+from svdllm.comparison.settings import Grid
 from svdllm.comparison.studies import Study
 from svdllm.comparison.table import Column, Entry, Group, columns_of, groups_of
 from svdllm.comparison.variants import is_baseline
@@ -25,20 +24,8 @@ STAGES = {"analyze": "calibration, forward", "gradients": "calibration, backward
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
-    name: str
-    title: str
-    caption: str
-    svg: str
-
-    @property
-    def data_uri(self) -> str:
-        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg.encode()).decode()}"
-
-
-@dataclass(frozen=True, kw_only=True)
 class GridReport:
-    """A grid as it is shown. ``command`` made it; ``study`` is what varies in it, if it is a sensitivity study."""
+    """The content of a report. ``command`` made the grid; ``study`` varies in it, if it is a sensitivity study."""
 
     grid: Grid
     records: list[Record]
@@ -69,7 +56,7 @@ class GridReport:
 
     @property
     def findings(self) -> list[str]:
-        """For every ratio, what is best on the first text, and by how much."""
+        """Names the best model of every ratio on the first text, and its gain."""
         if not any(record.get("perplexity") for record in self.records):
             return []
         column, lines = self.columns[0], []
@@ -78,7 +65,8 @@ class GridReport:
                 if row.entries and row.entries[0].best:
                     entry = row.entries[0]
                     gain = (
-                        f", {entry.gain.strip('()')} {'of' if '/' in entry.gain else 'against'} the best of {self.baselines}"
+                        f", {entry.gain.strip('()')} {'of' if '/' in entry.gain else 'against'} the best of "
+                        f"{self.baselines}"
                         if entry.gain
                         else ""
                     )
@@ -87,19 +75,19 @@ class GridReport:
 
     @property
     def baselines(self) -> str:
-        """Those that are in the grid."""
+        """The baselines that are in the grid."""
         return ", ".join(variant.name for variant in self.grid.variants if is_baseline(variant.name))
 
     @property
     def protocol(self) -> list[str]:
-        """How the figures were taken, in sentences."""
+        """Describes how the figures were measured, in sentences."""
         measures = self.grid.measures
         lines = []
         described = [row for record in self.records for row in record.get("perplexity", {}).values()]
         if described:
             lines.append(
-                f"Perplexity by the protocol {described[0]['protocol']}: {described[0]['description']}. ± is the standard "
-                "error over windows."
+                f"Perplexity by the protocol {described[0]['protocol']}: {described[0]['description']}. ± is the "
+                "standard error over windows."
             )
         if measures.tasks:
             limit = "all examples" if measures.limit is None else f"the first {measures.limit} examples"
@@ -108,14 +96,14 @@ class GridReport:
         lines += dict.fromkeys(f"Calibration: {text}." for text in calibrations if text is not None)
         if self.baselines:
             lines.append(
-                f"In brackets: change against the best of {self.baselines} at the same ratio, or what part of it is left. Bold: best of the ratio, "
-                "whatever the standard errors."
+                f"In brackets: change against the best of {self.baselines} at the same ratio, or what part of it is "
+                "left. Bold: best of the ratio, whatever the standard errors."
             )
         return lines
 
     @property
     def times(self) -> dict[str, dict[str, float]]:
-        """Seconds by variant and stage; of the ratios, the one in which calibration was done."""
+        """Seconds by variant and stage, at the ratio for which calibration was done."""
         times: dict[str, dict[str, float]] = {}
         for record in self.records:
             if record["status"] == "done" and record["variant"]:
@@ -126,7 +114,7 @@ class GridReport:
 
     @property
     def generations(self) -> list[tuple[str, list[tuple[str, str]]]]:
-        """By prompt: what each model wrote."""
+        """Every prompt with the text that each model wrote."""
         prompts = [row["prompt"] for record in self.records for row in record.get("generations", [])]
         return [
             (
@@ -143,58 +131,11 @@ class GridReport:
 
     @property
     def recipes(self) -> dict[str, str]:
-        """YAML of every variant's settings."""
+        """The settings of every variant as YAML."""
         return {variant.name: variant.describe() for variant in self.grid.variants}
 
     def figures(self) -> list[Figure]:
-        made = [record for record in self.records if record["status"] == "done" and record["variant"]]
-        figures = []
-        if made and self.grid.measures.texts:
-            if self.study is not None:
-                svg = grid_plots.study_figure(self.records, self.study.axis, self.study.numeric)
-                figures.append(Figure(name="study", title="Sensitivity", caption=self.study.summary, svg=svg))
-            else:
-                figures += [
-                    Figure(
-                        name=f"perplexity-{against}",
-                        title=f"Perplexity against {title}",
-                        caption="Bars are standard errors over windows; the broken line is the dense model.",
-                        svg=grid_plots.perplexity_figure(self.records, against),
-                    )
-                    for against, title in (("ratio", "ratio"), ("bytes", "bytes"))
-                ]
-        if any(record["linears"] and not record["recovery"] for record in made):
-            figures += [
-                Figure(
-                    name=f"linears-{quantity}",
-                    title=title,
-                    caption="Blocks from left to right, kinds of linears from top to bottom.",
-                    svg=grid_plots.heat_map_figure(self.records, quantity),
-                )
-                for quantity, title in (("params", "Where the parameters are"), ("kept_energy", "Kept energy"))
-            ]
-        shown = [name for v in self.grid.variants if file_name_of(name := (v.base or v).name) in self.spectra]
-        if shown:
-            variant = "svd-llm" if "svd-llm" in shown else shown[0]
-            figures.append(
-                Figure(
-                    name="spectra",
-                    title="Spectra",
-                    caption=f"Singular values of every weight in the metric of {variant}: a line for each block, from the "
-                    "first (dark) to the last (bright).",
-                    svg=grid_plots.spectra_figure(self.spectra[file_name_of(variant)]),
-                )
-            )
-        if times := self.times:
-            figures.append(
-                Figure(
-                    name="time",
-                    title="Time to compress",
-                    caption="Calibration is done once for all ratios; a run that was interrupted shows the last part only.",
-                    svg=grid_plots.time_figure(times),
-                )
-            )
-        return figures
+        return figures_of(self.records, self.grid, self.study, self.spectra, self.times)
 
     def to_dict(self) -> Record:
         return {
@@ -237,7 +178,7 @@ def _template(name: str) -> Any:
 
 
 def _without_harness(record: Record) -> Record:
-    """The harness's own document of every model is in its cell."""
+    """Leaves out the harness's own document, which is in the cell."""
     if "tasks" not in record:
         return record
     left_out = ("harness", "model")  # long; and where the model was while it was measured

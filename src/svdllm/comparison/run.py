@@ -1,4 +1,4 @@
-"""A comparison from beginning to end: check, make and measure cell by cell, go on where an earlier run stopped."""
+"""A comparison from beginning to end: check, make and measure cell by cell, continue where an earlier run stopped."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ def run_grid(
 ) -> list[Record]:
     """Makes and measures every cell; returns their records, in the grid's order.
 
-    A cell that fails is a record that says why; the others go on. Finished cells are files in ``folder/cells``: the same
-    grid goes on with them, and so does one with more variants or ratios. Failed ones are tried again.
+    A cell that fails becomes a record with its error, and the others are still made. Finished cells are files in
+    ``folder/cells``: the same grid continues with them, and so does one with more variants or ratios. Failed cells are
+    tried again.
 
     Args:
         folder: made by this call, or left by an earlier one.
-        keep: leave every checkpoint in ``folder/checkpoints``; otherwise it is removed when it is measured.
+        keep: leave every checkpoint in ``folder/checkpoints``; otherwise it is removed once it is measured.
         on_cell: is called with all records so far after each new one.
 
     Raises:
@@ -71,7 +72,7 @@ def run_grid(
 
 
 def _check(grid: Grid, folder: Path, reporter: Reporter) -> None:
-    """Raises what can be wrong with any cell, before the first one is made."""
+    """Raises for anything that is wrong with any cell, before the first one is made."""
     require_extra("matplotlib", "a report", extra="report")
     require_writable(folder)
     if folder.is_dir() and not is_empty(folder, LOCK) and not (folder / GRID_FILE).is_file():
@@ -90,7 +91,7 @@ def _check(grid: Grid, folder: Path, reporter: Reporter) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """The work that is left to do in a folder that no other run writes to."""
+    """The work that is left in a folder that no other run writes to."""
 
     grid: Grid
     cells: Cells
@@ -98,7 +99,7 @@ class _Run:
     reporter: Reporter
 
     def execute(self) -> Iterator[Cell]:
-        """Yields every cell when its record is written: the dense model, then analysis by analysis and ratio by ratio."""
+        """Yields every cell once its record is written: the dense model, then by analysis and ratio."""
         left = [cell for cell in self.grid.cells if not self.cells.is_done(cell)]
         columns: dict[str, dict[float | None, list[Cell]]] = {}
         for cell in left:
@@ -169,7 +170,7 @@ class _Run:
 
 @contextmanager
 def _tasks(grid: Grid, reporter: Reporter) -> Iterator[TaskSuite | None]:
-    """The tasks made ready, and seen to fit the model; None where none are asked for."""
+    """Opens the tasks and checks that they fit the model; yields None if none are asked for."""
     measures = grid.measures
     if not measures.tasks:
         yield None

@@ -12,7 +12,7 @@ from svdllm.common.run_options import RunOptions
 from svdllm.comparison.variant import Variant
 
 DENSE = "dense"
-# For the generations of the report: knowledge, a story, instructions, arithmetic, code.
+# The prompts of the report: knowledge, a story, instructions, arithmetic, code.
 PROMPTS = (
     "The capital of France is",
     "Once upon a time, in a village at the foot of a mountain,",

@@ -1,4 +1,4 @@
-"""Spectra of an analysis, thinned out for plots (the paper's Figure 6)."""
+"""Reads the spectra of an analysis, thinned out for plots (the paper's Figure 6)."""
 
 from __future__ import annotations
 

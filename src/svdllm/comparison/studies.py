@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,45 +14,117 @@ from svdllm.comparison.variants import variants_of
 from svdllm.compression.recipe_files import make_recipe
 from svdllm.recovery.sequential_lora import ORDERS
 
+METHOD = "svd-llm"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
-    """What varies, over which values by default, and which setting of the recipe it is, if it is one."""
+class Request:
+    """What a study is asked for: its values, and what all its models have in common.
+
+    Args:
+        method: as ``svdllm compare`` takes it; None for svd-llm.
+        calibration: settings of all recipes.
+        recover: settings of all training; None if nothing is trained.
+        teacher: the dense model.
+    """
+
+    values: Sequence[str]
+    method: str | None
+    calibration: Mapping[str, Any]
+    recover: Mapping[str, Any] | None
+    teacher: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(ABC):
+    """A row of the table of studies: the thing that varies, and its default values."""
 
     summary: str
     axis: str
     values: tuple[str, ...]
-    setting: str | None = None
     numeric: bool = False
 
+    @abstractmethod
+    def variants(self, name: str, request: Request) -> tuple[Variant, ...]:
+        """One variant for each value. Raises InputError if the request does not fit the study."""
 
-STUDIES = {
-    "samples": Study(
+
+@dataclass(frozen=True, kw_only=True)
+class SettingStudy(Study):
+    """Varies a setting of the recipe."""
+
+    setting: str
+
+    def variants(self, name: str, request: Request) -> tuple[Variant, ...]:
+        if request.recover is not None:
+            raise InputError(f"Study {name} trains nothing: leave --recover out.")
+        if self.setting in request.calibration:
+            raise InputError(f"Study {name} varies {self.setting}: give its --values, and not the setting itself.")
+        (base,) = variants_of([request.method or METHOD], request.calibration, teacher=request.teacher)
+        if not isinstance(base, Compressed):
+            raise InputError(f"A study varies a setting of a recipe, and {base.name} is not made by one.")
+        return tuple(self._variant(base, name, value) for value in request.values)
+
+    def _variant(self, base: Compressed, name: str, value: str) -> Compressed:
+        named = f"{name} {value}" if self.numeric else value
+        settings = {**base.recipe.to_dict(), self.setting: _number(value, name) if self.numeric else value}
+        return Compressed(name=named, recipe=make_recipe(settings, f"{self.setting} {value}"))
+
+
+class PartsStudy(Study):
+    """Compares methods, which are its values."""
+
+    def variants(self, name: str, request: Request) -> tuple[Variant, ...]:
+        if request.method is not None:
+            raise InputError(f"Study {name} compares methods: give them as --values, and no --method.")
+        return variants_of(request.values, request.calibration, request.recover, teacher=request.teacher)
+
+
+class OrderStudy(Study):
+    """Varies the order of the sequential update."""
+
+    def variants(self, name: str, request: Request) -> tuple[Variant, ...]:
+        if unknown := [value for value in request.values if value not in ORDERS]:
+            raise InputError(f"Unknown order {unknown[0]!r}; known are {', '.join(ORDERS)}.")
+        if request.recover is not None and "order" in request.recover:
+            raise InputError(f"Study {name} varies the order: leave it out of --recover, and give --values.")
+        method = f"{request.method or METHOD}+sequential-lora"
+        variants = []
+        for order in request.values:
+            recover = None if request.recover is None else {**request.recover, "order": order}
+            (variant,) = variants_of([method], request.calibration, recover, teacher=request.teacher)
+            assert isinstance(variant, Trained)
+            variants.append(replace(variant, name=f"{variant.base.name}+{order}"))
+        return tuple(variants)
+
+
+STUDIES: dict[str, Study] = {
+    "samples": SettingStudy(
+        setting="samples",
         summary="number of calibration windows (Figure 5, Table 6)",
         axis="calibration windows",
         values=("16", "32", "64", "128", "256"),
-        setting="samples",
         numeric=True,
     ),
-    "seed": Study(
+    "seed": SettingStudy(
+        setting="seed",
         summary="seed by which the calibration windows are drawn (Figure 5, Table 6)",
         axis="seed",
         values=("1", "2", "3", "4", "5"),
-        setting="seed",
         numeric=True,
     ),
-    "data": Study(
+    "data": SettingStudy(
+        setting="calibration",
         summary="calibration text (Table 6)",
         axis="calibration text",
         values=("wikitext2", "c4"),
-        setting="calibration",
     ),
-    "parts": Study(
+    "parts": PartsStudy(
         summary="whitening alone, update alone, both, beside ASVD (Table 4)",
         axis="method",
         values=("asvd", "svd-llm", "svd+sequential-lora", "svd-llm+sequential-lora"),
     ),
-    "order": Study(
+    "order": OrderStudy(
         summary="order of the sequential update, and both factors at once (Tables 5 and 15)",
         axis="order of the update",
         values=tuple(ORDERS),
@@ -81,49 +154,10 @@ def study(
         InputError: no such study, or a value is not one of it.
     """
     chosen = find_study(name)
-    values = values or chosen.values
-    if name == "parts":
-        if method is not None:
-            raise InputError("Study parts compares methods: give them as --values, and no --method.")
-        return variants_of(values, calibration, recover, teacher=teacher)
-    method = method or "svd-llm"
-    if name == "order":
-        return _orders(values, method, calibration, recover, teacher)
-    if recover is not None:
-        raise InputError(f"Study {name} trains nothing: leave --recover out.")
-    if chosen.setting in calibration:
-        raise InputError(f"Study {name} varies {chosen.setting}: give its --values, and not the setting itself.")
-    (base,) = variants_of([method], calibration, teacher=teacher)
-    if chosen.setting == "calibration":
-        return tuple(_with(base, "calibration", value, value) for value in values)
-    return tuple(_with(base, chosen.setting or name, _number(value, name), f"{name} {value}") for value in values)
-
-
-def _orders(
-    values: Sequence[str],
-    method: str,
-    calibration: Mapping[str, Any],
-    recover: Mapping[str, Any] | None,
-    teacher: str,
-) -> tuple[Variant, ...]:
-    if unknown := [value for value in values if value not in ORDERS]:
-        raise InputError(f"Unknown order {unknown[0]!r}; known are {', '.join(ORDERS)}.")
-    if recover is not None and "order" in recover:
-        raise InputError("Study order varies the order: leave it out of --recover, and give --values.")
-    variants = []
-    for order in values:
-        settings = None if recover is None else {**recover, "order": order}
-        (variant,) = variants_of([f"{method}+sequential-lora"], calibration, settings, teacher=teacher)
-        assert isinstance(variant, Trained)
-        variants.append(replace(variant, name=f"{variant.base.name}+{order}"))
-    return tuple(variants)
-
-
-def _with(base: Variant, setting: str, value: Any, name: str) -> Compressed:
-    if not isinstance(base, Compressed):
-        raise InputError(f"A study varies a setting of a recipe, and {base.name} is not made by one.")
-    recipe = make_recipe({**base.recipe.to_dict(), setting: value}, f"{setting} {value}")
-    return Compressed(name=name, recipe=recipe)
+    request = Request(
+        values=values or chosen.values, method=method, calibration=calibration, recover=recover, teacher=teacher
+    )
+    return chosen.variants(name, request)
 
 
 def _number(value: str, name: str) -> int:

@@ -17,7 +17,7 @@ NEAR = 0.01  # a model made elsewhere is compared with ours if its ratio is that
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One figure of one model, as it is shown."""
+    """One figure of one model."""
 
     value: float
     stderr: float | None = None
@@ -25,7 +25,7 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A measured quantity; ``gain`` puts a value against the best baseline's into words."""
+    """A measured quantity. ``gain`` describes a value relative to the best baseline's."""
 
     title: str
     lower_is_better: bool
@@ -43,7 +43,7 @@ class Entry:
     text: str
     stderr: str = ""
     gain: str = ""
-    is_gain: bool = False  # whether it is one
+    is_gain: bool = False  # whether ``gain`` is an improvement
     best: bool = False
 
 
@@ -67,13 +67,13 @@ class Group:
 
 
 def columns_of(records: Sequence[Record]) -> list[Column]:
-    """Perplexities, then accuracies and their average, then what is left."""
+    """Perplexities, then accuracies and their average, then the other scores of tasks."""
     texts = dict.fromkeys(text for record in records for text in record.get("perplexity", {}))
     scores = {
         score["task"]: score
         for record in records
         for score in record.get("tasks", {}).get("scores", [])
-        if score.get("group") is None  # a group counts once, its members do not
+        if score.get("group") is None  # a group counts once, and its members do not
     }
     accuracies = [task for task, score in scores.items() if score["main"]["name"] == "acc"]
     others = [task for task in scores if task not in accuracies]
@@ -131,14 +131,14 @@ def _title(place: float) -> str:
 
 
 def perplexity_text(value: float) -> str:
-    """With what can be told of it, and no more."""
+    """Three or four digits: fewer decimals the larger the number is."""
     if value >= 1e5:
         return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
 def text_names(texts: Iterable[str]) -> dict[str, str]:
-    """Short names of texts: of files, without their folders, as long as that tells them apart."""
+    """Short names of texts: files lose their folders, unless two would have one name."""
     short = {text: text.replace("\\", "/").rsplit("/", 1)[-1] for text in texts}
     return short if len(set(short.values())) == len(short) else {text: text for text in short}
 

@@ -80,7 +80,7 @@ def variants_of(
             raise InputError(f"Method {variant.name!r} is given twice.")
     if recover is not None and not any(isinstance(variant, Trained) for variant in variants):
         raise InputError(
-            "Training settings are given, but no method is trained: write it like svd-llm+sequential-lora among the methods."
+            "Training settings are given, but no method is trained: write svd-llm+sequential-lora among the methods."
         )
     return variants
 
@@ -125,9 +125,9 @@ def _recovery(name: str, training: list[str], recover: Mapping[str, Any] | None,
     if unknown := [method for method in training if method not in METHODS]:
         raise InputError(_unknown(name, unknown[0], list(METHODS)))
     if recover is None or "data" not in recover:
-        raise InputError(f"Method {name} needs what to learn from: --recover 'data: alpaca.json', or another source.")
+        raise InputError(f"Method {name} needs data to learn from: --recover 'data: alpaca.json', or another source.")
     if "methods" in recover:
-        raise InputError("--recover: methods are written behind the method, as in svd-llm+sequential-lora.")
+        raise InputError("--recover: write methods of training behind the method, as in svd-llm+sequential-lora.")
     taught = {"teacher": teacher} if any(METHODS[method].teacher != "unused" for method in training) else {}
     return make_recovery({"device": device, **taught, **recover, "methods": tuple(training)})
 

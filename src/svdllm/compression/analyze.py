@@ -32,6 +32,7 @@ from svdllm.compression.plan import Plan
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.records import Provenance
 from svdllm.compression.session import Run, recipe_settings
+from svdllm.compression.shared_statistics import SharedStatistics
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
 from svdllm.models.structure import Structure, Target, weight_of
@@ -84,8 +85,18 @@ def analyze(
         analysis=analysis,
         depths=_depths(subject.structure, plans),
         keeps_left_metrics=recipe.calibration_mode == "sequential" or run.analysis_dir is not None,
+        shared=_shared_statistics(run, analysis),
         reporter=run.reporter,
     ).run()
+
+
+def _shared_statistics(run: Run, analysis: Analysis) -> SharedStatistics | None:
+    """Where the statistics are shared with other runs; None where they are not."""
+    if run.statistics_dir is None or run.recipe.bias_correction:
+        return None
+    names = ("recipe: method", "recipe: batch_tokens", "recipe: joint_kv")
+    beside = {key: value for key, value in analysis.settings.items() if key in names or not key.startswith("recipe: ")}
+    return SharedStatistics.of(run.statistics_dir, beside)
 
 
 def _settings_beside_the_recipe(recipe: Recipe, subject: Subject, provenance: Provenance) -> dict[str, Any]:
@@ -125,6 +136,7 @@ class Calibration:
     analysis: Analysis
     depths: Mapping[str, int]  # target -> directions of its basis to keep
     keeps_left_metrics: bool  # a sequential calibration reads them
+    shared: SharedStatistics | None = None
     reporter: Reporter
 
     @property
@@ -161,7 +173,7 @@ class Calibration:
         started = time.perf_counter()
         statistics: dict[str, Statistic] = {}
         if self.method.statistic is not None:
-            statistics = collect_statistics(block, targets, self.method)
+            statistics = self._statistics(block, targets)
         elif self.method.needs_tokens:
             block.run()
         forward = time.perf_counter() - started
@@ -180,6 +192,21 @@ class Calibration:
             self.analysis.write_metrics(block.index, known, means, forward)
         else:
             self._decompose(block, targets, metric_of, means, forward)
+
+    def _statistics(self, block: Block, targets: list[Target]) -> dict[str, Any]:
+        """Runs a block and collects its statistics, or reads those of an earlier run over the same tokens.
+
+        Such a run is only repeated where a reverse walk needs the inputs of the block.
+        """
+        if self.shared is None:
+            return collect_statistics(block, targets, self.method)
+        if self.shared.is_complete(len(self.walk.structure.blocks)):
+            if self.reverse:
+                block.run()
+            return self.shared.read(block.index, targets)
+        statistics = collect_statistics(block, targets, self.method)
+        self.shared.write(block.index, targets, statistics)
+        return statistics
 
     def _backward(self, block: Block) -> None:
         """Collects the metrics of the outputs of a block, and decomposes its weights."""

@@ -12,11 +12,14 @@ from svdllm.models.structure import Target
 
 # Bytes per second of reading weights and looking for NaN, and of writing a checkpoint, hashing it and reading it back.
 READ_BYTES, WRITE_BYTES = 4e8, 1e8
-GGUF_WEIGHTS = 1.5e7  # dequantised, written and hashed per second
+# Of a GGUF file: seconds to read its vocabulary, and weights dequantised, written and hashed per second.
+GGUF_SECONDS, GGUF_WEIGHTS = 8.0, 3e7
 # Element-wise operations for every output of a linear: norms, residuals, rotations, gates, copies.
 PASSES = 16
 # Times the forward pass that a backward pass takes, with the forward pass that it repeats.
 BACKWARD = 2.5
+# Fits of a target in a sequential calibration that chooses beta: three candidates, and then the best of them.
+FITS = 4
 # A call of few tokens takes as long as with this many more, in which time the weights are read from memory.
 CALL_TOKENS = 32
 # How much of the products' work a symmetric product needs, computed panel by panel.
@@ -43,7 +46,7 @@ def _seconds_by_stage(work: Workload, speed: MachineSpeed) -> dict[str, float]:
     walk = _forward_seconds(work, work.tokens, speed) + _gram_seconds(work, work.tokens, speed)
     speedup = work.recipe.target_speedup
     return {
-        "open": work.num_stored_weights / GGUF_WEIGHTS if work.gguf_bytes else 0.0,
+        "open": GGUF_SECONDS + work.num_stored_weights / GGUF_WEIGHTS if work.gguf_bytes else 0.0,
         "check weights": tensor_bytes(work.stored) / READ_BYTES,
         "time linears": 0.0 if speedup is None else SECONDS_PER_SHAPE * len(work.linear_shapes),
         "analyze": walk if work.gradient_tokens else walk + spectra,
@@ -109,12 +112,14 @@ def _spectrum_seconds(target: Target, work: Workload, speed: MachineSpeed) -> fl
 
 
 def _sequential_seconds(work: Workload, speed: MachineSpeed) -> float:
-    """Six partial or whole passes, three products per group, and a decomposition for each candidate of beta."""
+    """Six partial or whole passes, three products per group, and for each candidate of beta a fit and its error."""
     if not work.sequential_tokens:
         return 0.0
-    tokens = work.sequential_tokens
-    spectra = sum(_spectrum_seconds(target, work, speed) for target in work.structure.targets)
-    return 6 * _forward_seconds(work, tokens, speed) + 4 * _gram_seconds(work, tokens, speed) + 4 * spectra
+    tokens, targets = work.sequential_tokens, work.structure.targets
+    fits = 1 if work.recipe.beta is not None else FITS
+    fit = sum(_spectrum_seconds(target, work, speed) for target in targets)
+    fit += sum(t.in_features**3 / 3 + 10 * t.num_weights * t.in_features for t in targets) / speed.multiply64
+    return 6 * _forward_seconds(work, tokens, speed) + 4 * _gram_seconds(work, tokens, speed) + fits * fit
 
 
 def _write_seconds(work: Workload, speed: MachineSpeed) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from svdllm.checkpoint.output import Output, size_of
-from svdllm.common.errors import ResourceError
-from svdllm.common.memory import available_bytes
+from svdllm.common.memory import require_memory
 from svdllm.compression.plan import Plan
 
 
@@ -12,12 +13,10 @@ def require_room(output: Output, plan: Plan) -> None:
     """Raises ResourceError unless there is as much free disk and memory as the plan predicts the run to need."""
     needs = plan.needs
     output.require_disk(needs.disk_bytes, "the run needs", there=size_of(output.work))
-    memory = available_bytes()
-    more = needs.peak_ram_bytes - needs.ram_by_stage["now"]
-    if memory is not None and more > memory:
-        stage = max(needs.ram_by_stage, key=lambda name: needs.ram_by_stage[name])
-        raise ResourceError(
-            f"The run needs {more / 1e9:.2f} GB more memory at its peak (stage {stage!r}), {memory / 1e9:.2f} GB "
-            "are free.",
-            f"Lower --{'probe-share' if stage == 'probe' else 'batch-tokens'}, or free some memory.",
-        )
+    stage = max(needs.ram_by_stage, key=lambda name: needs.ram_by_stage[name])
+    require_memory(
+        needs.peak_ram_bytes - needs.ram_by_stage["now"],
+        f"At its peak (stage {stage!r}) the run needs another",
+        torch.device("cpu"),
+        f"Lower --{'probe-share' if stage == 'probe' else 'batch-tokens'}, or free some memory.",
+    )

@@ -43,6 +43,7 @@ def compress_many(
     resume: bool = True,
     hidden_states_limit: int | None = None,
     analysis_dir: str | Path | None = None,
+    statistics_dir: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> list[CompressionResult]:
     """Compresses a model to every ratio of the recipe, with one calibration and one decomposition.
@@ -52,14 +53,14 @@ def compress_many(
         recipe: the settings. With several ratios, ``output_dir`` gets one folder for each.
         output_dir: made by this call; must not exist, or be empty. Work in progress lies beside it, in
             ``<output_dir>.partial`` (in a mount point, in ``svdllm.partial``), and a killed run goes on from there.
-        calibration: a list of strings, a ``datasets.Dataset`` or token ids (``windows x seqlen``), in place of the
-            recipe's ``calibration``.
+        calibration: strings, a ``datasets.Dataset`` or token ids (``windows x seqlen``), instead of the recipe's text.
         tokenizer: for a model in memory; other models bring theirs.
         offline: never ask the hub.
         revision: branch, tag or commit of a hub id.
         resume: go on with an unfinished run in ``<output_dir>.partial``; otherwise start over.
         hidden_states_limit: bytes of hidden states kept in RAM before they go to disk; by default half of what is free.
         analysis_dir: keeps the analysis for runs with other ratios and allocations, which then start from it.
+        statistics_dir: keeps the Grams of the inputs for other recipes of the same method over the same tokens.
         reporter: is told about stages and progress.
 
     Raises:
@@ -78,16 +79,15 @@ def compress_many(
         resume=resume,
         hidden_states_limit=hidden_states_limit,
         analysis_dir=analysis_dir,
+        statistics_dir=statistics_dir,
     ) as run:
         subject, plans = open_subject(run)  # lines 1 and 6: the model, its blocks and the weights to compress
         windows = calibration_windows(run, subject)  # line 4: some text, as tokens
-        provenance = check_weights(run, subject, windows)
+        provenance = check_weights(run, subject, windows)  # every weight is finite; hashes of weights and text
         with open_analysis(run, subject, provenance) as analysis:
             times = measure_times(run, subject)  # where time is the budget
             analyze(run, subject, windows, plans, analysis)  # lines 5 to 9, Algorithm 2: C = X X^T, spectra of W C W^T
             plans = allocate(run, subject, windows, plans, analysis, times)  # a rank for every weight, or dense
         fitted = [refit(run, subject, windows, analysis, plan) for plan in plans]  # sequential calibration only
-        made = zip(plans, fitted, strict=True)
-        results = [write(run, subject, provenance, analysis, *each) for each in made]  # lines 10 to 13: W' = W'u W'v
-        run.output.complete()
-        return results
+        # lines 10 to 13: the factors of every weight take its place
+        return [write(run, subject, provenance, analysis, plan, own) for plan, own in zip(plans, fitted, strict=True)]

@@ -50,6 +50,7 @@ class Run:
     resume: bool
     hidden_states_limit: int | None
     analysis_dir: Path | None  # of an analysis that is shared with other runs
+    statistics_dir: Path | None  # of statistics that are shared with runs of other recipes
 
     @property
     def work(self) -> Path:
@@ -82,10 +83,12 @@ def open_run(
     resume: bool = True,
     hidden_states_limit: int | None = None,
     analysis_dir: str | Path | None = None,
+    statistics_dir: str | Path | None = None,
 ) -> Iterator[Run]:
-    """A run whose output no other run writes to while the context lasts; the arguments are those of ``compress_many``.
+    """Opens a run; the arguments are those of ``compress_many``.
 
-    If the run fails, nothing is left behind but finished blocks, where the disk or the memory did not suffice.
+    No other run writes to the output while the context lasts. When it ends, the finished checkpoints appear under the
+    name of the output. If the run fails, nothing is left behind, except finished blocks if disk or memory ran out.
 
     Raises:
         InputError: a setting, the model's path or the output is wrong.
@@ -117,9 +120,11 @@ def open_run(
                 resume=resume,
                 hidden_states_limit=hidden_states_limit,
                 analysis_dir=None if analysis_dir is None else followed(Path(analysis_dir)),
+                statistics_dir=None if statistics_dir is None else followed(Path(statistics_dir)),
             )
             _refuse_other_recipe(run)
             yield run
+            output.complete()
 
 
 def open_subject(run: Run) -> tuple[Subject, list[Plan]]:

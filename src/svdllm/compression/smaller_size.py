@@ -32,8 +32,8 @@ from svdllm.models.low_rank import HASHES_FILE, compare_hashes
 from svdllm.models.low_rank.factory import dense_config
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.open import Source
+from svdllm.models.safetensors_files import weight_files
 from svdllm.models.structure import Structure, linear_ranks
-from svdllm.models.weights import weight_files
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ from svdllm.models.companions import GENERATION_CONFIG, copy_companion_files
 from svdllm.models.low_rank import FORMAT_VERSION, family_classes, low_rank_config
 from svdllm.models.low_rank.lowrank import sha256_of
 from svdllm.models.open import Source
-from svdllm.models.weights import weight_files
+from svdllm.models.safetensors_files import weight_files
 
 
 def write(

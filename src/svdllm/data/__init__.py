@@ -1,8 +1,8 @@
-"""Text from anywhere -> token windows, with a fingerprint."""
+"""Turns text from any source into windows of tokens, with a fingerprint."""
 
 from __future__ import annotations
 
-from svdllm.data.specs import check_source
+from svdllm.data.checks import check_source
 from svdllm.data.windows import TokenWindows, calibration_windows, evaluation_tokens
 
 __all__ = ["TokenWindows", "calibration_windows", "check_source", "evaluation_tokens"]

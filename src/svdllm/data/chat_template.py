@@ -1,4 +1,4 @@
-"""Chat templates of a tokenizer: one, or several with names, of which ``default`` is used."""
+"""Checks the chat templates of a tokenizer: it has one, or several with names, of which ``default`` is used."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ DEFAULT = "default"
 
 
 def has_chat_template(tokenizer: Any) -> bool:
-    """Whether a chat can be written as text without naming a template."""
+    """Whether a tokenizer can render a chat without the name of a template."""
     template = getattr(tokenizer, "chat_template", None)
     return bool(template.get(DEFAULT) if isinstance(template, dict) else template)
 
 
 def require_default_template(tokenizer: Any, where: str = "") -> None:
-    """Raises InputError, which begins with ``where``, if there are named templates and none is the default one."""
+    """Raises InputError, beginning with ``where``, if all templates have names and none is ``default``."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict) and template and not template.get(DEFAULT):
         raise InputError(

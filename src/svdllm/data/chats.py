@@ -1,8 +1,8 @@
-"""Chats: rows that are lists of messages, and the text that a tokenizer's chat template makes of them.
+"""Checks chats (rows that are lists of messages) and renders them by the tokenizer's chat template.
 
-A content is a text, or a list of parts such as ``{"type": "text", "text": ...}``. Parts of text are handed to a template
-that reads them as it reads a text, and are joined by newlines for one that does not. A message without a content is an
-assistant's that only calls tools.
+A content is a text, or a list of parts such as ``{"type": "text", "text": ...}``. A template that reads parts gets
+parts; another one gets their texts, joined by newlines. A message without a content comes from an assistant that only
+calls tools.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ PROBE = "some text"
 
 
 def decoded(value: Any, where: str) -> Any:
-    """A list of messages that is written as JSON in a string, read; any other value as it is.
+    """Decodes a list of messages that is written as JSON in a string; returns any other value as it is.
 
     Raises:
-        InputError: it begins like one, and is no JSON.
+        InputError: the string begins like a list of messages, but is not JSON.
     """
     if not isinstance(value, str) or not ENCODED_CHAT.match(value):
         return value
@@ -35,10 +35,10 @@ def decoded(value: Any, where: str) -> Any:
 
 
 def messages_of(value: Any, where: str) -> list[Message]:
-    """The messages of a chat, checked; entries that are null, as parquet fills them in, are left out.
+    """Checks the messages of a chat, and removes null entries, which parquet adds.
 
     Raises:
-        InputError: the value is no list of messages, or a content is something else than text.
+        InputError: the value is not a list of messages, or a content is not text.
     """
     value = decoded(value, where)
     if not isinstance(value, list) or not value:
@@ -47,10 +47,11 @@ def messages_of(value: Any, where: str) -> list[Message]:
 
 
 def render(messages: list[Message], where: str, tokenizer: Any, **settings: Any) -> str:
-    """The chat as text, by the tokenizer's template.
+    """Renders a chat as text by the tokenizer's template.
 
     Raises:
-        InputError: there is no template, or several and no default one, it refuses the messages, or it leaves out what they say; says ``where``.
+        InputError: there is no template, or no default one among several; or the template refuses the messages, or
+            leaves out their texts. The message begins with ``where``.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
@@ -88,8 +89,8 @@ def _checked(message: Any, where: str) -> Message:
         return message | {"content": [_checked_part(part, where) for part in content]}
     if not isinstance(content, str):
         raise InputError(
-            f"{where}: the content of a message must be text, a list of parts of text, or null beside tool_calls, found "
-            f"{type(content).__name__}"
+            f"{where}: the content of a message must be text, a list of parts of text, or null beside tool_calls, "
+            f"found {type(content).__name__}"
         )
     return message
 
@@ -106,10 +107,10 @@ def _checked_part(part: Any, where: str) -> Message:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind != "text" or not isinstance(part.get("text"), str):
         raise InputError(
-            f"{where}: a content has a part of type {kind}, expected only parts like {{'type': 'text', 'text': ...}}: a "
-            "language model reads no images or sound, leave such rows out"
+            f"{where}: a content has a part of type {kind}, expected only parts like {{'type': 'text', 'text': ...}}: "
+            "a language model reads no images or sound, leave such rows out"
         )
-    return {"type": "text", "text": part["text"]}  # a template may take any other key, even null, for an image
+    return {"type": "text", "text": part["text"]}  # a template may take another key, even a null one, for an image
 
 
 def _refuse_lost_calls(messages: list[Message], where: str, tokenizer: Any) -> None:
@@ -123,7 +124,7 @@ def _refuse_lost_calls(messages: list[Message], where: str, tokenizer: Any) -> N
 
 
 def _reads_parts(tokenizer: Any) -> bool:
-    """Whether the template makes of a part of text what it makes of the text."""
+    """Whether the template renders a part of text as it renders the text itself."""
     contents = (PROBE, [{"type": "text", "text": PROBE}])
     try:
         as_text, as_part = (_by_template([{"role": "user", "content": c}], "a probe", tokenizer) for c in contents)

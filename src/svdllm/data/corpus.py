@@ -1,4 +1,4 @@
-"""The text that every Python installation carries: the language reference behind ``help()``."""
+"""Reads the text that every Python installation has: the language reference behind ``help()``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ EVALUATION_STRIDE = 5
 
 
 def python_docs(*, evaluation: bool) -> list[str]:
-    """The topics of the interpreter's own ``pydoc_data.topics``, in sorted order of their names.
+    """The topics of the interpreter's ``pydoc_data.topics``, sorted by name.
 
-    Every fifth topic (index 4, 9, ...) belongs to evaluation and the rest to calibration, so the two never share a
-    topic. The text differs between Python versions: the fingerprint of the windows tells them apart.
+    Every fifth topic (index 4, 9, ...) belongs to evaluation and the rest to calibration, so that they never
+    share a topic. The text differs between Python versions, and so does the fingerprint of the windows.
     """
     from pydoc_data.topics import topics
 

@@ -1,4 +1,4 @@
-"""Training examples: instructions with their answers, chats, or plain text cut into windows."""
+"""Makes training examples of instructions with answers, of chats, or of plain text cut into windows."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from torch import Tensor
 
 from svdllm.common.errors import InputError
 from svdllm.data.chats import messages_of, render
-from svdllm.data.sources import CHAT_FIELD, documents_of_spec, rows_of_spec
+from svdllm.data.files import CHAT_FIELD
+from svdllm.data.sources import documents_of_spec, rows_of_spec
 from svdllm.data.specs import DocsSpec, MixtureSpec, NamedSet, parse_spec
 from svdllm.data.tokens import encode, token_stream
 
 TEMPLATES = ("alpaca", "chat")
-NO_LABEL = -100  # what transformers' losses leave out
+NO_LABEL = -100  # losses of transformers ignore it
 INSTRUCTION = ("instruction", "output")
 COMPLETION = ("prompt", "completion")
-# The prompt that the Alpaca data were written for, and models are compared by.
+# The prompt of the Alpaca data, by which models are compared.
 ALPACA_HEAD = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
 )
@@ -28,12 +29,17 @@ ALPACA_INPUT = ", paired with an input that provides further context"
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """``rows``: (input_ids, labels), both (length,) int64 and no longer than ``seqlen``; labels are not shifted."""
+    """Training examples.
+
+    rows: (input_ids, labels), both (length,) int64 and no longer than ``seqlen``; labels are not shifted.
+    kind: instructions, chats or text.
+    left_out: number of examples without a label within ``seqlen``.
+    """
 
     rows: list[tuple[Tensor, Tensor]]
     source: str
-    kind: str  # instructions, chats or text
-    left_out: int = 0  # examples of which no label is within seqlen
+    kind: str
+    left_out: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -51,13 +57,12 @@ def training_examples(
     evaluation: bool = False,
     offline: bool = False,
 ) -> Examples:
-    """The examples of a source, in its order.
-
-    With ``evaluation`` the part of a data set that is for evaluation, where it has one.
+    """Makes the examples of a source, in its order.
 
     Rows with ``instruction`` and ``output`` (and ``input``), or ``prompt`` and ``completion``, become a prompt by the
-    template and an answer; rows with ``messages`` are chats, of which the last message is the answer. All else is
-    text: one stream, cut into windows of ``seqlen`` without overlap.
+    template and an answer. Rows with ``messages`` are chats, whose last message is the answer. All else is text: one
+    stream, cut into windows of ``seqlen`` without overlap. With ``evaluation``, the examples come from the evaluation
+    split of a data set, where it has one.
 
     Raises:
         InputError: the source cannot be read, a row lacks a field, or nothing is left to train on.
@@ -80,21 +85,21 @@ def training_examples(
     kept = [(ids, labels) for ids, labels in kept if bool((labels[1:] != NO_LABEL).any())]
     if not kept:
         raise InputError(
-            f"{source}: no answer begins within {seqlen} tokens, so there is nothing to learn; raise seqlen, or train on "
-            "everything"
+            f"{source}: no answer begins within {seqlen} tokens, so there is nothing to learn; raise seqlen, or train "
+            "on everything"
         )
     left_out = 0 if packing else len(encoded) - len(kept)
     return Examples(rows=kept, source=f"{source} ({len(rows)} rows)", kind=kind, left_out=left_out)
 
 
 def refuse_mixture(source: str) -> None:
-    """Raises InputError for a mixture, where whole examples are taken."""
+    """Raises InputError for a mixture, which cannot give whole examples."""
     if isinstance(parse_spec(source), MixtureSpec):
         raise InputError(f"'{source}' is a mixture; training by examples takes one source at a time")
 
 
 def holds_examples(source: str, offline: bool = False) -> bool:
-    """Whether a source has instructions or chats, and not only text."""
+    """Whether a source has instructions or chats rather than plain text."""
     spec = parse_spec(source)
     if isinstance(spec, MixtureSpec | NamedSet | DocsSpec):
         return False
@@ -102,7 +107,7 @@ def holds_examples(source: str, offline: bool = False) -> bool:
 
 
 def padded(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch: rows of unequal length, padded on the right where the model neither looks nor is judged."""
+    """Makes a batch of rows of unequal length, padded on the right; attention and labels leave the padding out."""
     longest = max(len(row["input_ids"]) for row in rows)
     fill = {"input_ids": 0, "labels": NO_LABEL}
     batch = {
@@ -116,7 +121,7 @@ def padded(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class _Pair(NamedTuple):
-    """Prompt and answer as text; of a chat, with its special tokens in it."""
+    """Prompt and answer as text; a chat has its special tokens in the text."""
 
     prompt: str
     answer: str
@@ -164,14 +169,14 @@ def _chat_pair(messages: list[Any], where: str, tokenizer: Any) -> _Pair:
     whole = render(messages, where, tokenizer)
     if not whole.startswith(prompt):
         raise InputError(
-            f"{where}: with this chat template the prompt is no beginning of the whole chat, so its answer cannot be told "
-            "apart; use --template alpaca, or --train-on everything with plain text"
+            f"{where}: with this chat template the prompt is not the beginning of the whole chat, so the answer cannot "
+            "be told apart; use --template alpaca, or --train-on everything with plain text"
         )
     return _Pair(prompt, whole[len(prompt) :], chat=True)
 
 
 def _encoded(pair: _Pair, where: str, tokenizer: Any, completions_only: bool) -> tuple[Tensor, Tensor]:
-    """Ids of prompt and answer, tokenised apart so that the border is exact, and labels."""
+    """Ids and labels of prompt and answer, which are tokenised apart so that the border is exact."""
     head = encode(pair.prompt, tokenizer, where, add_special_tokens=not pair.chat).tolist()
     tail = encode(pair.answer, tokenizer, where, add_special_tokens=False).tolist()
     eos = tokenizer.eos_token_id
@@ -186,7 +191,7 @@ def _encoded(pair: _Pair, where: str, tokenizer: Any, completions_only: bool) ->
 
 
 def _packed(encoded: Sequence[tuple[Tensor, Tensor]], seqlen: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Examples one after the other, cut into rows of exactly ``seqlen``; what is left at the end is dropped."""
+    """Joins the examples and cuts them into rows of exactly ``seqlen``; the remainder is dropped."""
     ids = torch.cat([ids for ids, _ in encoded])
     labels = torch.cat([labels for _, labels in encoded])
     full = len(ids) // seqlen * seqlen

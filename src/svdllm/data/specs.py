@@ -1,4 +1,4 @@
-"""The grammar of a data source: what a string names, told without reading any of it.
+"""Parses the name of a data source, without reading the source.
 
 ::
 
@@ -17,12 +17,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from svdllm.common.errors import InputError, did_you_mean
-from svdllm.common.extras import require_extra
 
 TEXT_SUFFIXES = (".txt", ".raw")
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -41,10 +37,12 @@ class FileSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class HubSpec:
-    """A split of a hub dataset (or of a local dataset folder) and how its rows become text.
+    """A split of a hub dataset (or of a local dataset folder), and how its rows become text.
 
-    ``data_file`` is the only file of the repository that is wanted, if not all of a split.
-    ``split`` None is train for calibration and test for evaluation; ``field`` None is ``text``, or ``messages``.
+    split: None stands for train in calibration and test in evaluation.
+    field: None stands for ``text``, else ``messages``.
+    data_file: the only file of the repository to use; None for all files of the split.
+    per_document: windows are drawn inside single documents, not in the joined stream.
     """
 
     repo: str
@@ -55,7 +53,7 @@ class HubSpec:
     revision: str | None = None
     joiner: str = ROW_JOINER
     max_documents: int | None = None
-    per_document: bool = False  # windows are drawn inside single documents, not in the joined stream
+    per_document: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class DocsSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class NamedSet:
-    """What a short name stands for."""
+    """A short name and the splits that it stands for."""
 
     name: str
     calibration: HubSpec | DocsSpec
@@ -128,7 +126,7 @@ NAMED_SETS = {
 
 
 def parse_spec(spec: str) -> Spec:
-    """What ``spec`` names.
+    """Parses the name of a data source.
 
     Raises:
         InputError: the grammar is broken, a name is unknown, a file is missing or of an unknown kind.
@@ -143,9 +141,9 @@ def parse_spec(spec: str) -> Spec:
 
 
 def split_specs(values: Sequence[str]) -> list[str]:
-    """The sources in ``values``, each once: a value is one source, or several with commas between them.
+    """Splits values into sources, each listed once: a value is one source, or several with commas between them.
 
-    The name of a file may hold commas, and a mixture has them: those stay whole.
+    Names of files with commas, and mixtures, stay whole.
     """
     specs: list[str] = []
     for value in values:
@@ -153,59 +151,6 @@ def split_specs(values: Sequence[str]) -> list[str]:
         names_a_file = Path(value).exists() or Path(value.rpartition(":")[0]).is_file()
         specs += [value] if names_a_file or all(map(_is_weighed, parts)) else parts
     return list(dict.fromkeys(specs))
-
-
-def check_source(source: str | Sequence[str] | Tensor | Any) -> None:
-    """Refuse a source that cannot work, before anything expensive: nothing is read, tokenised or downloaded.
-
-    Looks at the grammar, the names, the existence and kind of files, and whether the optional packages that the
-    source needs can be imported.
-
-    Raises:
-        InputError: with what is wrong and what to do.
-    """
-    if isinstance(source, str):
-        _check_extras(parse_spec(source))
-    elif isinstance(source, Tensor):
-        check_token_tensor(source)
-    elif isinstance(source, (list, tuple)):
-        check_texts(source)
-    elif not hasattr(source, "column_names"):
-        raise InputError(
-            f"a data source of type {type(source).__name__}: expected a spec (str), a list of str, "
-            "a datasets.Dataset or a 2-D tensor of token ids"
-        )
-
-
-def check_texts(texts: Sequence[object]) -> None:
-    """``texts`` is a list of at least one str."""
-    if not texts:
-        raise InputError("the list of texts is empty: give at least one str")
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputError(f"a list of texts must hold str, item {index} is {type(text).__name__}")
-
-
-def check_token_tensor(ids: Tensor) -> None:
-    """``ids`` is a 2-D tensor of non-negative integers."""
-    if ids.ndim != 2:
-        raise InputError(f"token ids must be 2-D (num_windows, seqlen), found shape {tuple(ids.shape)}")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype.itemsize == 1:
-        raise InputError(f"token ids must be integers of 16 bits or more (torch.int64), found {ids.dtype}")
-    if ids.numel() and int(ids.min()) < 0:
-        raise InputError(f"token ids must not be negative, found {int(ids.min())}: remove padding such as -100")
-
-
-def _check_extras(spec: Spec) -> None:
-    if isinstance(spec, MixtureSpec):
-        for part, _, _ in spec.parts:
-            _check_extras(part)
-    elif isinstance(spec, FileSpec) and spec.path.suffix.lower() == ".parquet":
-        require_extra("pyarrow", f"reading {spec.path}")
-    elif isinstance(spec, NamedSet) and isinstance(spec.calibration, HubSpec):
-        require_extra("datasets", f"the data set '{spec.name}'")
-    elif isinstance(spec, HubSpec):
-        require_extra("datasets", f"the data set '{spec.repo}'")
 
 
 def _parse_single(spec: str) -> FileSpec | HubSpec | NamedSet:
@@ -233,7 +178,7 @@ def _parse_single(spec: str) -> FileSpec | HubSpec | NamedSet:
 
 
 def _split_colons(spec: str) -> list[str]:
-    """The parts between colons, those inside the brackets of a split such as ``train[:1000]`` left alone."""
+    """Splits at colons, but not inside brackets, as in the split ``train[:1000]``."""
     return re.split(r":(?![^\[]*\])", spec)
 
 
@@ -276,7 +221,7 @@ def _parse_mixture(spec: str) -> MixtureSpec:
 
 
 def _is_weighed(part: str) -> bool:
-    """Whether it ends as the part of a mixture does."""
+    """Whether a text ends with a weight, as the part of a mixture does."""
     return re.fullmatch(r".+:\d*\.?\d+", part) is not None
 
 

@@ -1,4 +1,4 @@
-"""Documents -> token ids: rows are checked, chats rendered, and the text is tokenised as a whole."""
+"""Turns documents into token ids: checks rows, renders chats, and tokenises the text as a whole."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from svdllm.data.sources import Documents
 
 
 def token_stream(documents: Documents, tokenizer: Any) -> Tensor:
-    """The ids, (num_tokens,) int64, of all rows joined and tokenised once.
+    """Joins all rows and tokenises them once: ids (num_tokens,) int64.
 
-    Special tokens are the tokenizer's default for plain text, once for the whole stream; a chat template writes its
-    own, so none are added to chats, which follow each other with nothing in between.
+    Plain text gets the tokenizer's default special tokens, once for the whole stream. Chats get none, because a chat
+    template writes its own; they follow each other without a joiner.
 
     Raises:
         InputError: a row is of the wrong type, cannot be tokenised, or there is no text at all.
@@ -35,29 +35,29 @@ def token_stream(documents: Documents, tokenizer: Any) -> Tensor:
 
 
 def document_tokens(documents: Documents, index: int, tokenizer: Any) -> Tensor:
-    """The ids, (num_tokens,) int64, of one row by itself."""
+    """Tokenises one row by itself: ids (num_tokens,) int64."""
     chat = _holds_chats(documents)
     text = _as_text(documents, index, documents.row(index), chat, tokenizer)
     return encode(text, tokenizer, _place(documents, index), add_special_tokens=not chat)
 
 
 def encode(text: str, tokenizer: Any, where: str, *, add_special_tokens: bool) -> Tensor:
-    """The ids, (num_tokens,) int64, of a text; special tokens are the tokenizer's default, or none.
+    """Tokenises a text, with the tokenizer's default special tokens or none: ids (num_tokens,) int64.
 
     Raises:
-        InputError: a character is cut in two, or the tokenizer cannot take the text; says ``where``.
+        InputError: the text has half a character, or the tokenizer cannot take it; begins with ``where``.
     """
     _require_whole_characters(text, where)
     settings = {} if add_special_tokens else {"add_special_tokens": False}
     advice = "leave this text out, or look whether the tokenizer's files are whole"
     with explaining(f"{where}: the tokenizer cannot take this text", advice):
-        # verbose=False: a stream longer than the model's context is meant here, the tokenizer would warn of it
+        # verbose=False: else the tokenizer warns of a stream longer than the model's context, which is intended here
         ids = tokenizer(text, verbose=False, return_attention_mask=False, **settings)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 
 def _holds_chats(documents: Documents) -> bool:
-    """By the name of the column, or by the first row: the others must be like it."""
+    """Whether the rows are chats, by the name of the column, or else by the first row."""
     if documents.promises_chats or not len(documents.rows):
         return documents.promises_chats
     return isinstance(decoded(documents.row(0), _place(documents, 0)), list)
@@ -69,7 +69,8 @@ def _as_text(documents: Documents, index: int, row: Any, chat: bool, tokenizer: 
         return render(messages_of(row, where), where, tokenizer)
     if isinstance(decoded(row, where), list):
         raise InputError(
-            f"{where}: expected text (str) as in row 0, found a list, as of a chat: keep texts and chats in files of their own"
+            f"{where}: expected text (str) as in row 0, found a list, as of a chat: keep texts and chats in files of "
+            "their own"
         )
     if not isinstance(row, str):
         raise InputError(f"{where}: expected text (str), found {type(row).__name__}: {_what_to_do(row)}")
@@ -90,11 +91,11 @@ def _place(documents: Documents, index: int) -> str:
 
 
 def _require_whole_characters(text: str, where: str) -> None:
-    """Raises InputError for half a surrogate pair, of which no UTF-8 and no token can be made."""
+    """Raises InputError for half a surrogate pair, which cannot be encoded in UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{where}: character {error.start} is {text[error.start]!a}, half of a surrogate pair, which is no text "
+            f"{where}: character {error.start} is {text[error.start]!a}, half of a surrogate pair, which is not text "
             "(an emoji cut in two?): remove it, in Python with text.encode('utf-8', 'ignore').decode()"
         ) from error

@@ -1,6 +1,6 @@
-"""From documents to token windows: the calibration protocol of the paper, and the stream that perplexity is taken on.
+"""Draws windows of tokens for calibration, and makes the stream of tokens for perplexity.
 
-GPTQ's protocol (arXiv 2210.17323), which SVD-LLM uses too: the documents of a split are joined and tokenised once as
+Calibration follows GPTQ (arXiv 2210.17323), as SVD-LLM does: the documents of a split are joined and tokenised once as
 a whole, and the windows start at uniformly random tokens. Windows may overlap.
 """
 
@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 
 from svdllm.common.errors import InputError
+from svdllm.data.checks import check_source
 from svdllm.data.sources import Documents, documents_of, documents_of_spec
-from svdllm.data.specs import MixtureSpec, check_source, parse_spec
+from svdllm.data.specs import MixtureSpec, parse_spec
 from svdllm.data.tokens import document_tokens, token_stream
 
 
 @dataclass(frozen=True, eq=False)
 class TokenWindows:
-    """Windows of token ids, where they come from, and a hash of what they are.
+    """Windows of token ids.
 
     ids: (num_windows, seqlen) int64, on the CPU.
-    source: a description for reports.
-    fingerprint: SHA-256 (hex) over the shape and the ids, so another tokenizer, seed or text gives another one.
+    source: description of the source, for reports.
+    fingerprint: SHA-256 (hex) of the shape and the ids; differs with the tokenizer, the seed and the text.
     """
 
     ids: Tensor
@@ -48,7 +49,7 @@ def calibration_windows(
     seed: int,
     offline: bool = False,
 ) -> TokenWindows:
-    """``samples`` windows of ``seqlen`` tokens of ``source``.
+    """Draws ``samples`` windows of ``seqlen`` tokens from a source.
 
     ``source`` is a spec (grammar in ``svdllm.data.specs``), a list of str, a ``datasets.Dataset``, or a 2-D tensor of
     token ids, of which the first ``samples`` rows and ``seqlen`` columns are taken. The global random state is neither
@@ -71,10 +72,11 @@ def calibration_windows(
 
 
 def evaluation_tokens(source: str | Sequence[str] | Any, tokenizer: Any, *, offline: bool = False) -> Tensor:
-    """The token ids, (num_tokens,) int64, of the whole evaluation text of ``source``.
+    """Tokenises the whole evaluation text of a source: ids (num_tokens,) int64.
 
-    Named sets and hub datasets without a named split give their test split; c4 gives the first 1,100 documents of the
-    first validation file (GPTQ keeps 256 windows of it: ``max_windows=256`` in ``perplexity``); files are taken whole.
+    Named sets, and hub datasets without a named split, give their test split. c4 gives the first 1,100 documents of the
+    first validation file, of which GPTQ keeps 256 windows (``max_windows=256`` in ``perplexity``). Files are taken
+    whole.
 
     Raises:
         InputError: the source cannot be read, or is a mixture or a tensor.
@@ -88,7 +90,7 @@ def evaluation_tokens(source: str | Sequence[str] | Any, tokenizer: Any, *, offl
 
 
 def mixture_counts(weights: Sequence[float], total: int) -> list[int]:
-    """``total`` split in proportion to ``weights`` (which sum to 1), by largest remainder; ties go to the first."""
+    """Splits ``total`` in proportion to ``weights``, which sum to 1, by largest remainder; ties go to the first."""
     shares = [weight * total for weight in weights]
     counts = [int(share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda index: counts[index] - shares[index])
@@ -126,7 +128,7 @@ def _from_mixture(
 
 
 def part_seed(seed: int, index: int) -> int:
-    """The seed of part ``index`` of a mixture: parts draw independently, and each keeps its draw when others change."""
+    """The seed of part ``index`` of a mixture: parts draw independently, so each keeps its draw when others change."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:8], "little") >> 1
 
 
@@ -149,7 +151,7 @@ def _draw(documents: Documents, tokenizer: Any, samples: int, seqlen: int, seed:
 def _document_windows(
     documents: Documents, tokenizer: Any, samples: int, seqlen: int, generator: torch.Generator
 ) -> Tensor:
-    """One random window in each of ``samples`` random documents longer than ``seqlen``."""
+    """Draws one random window from each of ``samples`` random documents longer than ``seqlen``."""
     order = torch.randperm(len(documents.rows), generator=generator).tolist()
     windows = []
     for ids in itertools.islice(_long_documents(documents, tokenizer, seqlen, order), samples):
@@ -159,7 +161,7 @@ def _document_windows(
 
 
 def _long_documents(documents: Documents, tokenizer: Any, seqlen: int, order: list[int]) -> Iterator[Tensor]:
-    """The ids of the documents longer than ``seqlen``, in ``order``, again from the first when all have been used."""
+    """Yields the ids of the documents longer than ``seqlen``, in ``order``, and begins again after the last."""
     found: list[Tensor] = []
     longest = 0
     for index in order:

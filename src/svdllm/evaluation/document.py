@@ -1,4 +1,4 @@
-"""Evaluations as a document, and where it is kept."""
+"""Makes a document of evaluations, and stores it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROLES = ("model", "base")
 
 
 def evaluation_document(evaluations: Sequence[ModelEvaluation]) -> dict[str, Any]:
-    """Everything that was measured: on the model, and on the dense one if it comes second."""
+    """Makes a document of all measurements: of the model, and of the dense model if it comes second."""
     results = [evaluation.tasks for evaluation in evaluations if evaluation.tasks is not None]
     return {
         "results": [row.to_dict() for row in perplexity_rows(evaluations)],
@@ -27,7 +27,7 @@ def evaluation_document(evaluations: Sequence[ModelEvaluation]) -> dict[str, Any
 
 
 def store_evaluation(document: dict[str, Any], place: Path) -> None:
-    """Writes the whole document into a ``.json`` file, or into a folder, the harness's own documents apart then."""
+    """Writes the document into a ``.json`` file, or into a folder, with the harness's documents in separate files."""
     if place.suffix.lower() == ".json":
         _write(place, document)
         return

@@ -1,4 +1,4 @@
-"""Perplexity, with its standard error and the protocol that it was taken by.
+"""Measures perplexity, with its standard error and its protocol.
 
 Legend: B windows of a batch, T positions of a window, V vocabulary.
 """
@@ -21,7 +21,7 @@ from svdllm.evaluation.windows import IGNORED, cut
 from svdllm.models.limits import require_context, require_known_ids
 
 TOKENS_PER_BATCH = 2048
-CHUNK_ELEMENTS = 2**25  # float32 logits that are turned into losses at a time: 128 MiB
+CHUNK_ELEMENTS = 2**25  # logits that become losses at a time: 128 MiB in float32
 BOS_TEXT = {
     True: "the tokenizer put BOS at the start of the text",
     False: "the tokenizer put no BOS at the start of the text",
@@ -31,15 +31,15 @@ BOS_TEXT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """The record of one measurement.
+    """The record of one measurement of perplexity.
 
     perplexity: ``exp(mean_nll)``.
     stderr: standard error of the perplexity by the delta method, perplexity x standard error of the mean negative log
         likelihood, with windows as the independent units; None for a single window.
     mean_nll: mean negative log likelihood of the predicted tokens, in nats.
     num_tokens: predicted tokens.
-    protocol: its name, in ``svdllm.evaluation.windows``; ``description`` is the whole of it in words.
-    begins_with_bos: whether the tokenizer put a BOS at the start of the text; None if that is not known.
+    protocol: its name, see ``svdllm.evaluation.windows``; ``description`` describes it in words.
+    begins_with_bos: whether the tokenizer put a BOS at the start of the text; None if this is not known.
     """
 
     perplexity: float
@@ -71,14 +71,18 @@ def perplexity(
     progress: Callable[[int, int], None] | None = None,
     source: str = "token ids",
 ) -> Perplexity:
-    """Perplexity of a causal language model on a text, by a named protocol (``svdllm.evaluation.windows``).
+    """Measures the perplexity of a causal language model on a text, by a protocol of ``svdllm.evaluation.windows``.
 
-    ``token_ids`` is the text as (num_tokens,) or (1, num_tokens), or, for the protocol ``windows``, windows as
-    (num_windows, seqlen). ``prefix_token_id`` is the tokenizer's BOS, or its EOS where it has none: with it the record
-    says whether the text begins with BOS, and ``rolling`` needs it. The losses are computed in float32 and summed in
-    float64. ``batch_size`` is in windows, by default about 2,048 tokens. ``device`` is where the token ids go, by
-    default where the input embeddings are; the model is not moved. ``progress(done, total)`` is called with window
-    counts. The model runs in evaluation mode and without gradients, and gets its modes back.
+    Losses are computed in float32 and summed in float64. The model runs in evaluation mode and without gradients, and
+    gets its modes back.
+
+    Args:
+        token_ids: the text (num_tokens,) or (1, num_tokens); for the protocol ``windows`` also (num_windows, seqlen).
+        prefix_token_id: the tokenizer's BOS, or its EOS where it has none. ``rolling`` needs it, and with it the record
+            says whether the text begins with BOS.
+        batch_size: number of windows; about 2,048 tokens by default.
+        device: for the token ids; that of the input embeddings by default. The model is not moved.
+        progress: called as ``progress(done, total)`` with numbers of windows.
 
     Raises:
         InputError: too little text, ``seqlen`` beyond the model's context, or ids beyond its vocabulary.
@@ -141,7 +145,7 @@ def _input_device(model: nn.Module) -> torch.device:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and each back in its own mode afterwards (they need not all be the same)."""
+    """Puts every module in evaluation mode, and each back in its own mode afterwards."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -152,7 +156,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _summed_nll(logits_BTV: Tensor, targets_BT: Tensor, first_window: int) -> Tensor:
-    """Negative log likelihood of the targets of every window, summed: (B,) float64."""
+    """Sums the negative log likelihood of the targets of each window: (B,) float64."""
     batch, length, vocabulary = logits_BTV.shape
     sums_B = torch.zeros(batch, dtype=torch.float64, device=logits_BTV.device)
     chunk = max(1, CHUNK_ELEMENTS // vocabulary)
@@ -178,10 +182,10 @@ def _require_finite(logits_CV: Tensor, window: int, start: int) -> None:
 
 
 def _record(sums_N: Tensor, counts_N: Tensor, **what: Any) -> Perplexity:
-    """Of each window's summed negative log likelihood and number of predictions; a window is a unit of the error.
+    """Makes the record of each window's summed negative log likelihood and number of predictions.
 
-    The mean is a ratio of two sums over windows, and its standard error that ratio's by linearisation; for windows of
-    equal size it is that of the mean of their means.
+    The mean is a ratio of two sums over windows. Its standard error is that of the ratio by linearisation, with windows
+    as independent units; for windows of equal size, this is the standard error of the mean of their means.
     """
     windows, tokens = len(sums_N), int(counts_N.sum())
     mean = sums_N.sum() / tokens

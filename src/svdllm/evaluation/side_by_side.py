@@ -1,4 +1,4 @@
-"""Models one after the other on the same texts and tasks; one of them is in memory at a time."""
+"""Measures models one after the other on the same texts and tasks; one model is in memory at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from svdllm.checkpoint.load import load_model
 from svdllm.common.device import resolve_device, resolve_dtype
 from svdllm.common.progress import Reporter
 from svdllm.data import check_source, evaluation_tokens
-from svdllm.data.sources import hub_offline
+from svdllm.data.hub_datasets import hub_offline
 from svdllm.evaluation.perplexity import Perplexity, check_counts, perplexity
 from svdllm.evaluation.tasks import TaskResults, TaskSuite, check_models, open_tasks, run_tasks
 from svdllm.evaluation.windows import check_protocol, prefix_token
@@ -23,12 +23,12 @@ from svdllm.models.limits import require_context, require_known_ids, within_cont
 from svdllm.models.model_names import short_name
 from svdllm.models.open import Source, open_config
 
-SEQLEN = 2048  # of perplexity, where nobody says otherwise
+SEQLEN = 2048  # default length of the windows of perplexity
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPerplexity:
-    """The perplexity of one model on one text, with the size of the model."""
+    """The perplexity of one model on one text, with the size of the model; ``weight_bytes`` are of its weight files."""
 
     model: str
     text: str
@@ -43,7 +43,7 @@ class ModelPerplexity:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEvaluation:
-    """What was measured on one model: perplexity by text, and the tasks if there were any."""
+    """The measurements of one model: perplexity by text, and the tasks if there were any."""
 
     model: str
     params: int
@@ -54,7 +54,7 @@ class ModelEvaluation:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model that was looked at, not loaded."""
+    """A model that was opened, but not loaded."""
 
     name: str
     source: Source
@@ -68,10 +68,10 @@ class OpenedModel:
         return cls(name, source, source.load_tokenizer(offline), resolve_dtype(dtype, place, source.dtype), revision)
 
     def token_ids(self, texts: Sequence[str], offline: bool) -> dict[str, Tensor]:
-        """The ids of every text, all of which the model knows.
+        """Tokenises every text: text -> ids (num_tokens,).
 
         Raises:
-            InputError: a text cannot be read, or has an id beyond the vocabulary.
+            InputError: a text cannot be read, or has an id beyond the model's vocabulary.
         """
         ids = {text: evaluation_tokens(text, self.tokenizer, offline=offline) for text in texts}
         for text_ids in ids.values():
@@ -99,12 +99,15 @@ def evaluate_models(
     offline: bool = False,
     reporter: Reporter | None = None,
 ) -> list[ModelEvaluation]:
-    """Every model on every text and on the tasks; one model is in memory at a time.
+    """Measures every model on every text and on the tasks; one model is in memory at a time.
 
-    ``models`` are hub ids, folders (compressed or not) or GGUF files; each is measured with its own tokenizer. All of
-    them, and the texts, are looked at before the first one is loaded. ``tasks`` come from ``svdllm.evaluation.tasks.open_tasks``.
-    ``batch_size`` counts windows, or requests of tasks. ``seqlen`` is 2048 by default, or the smallest context of the
-    models where that is less.
+    All models and texts are checked before the first model is loaded.
+
+    Args:
+        models: hub ids, folders (compressed or not) or GGUF files; each is measured with its own tokenizer.
+        tasks: of ``svdllm.evaluation.tasks.open_tasks``.
+        seqlen: 2048 by default, or the smallest context of the models where that is less.
+        batch_size: number of windows, or of requests of tasks.
 
     Raises:
         InputError, UnsupportedModelError, CheckpointError: a model or text cannot be used; names it.
@@ -127,18 +130,10 @@ def evaluate_models(
     for model in opened:
         ids = model.token_ids(texts, offline)
         loaded = model.load(place, offline, reporter)
+        settings: dict[str, Any] = {"max_windows": max_windows, "batch_size": batch_size, "protocol": protocol}
         evaluations.append(
             evaluate_loaded(
-                loaded,
-                model,
-                ids,
-                tasks=tasks,
-                seqlen=seqlen,
-                protocol=protocol,
-                max_windows=max_windows,
-                batch_size=batch_size,
-                offline=offline,
-                reporter=reporter,
+                loaded, model, ids, tasks=tasks, seqlen=seqlen, offline=offline, reporter=reporter, **settings
             )
         )
         del loaded
@@ -158,7 +153,7 @@ def evaluate_loaded(
     offline: bool,
     reporter: Reporter,
 ) -> ModelEvaluation:
-    """One model in memory, on the token ids of every text and on the tasks."""
+    """Measures one model in memory, on the token ids of every text and on the tasks."""
     measured, results = {}, None
     for text, text_ids in ids.items():
         with reporter.stage(f"eval {short_name(model.name)}", 1):
@@ -200,7 +195,7 @@ def evaluate_tasks(
     offline: bool = False,
     reporter: Reporter | None = None,
 ) -> TaskResults:
-    """One model on tasks of lm-evaluation-harness; the arguments are those of ``open_tasks`` and ``evaluate_models``.
+    """Measures one model on tasks of lm-evaluation-harness; arguments as in ``open_tasks`` and ``evaluate_models``.
 
     Raises:
         InputError, UnsupportedModelError, CheckpointError: the model, a task or its data cannot be used; names it.
@@ -216,7 +211,7 @@ def evaluate_tasks(
 
 
 def perplexity_rows(evaluations: Sequence[ModelEvaluation]) -> list[ModelPerplexity]:
-    """By text, and then by model."""
+    """Makes a row for every text and model, ordered by text and then by model."""
     texts = evaluations[0].perplexity if evaluations else ()
     return [
         ModelPerplexity(

@@ -1,8 +1,8 @@
-"""How a text becomes the windows that perplexity is taken on: a protocol has a name, because the figure depends on it.
+"""Cuts a text into the windows that perplexity is measured on, by a named protocol: the figure depends on it.
 
 ``windows``
-    GPTQ's (arXiv 2210.17323) and SVD-LLM's: the token stream is cut into windows of ``seqlen`` tokens without overlap and
-    the remainder is dropped; the first token of a window has no context and is not predicted.
+    The protocol of GPTQ (arXiv 2210.17323) and SVD-LLM: the token stream is cut into windows of ``seqlen`` tokens
+    without overlap and the remainder is dropped; the first token of a window has no context and is not predicted.
 ``rolling``
     lm-evaluation-harness's ``loglikelihood_rolling`` with ``max_length = seqlen``: every token is predicted once, the
     first one from a prefix token (BOS, else EOS). The last window is as long as the others and predicts what is left.
@@ -21,7 +21,7 @@ from torch import Tensor
 from svdllm.common.errors import InputError
 
 PROTOCOLS = ("windows", "rolling")
-IGNORED = -100  # a target that is not predicted; what cross_entropy leaves out by default
+IGNORED = -100  # a target that is not predicted; cross_entropy ignores it by default
 
 STREAM = "the whole text tokenised once, cut into windows of {seqlen} tokens without overlap, the remainder dropped"
 GIVEN = "windows of {seqlen} tokens as given"
@@ -33,9 +33,9 @@ ROLLING = (
 
 @dataclass(frozen=True)
 class Windows:
-    """What goes into the model, and what it shall predict at each position: (num_windows, T) int64 both.
+    """Inputs of a model and the tokens to predict at each position, both (num_windows, T) int64.
 
-    ``first_token`` is the text's; None of windows as given, which may be from anywhere in it.
+    first_token: of the text; None for windows that the caller cut, which may start anywhere in it.
     """
 
     inputs_NT: Tensor
@@ -51,10 +51,10 @@ class Windows:
 
 
 def cut(token_ids: Tensor, seqlen: int, protocol: str, prefix_token_id: int | None) -> Windows:
-    """The windows of ``token_ids``: a stream, (num_tokens,) or (1, num_tokens), or windows, (num_windows, seqlen).
+    """Cuts a stream (num_tokens,) or (1, num_tokens) into windows; windows (num_windows, seqlen) are kept.
 
     Raises:
-        InputError: an unknown protocol, too little text, or ids that are no integers.
+        InputError: an unknown protocol, too little text, or ids that are not integers.
     """
     check_protocol(protocol, seqlen)
     if token_ids.is_floating_point() or token_ids.is_complex() or token_ids.dtype == torch.bool:
@@ -74,7 +74,7 @@ def cut(token_ids: Tensor, seqlen: int, protocol: str, prefix_token_id: int | No
 
 
 def check_protocol(protocol: str, seqlen: int) -> None:
-    """Raises InputError for an unknown protocol, or a window in which it predicts nothing."""
+    """Raises InputError for an unknown protocol, or for windows too short to predict anything."""
     if protocol not in PROTOCOLS:
         raise InputError(f"unknown protocol '{protocol}': expected one of {', '.join(PROTOCOLS)}")
     least = 2 if protocol == "windows" else 1
@@ -83,7 +83,7 @@ def check_protocol(protocol: str, seqlen: int) -> None:
 
 
 def prefix_token(tokenizer: Any) -> int | None:
-    """The token that text is begun with: BOS, or EOS where the tokenizer has no BOS."""
+    """The id that a text begins with: BOS, or EOS where the tokenizer has no BOS."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 

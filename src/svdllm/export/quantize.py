@@ -27,9 +27,9 @@ from svdllm.checkpoint.report import REPORT_FILE, is_checkpoint, read_report
 from svdllm.checkpoint.tensors import SHARD_BYTES, stored_tensors
 from svdllm.checkpoint.weight_sizes import weight_bytes
 from svdllm.common.device import resolve_device
-from svdllm.common.errors import InputError, ResourceError
+from svdllm.common.errors import InputError
 from svdllm.common.extras import require_extra
-from svdllm.common.memory import available_bytes
+from svdllm.common.memory import require_memory
 from svdllm.common.progress import Reporter
 from svdllm.common.version import __version__
 from svdllm.compression.recipe_files import load_settings, make_recipe
@@ -137,7 +137,8 @@ def _choose_linears(
     schemes = {f"{linear.name}.weight": linear.scheme for linear in linears}
     needed = quantized_bytes(stored_tensors(source, skeleton), schemes, num_files=1)
     output.require_disk(needed, "the weights need")
-    _require_memory(needed, place)
+    if place.type == "cpu":  # on a GPU the weights do not stay in memory
+        require_memory(needed, "The quantised weights need", place)
     return linears, left
 
 
@@ -176,15 +177,6 @@ def _require_quantizable(source: Source, bits: int) -> None:
             "whole repository first."
         )
     require_dtype(bits, source.dtype, source.name)
-
-
-def _require_memory(needed: int, place: torch.device) -> None:
-    """Raises ResourceError if the quantised weights do not fit in memory; they are only kept there on the CPU."""
-    memory = available_bytes()
-    if place.type == "cpu" and memory is not None and needed > memory:
-        raise ResourceError(
-            f"The quantised weights need {needed / 1e9:.2f} GB of memory, {memory / 1e9:.2f} GB are free."
-        )
 
 
 def _write(loaded: PreTrainedModel, folder: Path, source: Source) -> None:

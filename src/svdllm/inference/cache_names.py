@@ -1,4 +1,4 @@
-"""The key-value cache by the name that transformers gives it: ``past_key_values`` up to 5.23, ``cache`` from 5.24 on."""
+"""Finds the key-value cache by its name in transformers: ``past_key_values`` up to 5.23, then ``cache``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ CACHE_NAMES = ("cache", "past_key_values")  # models with code of their own keep
 
 
 def cache_name(module: nn.Module) -> str:
-    """Name of the argument with which ``module.forward`` takes a cache; the newest if it takes none."""
+    """The name of the argument of ``module.forward`` that is a cache; the newest name if it takes none."""
     parameters = inspect.signature(module.forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0])
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in what a model returns, or None."""
+    """The cache in the output of a model, or None."""
     return next((getattr(output, name) for name in CACHE_NAMES if hasattr(output, name)), None)

@@ -1,4 +1,4 @@
-"""Talking to a model in memory: what was said so far, and answers as they are generated."""
+"""Chats with a model in memory: keeps the conversation, and yields answers as they are generated."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ class Chat:
     """A conversation by the tokenizer's chat template; without one, each message is continued by itself.
 
     Args:
-        model, tokenizer: that belong together.
-        system: what the model is told first.
-        max_new_tokens: of an answer.
-        temperature: 0 is greedy; None leaves sampling to the model's own generation config.
+        model, tokenizer: a model and its own tokenizer.
+        system: the first message, with instructions for the model.
+        max_new_tokens: longest answer, in tokens.
+        temperature: 0 is greedy; None leaves sampling to the model's generation config.
 
     Raises:
-        InputError: an argument is out of range, there is no chat template for ``system``, or several and no default one.
+        InputError: an argument is out of range; there is no chat template for ``system``, or no default one among
+            several.
     """
 
     def __init__(
@@ -53,14 +54,16 @@ class Chat:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets what was said, but not the system's message."""
+        """Forgets the conversation, but not the system's message."""
         self.messages = list(self._system)
 
     def answer(self, message: str) -> Iterator[str]:
-        """The answer, piece by piece as it is generated; it stops when the iterator is closed, and is kept as far as it came.
+        """Yields the answer piece by piece as it is generated.
+
+        Closing the iterator stops the generation; the conversation keeps the answer up to there.
 
         Raises:
-            InputError: the conversation does not fit into the model's context, or not into its template.
+            InputError: the conversation does not fit the model's context or template.
         """
         messages = [*self.messages, {"role": "user", "content": message}]
         inputs = self._encode(messages)
@@ -109,7 +112,7 @@ class Chat:
         try:
             self._model.generate(**arguments, stopping_criteria=criteria)  # type: ignore[operator]
         except Exception as error:
-            failed.append(error)  # to be raised where the answer is read
+            failed.append(error)  # raised where the answer is read
             arguments["streamer"].end()
 
 

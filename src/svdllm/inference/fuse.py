@@ -1,12 +1,12 @@
-"""The factors as products like them best, for inference: joined, aligned and laid out; what is saved stays as it is.
+"""Rearranges the factors of a loaded model for faster inference. Checkpoints are not affected.
 
-1. q, k and v read one tensor, and so do gate and up: ``V_q x``, ``V_k x`` and ``V_v x`` are one product with the rows of all
-   three, which starts once and is large enough to keep a device busy.
-2. Ranks are filled up with zeros to multiples of 16, which products are several per cent faster with.
-3. In full precision on a CPU, ``U`` is kept column by column: ``U z`` for one token then adds up long columns in place of
-   many short products of rows.
+1. Joined: q, k and v read one tensor, and so do gate and up. ``V_q x``, ``V_k x`` and ``V_v x`` become one product with
+   the rows of all three, which starts once and is large enough to keep a device busy.
+2. Aligned: ranks are padded with zeros to multiples of 16, which makes products several per cent faster.
+3. Laid out: in full precision on a CPU, ``U`` is stored column by column. ``U z`` for one token then adds long columns,
+   instead of many short products of rows.
 
-Each was measured to help (docs/speed.md). Parameters become views of what is computed with, of the same shapes and names.
+Each step was measured to help (docs/speed.md). Parameters keep their shapes and names, as views of the padded tensors.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ ALIGNMENT = 16
 
 
 class SharedProduct:
-    """``V x`` for several linears at once, handed out linear by linear.
+    """Computes ``V x`` for several linears at once.
 
-    The first that is called with a tensor computes the product for all; the others are called with the same tensor (the
-    same object, not an equal one) and take their rows.
+    The first linear that is called with a tensor computes the product for all. The others are called with the same
+    tensor (the same object, not an equal one) and take their rows.
     """
 
     def __init__(self, linears: Sequence[nn.Module]):
         self.linears = list(linears)
-        self.weight: Tensor | None = None  # None: to be put together from the parameters
+        self.weight: Tensor | None = None  # None: to be joined from the parameters
         self._given: Tensor | None = None
         self._parts: list[Tensor | None] = []
 
     def part(self, index: int, x: Tensor) -> Tensor:
-        """The product with ``x`` (..., in_features) of linear ``index``, as wide as its rank filled up with zeros."""
+        """The product of linear ``index`` with ``x`` (..., in_features): (..., aligned rank)."""
         if self.weight is None:
             self.join()
         assert self.weight is not None
@@ -56,8 +56,8 @@ class SharedProduct:
 
     @torch.no_grad()
     def join(self) -> None:
-        """Puts the factors together; the parameters are parts of the result from then on."""
-        places: dict[nn.Linear, slice] = {}  # two linears may have one first factor
+        """Joins the factors into one weight, and makes the parameters views of it."""
+        places: dict[nn.Linear, slice] = {}  # two linears may share one first factor
         stop = 0
         for linear in self.linears:
             first = _first(linear)
@@ -80,7 +80,7 @@ class SharedProduct:
 
 
 class _Member(nn.Module):
-    """Linears are moved and cast one by one, which parts their weights."""
+    """A linear with a shared product. Moving or casting it parts the weights, which are then joined again."""
 
     shared: SharedProduct
     index: int
@@ -91,9 +91,9 @@ class _Member(nn.Module):
 
 
 class FusedLowRankLinear(_Member, LowRankLinear):
-    """``U (V x) + b`` with ``V x`` out of a product that others take part in."""
+    """``U (V x) + b``, where ``V x`` comes from a shared product."""
 
-    u_OR: Tensor  # with zero columns up to the aligned rank
+    u_OR: Tensor  # padded with zero columns to the aligned rank
 
     def latent(self, x: Tensor) -> Tensor:
         """``V x`` (..., rank)."""
@@ -109,7 +109,7 @@ class FusedLowRankLinear(_Member, LowRankLinear):
 
 
 class FusedLinear(_Member, nn.Linear):
-    """A linear left dense whose product is one with the first factors of its group."""
+    """A dense linear that shares a product with the first factors of its group."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and self.weight.requires_grad:
@@ -118,11 +118,14 @@ class FusedLinear(_Member, nn.Linear):
 
 
 def fuse_factors(model: nn.Module) -> int:
-    """Joins, aligns and lays out the factors of a low-rank model, in place. Returns how many products became one.
+    """Joins, aligns and lays out the factors of a low-rank model, in place.
 
-    Linears that read the same tensor, seen in one forward pass over two tokens, become one product; those without a bias
-    that were left dense beside factored ones take part. Results differ from the ordinary ones by rounding. Weights keep
-    their names and shapes and may be saved, moved, cast and loaded into. With gradients the ordinary products are used.
+    Linears that read the same tensor, found in one forward pass over two tokens, become one product, together with
+    dense linears without a bias in the same group. Results differ by rounding only. Weights keep their names and
+    shapes, and may be saved, moved, cast and loaded into. With gradients, the separate products are used.
+
+    Returns:
+        The number of groups of linears that became one product.
 
     Raises:
         UnsupportedModelError: a linear does not always share its input with the same others.
@@ -145,7 +148,7 @@ def fuse_factors(model: nn.Module) -> int:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """A linear of numbers in memory: not quantised, sharded, adapted or offloaded."""
+    """Whether a module is a plain linear in memory: not quantised, sharded, adapted or offloaded."""
     return (
         type(module) is nn.Linear
         and type(module.weight.data) is Tensor
@@ -155,7 +158,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Low-rank linears, and ordinary ones without a bias that are no part of one."""
+    """Yields the low-rank linears, and the dense linears without a bias, with their names."""
     factors = {part for module in model.modules() if isinstance(module, LowRankLinear) for part in module.children()}
     for name, module in model.named_modules():
         if (type(module) is LowRankLinear and is_plain(module.svd_v) and is_plain(module.svd_u)) or (
@@ -180,7 +183,7 @@ def _aligned(rank: int) -> int:
 
 
 def _filled_up(weight_OR: Tensor) -> Tensor:
-    """``U`` with zero columns up to the aligned rank, laid out for its device and dtype; the parameter is part of it."""
+    """Pads ``U`` with zero columns, laid out for its device and dtype; the parameter becomes a view of the result."""
     out_features, rank = weight_OR.shape
     by_column = weight_OR.device.type == "cpu" and weight_OR.dtype in (torch.float32, torch.float64)
     if by_column:
@@ -192,6 +195,6 @@ def _filled_up(weight_OR: Tensor) -> Tensor:
 
 
 def _move(parameter: Tensor, place: Tensor) -> None:
-    """Copies a parameter to where it is a view of what is computed with."""
+    """Copies a parameter into a view of another tensor, and makes it that view."""
     place.copy_(parameter)
     parameter.data = place

@@ -1,7 +1,7 @@
-"""An attention layer of transformers with a cache of latents: the family's own forward, with three things exchanged.
+"""Makes an attention layer of transformers keep latents in its cache: its own forward, with three parts replaced.
 
-``k_proj`` and ``v_proj`` hand over ``V x``; what the layer takes for the cache puts that into the cache; and the
-attention function rebuilds ``U V x``, or works with the latents where that takes fewer multiplications.
+``k_proj`` and ``v_proj`` hand over ``V x``; the object that the layer takes for its cache stores it; and the attention
+function rebuilds ``U V x``, or works with the latents where this takes fewer multiplications.
 
 Shapes: ``B`` batch, ``H`` heads, ``T`` new tokens, ``S`` slots of the cache, ``D`` width of a head, ``R`` rank.
 """
@@ -26,7 +26,11 @@ ATTENTION_FUNCTION = "svdllm_latent"
 
 
 class _Tapped(LowRankLinear):
-    """A low-rank linear that keeps its latent for the attention layer, or gives nothing else."""
+    """A low-rank linear that keeps its latent for the attention layer.
+
+    keeps: the next call keeps the latent.
+    gives_nothing: the next call returns zeros, because nobody reads the output.
+    """
 
     kept: Tensor | None
     keeps: bool
@@ -44,7 +48,7 @@ class _Tapped(LowRankLinear):
         self.kept, self.keeps, self.gives_nothing = None, keeps, gives_nothing
 
     def take(self) -> Tensor:
-        """What was kept, as one head: (B, 1, T, R)."""
+        """Returns and forgets the kept latent, as one head: (B, 1, T, R)."""
         latent, self.kept = self.kept, None
         assert latent is not None
         return latent[:, None]
@@ -56,10 +60,10 @@ def _tapped(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 class LatentAttention:
-    """What makes one attention layer keep latents: ``install`` and ``remove`` change the layer in place.
+    """Makes one attention layer keep latents; ``install`` and ``remove`` change the layer in place.
 
-    ``key_path`` and ``latent_values`` say what is kept as latents: without a key path, keys as they are ordinarily. If
-    both are and have one first factor, its latent is kept once, in the place of the keys.
+    Keys are kept as latents if there is a ``key_path``, values with ``latent_values``. If both are and share one first
+    factor, its latent is kept once, in the place of the keys.
     """
 
     def __init__(self, layer: Any, heads: int, key_path: KeyPath | None, latent_values: bool):
@@ -92,10 +96,10 @@ class LatentAttention:
             del linear.kept, linear.keeps, linear.gives_nothing
 
     def _enter(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Stands between the layer and its cache, and makes positions the slots of the cache.
+        """Takes the place of the layer's cache, and uses the slots of the cache as positions.
 
-        A rotation turns the scores by the distance of two positions alone, and tokens that see each other are as far
-        apart in the cache as in the text.
+        With rotary embeddings, scores depend only on the distance of two positions. Tokens that see each other are as
+        far apart in the cache as in the text.
         """
         self.cache, self.kept = kwargs.get(self.cache_name), None
         if self.cache is None:
@@ -131,10 +135,10 @@ class LatentAttention:
         return self.key_path.positions.table(length, like)
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Called by the layer in place of its cache's: ``keys`` and ``values`` (B, H, T, D) are those of new tokens.
+        """Called by the layer as its cache's ``update``, with the keys and values (B, H, T, D) of new tokens.
 
-        Kept are one head of latents, or one head of the whole width: (B, 1, T, R) or (B, 1, T, H * D). Of a joint latent
-        the cache has no values: (B, 1, T, 0).
+        The cache keeps one head of latents (B, 1, T, R), or one head of the whole width (B, 1, T, H * D). With a joint
+        latent, the values in the cache are empty (B, 1, T, 0).
         """
         new_keys = _as_one_head(keys) if self.key_path is None else self.layer.k_proj.take()
         if self.joint:
@@ -161,7 +165,7 @@ class LatentAttention:
         return ordinary(self.layer, query, key, value, mask, **kwargs)
 
     def _works_with_latents(self, query: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
-        """For few new tokens: then a product of all heads with ``R`` latents is smaller than ``U`` times the latents."""
+        """Whether attention works on latents: fewer multiplications than with ``U`` times latents, for few tokens."""
         _, heads, new, width = query.shape
         return (
             new * heads < self.heads * width
@@ -186,17 +190,17 @@ class LatentAttention:
         return output.transpose(1, 2).contiguous(), weights
 
     def _scores(self, query: Tensor, kept: Tensor) -> Tensor:
-        """Of ``query`` (B, H, N, D), all queries of a head of keys, with every slot: (B, H, N, S)."""
+        """Scores (B, H, N, S) of all queries of a head of keys (B, H, N, D) with every slot."""
         if self.key_path is None:
             return query @ self._heads(kept[:, 0]).mT
         factor = self.layer.k_proj.svd_u
-        if not self.key_path.steps:  # the bias moves all scores of a query alike
+        if not self.key_path.steps:  # softmax does not see the bias, which adds the same to all scores of a query
             latent_query = query @ factor.weight.view(self.heads, -1, factor.in_features)
             return (latent_query.flatten(1, 2) @ kept[:, 0].mT).unflatten(1, (self.heads, -1))
         return query @ self._stepped(_transposed_product(factor, kept[:, 0]).unflatten(1, (self.heads, -1)).mT).mT
 
     def _weighted(self, weights: Tensor, kept: Tensor) -> Tensor:
-        """Sums of values by ``weights`` (B, all heads, T, S): (B, H, N, D)."""
+        """Sums of values (B, H, N, D) weighted by ``weights`` (B, all heads, T, S)."""
         if not self.latent_values:
             return weights.reshape(weights.shape[0], self.heads, -1, weights.shape[-1]) @ self._heads(kept[:, 0])
         factor = self.layer.v_proj.svd_u
@@ -210,10 +214,10 @@ class LatentAttention:
         return self._stepped(self._heads(self.layer.k_proj.svd_u(kept[:, 0])))
 
     def _stepped(self, keys: Tensor) -> Tensor:
-        """Norm and rotation of ``keys`` (B, H, S, D) of all slots that the cache gave."""
+        """Applies norm and rotation to the keys (B, H, S, D) of all slots that the cache returned."""
         assert self.key_path is not None
         slots, first = keys.shape[-2], 0
-        if not isinstance(self.past, Tensor):  # a window has left the slots before it
+        if not isinstance(self.past, Tensor):  # a sliding window has dropped the slots before it
             first = max(0, self.past + self.new - slots)
         cos, sin = (part[first : first + slots] for part in self._turns(first + slots, keys))
         for step in self.key_path.steps:
@@ -224,21 +228,21 @@ class LatentAttention:
         return self._heads(self.layer.v_proj.svd_u(kept[:, 0]) if self.latent_values else kept[:, 0])
 
     def _heads(self, joined: Tensor) -> Tensor:
-        """``(B, S, H * D)`` as ``(B, H, S, D)``."""
+        """Splits ``(B, S, H * D)`` into heads ``(B, H, S, D)``."""
         return joined.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 def _as_one_head(parts: Tensor) -> Tensor:
-    """``(B, H, T, D)`` as ``(B, 1, T, H * D)``."""
+    """Joins heads ``(B, H, T, D)`` into one ``(B, 1, T, H * D)``."""
     return parts.transpose(1, 2).flatten(-2)[:, None]
 
 
 def _transposed_product(factor: nn.Linear, latents: Tensor) -> Tensor:
-    """``U m + b`` of latents (B, S, R) as (B, out, S): what turns pairs of rows reads them from end to end."""
+    """``U m + b`` of latents (B, S, R), transposed to (B, out, S): a rotation then reads contiguous rows."""
     product = torch.bmm(factor.weight.expand(latents.shape[0], -1, -1), latents.mT)
     return product if factor.bias is None else product.add_(factor.bias[:, None])
 
 
 def attention_function(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-    """Registered with transformers for layers that keep latents."""
+    """The attention function that is registered with transformers for layers that keep latents."""
     return module.latent_attention.attend(query, key, value, mask, **kwargs)

@@ -1,4 +1,4 @@
-"""A key-value cache of latents: ``V x``, as wide as the rank, instead of keys and values ``U V x``."""
+"""Makes models keep latents ``V x``, as wide as the rank, in the key-value cache instead of ``U V x``."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from svdllm.models.low_rank.info import LowRankInfo
 
 
 class CacheSize(NamedTuple):
-    """Bytes that a token takes in the caches of all layers."""
+    """Bytes per token in the caches of all layers."""
 
     ordinary: int
     latent: int
 
 
 def use_latent_cache(model: Any, *, keys: bool = True) -> int:
-    """Make ``model`` keep latents in its key-value cache, in place. Returns the number of layers changed.
+    """Makes a model keep latents in its key-value cache, in place. Returns the number of changed layers.
 
-    A projection of keys or values is kept as a latent if it is factorised at a rank below its width; others, and keys
-    and values of layers with neither, are kept as ever. Where both have one first factor (``joint_kv`` of a recipe), its
-    latent is kept once. Caches are those of transformers, and so are the attention
-    implementations. The logits are those of the ordinary cache but for rounding, which is tried on a few tokens.
-    A cache that was filled before is of no use afterwards. For inference: call it after ``fuse_factors``.
+    Keys or values are kept as latents if their projection is factorised at a rank below its width, else unchanged. If
+    both share one first factor (``joint_kv`` of a recipe), its latent is kept once. Caches and attention
+    implementations stay those of transformers. Logits differ from those with the ordinary cache by rounding only, which
+    is checked on a few tokens. A cache that was filled before cannot be used afterwards. Call this after
+    ``fuse_factors``.
 
-    Keys of models that rotate them are rebuilt at every step, for all slots of the cache; values are not. With
-    ``keys=False`` keys are kept as ever, which saves less memory and costs little time.
+    Rotated keys are rebuilt at every step for all slots of the cache; values are not. ``keys=False`` keeps keys
+    unchanged, which saves less memory and costs little time.
 
     Raises:
         InputError: the model is in training mode.
-        UnsupportedModelError: a layer makes its keys and values in a way that is not known here; the message names its
-            class and the way. The model is as it was.
+        UnsupportedModelError: a layer makes its keys or values in an unknown way; the message names its class and the
+            way. The model is not changed.
     """
     if model.training:
         raise InputError("A latent cache is for inference, and the model is in training mode: call model.eval() first.")
@@ -66,7 +66,7 @@ def use_latent_cache(model: Any, *, keys: bool = True) -> int:
 
 
 def use_ordinary_cache(model: nn.Module) -> int:
-    """Undo ``use_latent_cache``. Returns the number of layers changed."""
+    """Undoes ``use_latent_cache``. Returns the number of changed layers."""
     changed: list[Any] = [module.latent_attention for module in model.modules() if hasattr(module, "latent_attention")]
     for attention in changed:
         attention.remove()
@@ -74,16 +74,17 @@ def use_ordinary_cache(model: nn.Module) -> int:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values, or latents, in a cache of transformers; slots that wait in a static one count."""
+    """Bytes of the keys and values, or latents, in a cache of transformers; empty slots of a static cache count too."""
     tensors = [part for layer in cache.layers for part in (layer.keys, layer.values) if part is not None]
     return sum(part.numel() * part.element_size() for part in tensors)
 
 
 def cache_size(config: Any, dtype: torch.dtype | None = None) -> CacheSize:
-    """What a token takes in the cache, ``layers * 2 * kv_dim`` elements or the sum of ``min(rank, kv_dim)``.
+    """Computes from a config what a token takes in the cache.
 
-    By the config of a checkpoint, whether its layers can be changed or not; a rank that keys and values share counts once.
-    ``dtype`` is the config's by default.
+    These are ``layers * 2 * kv_dim`` elements, or the sum of ``min(rank, kv_dim)`` for latents, where a rank that keys
+    and values share counts once. Whether the layers can keep latents is not checked. ``dtype`` is the config's by
+    default.
     """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -99,15 +100,15 @@ def cache_size(config: Any, dtype: torch.dtype | None = None) -> CacheSize:
 
 
 def _layers_to_change(model: nn.Module, keys: bool) -> dict[str, Any]:
-    """Attention layers with a projection that is worth keeping as a latent."""
+    """Finds the attention layers with a projection whose latent is smaller than its output."""
     modules = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if {"k_proj", "v_proj"} <= set(module._modules)}
     if not layers and (factored := [name for name, module in modules.items() if _rank(module)]):
         owners = sorted({type(modules[name.rpartition(".")[0]]).__name__ for name in factored})
         raise UnsupportedModelError(
             f"No layer of {type(model).__name__} has a k_proj and a v_proj (its factorised linears are in "
-            f"{', '.join(owners)}): only keys and values that are projected apart can be cached as latents. "
-            "Use the ordinary cache."
+            f"{', '.join(owners)}): keys and values can be cached as latents only if they have projections of their "
+            "own. Use the ordinary cache."
         )
     return {
         name: layer
@@ -127,7 +128,7 @@ def _is_narrow(linear: Any) -> bool:
 
 
 def _is_joint(layer: Any) -> bool:
-    """Whether one latent of keys and values is worth keeping."""
+    """Whether keys and values share a latent that is smaller than both."""
     rank = _rank(layer.k_proj)
     return (
         rank is not None
@@ -167,7 +168,7 @@ def _latent_attention(name: str, layer: Any, seen: Seen, positions: list[Positio
 
 
 def _trial(model: Any) -> Tensor:
-    """Logits (2, 7, vocabulary) of a few tokens: five at once, then two one by one."""
+    """Computes logits (2, 7, vocabulary) of a few tokens: five at once, then two one by one."""
     embeddings = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(embeddings.num_embeddings, (2, 7), generator=generator).to(embeddings.weight.device)

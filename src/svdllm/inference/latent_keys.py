@@ -1,4 +1,4 @@
-"""How an attention layer makes keys out of what ``k_proj`` gives: which norm, which rotation. Found by looking at it.
+"""Finds how an attention layer turns the output of ``k_proj`` into keys: which norm, and which rotation.
 
 Shapes: ``B`` batch, ``H`` heads of keys, ``S`` slots of the cache, ``D`` width of a head.
 """
@@ -20,7 +20,7 @@ from svdllm.inference.cache_names import cache_name
 
 class Step(Protocol):
     def __call__(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``keys`` (B, H, S, D), which may be overwritten; ``cos`` and ``sin`` (S, rotated width)."""
+        """Applies the step to ``keys`` (B, H, S, D), which it may overwrite; ``cos`` and ``sin`` (S, rotated width)."""
         ...
 
 
@@ -38,10 +38,14 @@ class Norm(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """Entries of a head that turn in pairs; ``interleaved`` pairs are neighbours, others half of the width apart."""
+    """A rotation of pairs of entries of a head.
+
+    interleaved: pairs are neighbours; otherwise they are half of the width apart.
+    repeated: ``cos`` has each angle twice in a row; otherwise all angles in order, twice.
+    """
 
     interleaved: bool
-    repeated: bool  # an angle stands twice in a row in the cosines, else they are the angles in order, twice
+    repeated: bool
 
     def __call__(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         width = cos.shape[-1]
@@ -60,7 +64,7 @@ class Rotation(NamedTuple):
 
 
 class Positions:
-    """Cosines and sines of the slots 0, 1, 2, ... as the model's own rotary module gives them, kept for all layers."""
+    """Cosines and sines of the slots 0, 1, 2, ... by the model's rotary module, kept for all layers."""
 
     def __init__(self, rotary: nn.Module, layer_type: str | None):
         self.rotary, self.layer_type = rotary, layer_type
@@ -73,11 +77,11 @@ class Positions:
 
     @property
     def change_with_length(self) -> bool:
-        """Then keys that were turned when the text was shorter cannot be had again."""
+        """Whether angles depend on the length of the text; keys rotated in a shorter text cannot be rebuilt then."""
         return self.kind in ("dynamic", "longrope")
 
     def table(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """``(length or more, rotated width)`` each, in the dtype and on the device of ``like``; slots lie side by side."""
+        """Cosines and sines, each (``length`` or more, rotated width), in the dtype and on the device of ``like``."""
         table = self._table
         if (
             table is None
@@ -95,16 +99,18 @@ class Positions:
 
 
 class Seen:
-    """What passed through an attention layer in its first forward pass with a cache, over slots 0, 1, 2, ...
+    """Records an attention layer's first forward pass with a cache, whose place it takes for this pass.
 
-    For that pass it stands between the layer and the cache.
+    projected: outputs (B, S, H * D) by the name of the linear.
+    position_embeddings: cosines and sines (B or 1, S, rotated width), or None.
+    keys, values: (B, H, S, D), as they are cached.
     """
 
     def __init__(self) -> None:
         self.cache: Any = None
-        self.projected: dict[str, Tensor] = {}  # (B, S, H * D), by the name of the linear
-        self.position_embeddings: Any = None  # cosines and sines (B or 1, S, rotated width), or nothing
-        self.keys: Tensor | None = None  # (B, H, S, D), as they are cached
+        self.projected: dict[str, Tensor] = {}
+        self.position_embeddings: Any = None
+        self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -127,7 +133,7 @@ class Seen:
 
 @contextmanager
 def watched(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Seen]]:
-    """What passes through each layer, named as in ``layers``, while the context lasts."""
+    """Records what passes through each of the layers while the context lasts: name -> record."""
     seen = {name: Seen() for name in layers}
     handles = []
     try:
@@ -145,14 +151,14 @@ def watched(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Seen]]:
 
 
 class KeyPath(NamedTuple):
-    """From projections to keys: ``steps`` one after the other; ``positions`` if one of them rotates."""
+    """The steps from the output of ``k_proj`` to keys, with ``positions`` if one of them is a rotation."""
 
     steps: tuple[Step, ...]
     positions: Positions | None
 
 
 def find_key_path(attention: nn.Module, seen: Seen, positions: list[Positions]) -> KeyPath | None:
-    """The first combination of the layer's norm and a rotation that makes the keys that were seen, or None."""
+    """Tries the layer's norms with rotations; returns the first combination that gives the recorded keys, or None."""
     assert seen.keys is not None
     heads = seen.projected["k_proj"].unflatten(-1, (-1, seen.keys.shape[-1])).transpose(1, 2)
     table = _same_positions(seen.position_embeddings, seen.keys, positions)
@@ -186,7 +192,7 @@ def _makes(steps: tuple[Step, ...], keys: Tensor, cos: Tensor, sin: Tensor, expe
 
 
 def _same_positions(given: Any, like: Tensor, positions: list[Positions]) -> Positions | None:
-    """Those whose cosines and sines a layer was given."""
+    """Finds the positions whose cosines and sines a layer was given, or None."""
     if not (isinstance(given, tuple) and len(given) == 2 and given[0].ndim == 3):
         return None
     length = given[0].shape[1]
@@ -200,7 +206,7 @@ def _same_positions(given: Any, like: Tensor, positions: list[Positions]) -> Pos
 
 
 def rotary_modules(model: nn.Module, layer_types: list[str]) -> list[Positions]:
-    """The model's rotary modules, once for each type of layer that they tell apart."""
+    """Lists the model's rotary modules, once for each type of layer that they distinguish."""
     found = []
     for module in model.modules():
         if type(module).__name__.endswith("RotaryEmbedding"):

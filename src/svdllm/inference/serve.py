@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server of a model, compressed or not: vLLM's where it is installed, else transformers' own."""
+"""Serves a model, compressed or not, by an OpenAI-compatible API: with vLLM where installed, else with transformers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SERVER_PACKAGES = ("fastapi", "uvicorn", "openai")
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """A server that can be started: what could be wrong was looked at, and nothing is loaded yet."""
+    """A server that can be started: its settings were checked, and nothing is loaded yet."""
 
     model: str
     backend: str
@@ -51,7 +51,7 @@ class Service:
         return f"http://{host}:{self.port}/v1"
 
     def run(self, reporter: Reporter | None = None) -> None:
-        """Serves until it is stopped. vLLM takes the place of this process.
+        """Serves until it is stopped. vLLM replaces this process.
 
         Raises:
             CheckpointError: the weights cannot be loaded.
@@ -75,16 +75,16 @@ def prepare_service(
     trust_remote_code: bool = False,
     vllm_options: tuple[str, ...] = (),
 ) -> Service:
-    """Looks at everything that a server needs.
+    """Checks everything that a server needs.
 
     Args:
         model: a folder or a hub id; clients call the model by this name.
         backend: ``vllm``, ``transformers``, or ``auto``: vLLM if its program is beside this Python or on the PATH,
-            and neither a device nor a cache is asked of transformers.
-        device: of transformers; vLLM has the one that it was built for.
-        dtype: ``auto`` is float32 on a CPU and else the model's own; with vLLM, what vLLM chooses.
-        kv_cache: of transformers: ordinary, latent or latent-values (``svdllm.inference.latent_cache``).
-        trust_remote_code: let vLLM run code files of the folder that are not those of this version of the library.
+            and neither ``device`` nor ``kv_cache`` is set.
+        device: for transformers only; vLLM uses the device that it was built for.
+        dtype: ``auto`` is float32 on a CPU, else the model's own; with vLLM, vLLM chooses.
+        kv_cache: for transformers only: ordinary, latent or latent-values (``svdllm.inference.latent_cache``).
+        trust_remote_code: let vLLM run code files of the folder that differ from those of this version of svdllm.
         vllm_options: further options of ``vllm serve``.
 
     Raises:
@@ -112,7 +112,7 @@ def prepare_service(
         trust = ("--trust-remote-code",) if _runs_code(source, trust_remote_code) else ()
         return Service(**settings, device=device, dtype=dtype, vllm_command=(*command, *trust, *vllm_options))
     if vllm_options:
-        raise InputError(f"{' '.join(vllm_options)} is for vLLM, and the server is that of transformers.")
+        raise InputError(f"{' '.join(vllm_options)}: options for vLLM, but the server is that of transformers.")
     for package in SERVER_PACKAGES:
         require_extra(package, "svdllm serve", extra="serve")
     if "@" in model:
@@ -122,18 +122,18 @@ def prepare_service(
 
 
 def _not_for_vllm(source: Source, device: str, kv_cache: str) -> str | None:
-    """Why vLLM cannot do what is asked for, or None."""
+    """Says why vLLM cannot serve with these settings, or returns None."""
     if device != "auto":
-        return f"--device {device} is for transformers: vLLM runs on what it was built for."
+        return f"--device {device} is for transformers: vLLM runs on the device that it was built for."
     if kv_cache != "ordinary":
         return f"--kv-cache {kv_cache} is for transformers: vLLM keeps keys and values in pages of its own."
     if (info := LowRankInfo.of(source.config)) and info.shared_factors:
-        return f"{source.name} was made with --joint-kv, and vLLM wants a first factor for every linear in the files."
+        return f"{source.name} was made with --joint-kv, and vLLM needs a first factor for every linear in the files."
     return None
 
 
 def vllm_program() -> str | None:
-    """The program ``vllm``: of this Python's environment, or else on the PATH."""
+    """Finds the program ``vllm``: in this Python's environment, or else on the PATH."""
     beside = Path(sys.executable).with_name("vllm")
     return str(beside) if beside.is_file() else shutil.which("vllm")
 
@@ -141,8 +141,8 @@ def vllm_program() -> str | None:
 def _required(program: str | None) -> str:
     if program is None:
         raise InputError(
-            "--backend vllm needs the program vllm, which is neither beside this Python nor on the PATH: pip install vllm, "
-            "in an environment of its own if its versions do not go with yours. Or use --backend transformers."
+            "--backend vllm needs the program vllm, which is neither beside this Python nor on the PATH: pip install "
+            "vllm, in an environment of its own if its versions do not go with yours. Or use --backend transformers."
         )
     return program
 
@@ -160,7 +160,11 @@ def _require_free(host: str, port: int) -> None:
 
 
 def _runs_code(source: Source, trusted: bool) -> bool:
-    """Whether vLLM has to run the folder's code files: they are ours, letter by letter, or the user trusts them."""
+    """Whether vLLM has to run the folder's code files.
+
+    Raises:
+        InputError: it has to, but they differ from ours and the user does not trust them.
+    """
     if (info := LowRankInfo.of(source.config)) is None:
         return trusted
     files = family_classes(info.base_model_type).causal_lm.code_files()
@@ -171,14 +175,14 @@ def _runs_code(source: Source, trusted: bool) -> bool:
     )
     if has_own_code(folder) and not trusted:
         raise InputError(
-            f"vLLM would run the code that {source.name} names for its tokenizer (auto_map in tokenizer_config.json), because "
-            "it has to run the code of the model. Read it and give --trust-remote-code, or use --backend transformers, "
-            "which runs neither."
+            f"vLLM would run the code that {source.name} names for its tokenizer (auto_map in tokenizer_config.json), "
+            "because it has to run the code of the model. Read it and give --trust-remote-code, or use --backend "
+            "transformers, which runs neither."
         )
     if not ours and not trusted:
         raise InputError(
-            f"vLLM would run {' and '.join(files)} of {source.name}, which are not those of this version of svdllm. Read "
-            "them and give --trust-remote-code, or use --backend transformers, which runs no code of the folder."
+            f"vLLM would run {' and '.join(files)} of {source.name}, which are not those of this version of svdllm. "
+            "Read them and give --trust-remote-code, or use --backend transformers, which runs no code of the folder."
         )
     return True
 
@@ -188,10 +192,10 @@ def _run_transformers(service: Service, reporter: Reporter) -> None:
     from transformers.cli.serving import model_manager
 
     if info := LowRankInfo.of(service.config):
-        # It looks a model's class up by its name in the package, where none of another package's is.
+        # The server looks up a model's class by its name in transformers, where classes of other packages are missing.
         causal_lm = family_classes(info.base_model_type).causal_lm
         setattr(vars(model_manager)["transformers"], causal_lm.__name__, causal_lm)
-    # It lists what is in the hub's cache, whatever it serves.
+    # The server lists the models in the hub's cache, whichever it serves.
     listed = [{"id": service.model, "object": "model", "created": int(time.time()), "owned_by": "svdllm"}]
 
     class Manager(model_manager.ModelManager):

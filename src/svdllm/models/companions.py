@@ -1,4 +1,4 @@
-"""Files that belong to a model beside its weights and its config: those of its tokenizer, and its generation config."""
+"""Finds and copies the files beside a model's weights and config: its tokenizer and its generation config."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ EVERY_TOKENIZER = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-# Vocabularies that are recognised by the end of their name: of SentencePiece, of tiktoken and of mistral-common.
+# Vocabularies of SentencePiece, tiktoken and mistral-common are recognised by the end of their names.
 VOCABULARIES = ("*.model", "*.model.v*", "*.tiktoken", "*tekken*.json")
 VERSIONED = re.compile(r"tokenizer\.[\w.]+\.json")
-OUR_CODE = re.compile(r"(configuration|modeling)_svdllm_")  # which a result has of its own
-# The files that tell which others there are.
+OUR_CODE = re.compile(r"(configuration|modeling)_svdllm_")  # a result has its own
+# The files that decide which other files belong to a model.
 DECIDING_FILES = ("config.json", TOKENIZER_CONFIG, "additional_chat_templates/*.jinja")
 
 
 def copy_companion_files(folder: Path, target: Path, *, tokenizer: bool = True) -> None:
-    """Copies generation config and tokenizer of a model, byte for byte; without ``tokenizer`` only the first."""
+    """Copies the generation config and, with ``tokenizer``, the tokenizer of a model, byte for byte."""
     for name in companion_files(folder) if tokenizer else [Path(GENERATION_CONFIG)]:
         if (folder / name).is_file():
             (target / name).parent.mkdir(exist_ok=True)
@@ -48,26 +48,26 @@ def copy_companion_files(folder: Path, target: Path, *, tokenizer: bool = True) 
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """Generation config and tokenizer of a model, relative to its folder."""
+    """Lists the files of the generation config and the tokenizer of a model, relative to its folder."""
     found = {path for pattern in companion_patterns(folder) for path in folder.glob(pattern) if path.is_file()}
     return sorted(path.relative_to(folder) for path in found | _code_files(folder))
 
 
 def companion_patterns(folder: Path) -> list[str]:
-    """Names and patterns of the companion files of a model of which the folder has at least ``DECIDING_FILES``.
+    """Lists names and patterns of the companion files of a model; its folder must have the ``DECIDING_FILES``.
 
-    Code of a tokenizer is not among them: it is told by the files that it imports, see ``companion_files``.
+    The code of a tokenizer is not among them, because its files are found by what they import: see ``companion_files``.
     """
     return [GENERATION_CONFIG, *EVERY_TOKENIZER, *VOCABULARIES, *sorted(_vocabulary_names(folder))]
 
 
 def has_own_code(folder: Path) -> bool:
-    """Whether the tokenizer names a class of its own, which runs code of the folder or of another repository."""
+    """Whether the tokenizer has a class of its own, whose code is in the folder or in another repository."""
     return any(True for _ in _class_references(folder))
 
 
 def _vocabulary_names(folder: Path) -> set[str]:
-    """The files that a tokenizer's class looks for, and the versions of ``tokenizer.json`` that its config names."""
+    """Names the vocabulary files of a tokenizer's class, and the versions of ``tokenizer.json`` in its config."""
     settings, config = _read(folder / TOKENIZER_CONFIG), _read(folder / "config.json")
     family = TOKENIZER_MAPPING_NAMES.get(_family(config))
     classes = (settings.get("tokenizer_class"), config.get("tokenizer_class"), family)
@@ -77,7 +77,7 @@ def _vocabulary_names(folder: Path) -> set[str]:
 
 
 def _family(config: dict[str, Any]) -> str:
-    """The model type, of a low-rank model that of the dense one; a damaged entry is reported when the config is loaded."""
+    """The model type; of a low-rank model, the dense model's. Loading the config reports a damaged entry, not this."""
     with suppress(CheckpointError):
         if info := LowRankInfo.of(config):
             return info.base_model_type
@@ -85,7 +85,7 @@ def _family(config: dict[str, Any]) -> str:
 
 
 def _names_of(tokenizer_class: Any) -> Iterator[str]:
-    """The names in ``vocab_files_names`` of a class of transformers; none if a package that it needs is missing."""
+    """Yields the ``vocab_files_names`` of a class of transformers; nothing if a package that it needs is missing."""
     if isinstance(tokenizer_class, str):
         try:
             found = tokenizer_class_from_name(tokenizer_class)
@@ -95,7 +95,7 @@ def _names_of(tokenizer_class: Any) -> Iterator[str]:
 
 
 def _code_files(folder: Path) -> set[Path]:
-    """The files of a tokenizer's own code, and what they import of the folder. They are copied, and never run here."""
+    """Finds the code files of a tokenizer and the files of the folder that they import. They are copied, never run."""
     found: set[Path] = set()
     waiting = [folder / f"{reference.split('.')[0]}.py" for reference in _class_references(folder)]
     while waiting:
@@ -114,7 +114,7 @@ def _imports(code: Path) -> list[str]:
 
 
 def _class_references(folder: Path) -> Iterator[str]:
-    """References such as ``tokenization_x.XTokenizer``, or ``owner/name--tokenization_x.XTokenizer`` elsewhere."""
+    """Yields references such as ``tokenization_x.XTokenizer``, or ``owner/name--tokenization_x.XTokenizer``."""
     references = _read(folder / TOKENIZER_CONFIG).get("auto_map")
     if isinstance(references, dict):
         references = references.get("AutoTokenizer")
@@ -124,7 +124,7 @@ def _class_references(folder: Path) -> Iterator[str]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The content of a JSON file; empty if it has none, which loading the model or the tokenizer reports."""
+    """Reads a JSON file; a missing or damaged one is empty here, and reported when the model or tokenizer is loaded."""
     try:
         return read_object(file)
     except (OSError, ValueError):

@@ -20,9 +20,12 @@ _HEADS = ("forcausallm", "lmheadmodel")
 
 
 def load_config(folder: Path, name: str, *, allow_quantized: bool = False) -> PreTrainedConfig:
-    """The config of a folder, which must be a causal language model's, and not quantised unless that is allowed.
+    """Reads the config of a model folder. Code that comes with a model is never run, and nobody is asked about it.
 
-    Code that comes with a model is never run, nor is anybody asked whether it should be.
+    Raises:
+        InputError: the folder holds no model, or a PEFT adapter.
+        CheckpointError: ``config.json`` is damaged.
+        UnsupportedModelError: it is not a causal language model, or it is quantised and that is not allowed.
     """
     _refuse_adapter(folder, name)
     fields = read_config(folder, name)
@@ -31,8 +34,8 @@ def load_config(folder: Path, name: str, *, allow_quantized: bool = False) -> Pr
     except Exception as error:  # of any kind, by the class of the config and what is wrong in it
         own_code = fields.get("model_type") not in CONFIG_MAPPING and "auto_map" in fields
         raise UnsupportedModelError(
-            f"{name} needs code of its own for its model_type {fields.get('model_type')!r}, which transformers does not "
-            "have; svdllm never runs such code."
+            f"{name} needs code of its own for its model_type {fields.get('model_type')!r}, which transformers does "
+            "not have; svdllm never runs such code."
             if own_code
             else f"The config of {name} cannot be read by transformers: {first_line(error)}"
         ) from error
@@ -43,9 +46,9 @@ def load_config(folder: Path, name: str, *, allow_quantized: bool = False) -> Pr
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """The content of ``config.json``."""
+    """Reads ``config.json``. Raises InputError where there is none, CheckpointError if it is damaged."""
     if not (folder / "config.json").is_file():
-        raise InputError(f"{name} is no model folder: it has no config.json{_what_it_has(folder)}")
+        raise InputError(f"{name} is not a model folder: it has no config.json{_what_it_has(folder)}")
     try:
         return read_object(folder / "config.json")
     except (ValueError, OSError) as error:
@@ -53,7 +56,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _what_it_has(folder: Path) -> str:
-    """The end of a sentence on a folder that is no model's: what else is in it, and what to do."""
+    """Ends a sentence on a folder without a model: what else is in it, and what to do."""
     if ggufs := sorted(map(str, folder.glob("*.gguf"))):
         return f", but GGUF weights. Pass {'the file' if len(ggufs) == 1 else 'one of the files'}: {', '.join(ggufs)}."
     found = sorted(path.name for path in folder.iterdir())[:6]
@@ -62,7 +65,7 @@ def _what_it_has(folder: Path) -> str:
 
 
 def _refuse_adapter(folder: Path, name: str) -> None:
-    """Raises InputError for an adapter of PEFT, also beside a model: transformers would load both, if PEFT is there."""
+    """Raises InputError for a PEFT adapter, also beside a model: transformers loads both where PEFT is installed."""
     if not (folder / ADAPTER_FILE).is_file():
         return
     if (folder / "config.json").is_file():
@@ -72,24 +75,24 @@ def _refuse_adapter(folder: Path, name: str) -> None:
         )
     raise InputError(
         f"{name} is an adapter of PEFT, not a model. Merge the adapter first, and use the folder that this writes: "
-        f"peft.AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained('merged'), and its "
-        "tokenizer beside it."
+        f"peft.AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained('merged'), and "
+        "its tokenizer beside it."
     )
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether the config of a folder says that its weights are stored in few bits."""
+    """Whether the config of a folder says that its weights are quantised."""
     try:
         return bool(read_object(folder / "config.json").get("quantization_config"))
     except (OSError, ValueError):
-        return False  # which ``load_config`` tells
+        return False  # ``load_config`` reports it
 
 
 def require_causal_lm(config: PreTrainedConfig, name: str) -> None:
-    """Raises UnsupportedModelError unless the config is a decoder-only language model's.
+    """Raises UnsupportedModelError unless the config describes a decoder-only language model.
 
-    transformers goes by ``model_type``, whatever ``architectures`` spells, but a head for something else has no weights
-    for the vocabulary.
+    transformers chooses the class by ``model_type`` alone. ``architectures`` is checked too, because a model with
+    another head has no weights for the vocabulary.
     """
     info = LowRankInfo.of(config, name)
     model_type = info.base_model_type if info else config.model_type
@@ -103,8 +106,8 @@ def require_causal_lm(config: PreTrainedConfig, name: str) -> None:
     if not is_decoder:
         named = f" ({architectures[0]})" if architectures else ""
         raise UnsupportedModelError(
-            f"{name} is not a causal language model: its model_type is {model_type!r}{named}, for which transformers has no "
-            "decoder-only language model. Expected something like llama, qwen2 or gpt2."
+            f"{name} is not a causal language model: its model_type is {model_type!r}{named}, for which transformers "
+            "has no decoder-only language model. Expected something like llama, qwen2 or gpt2."
         )
     raise UnsupportedModelError(
         f"{name} is not a causal language model: its architecture is {architectures[0]}, expected {expected}."
@@ -112,18 +115,18 @@ def require_causal_lm(config: PreTrainedConfig, name: str) -> None:
 
 
 def refuse_several_parts(config: PreTrainedConfig, name: str) -> None:
-    """Raises UnsupportedModelError for a language model within a larger model, which can be compressed by itself."""
+    """Raises UnsupportedModelError for a larger model with a language model in it that can be compressed by itself."""
     text = config.get_text_config(decoder=True)
     is_alone = text.model_type == config.model_type or config.is_encoder_decoder or text.is_encoder_decoder
     if not is_alone and MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type, "").endswith("ForCausalLM"):
         raise UnsupportedModelError(
-            f"{name} is more than a language model: its model_type is {config.model_type!r}. The language model in it, of "
-            f"type {text.model_type!r}, can be compressed once it is saved alone: see 'multimodal' in docs/faq.md."
+            f"{name} is more than a language model: its model_type is {config.model_type!r}. The language model in it, "
+            f"of type {text.model_type!r}, can be compressed once it is saved alone: see 'multimodal' in docs/faq.md."
         )
 
 
 def check_quantization(config: PreTrainedConfig, name: str, allowed: bool) -> None:
-    """Raises UnsupportedModelError if the weights are in few bits and something else than to run them is meant."""
+    """Raises UnsupportedModelError for quantised weights where they are not allowed; they can only be run."""
     settings = getattr(config, "quantization_config", None)
     if not settings:
         return

@@ -26,12 +26,12 @@ OBSERVED_TOKENS = 8
 
 
 def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure:
-    """Looks at a skeleton once.
+    """Finds the blocks and the targets of a skeleton, with one forward pass on the meta device.
 
     Raises:
-        UnsupportedModelError: there is no stack of blocks, or a block holds weights that are no linear's (a mixture
-            of experts with stacked expert tensors, say), or one changes an argument in a way that cannot be carried
-            from block to block; lists the modules.
+        UnsupportedModelError: there is no stack of blocks; a block holds weights outside linears (such as stacked
+            expert tensors of a mixture of experts); or a block changes an argument in a way that cannot be carried
+            from block to block. Lists the modules.
         InputError: a pattern of ``ignore`` matches nothing, or everything.
     """
     blocks = find_blocks(skeleton)
@@ -61,7 +61,7 @@ def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure
 
 
 class _MetaProbe(BlockStub):
-    """Runs the real block on the meta device beside the pass and hands the hidden states on unchanged."""
+    """Runs its block on the meta device and returns the hidden states unchanged."""
 
     def __init__(self, name: str, block: nn.Module, arguments: WrittenArguments):
         super().__init__(block, returns_tuple=False)
@@ -83,7 +83,7 @@ class _MetaProbe(BlockStub):
 def _observe(
     skeleton: PreTrainedModel, blocks: list[str], linears: list[tuple[str, nn.Module]]
 ) -> tuple[dict[str, str], list[_MetaProbe], WrittenArguments]:
-    """One pass over eight tokens in which only the machinery around the blocks is real, and all of it zeros."""
+    """Makes a forward pass over eight tokens. Only what is around the blocks computes, with weights of zeros."""
     arguments = WrittenArguments(type(skeleton).__name__, OBSERVED_TOKENS)
     probes = {name: _MetaProbe(name, skeleton.get_submodule(name), arguments) for name in blocks}
     zeros = tensors_replaced(skeleton, _zeros_outside(skeleton, blocks))
@@ -95,7 +95,7 @@ def _observe(
 
 
 def _zeros_outside(skeleton: nn.Module, blocks: list[str]) -> dict[str, Tensor]:
-    """Makes a zero of no size (stride 0, on the CPU) for every parameter outside the blocks."""
+    """Makes zeros for the parameters outside the blocks: on the CPU, with stride 0, so that they take no memory."""
     inside = tuple(f"{name}." for name in blocks)
     return {
         name: torch.zeros(1, dtype=parameter.dtype).expand(parameter.shape)
@@ -118,7 +118,7 @@ def _as_target(name: str, block: int, module: nn.Module, group: str) -> Target:
 
 
 def _refuse_foreign_weights(skeleton: nn.Module, blocks: list[str]) -> None:
-    """Every weight of two or more dimensions inside a block must belong to a linear of its own."""
+    """Raises UnsupportedModelError for a matrix in a block that is not in a linear, or in two of them."""
     foreign, owners = [], {}
     for block in blocks:
         for name, module in skeleton.get_submodule(block).named_modules(prefix=block):

@@ -1,4 +1,4 @@
-"""GGUF files, read with transformers' own loader and dequantised to an ordinary folder of float32 safetensors."""
+"""Reads GGUF files with the loader of transformers, and dequantises them into a folder of float32 safetensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
@@ -24,6 +24,8 @@ from transformers.modeling_gguf_pytorch_utils import (
 from svdllm.common.errors import InputError, UnsupportedModelError, first_line
 from svdllm.common.files import save_tensors
 from svdllm.models.low_rank.lowrank import sha256_of
+from svdllm.models.skeleton import build_skeleton
+from svdllm.models.tokenizer_files import load_tokenizer
 from svdllm.models.unused_tensors import UnusedTensors
 
 MARKER = "gguf-source.json"
@@ -46,7 +48,7 @@ class GgufFile:
             )
 
     def config(self) -> PreTrainedConfig:
-        """The config that the file describes.
+        """Makes the config that the file describes.
 
         Raises:
             UnsupportedModelError: transformers knows no model for its architecture.
@@ -64,7 +66,7 @@ class GgufFile:
         return config
 
     def unused(self, skeleton: PreTrainedModel) -> UnusedTensors | None:
-        """What transformers does not read of the tensors in the file; it passes over them without a word.
+        """Finds the tensors of the file that transformers silently does not read; None if it reads all.
 
         Raises:
             UnsupportedModelError: the gguf package does not know the names of such a model's tensors.
@@ -98,18 +100,16 @@ class GgufFile:
 
 
 def gguf_config(path: Path) -> PreTrainedConfig:
-    """The config that a file describes. Raises as ``GgufFile`` and its ``config``."""
+    """Reads the config that a file describes; raises the errors of ``GgufFile`` and ``GgufFile.config``."""
     return GgufFile(path).config()
 
 
 def convert_gguf(path: Path, config: PreTrainedConfig, folder: Path) -> None:
-    """Writes weights, config, tokenizer and generation config; a folder made of the same file before is kept.
+    """Writes weights, config, tokenizer and generation config; keeps a folder that was made of the same file.
 
     Raises:
         InputError: the weights or the tokenizer in the file are damaged, or of a kind that transformers does not read.
     """
-    from svdllm.models.skeleton import build_skeleton
-
     digest = sha256_of(path)
     marker = folder / MARKER
     if marker.is_file() and json.loads(marker.read_text())["sha256"] == digest:
@@ -117,10 +117,7 @@ def convert_gguf(path: Path, config: PreTrainedConfig, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with redirect_stderr(StringIO()):  # transformers draws a bar of its own per tensor
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        except Exception as error:  # of any kind: tokenizers has but Exception
-            raise InputError(f"The tokenizer in {path.name} cannot be read: {first_line(error)}") from error
+        tokenizer = load_tokenizer(path.name, None, path, offline=True)
         skeleton = build_skeleton(config)
         try:
             tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=skeleton)["tensors"]
@@ -137,7 +134,7 @@ def convert_gguf(path: Path, config: PreTrainedConfig, folder: Path) -> None:
 
 
 def _read(path: Path) -> Any:
-    """The header of a GGUF file, and where its tensors are."""
+    """Opens a GGUF file: its header, and the places of its tensors."""
     from gguf import GGUFReader
 
     try:
@@ -149,15 +146,15 @@ def _read(path: Path) -> Any:
 
 
 def _require_whole(path: Path, reader: Any) -> None:
-    """Raises InputError for one of several files that only together are a model."""
+    """Raises InputError for one of several parts of a model."""
     parts = int((read_field(reader, "split.count") or [1])[0])
     named = _PART.search(path.stem)
     if parts < 2 and named is None:
         return
     first = path.stem if named is None else _PART.sub(f"-00001-of-{named[2]}", path.stem)
     raise InputError(
-        f"{path.name} is one of {max(parts, int(named[2]) if named else 0)} parts of a model, and transformers reads GGUF "
-        f"files of one piece. Join them first, with llama.cpp: llama-gguf-split --merge {first}.gguf "
+        f"{path.name} is one of {max(parts, int(named[2]) if named else 0)} parts of a model, and transformers reads "
+        f"GGUF files of one piece. Join them first, with llama.cpp: llama-gguf-split --merge {first}.gguf "
         f"{_PART.sub('', path.stem)}-whole.gguf"
     )
 

@@ -15,11 +15,11 @@ from svdllm.common.errors import UnsupportedModelError
 
 @contextmanager
 def input_groups(linears: Sequence[tuple[str, nn.Module]], on_input: Callable[[str, Tensor], None] | None = None):
-    """Finds which linears read the same tensor, by its identity, while a block runs.
+    """Finds which linears read the same tensor, told by the identity of the tensor, while a block runs.
 
-    Yields ``groups``, a dict linear -> first linear that read the same tensor. ``on_input(leader, inputs)`` is called
-    once per distinct input of every call. Tensors are held until ``release`` (an entry of the hooks' owner), so that
-    identities cannot be reused within one run of the block.
+    Yields ``(groups, release)``: ``groups`` maps each linear to the first linear that read the same tensor. Tensors are
+    held until ``release()`` is called, so that identities cannot be reused within one run of the block.
+    ``on_input(leader, inputs)`` is called once for each distinct input.
     """
     groups: dict[str, str] = {}
     seen: dict[int, tuple[Tensor, str]] = {}
@@ -48,7 +48,7 @@ def input_groups(linears: Sequence[tuple[str, nn.Module]], on_input: Callable[[s
 
 @contextmanager
 def replaced(model: nn.Module, replacements: Mapping[str, nn.Module]):
-    """Other modules stand in the place of the named ones while the context lasts."""
+    """Puts other modules in the place of the named ones while the context lasts."""
     originals = {name: model.get_submodule(name) for name in replacements}
     try:
         for name, module in replacements.items():

@@ -17,7 +17,7 @@ from svdllm.models.model_names import snapshot_commit
 
 
 def hub_folder(name: str, revision: str | None, offline: bool, *, weights: bool) -> Path:
-    """A local folder with the files of a hub repository: config and tokenizer, and with ``weights`` those as well.
+    """Returns a local folder with the config and tokenizer of a hub repository, and with its weights if asked for.
 
     Raises:
         InputError: there is no such repository, or it cannot be reached.
@@ -33,7 +33,7 @@ def hub_folder(name: str, revision: str | None, offline: bool, *, weights: bool)
     )
 
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".gguf", "/")):
-        raise InputError(f"No such model: {name} does not exist here, and it is no hub id (owner/name).")
+        raise InputError(f"No such model: {name} does not exist here, and it is not a hub id (owner/name).")
     fetch = partial(snapshot_download, name, local_files_only=offline)
     try:
         folder = Path(fetch(revision=revision, allow_patterns=[*DECIDING_FILES, ADAPTER_FILE]))
@@ -63,8 +63,8 @@ def hub_folder(name: str, revision: str | None, offline: bool, *, weights: bool)
 
 
 def _fetch_weights(fetch: Callable[..., Any], folder: Path) -> None:
-    """Fetches the weight files that transformers would (``weight_file_names``), and no other variants of them."""
-    with suppress(ValueError):  # what is missing or damaged is told when the folder is opened
+    """Fetches the weight files that transformers reads (``weight_file_names``), and no other variants."""
+    with suppress(ValueError):  # opening the folder reports what is missing or damaged
         named = read_config(folder, folder.name).get("transformers_weights")
         fetch(allow_patterns=[escape(named) if isinstance(named, str) else WEIGHT_FILE])
         if not weight_file_names(folder):

@@ -12,12 +12,12 @@ from svdllm.common.errors import InputError, UnsupportedModelError
 
 
 def is_linear(module: nn.Module) -> bool:
-    """``nn.Linear``, a subclass that keeps its ``weight`` (out x in), or GPT-2's ``Conv1D``."""
+    """Whether a module is an ``nn.Linear``, a subclass with a two-dimensional ``weight``, or GPT-2's ``Conv1D``."""
     return isinstance(module, nn.Linear | Conv1D) and module.weight.ndim == 2
 
 
 def linears_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every linear below ``module`` with its full name."""
+    """Yields every linear in ``module`` with its full name."""
     for name, child in module.named_modules(prefix=prefix):
         if is_linear(child):
             yield name, child
@@ -30,7 +30,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def find_blocks(skeleton: nn.Module) -> list[str]:
-    """Names of the repeated decoder layers: the items of the one outermost ``ModuleList`` that holds the linears."""
+    """Names the decoder blocks: the items of the only outermost ``ModuleList`` with weights.
+
+    Raises:
+        UnsupportedModelError: there is none, or more than one.
+    """
     stacks: dict[str, int] = {}
     for name, module in skeleton.named_modules():
         nested = any(name.startswith(f"{outer}.") for outer in stacks)
@@ -52,7 +56,7 @@ def find_blocks(skeleton: nn.Module) -> list[str]:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Patterns are regular expressions, searched anywhere in the module's name."""
+    """Whether a regular expression is found anywhere in a module's name. Raises InputError for a malformed one."""
     try:
         return re.search(pattern, name) is not None
     except re.error as error:
@@ -60,5 +64,6 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def listing(names: Sequence[str], limit: int = 8) -> str:
+    """The first of many names, and how many more there are, for messages."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

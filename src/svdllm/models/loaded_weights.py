@@ -1,4 +1,4 @@
-"""Puts tensors into a module for a while: its weights, read from where they are kept, or any others."""
+"""Puts tensors into a module for a while: its own weights, read from their files, or any others."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ LEAST_TOLERANCE = 1e-3
 
 
 def compare_logits(found: Tensor, expected: Tensor, refusal: Callable[[str], SvdllmError]) -> float:
-    """The largest difference of a logit, as a share of the largest expected logit.
+    """Compares logits and returns the largest difference, as a share of the largest expected logit.
 
     Args:
         found, expected: logits of the same shape; the tolerance goes by the dtype of ``expected``.
@@ -28,5 +28,5 @@ def compare_logits(found: Tensor, expected: Tensor, refusal: Callable[[str], Svd
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """The largest relative difference that rounding in a dtype explains: the root of its precision, but 1e-3 at least."""
+    """The largest difference that rounding explains: the square root of the dtype's precision, at least 1e-3."""
     return max(LEAST_TOLERANCE, torch.finfo(dtype).eps ** 0.5)

@@ -1,4 +1,4 @@
-"""What a model is called where people read it."""
+"""Names a model for people."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _SNAPSHOT = re.compile("models--([^/]+)/snapshots/[0-9a-f]{40}$")
 
 
 def display_name(model: str | Path) -> str:
-    """A hub id as it is, also of a snapshot in the hub's cache; of any other path the last part."""
+    """The hub id of a model, also of a snapshot in the hub's cache, or the last part of any other path."""
     text = str(model)
     if not Path(text).exists() and not text.startswith((".", "/", "~")):
         return text
@@ -22,7 +22,7 @@ def short_name(model: str | Path) -> str:
 
 
 def given_name(model: str) -> str:
-    """A model as it was given, so that two folders of one name stay apart; but a snapshot by its hub id."""
+    """The model as it was given, so that folders of the same name differ; the hub id of a snapshot."""
     return _hub_id(model) or model
 
 

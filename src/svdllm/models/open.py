@@ -1,4 +1,4 @@
-"""Where a model comes from: a hub id, a local folder, a GGUF file or a model in memory."""
+"""Opens a model without loading it: a hub id, a local folder, a GGUF file or a model in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ from svdllm.models.weights import MemoryWeights, SafetensorsWeights, Weights
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model to read from. ``folder`` holds its companion files; ``weights`` is None where only the config is known."""
+    """An opened model.
+
+    folder: has the companion files; None for a model in memory, or a GGUF file that was not converted.
+    weights: None where only the config was read.
+    unused: the tensors in the files that the model does not use, as far as known.
+    """
 
     name: str
     revision: str | None
@@ -31,11 +36,11 @@ class Source:
     weights: Weights | None
     model: PreTrainedModel | None = None
     gguf: Path | None = None
-    unused: UnusedTensors | None = None  # in its files, as far as they are known
+    unused: UnusedTensors | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating dtype that holds most of the weights."""
+        """The floating dtype of most of the weights."""
         if self.weights is not None:
             sizes: dict[torch.dtype, int] = {}
             for name in self.weights.names():
@@ -54,7 +59,7 @@ class Source:
         return sum(path.stat().st_size for path in files if path.is_file())
 
     def load_tokenizer(self, offline: bool = False) -> Any:
-        """The tokenizer beside the weights; see ``svdllm.models.tokenizer_files``."""
+        """Loads the tokenizer beside the weights; see ``svdllm.models.tokenizer_files``."""
         return load_tokenizer(self.name, self.folder, self.gguf, offline=offline)
 
 
@@ -71,7 +76,7 @@ def open_source(
         model: hub id, folder, GGUF file, or a model in memory.
         offline: never ask the hub; its local cache is used.
         revision: branch, tag or commit of a hub id.
-        gguf_folder: where a GGUF file is dequantised to; without it only the config of such a file is opened.
+        gguf_folder: the folder to dequantise a GGUF file into; without it only its config is read.
 
     Raises:
         InputError: no such model, or files missing from it.
@@ -114,9 +119,9 @@ def open_config(
     revision: str | None = None,
     allow_quantized: bool = False,
 ) -> Source:
-    """Like ``open_source``, but reads no weights: of a hub id, only its config is fetched.
+    """Opens a model like ``open_source``, but reads no weights; only the config of a hub id is fetched.
 
-    With ``allow_quantized``, also of a model that ``svdllm quantize`` wrote: it can be run, and nothing else.
+    ``allow_quantized`` accepts a quantised model too, which can be run but not changed.
     """
     text = "" if isinstance(model, PreTrainedModel) else _as_text(model)
     if Path(text).is_file():
@@ -131,7 +136,7 @@ def open_config(
 
 def _open_gguf(path: Path, folder: Path | None) -> Source:
     if path.suffix.lower() != ".gguf":
-        raise InputError(f"{path} is a file, but no .gguf file. Expected a hub id, a model folder or a GGUF file.")
+        raise InputError(f"{path} is a file, but not a .gguf file. Expected a hub id, a model folder or a GGUF file.")
     try:
         import gguf  # noqa: F401
     except ImportError as error:

@@ -1,9 +1,8 @@
-"""State that blocks hand to later blocks beside the hidden states: the keys and values of layers that share a cache.
+"""Carries what blocks write for later blocks beside the hidden states: keys and values that layers share.
 
 Such a model passes one mapping to all of its blocks (``shared_kv_states`` in Gemma 3n and Gemma 4). Some blocks write
-tensors into it, later ones read them. The mapping is a second output of the model up to there, as the hidden states
-are the first: every stream (dense, compressed, one probe) needs one of its own for every batch, and the gradient goes
-back through it.
+tensors into it, later blocks read them. Like the hidden states, the mapping is an output of each block: every stream
+(dense, compressed, one probe) needs its own mapping for every batch, and gradients flow back through it.
 """
 
 from __future__ import annotations
@@ -25,25 +24,25 @@ NOTHING: State = {}
 
 
 def contents(argument: Argument, mapping: Mapping[Any, Any]) -> dict[Key, Any]:
-    """The entries of a mapping that is handed to blocks."""
+    """The entries of a mapping that is an argument of blocks."""
     return {(argument, key): entry for key, entry in mapping.items()}
 
 
 def refilled(argument: Argument, mapping: MutableMapping[Any, Any], state: State) -> MutableMapping[Any, Any]:
-    """A mapping of the same class with the entries of ``state``, which a block may write into."""
+    """Copies a mapping and adds the entries of ``state``, so that a block may write into it."""
     fresh = copy(mapping)
     fresh.update({key: entry for (owner, key), entry in state.items() if owner == argument})
     return fresh
 
 
 def written(before: State, after: State) -> dict[Key, Any]:
-    """The entries of ``after`` that are not those of ``before``, told by the identity of their tensors."""
+    """The entries of ``after`` that are new or replaced since ``before``, told by the identity of their tensors."""
     held = {key: [id(leaf) for leaf in tree_leaves(entry)] for key, entry in before.items()}
     return {key: entry for key, entry in after.items() if [id(leaf) for leaf in tree_leaves(entry)] != held.get(key)}
 
 
 def moved(state: State, move: Callable[[Tensor], Tensor]) -> dict[Key, Any]:
-    """The state with ``move`` applied to every tensor."""
+    """Applies ``move`` to every tensor of a state."""
     return {key: tree_map(lambda leaf: move(leaf) if isinstance(leaf, Tensor) else leaf, e) for key, e in state.items()}
 
 
@@ -53,7 +52,7 @@ def tensors_of(entry: Any) -> list[Tensor]:
 
 
 class SharedStates:
-    """What the blocks of one stream have written, by batch, with the block that wrote it."""
+    """The entries that the blocks of one stream have written, by batch, each with the block that wrote it."""
 
     def __init__(self) -> None:
         self._entries: dict[int, dict[Key, list[tuple[int, Any]]]] = {}
@@ -65,7 +64,7 @@ class SharedStates:
             of_batch.setdefault(key, []).append((block, entry))
 
     def before(self, batch: int, block: int) -> State:
-        """What a block finds: of every key the last entry that an earlier block wrote."""
+        """The state that a block finds: for every key, the last entry that an earlier block wrote."""
         found = {
             key: [entry for writer, entry in entries if writer < block]
             for key, entries in self._entries.get(batch, {}).items()
@@ -74,13 +73,13 @@ class SharedStates:
 
 
 class StateGradients:
-    """Gradients of the loss in the entries of the shared state, by batch, while the reverse walk goes on."""
+    """Gradients of the loss in the entries of the shared state, by batch, during a reverse walk."""
 
     def __init__(self) -> None:
         self._gradients: dict[int, dict[Key, list[Tensor | None]]] = {}
 
     def of_written(self, batch: int, entries: State) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tensors that a block wrote, each with its gradient by the blocks after it; those that none of them read are left out."""
+        """Yields the tensors that a block wrote and later blocks read, each with its gradient by those later blocks."""
         gradients = self._gradients.get(batch, {})
         for key, entry in entries.items():
             for tensor, gradient in zip(tensors_of(entry), gradients.get(key, ()), strict=False):
@@ -88,11 +87,11 @@ class StateGradients:
                     yield tensor, gradient.to(tensor.device)
 
     def step_back(self, batch: int, found: State, entries: State) -> None:
-        """From the gradients behind a block to those before it.
+        """Replaces the gradients behind a block by the gradients before it.
 
         Args:
-            found: the state that the block was run with, whose tensors have their ``grad`` by this block.
-            entries: what it wrote.
+            found: the state that the block was run with; the ``grad`` of its tensors is this block's share.
+            entries: the entries that the block wrote.
         """
         behind = self._gradients.get(batch, {})
         before: dict[Key, list[Tensor | None]] = {}
@@ -104,7 +103,7 @@ class StateGradients:
 
 
 def differentiable(state: State, device: torch.device) -> dict[Key, Any]:
-    """The state as leaves of which a backward pass gives the gradients."""
+    """Copies a state into leaf tensors, in which a backward pass accumulates gradients."""
 
     def leaf(tensor: Tensor) -> Tensor:
         fresh = tensor.detach().to(device, copy=True)
@@ -123,9 +122,9 @@ def _summed(first: list[Tensor | None], second: list[Tensor | None]) -> list[Ten
 class WrittenArguments:
     """Finds the arguments that blocks write into, while they run one after the other.
 
-    Mappings of tensors can be carried as a shared state. Whatever else a block changes or hands to the next one (a
-    list, a tensor changed in place, an output beside the hidden states) cannot, and is refused. So is a block that runs
-    twice, whose calls would have to be told apart.
+    Mappings of tensors can be carried as a shared state. Anything else that a block changes or hands on (a list, a
+    tensor changed in place, an output beside the hidden states) cannot, and is refused. A block that runs twice is
+    refused too, because its calls would have to be told apart.
     """
 
     def __init__(self, model: str, num_tokens: int):
@@ -141,7 +140,7 @@ class WrittenArguments:
 
     @property
     def num_features(self) -> int:
-        """Values that the shared state holds for a token, after the last block."""
+        """Number of values per token in the shared state after the last block."""
         return sum(self._sizes.values()) // self._num_tokens
 
     def watch(
@@ -152,10 +151,11 @@ class WrittenArguments:
         kwargs: dict[str, Any],
         move: Callable[[Any], Any],
     ) -> Any:
-        """Calls a block with its arguments moved, and looks at what it did to them.
+        """Calls a block with its arguments moved, and checks what it did to them.
 
         Raises:
-            UnsupportedModelError: it changed one that cannot be carried, or ran before; names block and argument.
+            UnsupportedModelError: it changed an argument that cannot be carried, or ran before; names block and
+                argument.
         """
         if block in self._called:
             raise self._refusal(block, "runs more than once in one pass")
@@ -196,13 +196,13 @@ class WrittenArguments:
 
     def _refusal(self, block: str, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{self._model} is not supported: {block} {what}. From block to block svdllm carries the hidden states, and "
-            "mappings of tensors that blocks write into."
+            f"{self._model} is not supported: {block} {what}. svdllm carries only hidden states, and mappings of "
+            "tensors that blocks write into, from block to block."
         )
 
 
 def _marks(value: Any) -> Any:
-    """What changes where a block writes into a value: the versions of tensors, the members of collections and objects."""
+    """A mark that differs once a block writes into the value: versions of tensors, identities of members."""
     if isinstance(value, Tensor):
         return value._version
     if isinstance(value, list | tuple):

@@ -12,14 +12,14 @@ from svdllm.common.errors import UnsupportedModelError, first_line
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model on the meta device, buffers real (rotary tables are computed in the constructor).
+    """Builds a model on the meta device, with real buffers (the constructor computes rotary tables).
 
     Raises:
-        UnsupportedModelError: the config has values with which there is no such model.
+        UnsupportedModelError: transformers cannot build a model with this config.
     """
     config = copy.deepcopy(config)  # building a model writes the dtype into its config
     if "flash" in (getattr(config, "_attn_implementation", None) or ""):
-        config._attn_implementation = "sdpa"  # which computes the same in any dtype and on any device
+        config._attn_implementation = "sdpa"  # the same function, on any device and in any dtype
     try:
         with init_empty_weights(include_buffers=False):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)

@@ -16,9 +16,14 @@ from svdllm.models.shared_state import Argument
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One linear that may be compressed, or several that read the same tensor and are to share their first factor.
+    """A linear that may be compressed, or several that read the same tensor and will share one first factor.
 
-    ``group`` is the name of the first target that reads the same tensor.
+    Args:
+        block: index of the block that it is in.
+        is_conv1d: GPT-2's ``Conv1D``, which keeps its weight as (in, out).
+        group: name of the first target that reads the same tensor.
+        bias_corrected: once factorised, it has a bias that makes its mean output equal the dense one.
+        parts: name and out_features of each linear, where there are several; their rows follow each other.
     """
 
     name: str
@@ -26,27 +31,27 @@ class Target:
     in_features: int
     out_features: int
     has_bias: bool
-    is_conv1d: bool  # GPT-2's Conv1D keeps its weight as (in, out)
+    is_conv1d: bool
     group: str
-    bias_corrected: bool = False  # factorised, it has a bias that makes its mean output the dense one
-    parts: tuple[tuple[str, int], ...] = ()  # of several linears: name and out_features of each, the rows from the top
+    bias_corrected: bool = False
+    parts: tuple[tuple[str, int], ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Names of the modules."""
+        """Names of its linears."""
         return tuple(name for name, _ in self.parts) or (self.name,)
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
-        """The rows (``out_features`` of them) that belong to each linear."""
+        """Splits a tensor with ``out_features`` rows into the rows of each linear."""
         return dict(zip(self.linears, rows.split([size for _, size in self.parts] or len(rows)), strict=True))
 
     def stacked(self, weights: Sequence[Tensor]) -> Tensor:
-        """Weights of the linears as they are kept, one under the other: ``out x in``."""
+        """Stacks the weights of the linears, as the modules keep them, into one matrix (``out x in``)."""
         rows = [weight.mT if self.is_conv1d else weight for weight in weights]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def matched_by(self, pattern: str) -> bool:
-        """Whether the name of a linear of it matches."""
+        """Whether a pattern matches the name of one of its linears."""
         return any(matches(pattern, name) for name in self.linears)
 
     @property
@@ -64,44 +69,53 @@ class Target:
 
     @property
     def added_params(self) -> int:
-        """Of the bias that a correction adds where the dense linear has none."""
+        """Number of parameters that a bias correction adds: a bias, where the dense linear has none."""
         return self.out_features * (self.bias_corrected and not self.has_bias)
 
     def factor_params(self, rank: int) -> int:
         return rank * (self.in_features + self.out_features) + self.added_params
 
     def params(self, rank: int | None) -> int:
-        """Of the factors of a rank, with the bias that a correction adds, or of the dense matrix (None)."""
+        """Number of parameters at a rank, with those that a bias correction adds; None stands for the dense matrix."""
         return self.num_weights if rank is None else self.factor_params(rank)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """What a model is made of, as far as compression needs to know."""
+    """The parts of a model that compression works with, in the order of the model.
 
-    blocks: tuple[str, ...]  # module names, in the order of the model
-    targets: tuple[Target, ...]  # not ignored, in the order of the model
-    ignored: tuple[str, ...]  # linears inside the blocks that --ignore leaves alone
-    returns_tuple: tuple[bool, ...]  # per block: whether the hidden states come first in a tuple
-    shared_arguments: tuple[Argument, ...] = ()  # mappings that blocks write into for later ones
-    shared_features: int = 0  # values that these hold for a token
+    Args:
+        blocks: names of the decoder blocks.
+        targets: the linears that may be compressed.
+        ignored: names of the linears inside the blocks that ``--ignore`` leaves alone.
+        returns_tuple: for each block, whether it returns a tuple that begins with the hidden states.
+        shared_arguments: arguments that are mappings, which blocks write into for later blocks.
+        shared_features: number of values per token in these mappings.
+    """
+
+    blocks: tuple[str, ...]
+    targets: tuple[Target, ...]
+    ignored: tuple[str, ...]
+    returns_tuple: tuple[bool, ...]
+    shared_arguments: tuple[Argument, ...] = ()
+    shared_features: int = 0
 
     def block_targets(self, block: int) -> list[Target]:
         return [target for target in self.targets if target.block == block]
 
     @property
     def num_target_params(self) -> int:
-        """Weights of the targets, biases apart: what ``ratio`` is a share of."""
+        """Number of weights of the targets, without biases: the whole that ``ratio`` is a share of."""
         return sum(target.num_weights for target in self.targets)
 
 
 def with_joint_keys_and_values(structure: Structure) -> Structure:
-    """The structure, if ``k_proj`` and ``v_proj`` of every layer are one target, as in multi-head latent attention.
+    """Makes ``k_proj`` and ``v_proj`` of every layer one target, as in multi-head latent attention.
 
-    A linear that is ignored, or that has a bias where the other has none, is left by itself.
+    A pair stays apart if one of the two is ignored, or only one of them has a bias.
 
     Raises:
-        UnsupportedModelError: there is no such pair.
+        UnsupportedModelError: no layer has such a pair.
     """
     by_name = {target.name: target for target in structure.targets}
     joint: dict[str, Target] = {}
@@ -112,9 +126,8 @@ def with_joint_keys_and_values(structure: Structure) -> Structure:
             joint[keys.name] = joint[values.name] = _joint(keys, values)
     if not joint:
         raise UnsupportedModelError(
-            "No layer has a k_proj and a v_proj that read the same tensor and may both be compressed, so there is nothing "
-            f"to give one first factor to; the linears are {listing([target.name for target in structure.targets])}. "
-            "Leave out --joint-kv."
+            "--joint-kv needs a layer whose k_proj and v_proj read the same tensor and may both be compressed, found "
+            f"the linears {listing([target.name for target in structure.targets])}. Leave out --joint-kv."
         )
     targets = dict.fromkeys(joint.get(target.name, target) for target in structure.targets)
     renamed = {name: target.name for name, target in joint.items()}
@@ -132,18 +145,18 @@ def _joint(keys: Target, values: Target) -> Target:
 
 
 def linear_ranks(targets: Sequence[Target], ranks: Mapping[str, int]) -> dict[str, int]:
-    """Ranks by linear, of ranks by target."""
+    """Turns ranks by target into ranks by linear."""
     return {name: ranks[target.name] for target in targets if target.name in ranks for name in target.linears}
 
 
 def shared_factors(targets: Sequence[Target], ranks: Mapping[str, int]) -> dict[str, str]:
-    """Factorised linears that have their first factor from another: linear -> that other."""
+    """Maps each factorised linear that uses the first factor of another linear to that linear."""
     factorised = (target.linears for target in targets if target.name in ranks)
     return {name: first for first, *others in factorised for name in others}
 
 
 def weight_of(model: nn.Module, target: Target) -> Tensor:
-    """The weight as ``out x in``, whatever the modules keep; of several linears one under the other."""
+    """The weight of a target as one matrix (``out x in``), however its modules keep it."""
     weights: list[Any] = [model.get_submodule(name).weight for name in target.linears]
     return target.stacked([weight.detach() for weight in weights])
 
@@ -155,12 +168,12 @@ def weights_by_name(target: Target, weight_OI: Tensor) -> dict[str, Tensor]:
 
 
 def bias_of(model: nn.Module, target: Target) -> Tensor | None:
-    """The bias of a target, or None."""
+    """The bias of a target (``out``), or None."""
     biases: list[Any] = [model.get_submodule(name).bias for name in target.linears]
     return torch.cat([bias.detach() for bias in biases]) if target.has_bias else None
 
 
 def bias_corrected(structure: Structure) -> Structure:
-    """The structure, if the bias of every factorised target is corrected."""
+    """Marks every target for bias correction."""
     targets = tuple(replace(target, bias_corrected=True) for target in structure.targets)
     return replace(structure, targets=targets)

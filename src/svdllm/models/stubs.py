@@ -1,4 +1,4 @@
-"""What stands in the place of a decoder block while the rest of its model runs."""
+"""Stubs that take the place of decoder blocks while the rest of the model runs, and recorded calls of blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from svdllm.models.shared_state import NOTHING, Argument, State, contents, moved
 
 
 class Ran(NamedTuple):
-    """What a block made: the hidden states, and the entries that it wrote into the shared state."""
+    """The outputs of a block: hidden states, and the entries that it wrote into the shared state."""
 
     hidden: Tensor
     written: State
@@ -23,9 +23,9 @@ class Ran(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """How a block is called for one batch, the hidden states and the shared state apart.
+    """The arguments of a block for one batch, without the hidden states and the shared state.
 
-    ``shared`` has the mappings that blocks write into, as the model handed them over before any block had run.
+    ``shared`` has the mappings that blocks write into, as they were before any block had run.
     """
 
     args: tuple[Any, ...]
@@ -34,7 +34,7 @@ class Call:
     shared: dict[Argument, MutableMapping[Any, Any]] = field(default_factory=dict)
 
     def run(self, block: nn.Module, hidden: Tensor, state: State = NOTHING) -> Ran:
-        """Runs the block on hidden states and the shared state that it finds; ``state`` is not changed."""
+        """Runs a block on hidden states and a shared state; ``state`` is not changed."""
         found = moved(state, lambda tensor: tensor.to(hidden.device))
         shared = {argument: refilled(argument, mapping, found) for argument, mapping in self.shared.items()}
         args = to_device(self.args, hidden.device)
@@ -48,7 +48,7 @@ class Call:
         return Ran(output[0] if isinstance(output, tuple) else output, written(found, after))
 
     def same_as(self, other: Call) -> bool:
-        """Equal by value, so that one copy can serve both."""
+        """Whether two calls are equal by value, so that one copy can serve both."""
         ours, our_shape = tree_flatten(self._values())
         theirs, their_shape = tree_flatten(other._values())
         return our_shape == their_shape and all(map(_same, ours, theirs))
@@ -58,11 +58,11 @@ class Call:
 
 
 class BlockStub(nn.Module):
-    """Stands in the place of a block; whatever else the model asks of the block is answered by the block."""
+    """Takes the place of a block. Attributes that the model reads from the block come from the block."""
 
     def __init__(self, block: nn.Module, returns_tuple: bool):
         super().__init__()
-        self.__dict__["block"] = block  # not a submodule: its weights are not ours
+        self.__dict__["block"] = block  # not a submodule, so that its weights are not the stub's
         self.returns_tuple = returns_tuple
 
     def __getattr__(self, name: str) -> Any:
@@ -76,7 +76,7 @@ class BlockStub(nn.Module):
 
 
 class Recorder(BlockStub):
-    """Keeps what its block is called with and hands the hidden states on unchanged."""
+    """Records the call of its block and returns the hidden states unchanged."""
 
     hidden: Tensor
     call: Call
@@ -98,7 +98,7 @@ class Recorder(BlockStub):
 
 
 class Replay(BlockStub):
-    """Answers with hidden states computed before."""
+    """Returns hidden states that were computed before."""
 
     def replay(self, hidden: Tensor) -> None:
         self.__dict__["replayed"] = hidden

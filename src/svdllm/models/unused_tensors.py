@@ -1,4 +1,4 @@
-"""Tensors in a model's files that the model has no place for: its config does not ask for them, and loading drops them."""
+"""Finds tensors in a model's files that the model does not use: its config does not ask for them."""
 
 from __future__ import annotations
 
@@ -11,35 +11,40 @@ from math import prod
 from transformers import PreTrainedModel
 
 SHOWN = 6
-# Tables that files of older models hold, and that models compute by themselves now.
+# Tables in the files of older models, which models now compute.
 _TABLES = re.compile(r"(^|\.)((original_)?inv_freq|position_ids)$")
 
 
 class UnusedTensorsWarning(UserWarning):
-    """A model is read without some of the tensors in its files."""
+    """Some tensors in the files of a model are not used."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnusedTensors:
-    """How many there are, the values in them, and their names: those alike as one, with ranges for numbers."""
+    """Unused tensors of a model.
+
+    tensors, params: number of tensors, and of values in them.
+    ignored: number of tensors that transformers ignores on purpose.
+    names: short forms, see ``grouped_names``.
+    """
 
     tensors: int
     params: int
-    ignored: int  # of the tensors: those that transformers ignores on purpose
+    ignored: int
     names: list[str]
 
     @classmethod
     def of(
         cls, shapes: Mapping[str, tuple[int, ...]], lost: Sequence[str], used: Iterable[str], ignored: int = 0
     ) -> UnusedTensors | None:
-        """By the names in the files; None if nothing is lost."""
+        """Describes the ``lost`` tensors among all (``shapes``, by the names in the files); None if nothing is lost."""
         params = sum(prod(shapes[name]) for name in lost)
         names = grouped_names(lost, used)
         return cls(tensors=len(lost), params=params, ignored=ignored, names=names) if lost else None
 
     @property
     def text(self) -> str:
-        """How many there are, and the first of many names."""
+        """Sums up the number of tensors and the first names."""
         more = len(self.names) - SHOWN
         names = ", ".join(self.names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
         return (
@@ -50,15 +55,14 @@ class UnusedTensors:
 def unused_tensors(
     shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, str], model: PreTrainedModel
 ) -> UnusedTensors | None:
-    """Counts and names what a model does not use of the tensors in its files; None if nothing is lost.
+    """Counts and names the tensors in a model's files that it does not use; None if it uses all.
 
     transformers ignores some on purpose (``_keys_to_ignore_on_load_unexpected``). Masks and tables that a module of the
-    model computes by itself are no loss; modules that the model leaves out are, such as layers for drafting (MTP) or an
-    image encoder.
+    model computes are not counted. Modules that the model leaves out are: layers for drafting (MTP), an image encoder.
 
     Args:
-        shapes: those of all tensors, by the names in the files.
-        places: the names that the model has for them, or would have.
+        shapes: of all tensors, by the names in the files.
+        places: name in the files -> name in the model.
     """
     state = model.state_dict()
     lost = [name for name in shapes if places[name] not in state and not _TABLES.search(name)]
@@ -107,12 +111,12 @@ def grouped_names(names: Iterable[str], others: Iterable[str] = ()) -> list[str]
 
 
 def _heads(name: str) -> list[str]:
-    """A name's beginnings up to every dot, the shortest first, and the name."""
+    """The beginnings of a dotted name up to each dot, the shortest first, and the name itself."""
     return [*(name[: dot.start()] for dot in re.finditer(r"\.", name)), name]
 
 
 def _joined(parts: tuple[str, ...]) -> str:
-    """One text for what names alike have at one place: a word, or their numbers as ``0-2,5``."""
+    """Joins the parts that similar names have at one place: the common word, or the numbers as ``0-2,5``."""
     if not parts[0].isdecimal():
         return parts[0]
     runs: list[list[int]] = []

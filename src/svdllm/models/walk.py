@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,71 +25,34 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from svdllm.common.disk import allocate
 from svdllm.common.errors import NumericalError, UnsupportedModelError
 from svdllm.common.files import save_tensors
+from svdllm.models.hidden_states import HiddenStates
 from svdllm.models.hooks import replaced
 from svdllm.models.loaded_weights import weights_loaded
-from svdllm.models.shared_state import SharedStates, State, StateGradients, differentiable, moved
+from svdllm.models.shared_state import StateGradients, differentiable
 from svdllm.models.structure import Structure
 from svdllm.models.stubs import Call, Ran, Recorder, Replay
 from svdllm.models.weights import Weights
-
-
-class HiddenStates:
-    """Hidden states of a stream (``... x windows x seqlen x hidden``), in RAM or in a memory-mapped file.
-
-    ``shared`` has what its blocks wrote for later ones.
-
-    Raises:
-        OSError: the disk has no room for the file.
-    """
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, file: Path | None = None):
-        self.shared = SharedStates()
-        self._parts: list[HiddenStates] = []
-        self.file = file
-        if file is None:
-            self.tensor = torch.empty(shape, dtype=dtype)
-        else:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            allocate(file, prod(shape) * dtype.itemsize)
-            self.tensor = torch.from_file(str(file), shared=True, size=prod(shape), dtype=dtype).view(shape)
-
-    def share(self, batch: int, block: int, entries: State) -> None:
-        """Keeps what a block wrote for later ones, where the hidden states are kept."""
-        self.shared.write(batch, block, moved(entries, self._kept))
-
-    def _kept(self, tensor: Tensor) -> Tensor:
-        if self.file is None:
-            return tensor.detach().cpu()
-        file = self.file.with_name(f"{self.file.name}-shared-{len(self._parts)}")
-        self._parts.append(HiddenStates(tuple(tensor.shape), tensor.dtype, file))
-        return self._parts[-1].tensor.copy_(tensor)
-
-    def close(self) -> None:
-        self.shared = SharedStates()
-        for part in self._parts:
-            part.close()
-        del self.tensor
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
 
 
 @dataclass
 class Walk:
     """Carries windows of tokens through a model, block by block.
 
-    ``on_batch(block, batches done, batches)`` is called after each batch of each block (progress).
-    ``kept_batches`` is how many batches leave their inputs of every block in ``kept_folder`` for a reverse walk; they
-    are files, because all blocks' together would be many times what the walk itself carries. With ``two_streams``
-    there is a second set of hidden states, for the compressed model, which starts from the same embeddings.
+    Args:
+        ids: token ids (windows x seqlen).
+        spill_file: keeps the hidden states in this file, instead of in memory.
+        on_batch: called as ``on_batch(block, batches done, batches)`` after each batch of each block.
+        kept_batches: number of batches whose inputs of every block are kept for a reverse walk.
+        kept_folder: the folder for these inputs; all blocks' together are many times what the walk itself carries.
+        two_streams: carry a second set of hidden states, for the compressed model, from the same embeddings.
     """
 
     weights: Weights
     skeleton: PreTrainedModel
     structure: Structure
-    ids: Tensor  # windows x seqlen
+    ids: Tensor
     device: torch.device
     dtype: torch.dtype
     batch_tokens: int = 4096
@@ -110,7 +72,7 @@ class Walk:
         return [slice(start, min(start + size, len(self.ids))) for start in range(0, len(self.ids), size)]
 
     def blocks(self) -> Iterator[Block]:
-        """Runs the skeleton pass, then yields each block, loaded; after the yield its memory is free again."""
+        """Runs the skeleton pass, then yields each block, loaded. Its memory is freed before the next block."""
         self._skeleton_pass()
         yield from self._loaded(range(len(self.structure.blocks)))
 
@@ -130,10 +92,10 @@ class Walk:
         return self.kept_folder / f"inputs-{block:04d}.safetensors"
 
     def reversed_blocks(self, gradient: Callable[[slice, Tensor], Tensor]) -> Iterator[Block]:
-        """After a forward walk with kept batches: each block again, loaded, from the last to the first.
+        """Yields each block again, loaded, from the last to the first, after a forward walk with kept batches.
 
-        ``gradient(windows, logits)`` gives the gradient of the loss in the logits. For every block, ``run_backward``
-        has to be called.
+        ``gradient(windows, logits)`` gives the gradient of the loss in the logits. The caller calls ``run_backward`` of
+        every block.
         """
         with self.head() as head:
             for number in range(self.kept_windows):
@@ -146,7 +108,7 @@ class Walk:
         yield from self._loaded(reversed(range(len(self.structure.blocks))))
 
     def close(self) -> None:
-        """Forgets the hidden states, and their files."""
+        """Frees the hidden states and removes their files."""
         for states in (self.hidden, self.compressed):
             if states is not None:
                 states.close()
@@ -154,14 +116,14 @@ class Walk:
             self.kept_file(block).unlink(missing_ok=True)
 
     def logits(self) -> Tensor:
-        """Logits of all windows, after the walk."""
+        """The logits of all windows (windows x seqlen x vocabulary, float32), after the walk."""
         with self.head() as head, torch.no_grad():
             outputs = [head(batch, self.hidden.tensor[batch]).float().cpu() for batch in self.batches]
         return torch.cat(outputs)
 
     @contextmanager
     def head(self) -> Iterator[Callable[[slice, Tensor], Tensor]]:
-        """What follows the blocks, loaded: a function of windows and their last hidden states that gives logits."""
+        """Loads what follows the blocks; yields a function from windows and their last hidden states to logits."""
         blocks = self.structure.blocks
         last = Replay(self.skeleton.get_submodule(blocks[-1]), self.structure.returns_tuple[-1])
 
@@ -210,13 +172,13 @@ class Walk:
             self.compressed = HiddenStates((len(self.ids), *shape), self.dtype, file)
 
     def _shared(self, calls: list[Call]) -> list[Call]:
-        """Calls of a batch, those of an earlier batch where they are equal: the arguments rarely depend on the text."""
+        """Replaces calls by equal ones of the first batch, to keep one copy: arguments rarely depend on the text."""
         known = [call for batch in self.calls[:1] for call in batch]
         return [next((other for other in known if other.same_as(call)), call) for call in calls]
 
     @contextmanager
     def _outside_loaded(self, *, everything: bool):
-        """What is not in a block has its weights while the context lasts; the head only if asked for."""
+        """Loads the weights outside the blocks while the context lasts; those of the head with ``everything`` only."""
         inside = tuple(f"{name}." for name in self.structure.blocks)
         root = self.skeleton if everything else self.skeleton.base_model
         prefix = "" if root is self.skeleton else f"{self.skeleton.base_model_prefix}."
@@ -236,7 +198,7 @@ class Block:
     module: nn.Module
 
     def run(self, after_batch: Callable[[], None] | None = None) -> None:
-        """Runs every batch; the outputs take the place of the inputs.
+        """Runs every batch; the outputs replace the inputs.
 
         Raises:
             NumericalError: a hidden state is NaN or infinite; names block and batch.
@@ -262,7 +224,7 @@ class Block:
                 walk.on_batch(self.index, number + 1, len(walk.batches))
 
     def inputs_of(self, module: nn.Module, states: HiddenStates, number: int) -> Tensor:
-        """What a module of the block is handed for a batch of a stream; the block is run no further than that."""
+        """The input of a module of the block for a batch of a stream. The block is run up to that module only."""
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Reached(args[0] if args else next(iter(kwargs.values())))
@@ -278,16 +240,16 @@ class Block:
         raise UnsupportedModelError(f"{self.name} ran without calling one of its linears, which it called before.")
 
     def run_on(self, states: HiddenStates, number: int) -> Ran:
-        """What the block makes of a batch of a stream, which stays as it is."""
+        """Runs the block on a batch of a stream, which is not changed."""
         walk = self.walk
         hidden = states.tensor[walk.batches[number]].to(walk.device)
         return walk.calls[number][self.index].run(self.module, hidden, states.shared.before(number, self.index))
 
     def run_backward(self) -> None:
-        """Runs every kept batch with gradients: the gradient of the outputs is replaced by that of the inputs.
+        """Runs every kept batch with gradients; the gradient of the inputs replaces the gradient of the outputs.
 
-        Inputs are the hidden states and the shared state that the block finds, outputs the hidden states and what it
-        writes into the shared state.
+        Inputs are the hidden states and the shared state that the block finds. Outputs are the hidden states and the
+        entries that it writes into the shared state.
 
         Raises:
             NumericalError: a gradient is NaN or infinite; names block and batch.
@@ -312,7 +274,7 @@ class Block:
 
 
 class _Reached(Exception):
-    """Thrown out of a block that need not run to its end."""
+    """Ends the run of a block early."""
 
     def __init__(self, inputs: Tensor):
         self.inputs = inputs

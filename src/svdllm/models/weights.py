@@ -1,42 +1,27 @@
-"""The tensors of a model, read one at a time by the names they have in its ``state_dict``, whatever the files say."""
+"""Reads the tensors of a model one at a time, by their names in its ``state_dict``, however files name them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from svdllm.common.errors import CheckpointError, InputError, NumericalError, UnsupportedModelError, first_line
-from svdllm.models.low_rank.lowrank import weight_file_names
+from svdllm.common.errors import CheckpointError, InputError, NumericalError, UnsupportedModelError
 from svdllm.models.model_names import display_name
+from svdllm.models.safetensors_files import dtype_of, read_header, weight_files
 from svdllm.models.unused_tensors import UnusedTensors, unused_tensors, warn_of_unused
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 class Weights(Protocol):
-    """The tensors of a model by their name in its ``state_dict``; tied tensors are there once."""
+    """The tensors of a model by their names in its ``state_dict``; tied tensors once."""
 
     def names(self) -> list[str]: ...
 
@@ -46,9 +31,9 @@ class Weights(Protocol):
 
 
 def survey(weights: Weights, buffers: Collection[str] = (), progress: Callable[[int, int], None] | None = None) -> str:
-    """Reads every tensor once: the fingerprint of their names, dtypes, shapes and bytes.
+    """Reads every tensor once and returns a SHA-256 (hex) of all names, dtypes, shapes and bytes.
 
-    ``buffers`` are those that are no parameters: they may be infinite, as limits that were never set are.
+    ``buffers`` names the tensors that are not parameters. They may be infinite, as limits that were never set are.
 
     Raises:
         NumericalError: a weight is NaN or infinite; names the tensor.
@@ -60,8 +45,8 @@ def survey(weights: Weights, buffers: Collection[str] = (), progress: Callable[[
         bad_values = tensor.isnan() if name in buffers else ~tensor.isfinite()
         if tensor.is_floating_point() and bool(bad_values.any()):
             raise NumericalError(
-                f"The weights are damaged: {name} has {int(bad_values.sum())} values of {tensor.numel()} that are NaN or "
-                "infinite."
+                f"The weights are damaged: {name} has {int(bad_values.sum())} values of {tensor.numel()} that are NaN "
+                "or infinite."
             )
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -71,11 +56,11 @@ def survey(weights: Weights, buffers: Collection[str] = (), progress: Callable[[
 
 
 class SafetensorsWeights:
-    """The safetensors files of a folder; nothing is held open or in memory between two reads.
+    """The tensors in the safetensors files of a folder. No file stays open, and nothing stays in memory, between reads.
 
     Raises:
         CheckpointError: a file is missing or truncated, or a tensor of the model is in none of them.
-        UnsupportedModelError: there are only pickled weights, or tensors in a layout that needs converting.
+        UnsupportedModelError: the weights are pickled, or in a layout that transformers converts.
     """
 
     def __init__(self, folder: Path, skeleton: PreTrainedModel):
@@ -92,7 +77,7 @@ class SafetensorsWeights:
         for path, header in headers.items():
             for key, tensor in header.tensors.items():
                 if names[key] in expected:
-                    self._place[names[key]] = (path, key, tensor.shape, _dtype(path, key, tensor.code))
+                    self._place[names[key]] = (path, key, tensor.shape, dtype_of(path, key, tensor.code))
         self._settle_ties(skeleton)
         unknown = [key for key in shapes if names[key] not in expected]
         _require_all(self, skeleton, display_name(folder), unknown)
@@ -107,15 +92,15 @@ class SafetensorsWeights:
 
     def get(self, name: str) -> Tensor:
         path, key, *_ = self._place[name]
-        # A copy, so that the mapping of the file (which counts as resident memory) ends with this call.
+        # A copy, so that the file is mapped only during this call: its pages count as resident memory.
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(key).clone()
 
     def _settle_ties(self, skeleton: PreTrainedModel) -> None:
-        """A tied tensor is kept once, under the name that the others are tied to, whatever the files hold.
+        """Keeps a tied tensor once, under the name that the others are tied to.
 
         Raises:
-            UnsupportedModelError: the files hold both, and they differ.
+            UnsupportedModelError: the files hold several of its names, with different values.
         """
         for name, origin in (getattr(skeleton, "all_tied_weights_keys", None) or {}).items():
             if name not in self._place:
@@ -131,10 +116,10 @@ class SafetensorsWeights:
 
 
 class MemoryWeights:
-    """The tensors of a model in memory; they are read, never changed.
+    """The tensors of a model in memory, which are read and never changed.
 
     Raises:
-        InputError: they are not those of a causal language model of its config (an adapter, a bare model).
+        InputError: they do not belong to a causal language model of its config (an adapter, a bare model).
     """
 
     def __init__(self, model: PreTrainedModel, skeleton: PreTrainedModel):
@@ -165,7 +150,7 @@ class MemoryWeights:
 
 
 def _require_all(weights: Weights, skeleton: PreTrainedModel, holder: str, unknown: Sequence[str]) -> None:
-    """Raises CheckpointError unless every tensor of the skeleton is there, in its shape (tied ones once)."""
+    """Raises CheckpointError unless every tensor of the skeleton is there, tied ones once, in the right shape."""
     expected = skeleton.state_dict()
     stored = set(weights.names())
     tied = set(getattr(skeleton, "all_tied_weights_keys", None) or ())
@@ -182,107 +167,20 @@ def _require_all(weights: Weights, skeleton: PreTrainedModel, holder: str, unkno
             raise CheckpointError(f"{holder}: {name} has shape {shape}, the config asks for {wanted}.")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder: those that transformers reads (``weight_file_names``), whatever else lies there.
-
-    Raises:
-        InputError: there are none.
-        CheckpointError: one is missing, or what names them is damaged.
-        UnsupportedModelError: there are only files of another kind.
-    """
-    name = display_name(folder)
-    try:
-        files = weight_file_names(folder)
-    except ValueError as error:
-        raise CheckpointError(f"{name} cannot be read: {first_line(error)} Fetch or write it again.") from error
-    if missing := [file for file in files if not (folder / file).is_file()]:
-        raise CheckpointError(
-            f"{name} lacks {', '.join(missing)}, which its index lists (or transformers_weights in config.json names). "
-            "Fetch it again."
-        )
-    if files:
-        return [folder / file for file in files]
-    _refuse_other_weights(folder, name)
-    raise InputError(
-        f"{name} has a config.json but no model.safetensors: its weights are missing, or pickled, which are never read."
-    )
-
-
-def _refuse_other_weights(folder: Path, name: str) -> None:
-    """Raises UnsupportedModelError for weights under other names or in other formats than transformers reads."""
-    files = sorted(path.name for path in folder.iterdir() if path.is_file())
-    if others := [file for file in files if file.endswith(".safetensors")]:
-        raise UnsupportedModelError(
-            f"{name} has no model.safetensors, only {', '.join(others[:3])}, which transformers does not read either. If it "
-            "holds the weights of this config, rename it; else fetch the model in the format of transformers."
-        )
-    if pickled := [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5"))]:
-        raise UnsupportedModelError(
-            f"{name} has no safetensors weights, only {', '.join(pickled[:3])}; pickled files are never read. Re-save the "
-            "model with transformers' save_pretrained and compress that folder."
-        )
-
-
-class StoredTensor(NamedTuple):
-    """What a header says of a tensor; ``code`` is its dtype in the format's words."""
-
-    shape: tuple[int, ...]
-    code: str
-    num_bytes: int
-
-
-class Header(NamedTuple):
-    """The header of a safetensors file: its tensors by name, and texts beside them."""
-
-    tensors: dict[str, StoredTensor]
-    metadata: dict[str, str]
-
-
-def read_header(path: Path) -> Header:
-    """Reads what a safetensors file holds, without its tensors.
-
-    Raises:
-        CheckpointError: the file is truncated or damaged.
-    """
-    try:
-        with safe_open(path, framework="pt"):  # which checks the header, and that the file is as long as that says
-            pass
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path.name} in {display_name(path.parent)} is truncated or damaged ({first_line(error)}). Fetch or write it "
-            "again."
-        ) from error
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", None) or {}
-    tensors = {
-        key: StoredTensor(tuple(entry["shape"]), entry["dtype"], entry["data_offsets"][1] - entry["data_offsets"][0])
-        for key, entry in header.items()
-    }
-    return Header(tensors, metadata)
-
-
 def unused_in(folder: Path, model: PreTrainedModel) -> UnusedTensors | None:
-    """What a model that was loaded from a folder does not use of its files."""
+    """The tensors in a folder's files that a model loaded from it does not use; None if it uses all."""
     headers = map(read_header, weight_files(folder))
     shapes = {key: tensor.shape for header in headers for key, tensor in header.tensors.items()}
     return unused_tensors(shapes, _names_in(model, shapes), model)
 
 
-def _dtype(path: Path, key: str, code: str) -> torch.dtype:
-    if code not in _DTYPES:
-        raise UnsupportedModelError(f"{path.name}: {key} is of dtype {code}, which is not supported.")
-    return _DTYPES[code]
-
-
 def _converters(model: PreTrainedModel) -> list[WeightConverter]:
-    """The rules by which transformers makes a model's tensors of several in its files, or the other way round."""
+    """The rules by which transformers joins or splits the tensors in files while it loads a model."""
     return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
 
 
 def _names_in(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Name in a file -> name in the model, by transformers' own rules and in its order: a rule may turn on another."""
+    """Maps names in files to names in the model, by the rules of transformers in its order: one may enable another."""
     renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
     converters = _converters(model)
     expected, prefix = model.state_dict(), model.base_model_prefix

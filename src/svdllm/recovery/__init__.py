@@ -1,4 +1,4 @@
-"""Recovery: a little training after compression, by Algorithm 3 of the paper or by what beats it."""
+"""Recovery: a short training after compression, by Algorithm 3 of the paper or by a method that does better."""
 
 from __future__ import annotations
 

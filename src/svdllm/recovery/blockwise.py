@@ -1,7 +1,7 @@
-"""Block by block: each compressed block is trained to hand on what the dense block hands on.
+"""Block by block: each compressed block is trained to reproduce the outputs of the dense block.
 
-The compressed block gets the inputs that the compressed model makes, the dense one those of the dense model. One block
-of each is in memory; finished blocks are files, so a killed run goes on with the next.
+The compressed block gets the inputs that the compressed model computes, the dense block those of the dense model. One
+block of each is in memory. Finished blocks are files, so a killed run continues with the next block.
 """
 
 from __future__ import annotations
@@ -74,16 +74,16 @@ class Blockwise(Method):
 
 @dataclass(frozen=True)
 class BlockErrors:
-    """Mean relative error of one block's outputs, before and after training it."""
+    """The mean relative error of a block's outputs, before and after the block is trained."""
 
     before: float
     after: float
 
 
 def train_blocks(dense: Walk, compressed: Walk, task: Task) -> list[BlockErrors]:
-    """Leaves a file of trained tensors for every block in the task's folder; returns what was gained.
+    """Trains every block and writes its tensors to a file in the task's folder.
 
-    Both walks carry the same windows in the same batches.
+    Both walks carry the same windows in the same batches. A block whose file exists is not trained again.
 
     Raises:
         NumericalError: a loss is not finite; names the block.
@@ -109,7 +109,7 @@ def train_blocks(dense: Walk, compressed: Walk, task: Task) -> list[BlockErrors]
             errors.append(BlockErrors(before, _mean_error(outputs, dense)))
             reporter.advance(ours.index + 1, num_blocks)
             reporter.note(
-                f"block {ours.index + 1}/{num_blocks}: error {errors[-1].before:.4f} -> {errors[-1].after:.4f} of the output"
+                f"block {ours.index + 1}/{num_blocks}: relative error {errors[-1].before:.4f} -> {errors[-1].after:.4f}"
             )
     for walk in (dense, compressed):
         walk.close()
@@ -117,7 +117,7 @@ def train_blocks(dense: Walk, compressed: Walk, task: Task) -> list[BlockErrors]
 
 
 def _train_block(block: Block, dense: Walk, task: Task) -> None:
-    """Trains all parameters of a block, norms included, by AdamW."""
+    """Trains all parameters of a block, including its norms, with AdamW."""
     walk, settings = block.walk, task.settings
     parameters = [parameter.requires_grad_(True) for parameter in block.module.parameters()]
     optimizer = torch.optim.AdamW(
@@ -137,8 +137,8 @@ def _train_block(block: Block, dense: Walk, task: Task) -> None:
             norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             if not bool(torch.isfinite(loss) and torch.isfinite(norm)):
                 raise NumericalError(
-                    f"The loss is {float(loss)}, the norm of its gradient {float(norm)} in block {block.index} ({block.name}). "
-                    "Finished blocks are kept; start over with a lower --lr."
+                    f"The loss of block {block.index} ({block.name}) is {float(loss)}, the norm of its gradient "
+                    f"{float(norm)}. Finished blocks are kept; start over with a lower --lr."
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -149,23 +149,23 @@ def _train_block(block: Block, dense: Walk, task: Task) -> None:
 
 @torch.no_grad()
 def _outputs(block: Block) -> Iterator[Tensor]:
-    """The block's outputs, batch by batch; the walk stays as it is."""
+    """Yields the block's outputs batch by batch, without advancing the walk."""
     for number in range(len(block.walk.batches)):
         yield block.run_on(block.walk.hidden, number).hidden.cpu()
 
 
 def _relative_errors(found: Tensor, wanted: Tensor) -> Tensor:
-    """``||y - y'||^2 / ||y||^2`` of every token.
+    """The error ``||y - y'||^2 / ||y||^2`` of every token.
 
-    One by one, because the first tokens of a text may be a thousand times larger than the others, and would be all that
-    is learnt. Being relative, one learning rate fits all blocks.
+    The error is taken token by token because the first tokens of a text may be a thousand times larger than the others:
+    in a common sum, nothing else would be learnt. As it is relative, one learning rate fits all blocks.
     """
     difference = (found.float() - wanted.float()).pow(2).sum(-1)
     return difference / wanted.float().pow(2).sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _mean_error(outputs: Iterable[Tensor], dense: Walk) -> float:
-    """Of a block's outputs, batch by batch, against those that the dense walk has now."""
+    """The mean error of a block's outputs against the hidden states that the dense walk has now."""
     lost = [
         _relative_errors(found, dense.hidden.tensor[batch]).flatten()
         for found, batch in zip(outputs, dense.batches, strict=True)

@@ -16,7 +16,7 @@ from svdllm.data.examples import refuse_mixture
 from svdllm.evaluation.windows import check_protocol
 from svdllm.models.limits import require_context, require_known_ids
 from svdllm.recovery.distributed import num_processes
-from svdllm.recovery.memory import require_memory
+from svdllm.recovery.memory import require_memory_of_methods
 from svdllm.recovery.method import Method
 from svdllm.recovery.methods import METHODS
 from svdllm.recovery.models import Models
@@ -69,7 +69,7 @@ def training_dtype(models: Models, settings: Recovery) -> torch.dtype:
 
 
 def check_data(settings: Recovery, texts: Sequence[str]) -> None:
-    """Raises InputError for a text that cannot be read, or not by the methods asked for."""
+    """Raises InputError for a text that cannot be read, or that a method cannot learn from."""
     held_out = settings.eval_data
     for text in (settings.data, *([] if held_out is None else [held_out]), *texts):
         check_source(text)
@@ -82,8 +82,8 @@ def check_data(settings: Recovery, texts: Sequence[str]) -> None:
 def _check_processes(method: Method) -> None:
     if not method.uses_trainer and num_processes() > 1:
         raise InputError(
-            f"--method {method.name} runs in one process, these are {num_processes()}: run it alone first, then the other "
-            "methods on the checkpoint that it makes."
+            f"--method {method.name} runs in one process, these are {num_processes()}: run it alone first, then the "
+            "other methods on the checkpoint that it makes."
         )
 
 
@@ -99,8 +99,8 @@ def _check_teacher(models: Models, method: Method) -> None:
     for name, counted in {"vocab_size": "tokens in its vocabulary", **method.same_as_teacher}.items():
         if (wanted := getattr(ours, name)) != (found := getattr(theirs, name)):
             raise InputError(
-                f"--teacher {models.teacher} has {found} {counted}, {models.folder} has {wanted}: the teacher is the dense "
-                "model that this checkpoint was made of."
+                f"--teacher {models.teacher} has {found} {counted}, {models.folder} has {wanted}: give the dense model "
+                "that the checkpoint was made of."
             )
 
 
@@ -109,7 +109,8 @@ def _check_lengths(models: Models, settings: Recovery, method: str) -> None:
     require_context(models.config, schedule.seqlen, "--seqlen")
     if schedule.batch % num_processes():
         raise InputError(
-            f"--batch {schedule.batch} cannot be shared evenly by {num_processes()} processes: give a multiple of it."
+            f"--batch {schedule.batch} cannot be shared evenly by {num_processes()} processes: give a multiple of "
+            f"{num_processes()}."
         )
 
 
@@ -128,4 +129,4 @@ def check_memory(models: Models, needed: dict[str, int]) -> None:
     if num_processes() > 1:
         return
     advice = METHODS[max(needed, key=lambda name: needed[name])].memory_advice
-    require_memory(needed, models.device, advice)
+    require_memory_of_methods(needed, models.device, advice)

@@ -1,4 +1,7 @@
-"""End to end: all factors at once, by the dense model's predictions (KL divergence), by the text (cross-entropy), or both."""
+"""End to end: trains all factors at once.
+
+The loss is the KL divergence from the dense model's predictions, the cross-entropy of the text, or both.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from svdllm.common.memory import weight_bytes
+from svdllm.common.memory import skeleton_bytes
 from svdllm.common.settings import setting
 from svdllm.data.examples import NO_LABEL
 from svdllm.models.linears import find_blocks, is_linear
@@ -70,7 +73,8 @@ class Distill(Method):
         trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
         has_teacher = models.teacher is not None and settings.kl > 0
         logits = logits_bytes(task.sequences_at_once * task.longest, models.vocab_size, with_teacher=has_teacher)
-        return weight_bytes(skeleton) + trained * ADAMW_BYTES + has_teacher * models.dense_bytes + logits
+        teacher = models.dense_bytes if has_teacher else 0
+        return skeleton_bytes(skeleton) + trained * ADAMW_BYTES + teacher + logits
 
     def train(self, task: Task, models: Models) -> Trained:
         from svdllm.recovery.training import train  # importing the Trainer takes seconds
@@ -85,9 +89,9 @@ class Distill(Method):
 
 
 def open_for_training(model: nn.Module, train_norms: bool) -> None:
-    """What gets gradients: the linears of the decoder blocks, low-rank or left dense; norms if asked for.
+    """Lets the linears of the decoder blocks be trained, low-rank or dense, and the norms if asked for.
 
-    Embeddings and head stay as they are: they are often one matrix, and were not compressed.
+    Embeddings and head stay frozen: they were not compressed, and are often one matrix.
     """
     model.requires_grad_(False)
     blocks = [model.get_submodule(name) for name in find_blocks(model)]
@@ -103,9 +107,9 @@ def open_for_training(model: nn.Module, train_norms: bool) -> None:
 
 
 def distillation_loss(teacher: nn.Module, kl: float) -> Loss:
-    """``kl`` times the KL divergence from the teacher's predictions, the rest the cross-entropy of the text (nats).
+    """A loss in nats: ``kl`` times the divergence from the teacher and ``1 - kl`` times the cross-entropy of the text.
 
-    Both over the positions that a learnt token follows.
+    Both are summed over the positions before a learnt token.
     """
 
     def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

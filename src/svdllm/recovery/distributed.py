@@ -1,4 +1,4 @@
-"""The processes of torchrun or accelerate launch: which one writes, on which device each works, where they wait."""
+"""The processes of torchrun or accelerate launch: which one writes, where each computes, and when they wait."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from svdllm.common.errors import InputError
 
 
 def is_main() -> bool:
-    """Of all processes, the one that writes and prints."""
+    """Whether this process is the one that writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -31,8 +31,8 @@ def own_device(name: str) -> torch.device:
     if num_processes() == 1:
         if device.index:
             raise InputError(
-                f"--device {name}: training takes the first GPU it sees; set CUDA_VISIBLE_DEVICES={device.index} and say "
-                "--device cuda."
+                f"--device {name}: training takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES={device.index} "
+                "and give --device cuda."
             )
         return device
     index = int(os.environ["LOCAL_RANK"])

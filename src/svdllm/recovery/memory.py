@@ -1,13 +1,12 @@
-"""How much memory a training needs at the least, before anything is loaded."""
+"""Bounds the memory of a training from below, before a model is loaded."""
 
 from __future__ import annotations
 
 import torch
 
-from svdllm.common.errors import ResourceError
-from svdllm.common.memory import available_bytes
+from svdllm.common.memory import require_memory
 
-# Copies of a micro-batch's logits in float32: the logits, their log-softmax and its gradient; a teacher adds its own two.
+# Copies of a micro-batch's logits in float32: the logits, their log-softmax and its gradient. A teacher adds two.
 LOGITS, TEACHERS_LOGITS = 3, 2
 
 
@@ -16,16 +15,15 @@ def logits_bytes(num_tokens: int, vocab_size: int, *, with_teacher: bool = False
     return (LOGITS + with_teacher * TEACHERS_LOGITS) * num_tokens * vocab_size * 4
 
 
-def require_memory(needed: dict[str, int], device: torch.device, advice: str = "") -> None:
-    """Raises ResourceError if what the methods need at the least (bytes by method) is not free.
+def require_memory_of_methods(needed: dict[str, int], device: torch.device, advice: str = "") -> None:
+    """Raises ResourceError unless the largest need (bytes by method) is free.
 
-    ``advice`` names what needs less memory, in words that end with "; ".
+    ``advice`` names methods that need less memory, in words that end with "; ".
     """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     method = max(needed, key=lambda name: needed[name])
-    if free is not None and needed[method] > free:
-        raise ResourceError(
-            f"--method {method} needs more than {needed[method] / 1e9:.2f} GB of memory (weights, gradients, AdamW, logits), "
-            f"{free / 1e9:.2f} GB are free on {device}.",
-            f"Lower --micro-batch or --seqlen; {advice}or free some memory.",
-        )
+    require_memory(
+        needed[method],
+        f"Weights, gradients, AdamW and logits of --method {method} need more than",
+        device,
+        f"Lower --micro-batch or --seqlen; {advice}or free some memory.",
+    )

@@ -1,4 +1,4 @@
-"""The compressed model as far as it is trained, and the dense one: whole, as weights, or block by block."""
+"""Opens the compressed model, as far as it is trained, and the dense one: whole, as weights, or block by block."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from svdllm.checkpoint.load import load_model
 from svdllm.common.device import resolve_dtype
-from svdllm.common.memory import weight_bytes
+from svdllm.common.memory import skeleton_bytes
 from svdllm.common.progress import Reporter
 from svdllm.models.config_files import load_config
 from svdllm.models.discover import discover
 from svdllm.models.low_rank.lowrank import sha256_of
 from svdllm.models.open import Source, open_config, open_source
+from svdllm.models.safetensors_files import weight_files
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.walk import Walk
-from svdllm.models.weights import SafetensorsWeights, Weights, weight_files
-from svdllm.recovery.trained_weights import LaterWeights
+from svdllm.models.weights import SafetensorsWeights, Weights
+from svdllm.recovery.trained_weights import TrainedWeights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """Opened anew for every use; what finished stages changed is in files of the work folder."""
+    """The two models of a recovery. Each use opens them anew, with the tensors that finished stages have written."""
 
     folder: Path
     teacher: str | None
@@ -38,7 +39,7 @@ class Models:
 
     @property
     def finished_files(self) -> list[Path]:
-        """What finished stages left: a file of tensors each, or a folder with one for every block."""
+        """The files of finished stages: one of tensors for each, or one for every block in the stage's folder."""
         stages = sorted(record.with_suffix("") for record in self.work.glob("*.json"))
         return [
             file
@@ -61,12 +62,12 @@ class Models:
 
     @property
     def own_dtype(self) -> torch.dtype:
-        """What it computes in when it is not trained: float32 on a CPU, the stored dtype on a GPU."""
+        """The dtype that the untrained model computes in: float32 on a CPU, the stored dtype on a GPU."""
         return resolve_dtype("auto", self.device, self.stored_dtype)
 
     @cached_property
     def dense_config(self) -> Source:
-        """Of the teacher."""
+        """Opens the teacher's config without its weights."""
         assert self.teacher is not None
         return open_config(self.teacher, offline=self.offline)
 
@@ -77,14 +78,14 @@ class Models:
     @property
     def dense_bytes(self) -> int:
         """Bytes of the teacher's weights in the dtype that it computes in."""
-        return weight_bytes(build_skeleton(self.dense_config.config, self.dense_dtype))
+        return skeleton_bytes(build_skeleton(self.dense_config.config, self.dense_dtype))
 
     def skeleton(self, dtype: torch.dtype) -> PreTrainedModel:
         """The compressed model without data."""
         return build_skeleton(self.config, dtype)
 
     def teacher_fingerprint(self) -> list[str] | str | None:
-        """What tells teachers at one place apart: hashes of its files, or the commit of a hub id."""
+        """Tells teachers at one place apart: the hashes of the files, or the commit of a hub id."""
         if self.teacher is None:
             return None
         place = Path(self.teacher)
@@ -93,8 +94,8 @@ class Models:
         files = [place] if place.is_file() else [place / "config.json", *weight_files(place)]
         return [sha256_of(file) for file in files]
 
-    def weights(self) -> LaterWeights:
-        return LaterWeights(SafetensorsWeights(self.folder, build_skeleton(self.config)), self.finished_files)
+    def weights(self) -> TrainedWeights:
+        return TrainedWeights(SafetensorsWeights(self.folder, build_skeleton(self.config)), self.finished_files)
 
     def compressed(self, dtype: torch.dtype | None = None, *, untrained: bool = False) -> PreTrainedModel:
         with self.reporter.stage("load", 1):
@@ -110,7 +111,7 @@ class Models:
         return model.eval().requires_grad_(False).to(self.device)  # type: ignore[arg-type]
 
     def walks(self, ids: Tensor, batch: int) -> tuple[Walk, Walk]:
-        """Through the dense and the compressed model, with the same windows in the same batches."""
+        """Walks through the dense and the compressed model, with the same windows in the same batches."""
         assert self.teacher is not None
         source = open_source(self.teacher, offline=self.offline, gguf_folder=self.work / "teacher")
         assert source.weights is not None

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
-    """What a stage did; tokens without padding.
+    """The work and the losses of a stage. ``tokens`` are counted without padding.
 
-    ``losses`` are (step, mean loss since the last entry), ``held_out`` (step, mean loss of the held-out examples); of
-    blockwise, ``losses`` are (block, what is left of its output's error).
+    ``losses`` are (step, mean loss since the previous entry); those of blockwise are (block, relative error of its
+    outputs after training). ``held_out`` are (step, mean loss of the held-out examples).
     """
 
     stage: str

@@ -31,7 +31,7 @@ class RecoveryResult:
         return sum(stage.tokens for stage in self.stages)
 
     def history(self) -> dict[str, Any]:
-        """What the checkpoint keeps of it."""
+        """The part of the record that the checkpoint keeps."""
         return {
             "settings": self.settings.model_dump(mode="json"),
             "tokens": self.tokens,

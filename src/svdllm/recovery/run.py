@@ -21,7 +21,7 @@ from svdllm.data import evaluation_tokens
 from svdllm.evaluation.perplexity import perplexity
 from svdllm.models.limits import context_length, within_context
 from svdllm.models.open import open_config
-from svdllm.models.weights import weight_files
+from svdllm.models.safetensors_files import weight_files
 from svdllm.recovery.checks import check_cheaply, check_memory, check_tokens, training_dtype
 from svdllm.recovery.distributed import is_main, meet, own_device, wait_for_all
 from svdllm.recovery.methods import METHODS
@@ -49,15 +49,16 @@ def recover(
     resume: bool = True,
     reporter: Reporter | None = None,
 ) -> RecoveryResult:
-    """Trains what compression left over of a model, and writes a checkpoint of the same ranks and format.
+    """Trains a compressed model and writes a checkpoint of the same ranks and format.
 
     Args:
         folder: a checkpoint that ``compress`` wrote (or another recovery).
         output_dir: made by this call; must not exist, or be empty. Work in progress lies beside it, in
             ``<output_dir>.partial`` (in a mount point, in ``svdllm.partial``), and a killed run goes on from there.
-        settings: what is trained, how, and on what.
+        settings: the methods, their data and schedules.
         ppl: texts on which perplexity is measured before and after, and of the teacher if there is one.
-        ppl_seqlen, ppl_windows: windows of these texts; 512 tokens by default, or the model's context if it is shorter.
+        ppl_seqlen: tokens of a window of these texts; 512, or the model's context if that is shorter.
+        ppl_windows: number of windows of each text; None for all.
         log_dir: where TensorBoard logs are written, a folder in it for each stage.
         offline: never ask the hub.
         resume: go on with an unfinished run in ``<output_dir>.partial``; otherwise start over.
@@ -79,7 +80,7 @@ def recover(
         reporter=reporter,
     )
     log_dir = None if log_dir is None else Path(log_dir)
-    read_report(models.folder)  # refuses what is no checkpoint
+    read_report(models.folder)  # refuses a folder that is not a checkpoint
     settings = settings.within(context_length(models.config))
     ppl_seqlen = ppl_seqlen or within_context(models.config, PPL_SEQLEN)
     run = _Run(models, output, settings, tuple(ppl), ppl_seqlen, ppl_windows, log_dir, resume, reporter)
@@ -91,7 +92,7 @@ def recover(
 
 @dataclass(frozen=True)
 class _Run:
-    """One recovery, in the order in which it happens. What a finished stage changed is a file in the work folder."""
+    """One recovery, in the order in which it happens."""
 
     models: Models
     output: Output
@@ -126,8 +127,8 @@ class _Run:
         """Removes the work folder of a run that fails before anything was learnt, and says what to do about memory."""
         new = not self.work.path.exists()
         advice = (
-            "The last saved step is kept: lower --micro-batch or use --gradient-checkpointing, and it goes on. Or lower "
-            "--seqlen, for blockwise also --batch, and start over with --no-resume."
+            "The last saved step is kept: lower --micro-batch or use --gradient-checkpointing, and it goes on. Or "
+            "lower --seqlen or --batch, and start over with --no-resume."
         )
         full = "The last saved step is kept: the same command goes on from there."
         try:
@@ -181,7 +182,7 @@ class _Run:
             return tokenizer, {text: evaluation_tokens(text, tokenizer, offline=offline) for text in self.ppl}
 
     def _stages(self, tokenizer: Any, examples: dict[str, Any]) -> Iterator[tuple[str, Stage, Task]]:
-        """Method, stage and task of everything that is trained, in order; fills in what the record says of the data."""
+        """Method, stage and task of everything that is trained; adds a description of the data to ``examples``."""
         for number, name in enumerate(self.settings.methods):
             method, schedule = METHODS[name], self.settings.schedule(name)
             data = TrainingData(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from svdllm.common.errors import NumericalError
-from svdllm.common.memory import weight_bytes
+from svdllm.common.memory import skeleton_bytes
 from svdllm.common.settings import setting
 from svdllm.evaluation.perplexity import evaluation_mode
 from svdllm.models.logits import compare_logits
@@ -61,7 +61,7 @@ class SequentialLora(Method):
     def least_bytes(self, task: Task, models: Models) -> int:
         """Weights and logits; the adapters are small."""
         skeleton = models.skeleton(models.own_dtype)
-        return weight_bytes(skeleton) + logits_bytes(task.sequences_at_once * task.longest, models.vocab_size)
+        return skeleton_bytes(skeleton) + logits_bytes(task.sequences_at_once * task.longest, models.vocab_size)
 
     def train(self, task: Task, models: Models, factors: tuple[str, ...] = ("svd_u", "svd_v")) -> Trained:
         return train_factors(models.compressed, factors, task)
@@ -70,15 +70,15 @@ class SequentialLora(Method):
 def train_factors(
     open_model: Callable[[], PreTrainedModel], factors: tuple[str, ...], task: Task
 ) -> tuple[TrainingRecord, dict[str, Tensor]]:
-    """One stage: adapters on the given factors of every low-rank linear, trained and merged; also the tensors it changed.
+    """Trains adapters on the given factors of every low-rank linear and merges them; returns the tensors that changed.
 
     Args:
         open_model: the model as it is before the stage.
         factors: ``svd_u``, ``svd_v`` or both.
 
     Raises:
-        NumericalError: the loss or a gradient is not finite; a merged model answers otherwise than with its adapters; or
-            a weight changed that was not trained.
+        NumericalError: the loss or a gradient is not finite, the merged model does not compute what the adapted one
+            does, or a weight changed that was not trained.
     """
     from peft import LoraConfig
 
@@ -86,7 +86,12 @@ def train_factors(
 
     settings = cast(LoraSettings, task.settings)
     pattern = rf".*\.({'|'.join(factors)})"
-    config = LoraConfig(r=settings.r, lora_alpha=settings.alpha, target_modules=pattern, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        target_modules=pattern,
+        task_type="CAUSAL_LM",
+    )
 
     model = open_model()
     before = _digests(model)
@@ -126,13 +131,13 @@ def _with_adapters(model: PreTrainedModel, config: Any) -> Any:
 
 
 def share_again(model: PreTrainedModel) -> None:
-    """peft exchanges a module that stands in two places in the first of them only."""
+    """Shares first factors again: peft replaces a module that stands in two places in the first of them only."""
     if info := LowRankInfo.of(model.config):
         share_first_factors(model, info.shared_factors)
 
 
 def _to_float32(adapted: nn.Module) -> None:
-    """Parameters in half precision: a sum in it would lose most of what was learnt, and hide what a merge gets wrong."""
+    """Converts parameters in half precision, in which a merge would lose most of what was learnt."""
     for parameter in adapted.parameters():
         if parameter.dtype.itemsize < 4:
             parameter.data = parameter.data.float()

@@ -20,6 +20,7 @@ else:  # the shared settings and each method's own
 
 
 def _known(method: str) -> str:
+    """Raises ValueError if there is no such method."""
     if method not in METHODS:
         *names, last = map(repr, METHODS)
         raise ValueError(f"Input should be {', '.join(names)} or {last}")
@@ -37,7 +38,7 @@ def _own_settings(settings: type[TrainingSettings]) -> set[str]:
 
 
 def _of_schedule(name: str, description: str, *, panel: Panel, **constraints: Any) -> Any:
-    """A setting whose default is the method's own; the help shows the first method's, and those of others that differ."""
+    """A setting with a default for each method; the help shows the first method's, and those that differ from it."""
     defaults = {method.name: getattr(method.defaults, name) for method in METHODS.values()}
     first, *others = defaults
     shown = [_number(defaults[first])] if defaults[first] is not None else []
@@ -56,14 +57,14 @@ def _number(value: float) -> str:
 
 
 class Recovery(SettingsOfMethods):
-    """Settings of a recovery; keyword-only, frozen, unknown keys are errors. None stands for the method's own default."""
+    """Settings of a recovery; keyword-only, frozen, unknown keys are errors. None is the method's own default."""
 
     _context: int | None = PrivateAttr(None)
 
     methods: tuple[Annotated[str, AfterValidator(_known)], ...] = setting(
         ("sequential-lora",),
-        f"{'; '.join(f'{method.name}: {method.summary}' for method in METHODS.values())}. Several run one after the other, "
-        "as in blockwise,distill.",
+        f"{'; '.join(f'{method.name}: {method.summary}' for method in METHODS.values())}. Several run one after the "
+        "other, as in blockwise,distill.",
         panel="Training",
         flag="--method",
         reader="names",

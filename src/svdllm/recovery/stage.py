@@ -28,8 +28,8 @@ Trained = tuple[TrainingRecord, dict[str, Tensor] | None]
 class Task:
     """One stage of training, as it is handed to its method.
 
-    ``rows`` and ``held_out`` are (input_ids, labels) of every sequence. ``folder`` keeps what a killed stage goes on from;
-    whoever made the task removes it.
+    ``rows`` and ``held_out`` are (input_ids, labels) of every sequence. ``folder`` keeps the state from which a killed
+    stage continues; the run that made the task removes it.
     """
 
     file: str  # name of the files that the stage leaves
@@ -54,7 +54,7 @@ class Task:
 
     @property
     def sequences_at_once(self) -> int:
-        """Sequences of a micro-batch in this process."""
+        """The number of sequences in a micro-batch of this process."""
         return self.schedule.sequences_at_once(self.settings.micro_batch, num_processes())
 
     @property

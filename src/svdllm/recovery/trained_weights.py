@@ -1,4 +1,4 @@
-"""The weights of a checkpoint while it is trained, stage by stage."""
+"""The weights of a checkpoint with the tensors that finished stages have trained."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from svdllm.common.errors import NumericalError
 from svdllm.models.weights import Weights
 
 
-class LaterWeights:
-    """Weights with what was trained since in their place, by name; dtypes stay the first ones'.
+class TrainedWeights:
+    """Weights in which trained tensors take the place of the first ones, in the dtypes of the first ones.
 
-    ``files`` hold what was trained; of a tensor in several, the last one counts.
+    ``files`` hold the trained tensors; if a tensor is in several files, the last one counts.
     """
 
     def __init__(self, first: Weights, files: Sequence[Path]):

@@ -1,4 +1,4 @@
-"""One stage of training, by the transformers Trainer: what it is told, and what is watched while it runs."""
+"""Trains one stage with the transformers Trainer: its arguments, and the checks of every loss and gradient."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from svdllm.recovery.training_settings import BETA2
 
 SAVES_PER_STAGE = 10
 LOGS_PER_STAGE = 20
-LOOKS_PER_STAGE = 5  # at the held-out examples
+EVALUATIONS_PER_STAGE = 5  # of the held-out examples
 
 
 def train(model: nn.Module, task: Task, loss_of: Loss | None = None) -> tuple[TrainingRecord, dict[str, Tensor]]:
-    """Trains what requires gradients, in place; goes on with the last checkpoint in the task's folder if there is one.
+    """Trains the parameters that require gradients, in place; continues from the last checkpoint in the task's folder.
 
     Args:
-        loss_of: another loss than the model's own.
+        loss_of: the loss; None for the model's own.
 
     Returns:
-        What was done, and the trained tensors by name: whole ones, also where the processes hold parts of them (FSDP).
+        The record, and the trained tensors by name. They are whole, also where processes hold parts of them (FSDP).
 
     Raises:
         InputError: the launcher shards the model in a way that is not supported.
@@ -79,7 +79,7 @@ def train(model: nn.Module, task: Task, loss_of: Loss | None = None) -> tuple[Tr
 
 
 def training_arguments(task: Task) -> TrainingArguments:
-    """The Trainer's arguments; ``batch`` sequences a step over all processes."""
+    """The Trainer's arguments. A step takes ``batch`` sequences over all processes."""
     settings, batch, micro = task.settings, task.schedule.batch, task.sequences_at_once
     steps = num_steps(task)
     arguments = TrainingArguments(
@@ -101,7 +101,7 @@ def training_arguments(task: Task) -> TrainingArguments:
         logging_steps=max(1, steps // LOGS_PER_STAGE),
         logging_nan_inf_filter=False,
         eval_strategy="steps" if task.held_out else "no",
-        eval_steps=settings.eval_steps or max(1, steps // LOOKS_PER_STAGE),
+        eval_steps=settings.eval_steps or max(1, steps // EVALUATIONS_PER_STAGE),
         prediction_loss_only=True,
         label_names=["labels"],
         save_steps=max(1, steps // SAVES_PER_STAGE),
@@ -115,7 +115,7 @@ def training_arguments(task: Task) -> TrainingArguments:
     if num_processes() == 1:
         arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are used by several processes only
     arguments.gradient_accumulation_steps = batch // (micro * num_processes())
-    # Else what accelerate was configured with would decide.
+    # Otherwise the configuration of accelerate would decide.
     arguments.mixed_precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(task.dtype, "no")
     return arguments
 
@@ -139,7 +139,7 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The last complete one; a run that was killed while it saved leaves one that is not, and that is removed."""
+    """The last complete checkpoint. A run that was killed while it saved leaves an incomplete one, which is removed."""
     if is_main():
         for checkpoint in folder.glob("checkpoint-*"):
             try:
@@ -160,12 +160,12 @@ def _callbacks(task: Task) -> list[TrainerCallback]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the processes hold a part of it each (FSDP)."""
+    """Whether each process holds a part of the model (FSDP)."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What is trained of a model, by name; every process must ask for it, and gets all of it."""
+    """The trained tensors of a model, by name. Every process must call this, and gets whole tensors."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return {name: p.full_tensor().cpu() if isinstance(p, DTensor) else p for name, p in trained.items()}
 
@@ -176,13 +176,13 @@ def _require_fsdp2(trainer: Trainer) -> None:
     version = getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1)
     if version != 2:
         raise InputError(
-            f"FSDP version {version} was asked for, which hides the factors in flat parameters; version 2 is supported: "
+            f"FSDP version {version} was asked for, which hides the factors in flat parameters. Use version 2: "
             "fsdp_version: 2 in the configuration of accelerate, or --fsdp_version 2 of accelerate launch."
         )
 
 
 class _Trainer(Trainer):
-    """Stops at the first number that is none, before it reaches the weights."""
+    """Stops at the first NaN or infinity, before the optimizer step."""
 
     loss_of: Loss | None = None
 
@@ -194,7 +194,7 @@ class _Trainer(Trainer):
         num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The mean over the tokens of a whole step, of which this may be one of several micro-batches or processes."""
+        """The mean loss over the tokens of a whole step, which may be spread over micro-batches and processes."""
         if self.loss_of is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
         total, tokens = self.loss_of(model, inputs)
@@ -221,7 +221,7 @@ class _Trainer(Trainer):
         return loss
 
     def _require_finite_gradients(self, model: nn.Module, step: int) -> None:
-        """Of what this process has, and has by now: FSDP hands gradients over at the end of a step."""
+        """Checks the gradients that this process has so far: FSDP hands gradients over at the end of a step."""
         known = [(name, _own_part(p.grad)) for name, p in model.named_parameters() if p.grad is not None]
         if not known:
             return
@@ -266,7 +266,7 @@ class _Rows(Dataset):
 
 @torch.no_grad()
 def _first_bad_module(model: nn.Module, inputs: Any) -> str:
-    """``, first in <module>``: found by running the batch once more."""
+    """``, first in <module>``: runs the batch once more to find the first module whose output is not finite."""
     found: list[str] = []
 
     def look(name: str) -> Callable[..., None]:

@@ -84,8 +84,8 @@ class TrainingData:
         for name in names:
             if getattr(self.settings, name) != type(self.settings).model_fields[name].default:
                 raise InputError(
-                    f"--{name.replace('_', '-')} is for instructions and chats, and {self.settings.data} is text, of which "
-                    f"windows are taken. Leave it out{', and say --steps' * (name == 'epochs')}."
+                    f"--{name.replace('_', '-')} is for instructions and chats, and {self.settings.data} is text, "
+                    f"which is cut into windows. Leave it out{', and say --steps' * (name == 'epochs')}."
                 )
 
     def _read(self, source: str, *, packing: bool = False, evaluation: bool = False) -> Examples:

@@ -17,7 +17,7 @@ from svdllm.common.files import save_atomically, write_atomically
 from svdllm.common.settings_file import FINGERPRINT_FILE, read_settings, refuse_other_settings
 from svdllm.common.version import __version__
 from svdllm.models.low_rank.lowrank import sha256_of
-from svdllm.models.weights import weight_files
+from svdllm.models.safetensors_files import weight_files
 from svdllm.recovery.distributed import is_main, num_processes, wait_for_all
 from svdllm.recovery.models import Models
 from svdllm.recovery.record import TrainingRecord

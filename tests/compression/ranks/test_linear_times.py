@@ -35,6 +35,7 @@ from svdllm.compression.ranks.linear_times import (
 from svdllm.compression.ranks.loss import losses_of
 from svdllm.compression.ranks.predicted_sizes import WrittenFiles
 from svdllm.compression.recipe import PLAIN, Recipe
+from svdllm.compression.recipe_files import make_recipe
 from svdllm.models.discover import discover
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.structure import Structure
@@ -224,7 +225,7 @@ def test_a_speed_out_of_reach_is_refused_with_one_that_is_not() -> None:
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        svdllm.compression.recipe.make_recipe(settings)
+        make_recipe(settings)
 
 
 # --- whole runs ---

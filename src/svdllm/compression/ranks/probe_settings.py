@@ -14,7 +14,6 @@ class ProbeSettings(BaseModel):
         0.5,
         "Upper limit on probing, as a share of the work of calibration and probing together (loss, strs).",
         panel="Allocation",
-        only_with={"allocation": ("loss", "strs")},
         gt=0,
         lt=1,
     )

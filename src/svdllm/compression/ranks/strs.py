@@ -33,7 +33,6 @@ class StrsSettings(ProbeSettings):
         "Ratios at which each linear alone is tried (strs); fewer leave more tokens for each.",
         panel="Allocation",
         reader="ratio list",
-        only_with={"allocation": ("strs",)},
         min_length=1,
     )
 
@@ -97,7 +96,7 @@ def _allocate(question: Question, evidence: Evidence, settings: StrsSettings) ->
 
 STRS = Row(
     name="strs",
-    summary="one bound on the loss for all linears, each tried alone at several ratios",
+    summary="search of ASVD; may leave linears dense",
     source="ASVD, arXiv 2312.05821",
     allocate=_allocate,
     least=_least,

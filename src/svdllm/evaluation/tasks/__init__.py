@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: its definitions, prompts and metrics on dense and compressed models."""
+"""Runs tasks of lm-evaluation-harness, with its definitions, prompts and metrics, on dense and compressed models."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The rows that the local files of the eight tasks of the paper may have, and the hub's columns that they become.
+"""Checks rows of local files for the paper's eight tasks, and turns them into the columns of the hub.
 
-A class is a format: its fields are the columns, their types and limits are checked row by row, and ``hub`` is the row
-as the harness's definition of the task expects it. Columns that are not named here are left out.
+Each class is a format. Its fields are the columns, with types and limits, and ``hub`` makes the row that the harness
+expects. Other columns are left out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Row(BaseModel):
 
     @classmethod
     def columns(cls) -> list[str]:
-        """As they are called in the file."""
+        """Names of the columns in the file."""
         return [field.alias or name for name, field in cls.model_fields.items()]
 
     @classmethod
@@ -71,7 +71,7 @@ class Question(Row):
 
 
 class OpenBookQAOriginal(Row):
-    """As AllenAI distributes it."""
+    """The format of AllenAI's own files."""
 
     question: Question
     answerKey: str
@@ -151,7 +151,7 @@ class TruthfulQA(Row):
 
 
 class TruthfulQAOriginal(Row):
-    """As its authors distribute it: answers in one cell, separated by semicolons."""
+    """The format of the authors' own file: answers in one cell, separated by semicolons."""
 
     question: str = Field(alias="Question")
     correct_answers: str = Field(alias="Correct Answers", pattern=r"[^;\s]")

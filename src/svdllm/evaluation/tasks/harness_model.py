@@ -1,4 +1,4 @@
-"""A loaded model in the harness's hands, whose progress goes to a reporter. Imports the harness: import it late."""
+"""Wraps a loaded model for the harness, and reports its progress. Slow to import, as the harness is."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from svdllm.common.progress import Reporter
 from svdllm.models.limits import require_known_ids
 
 TEXT_REFUSED = "the tokenizer cannot take a text of the tasks that begins with {!r}"
-SHOWN = 60  # characters of it
+SHOWN = 60  # characters of a refused text
 
 HFLM: Any = huggingface.HFLM  # its decorator hides its type
 
 
 class HarnessModel(HFLM):
-    """The harness's own class for transformers models; only what it shows differs."""
+    """The harness's class for transformers models, with our checks and our progress."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int, reporter: Reporter, name: str) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
@@ -64,7 +64,7 @@ class HarnessModel(HFLM):
 
 
 class _Count:
-    """Stands in for the harness's cache, which is told of every answer."""
+    """Counts answers; takes the place of the harness's cache, which receives each of them."""
 
     def __init__(self, reporter: Reporter, total: int) -> None:
         self._reporter, self._total, self._done = reporter, total, 0

@@ -1,4 +1,4 @@
-"""What the harness calls by which name."""
+"""Finds tasks of the harness by name."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from svdllm.common.errors import InputError, did_you_mean
 
 
 def find_tasks(names: Sequence[str]) -> Any:
-    """A ``TaskManager`` of the harness that knows all the ``names``: tasks, groups or tags.
+    """Makes a ``TaskManager`` of the harness that knows all the ``names``: tasks, groups or tags.
 
-    It reads its 14,000 definitions one by one, which takes half a minute. A task mostly lies in a folder that is named
-    like it, so those folders are read first, and all of them only if that does not suffice.
+    To read all its 14,000 definitions takes half a minute. The folder of a task is mostly named like it, so folders
+    with such names are read first, and all others only if a name is missing there.
 
     Raises:
-        InputError: a name is unknown; says which are like it.
+        InputError: a name is unknown; suggests similar names.
     """
     from lm_eval.tasks import TaskManager
 
@@ -34,7 +34,7 @@ def find_tasks(names: Sequence[str]) -> Any:
 
 
 def tasks_folder() -> Path:
-    """Where the harness keeps its definitions."""
+    """The folder of the harness's definitions."""
     spec = importlib.util.find_spec("lm_eval.tasks")
     assert spec is not None
     assert spec.origin is not None
@@ -42,7 +42,7 @@ def tasks_folder() -> Path:
 
 
 def _folder_named_like(name: str) -> Path | None:
-    """The longest ``arc`` of ``arc_easy`` that is a folder."""
+    """The folder with the longest beginning of a name, such as ``arc`` for ``arc_easy``."""
     parts = name.split("_")
     candidates = (tasks_folder() / "_".join(parts[:count]) for count in range(len(parts), 0, -1))
     return next((folder for folder in candidates if folder.is_dir()), None)

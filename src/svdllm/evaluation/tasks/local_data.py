@@ -1,4 +1,4 @@
-"""A task of the harness on local files: its own definition, included, with the place of the data replaced."""
+"""Runs a task of the harness on local files: its definition is included, and the place of the data replaced."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from svdllm.models.low_rank.lowrank import sha256_of
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTask:
-    """A task, the definition that it has in the harness, and its data by split."""
+    """A task with its definition in the harness, and its data by split.
+
+    replaced: entries of the definition that name a split without a file, which the task does not need.
+    """
 
     name: str
     definition: Path
-    replaced: dict[str, None]  # entries of the definition that name a split which has no file and is not needed
+    replaced: dict[str, None]
     evaluated: str
     data: dict[str, TaskFile]
 
@@ -35,13 +38,13 @@ class LocalTask:
 
 
 def prepare_local(manager: Any, name: str, folder: Path, num_fewshot: int | None) -> LocalTask:
-    """The files of a task, read and checked.
+    """Reads and checks the files of a task.
 
-    The splits are those of the definition: what it evaluates on must be there, and what it shows examples of where it
-    shows any; other splits may be missing.
+    The split that the definition evaluates on must be there, and the split that it takes the shown examples from, if it
+    shows any. Other splits may be missing.
 
     Raises:
-        InputError: no plain task of this name, or its files are missing or wrong.
+        InputError: there is no plain task of this name, or its files are missing or wrong.
     """
     if name not in manager.all_subtasks:
         raise InputError(f"{name} stands for several tasks; with --task-data name each task itself")
@@ -92,7 +95,7 @@ def write_definitions(tasks: list[LocalTask], folder: Path) -> Any:
 
 
 def _shown_split(definition: dict[str, Any], splits: dict[str, str], num_fewshot: int | None) -> tuple[str, int] | None:
-    """Where the harness takes the examples from that it shows before the question, and how many; None if it shows none."""
+    """The split of the examples that the harness shows before a question, and their number; None if it shows none."""
     own = definition.get("num_fewshot")
     count = own if own == 0 or num_fewshot is None else num_fewshot
     settings = definition.get("fewshot_config") or {}

@@ -1,4 +1,4 @@
-"""The data of tasks from a folder instead of the hub: found by name, checked, and turned into the hub's columns."""
+"""Reads the data of tasks from a folder instead of the hub, and turns it into the columns of the hub."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from svdllm.data.specs import FileSpec
 from svdllm.evaluation.tasks.formats import FORMATS, Row
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-# Without a split in its name, as its authors call it: the split that the task is evaluated on.
+# Files named by their authors, without a split: they are the split that the task is evaluated on.
 WITHOUT_SPLIT = {"truthfulqa_gen": "truthfulqa.csv"}
 
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A split of a task: ``rows`` have the hub's columns."""
+    """A split of a task, with rows in the columns of the hub."""
 
     path: Path
     rows: list[dict[str, Any]]
 
 
 def find_files(folder: Path, task: str, splits: Sequence[str], evaluated: str) -> dict[str, Path]:
-    """The file of each split of ``task``: ``TASK.SPLIT.SUFFIX``, more letters may follow SPLIT.
+    """Finds the file of each split of a task: ``TASK.SPLIT.SUFFIX``; more letters may follow SPLIT.
 
     Raises:
-        InputError: no such folder, two files for a split, a file for none of the ``splits``, or none for ``evaluated``.
+        InputError: there is no such folder, a split has two files, a file is of no split, or ``evaluated`` has no file.
     """
     if not folder.is_dir():
-        raise InputError(f"--task-data {folder} is no folder; expected one with files like {task}.{evaluated}.jsonl")
+        raise InputError(f"--task-data {folder} is not a folder; expected one with files like {task}.{evaluated}.jsonl")
     found: dict[str, Path] = {}
     for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):
         split = _split_of(path, task, splits, evaluated)
@@ -50,7 +50,7 @@ def find_files(folder: Path, task: str, splits: Sequence[str], evaluated: str) -
 
 
 def require_split(found: dict[str, Path], folder: Path, task: str, split: str, why: str) -> None:
-    """Raises InputError if the file of a split that is needed is not there."""
+    """Raises InputError if a needed split has no file."""
     if split not in found:
         or_else = f" or {WITHOUT_SPLIT[task]}" if task in WITHOUT_SPLIT else ""
         raise InputError(
@@ -60,7 +60,7 @@ def require_split(found: dict[str, Path], folder: Path, task: str, split: str, w
 
 
 def read_file(path: Path, task: str) -> TaskFile:
-    """The rows of a file; rows are counted from 1.
+    """Reads the rows of a file; messages count rows from 1.
 
     Raises:
         InputError: the file cannot be read, a column is missing or of the wrong type; names the row and the columns.
@@ -99,7 +99,7 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is no CSV file in UTF-8: {error}") from error
+        raise InputError(f"{path} is not a CSV file in UTF-8: {error}") from error
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
             raise InputError(f"{path}, row {number}: expected as many cells as in the first line: {', '.join(rows[0])}")
@@ -107,7 +107,7 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _format(path: Path, formats: Sequence[type[Row]], first: dict[str, Any]) -> type[Row]:
-    """The format whose columns the first row has."""
+    """Finds the format whose columns the first row has."""
     for row in formats:
         if row.required() <= first.keys():
             return row

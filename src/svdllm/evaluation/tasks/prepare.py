@@ -1,4 +1,4 @@
-"""Tasks made ready: found, their data loaded and checked, before any model is."""
+"""Prepares tasks before a model is loaded: finds them, loads their data and checks it."""
 
 from __future__ import annotations
 
@@ -14,23 +14,29 @@ from transformers import PreTrainedConfig
 from svdllm.common.errors import InputError, explaining, first_line
 from svdllm.common.extras import require_extra
 from svdllm.common.progress import Reporter
-from svdllm.data.sources import hub_offline
+from svdllm.data.hub_datasets import hub_offline
 from svdllm.evaluation.tasks.index import find_tasks
 from svdllm.evaluation.tasks.local_data import LocalTask, prepare_local, write_definitions
 from svdllm.evaluation.tasks.quiet import quiet
 from svdllm.models.limits import require_context
 
-GENERATED_TOKENS = 256  # of the harness, where a task does not say
+GENERATED_TOKENS = 256  # the harness's default
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSuite:
-    """Tasks and groups of the harness, ready to run, with the settings to run them with."""
+    """Tasks and groups of the harness, ready to run, with their settings.
 
-    manager: Any  # the harness's
+    manager: of the harness.
+    members: the single tasks by name, also of groups.
+    chances: accuracy of guessing, by task.
+    files: task -> split -> file, of local data.
+    """
+
+    manager: Any
     tasks: list[Any]
-    members: dict[str, Any]  # the single tasks by name, those of groups too
+    members: dict[str, Any]
     limit: int | None
     num_fewshot: int | None
     chances: dict[str, float]
@@ -47,18 +53,18 @@ def open_tasks(
     offline: bool = False,
     reporter: Reporter | None = None,
 ) -> Iterator[TaskSuite]:
-    """The tasks of lm-evaluation-harness by name, with its prompts, metrics and numbers of examples shown.
+    """Opens tasks of lm-evaluation-harness by name, with its prompts, metrics and numbers of shown examples.
 
     Args:
         names: tasks, groups or tags of the harness; with ``task_data``, tasks.
-        limit: the first examples of every task only.
-        num_fewshot: examples shown, instead of the task's own number. As in the harness, a task that is defined with
-            none keeps none: a warning names it.
-        task_data: a folder with the tasks' data (docs/evaluation.md); nothing is asked of the hub then.
+        limit: use only this many examples of every task, from the first.
+        num_fewshot: number of shown examples, instead of the task's own. As in the harness, a task that is defined
+            with none keeps none; a warning names it.
+        task_data: a folder with the tasks' data (docs/evaluation.md); the hub is not asked then.
         offline: never ask the hub; its local cache is used.
 
     Raises:
-        InputError: an unknown task, data that cannot be had or do not fit, or a package that is missing.
+        InputError: a task is unknown, its data is not available or does not fit, or a package is missing.
     """
     reporter = reporter or Reporter()
     names = _check_settings(names, limit, num_fewshot)
@@ -88,7 +94,7 @@ def open_tasks(
 
 
 def check_models(suite: TaskSuite, configs: dict[str, PreTrainedConfig]) -> None:
-    """Raises InputError if a model, by name, has no room for what a task lets it write."""
+    """Raises InputError if the context of a model (configs by name) is too short for the answers of a task."""
     for task_name, task in suite.members.items():
         if task.OUTPUT_TYPE != "generate_until":
             continue
@@ -151,7 +157,7 @@ def _check_task(name: str, task: Any, num_fewshot: int | None, reporter: Reporte
 
 
 def _chances(members: dict[str, Any], local: dict[str, LocalTask], limit: int | None) -> dict[str, float]:
-    """The accuracy of guessing, of tasks with choices; of local data every prompt is made once to see that it can be."""
+    """The accuracy of guessing, for tasks with choices. Every prompt of local data is made once, as a check."""
     chances = {}
     for name, task in members.items():
         has_choices = task.OUTPUT_TYPE == "multiple_choice" and task.config.doc_to_choice is not None

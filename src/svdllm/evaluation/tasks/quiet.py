@@ -1,4 +1,4 @@
-"""The harness and the library of its data sets write and draw bars while they work; here they do not."""
+"""Silences the harness, and the library of its data sets, while they work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unittest import mock
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars, no remarks; what they were set to before comes back."""
+    """Turns off progress bars and remarks, and restores the settings afterwards."""
     import datasets
     import lm_eval.api.task
     import lm_eval.evaluator

@@ -1,4 +1,4 @@
-"""What tasks say about a model, and about two models side by side."""
+"""Records the scores of a model on tasks, and compares two models."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# Which of a task's metrics is told of it, where it is not the first one of its definition. SVD-LLM, Table 1: BLEU as a
-# share, that of answers nearer to a true reference than to any false one.
+# The metric that stands for a task, where it is not the first of its definition. SVD-LLM, Table 1, reports BLEU as the
+# share of answers nearer to a true reference than to any false one.
 MAIN_METRICS = {"truthfulqa_gen": "bleu_acc"}
-ABOVE_CHANCE_ERRORS = 2  # standard errors by which the dense model must be above chance
+ABOVE_CHANCE_ERRORS = 2  # the dense model must be above chance by so many standard errors
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One figure of the harness; ``filter`` says how the answer was taken from what the model wrote."""
+    """One figure of the harness; ``filter`` names the way in which the answer was extracted from the model's text."""
 
     name: str
     filter: str
@@ -26,11 +26,11 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScore:
-    """One task of one model.
+    """The score of one model on one task.
 
     main: the metric that stands for the task; ``metrics`` has all of them.
-    group: of a task that was run as part of a group, the group.
-    chance: the accuracy of guessing, of multiple-choice tasks: the mean of 1 / number of choices.
+    group: the group of a task that was run as part of one.
+    chance: accuracy of guessing in a multiple-choice task, the mean of 1 / number of choices.
     """
 
     task: str
@@ -45,13 +45,16 @@ class TaskScore:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResults:
-    """All tasks of one model, and the harness's own document of them."""
+    """The scores of one model on all tasks, and the harness's own document of them.
+
+    files: task -> split -> file, rows and SHA-256, of local data.
+    """
 
     model: str
     scores: list[TaskScore]
     limit: int | None
     batch_size: int
-    files: dict[str, dict[str, Any]]  # task -> split -> file, rows and SHA-256, of local data
+    files: dict[str, dict[str, Any]]
     seconds: float
     harness: dict[str, Any]
 
@@ -61,11 +64,11 @@ class TaskResults:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A task of a compressed model beside the dense one's.
+    """The score of a compressed model on a task, compared with the dense model.
 
-    kept: the plain quotient of papers, score / dense score (dense score / score where less is better).
+    kept: score / dense score, as in papers; dense score / score where less is better.
     kept_above_chance: (score - chance) / (dense score - chance), for accuracies of tasks with choices; None where the
-        dense model is not above chance by two of its standard errors, since the quotient is noise then.
+        dense model is not above chance by two of its standard errors, because the quotient is noise then.
     """
 
     task: str
@@ -80,13 +83,13 @@ class Comparison:
 
 
 def compare_scores(results: TaskResults, dense: TaskResults) -> list[Comparison]:
-    """Task by task, the shares of the dense model's scores that are kept."""
+    """Compares the scores of two models task by task."""
     theirs = {score.task: score for score in dense.scores}
     return [compare_score(score, theirs[score.task]) for score in results.scores]
 
 
 def compare_score(score: TaskScore, dense: TaskScore) -> Comparison:
-    """One task of two models."""
+    """Compares the scores of two models on one task."""
     return Comparison(
         task=score.task,
         metric=score.main.name,
@@ -98,23 +101,23 @@ def compare_score(score: TaskScore, dense: TaskScore) -> Comparison:
 
 
 def accuracy_average(scores: Sequence[TaskScore]) -> tuple[float, float | None] | None:
-    """Mean over the tasks whose main metric is accuracy, as in the paper's tables, and its standard error.
+    """Mean and standard error over the tasks whose main metric is accuracy, as in the paper's tables.
 
-    A group counts once, its members do not.
+    A group counts once; its members do not count. None for fewer than two such tasks.
     """
     metrics = [score.main for score in scores if score.main.name == "acc" and score.group is None]
     return mean_and_error([(metric.value, metric.stderr) for metric in metrics]) if len(metrics) > 1 else None
 
 
 def mean_and_error(figures: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
-    """Mean of independent figures and its standard error, which is None where that of a figure is not known."""
+    """Mean of independent figures and its standard error; the error is None where that of a figure is unknown."""
     squares = [error**2 for _, error in figures if error is not None]
     mean = math.fsum(value for value, _ in figures) / len(figures)
     return mean, math.sqrt(math.fsum(squares)) / len(figures) if len(squares) == len(figures) else None
 
 
 def scores_of(harness: dict[str, Any], chances: dict[str, float]) -> list[TaskScore]:
-    """The harness's results, in its order: tasks, and groups where it has a figure of the whole group."""
+    """Reads the harness's results, in its order: tasks, and groups that have a figure of their own."""
     groups = {task: group for group, tasks in harness.get("group_subtasks", {}).items() for task in tasks}
     scores = []
     for task, row in harness["results"].items():
@@ -172,7 +175,7 @@ def _kept_above_chance(score: TaskScore, dense: TaskScore) -> float | None:
 
 
 def finite(document: Any) -> Any:
-    """The same for JSON, which has no word for a NaN or an infinity: None in their place."""
+    """Replaces NaN and infinity by None in a document, because JSON cannot express them."""
     if isinstance(document, dict):
         return {key: finite(value) for key, value in document.items()}
     if isinstance(document, list):

@@ -1,4 +1,4 @@
-"""One model on tasks that are ready."""
+"""Runs one model on prepared tasks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run_tasks(
     batch_size: int | None = None,
     reporter: Reporter | None = None,
 ) -> TaskResults:
-    """The results of a loaded model, by ``lm_eval.simple_evaluate`` with the harness's own seeds and settings.
+    """Runs a loaded model on tasks by ``lm_eval.simple_evaluate``, with the harness's own seeds and settings.
 
     Raises:
         InputError: ``batch_size`` is below 1.
@@ -69,7 +69,7 @@ def run_tasks(
 
 @contextmanager
 def _told(reporter: Reporter) -> Iterator[None]:
-    """What the harness warns of while a model runs, such as prompts that it had to cut: each kind once, counted."""
+    """Collects the harness's warnings while a model runs, such as cut prompts; reports each kind once, counted."""
     logger = logging.getLogger("lm_eval.models")
     handler = _Collector()
     level, propagate = logger.level, logger.propagate
@@ -88,7 +88,7 @@ def _told(reporter: Reporter) -> Iterator[None]:
 
 
 class _Collector(logging.Handler):
-    """Keeps messages by the line of code that they come from."""
+    """Keeps messages by the line of code that logs them."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Speed and memory of compressed models, beside the dense one and beside what is possible at the most."""
+"""Measures speed and memory of compressed models, compared with the dense model and with the hardware's limit."""
 
 from svdllm.inference.bench.records import BenchmarkRecord, CellRecord, MemoryUse, ModelRecord, PhaseRecord, Spread
 from svdllm.inference.bench.roofline import Ideal, ModelShape, ideal, shape_of

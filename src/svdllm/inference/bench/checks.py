@@ -1,4 +1,4 @@
-"""What can be wrong with a benchmark, found before a model is loaded."""
+"""Checks a benchmark before a model is loaded."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from svdllm.common.errors import InputError, ResourceError
-from svdllm.common.memory import available_bytes, weight_bytes
+from svdllm.common.errors import InputError
+from svdllm.common.memory import require_memory, skeleton_bytes
 from svdllm.inference.bench.settings import BenchSettings
 from svdllm.models.limits import context_length, require_context
 from svdllm.models.low_rank.factory import dense_config
@@ -20,10 +20,10 @@ from svdllm.models.skeleton import build_skeleton
 
 
 def different_names(models: Sequence[str | Path], base: str | Path | None) -> dict[str, str]:
-    """The models, the dense one first, by short names: the last parts of their paths, or all where those are alike.
+    """Maps short names to models, the dense model first: the last parts of paths, or whole paths where those repeat.
 
     Raises:
-        InputError: there is none to measure, or one is named twice.
+        InputError: there is no model to measure, or one is named twice.
     """
     if not models:
         raise InputError("Nothing to measure: name a checkpoint.")
@@ -36,69 +36,65 @@ def different_names(models: Sequence[str | Path], base: str | Path | None) -> di
 
 
 def open_compressed(model: str, offline: bool) -> Source:
-    """Raises InputError unless it is a checkpoint of this library."""
+    """Opens a checkpoint of svdllm. Raises InputError for a dense model."""
     source = open_config(model, offline=offline)
     if LowRankInfo.of(source.config) is None:
         raise InputError(
-            f"{model} is no svdllm checkpoint, it is a dense model ({source.config.model_type}). Give the dense model "
-            "with --base, and beside it a checkpoint that `svdllm compress` made."
+            f"{model} is not an svdllm checkpoint, it is a dense model ({source.config.model_type}). Give the dense "
+            "model with --base, and beside it a checkpoint that `svdllm compress` made."
         )
     return source
 
 
 def open_base(model: str, offline: bool) -> Source:
-    """Raises InputError if it is compressed."""
+    """Opens a dense model. Raises InputError for a compressed one."""
     source = open_config(model, offline=offline)
     if LowRankInfo.of(source.config):
-        raise InputError(f"--base {model} is compressed itself; give the dense model that it was made of.")
+        raise InputError(f"--base {model} is compressed; give the dense model that it was made of.")
     return source
 
 
 def check_alike(base: Source, models: Sequence[Source]) -> None:
-    """Raises InputError unless the dense model has the family and the shapes of what the others were made of."""
+    """Raises InputError unless family and shapes of the dense model are those that the others were made of."""
     shapes = _shapes(base)
     for model in models:
         family = dense_config(model.config).model_type
         if family != base.config.model_type:
             raise InputError(
-                f"--base {base.name} is of the family {base.config.model_type}, {model.name} was made of a {family}: give "
-                "the dense model that it was made of."
+                f"--base {base.name} is of the family {base.config.model_type}, {model.name} was made of a {family}: "
+                "give the dense model that it was made of."
             )
         wanted = _shapes(model)
         for name in [*wanted, *shapes]:
             if wanted.get(name) != shapes.get(name):
                 raise InputError(
-                    f"--base {base.name} has {_shown(shapes.get(name))} as {name}, {model.name} was made of a model with "
-                    f"{_shown(wanted.get(name))}: give the dense model that it was made of."
+                    f"--base {base.name} has {_shown(shapes.get(name))} as {name}, {model.name} was made of a model "
+                    f"with {_shown(wanted.get(name))}: give the dense model that it was made of."
                 )
 
 
 def shortest_context(configs: Iterable[PreTrainedConfig]) -> int | None:
-    """The most tokens that every one of the models can take; None where no config has a limit."""
+    """The shortest context of the models; None where no config has a limit."""
     limits = [limit for config in configs if (limit := context_length(config)) is not None]
     return min(limits, default=None)
 
 
 def check_context(sources: Mapping[str, Source], settings: BenchSettings) -> None:
-    """Raises InputError if the longest prompt and what follows it are more than a model can take."""
+    """Raises InputError if the longest prompt and its decode steps are beyond the context of a model."""
     what = f"--prompt {max(settings.prompt_lengths)} plus --gen {settings.gen} ="
     for name, source in sources.items():
         require_context(source.config, settings.longest, what, model=name, advice="lower one of them")
 
 
 def check_room(sources: Iterable[Source], dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ResourceError if the weights of all models together are more than there is memory."""
-    needed = sum(weight_bytes(build_skeleton(source.config, dtype)) for source in sources)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
-    if free is not None and needed > free:
-        raise ResourceError(
-            f"The weights of all models together need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on {device}: "
-            "they are measured in turns. Give fewer models, or a smaller --dtype."
-        )
+    """Raises ResourceError if the weights of all models together do not fit into memory."""
+    needed = sum(skeleton_bytes(build_skeleton(source.config, dtype)) for source in sources)
+    advice = "They are measured in turns: give fewer models, or a smaller --dtype."
+    require_memory(needed, "The weights of all models together need", device, advice)
 
 
 def _shapes(source: Source) -> dict[str, tuple[int, ...]]:
-    """Of the parameters of the dense model, or of the one that it was made of."""
+    """The shapes of the parameters of a dense model, or of the dense model that a compressed one was made of."""
     skeleton = build_skeleton(dense_config(source.config))
     return {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
 

@@ -1,4 +1,4 @@
-"""A benchmark as a folder: the document and its plots."""
+"""Stores a benchmark in a folder: the document and its plots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIGURES = {"throughput.svg": throughput_figure, "memory.svg": memory_figure}
 
 
 def check_output(folder: Path) -> None:
-    """Raises InputError if there is something in the folder, it cannot be made, or the plots cannot be drawn."""
+    """Raises InputError if the folder is not empty, or cannot be made, or matplotlib is missing."""
     require_extra("matplotlib", "--output", extra="report")
     if folder.suffix.lower() == ".json":
         raise InputError(f"--output {folder}: the output is a folder, for {DOCUMENT} and plots. Choose another name.")
@@ -25,7 +25,7 @@ def check_output(folder: Path) -> None:
 
 
 def store_benchmark(record: BenchmarkRecord, folder: Path) -> None:
-    """Writes ``bench.json``, and the plots of what was measured."""
+    """Writes ``bench.json``, and the plots if anything was measured."""
     folder.mkdir(parents=True, exist_ok=True)
     document = json.dumps(record.to_dict(), indent=2, allow_nan=False) + "\n"
     write_atomically(folder / DOCUMENT, document.encode())

@@ -1,4 +1,4 @@
-"""A prefill and the decode steps after it, by the model's own forward and cache."""
+"""Runs a prefill and the decode steps after it, with the model's own forward and cache."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ T = TypeVar("T")
 
 @torch.inference_mode()
 def prefill(model: Any, ids_BT: Tensor, length: int | None = None) -> Any:
-    """Runs the prompts; returns the filled cache. Logits are made of the last position, where the model can do that.
+    """Runs the prompts and returns the filled cache. Only the last logits are made, where the model can do this.
 
-    ``length`` makes the cache one of so many tokens from the start, whose shape never changes; else it grows.
+    With ``length`` the cache has slots for so many tokens from the start, so that its shape never changes; else it
+    grows.
     """
     settings: dict[str, Any] = {"logits_to_keep": 1} if takes_logits_to_keep(type(model)) else {}
     if length is not None:
@@ -30,7 +31,7 @@ def prefill(model: Any, ids_BT: Tensor, length: int | None = None) -> Any:
 
 @torch.inference_mode()
 def decode(model: Any, cache: Any, ids_BG: Tensor) -> Any:
-    """Runs ``G`` steps of one token each; the tokens are given, so that every model has the same."""
+    """Runs ``G`` steps of one token each and returns the cache. The tokens are given, the same for every model."""
     name = cache_name(model)
     for ids_B1 in ids_BG.split(1, dim=1):
         cache = cache_of(model(input_ids=ids_B1, use_cache=True, **{name: cache}))
@@ -38,12 +39,12 @@ def decode(model: Any, cache: Any, ids_BG: Tensor) -> Any:
 
 
 def fixed_length(model: Any, ids_BS: Tensor) -> int | None:
-    """Length of the cache of a compiled model, which is compiled anew for every other shape; None for a growing one."""
+    """Length of the cache of a compiled model, which is recompiled for every shape; None for a cache that grows."""
     return ids_BS.shape[1] if getattr(model, "_compiled_call_impl", None) is not None else None
 
 
 def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    """What it returns and its seconds: on CUDA by events on the device's own clock, else by the processor's."""
+    """Returns the result of ``work`` and its seconds, by CUDA events on a GPU, else by the processor's clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         stream = torch.cuda.current_stream(device)
@@ -59,7 +60,7 @@ def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
 
 
 def turn(model: Any, ids_BS: Tensor, prompt: int) -> tuple[float, float]:
-    """Seconds of the prefill of the first ``prompt`` tokens, and of decoding the others one by one."""
+    """Measures the seconds of a prefill of the first ``prompt`` tokens, and of decoding the others one by one."""
     cache, prefill_seconds = timed(
         lambda: prefill(model, ids_BS[:, :prompt], fixed_length(model, ids_BS)), ids_BS.device
     )

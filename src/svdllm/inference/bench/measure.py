@@ -1,4 +1,4 @@
-"""All models at one batch size and length of prompt, turn by turn, so that what slows the machine slows each of them."""
+"""Measures all models at one batch size and prompt length in turns, so that a busy machine slows each of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from svdllm.common.errors import ResourceError
 from svdllm.common.memory import explain_out_of_memory
 from svdllm.common.progress import Reporter
 from svdllm.inference.bench.forward import turn
-from svdllm.inference.bench.memory import measure_memory, require_room
+from svdllm.inference.bench.memory import measure_memory, require_cell_memory
 from svdllm.inference.bench.records import CellRecord, MemoryUse, PhaseRecord, Spread
 from svdllm.inference.bench.roofline import ModelShape, ideal
 from svdllm.inference.bench.settings import BenchSettings
@@ -30,10 +30,10 @@ def measure_cell(
     settings: BenchSettings,
     reporter: Reporter,
 ) -> list[CellRecord]:
-    """Every model on the same random tokens.
+    """Measures every model on the same random tokens.
 
-    Each is first warmed up, and its memory is measured. Then all take turns, in an order that changes from repeat to
-    repeat. A model that runs out of memory is left out and says so; the others go on.
+    First each model is warmed up, and its memory is measured. Then all take turns, in an order that changes from repeat
+    to repeat. The record of a model that runs out of memory says so; the others go on.
     """
     ids_BS = random_ids(models, batch, prompt + settings.gen, settings.seed)
     errors: dict[str, str] = {}
@@ -42,7 +42,7 @@ def measure_cell(
     for step, (name, model) in enumerate(models.items(), start=1):
         with _noting_lack_of_memory(errors, name):
             if ids_BS.device.type == "cpu":
-                require_room(shapes[name], batch, prompt, settings.gen)
+                require_cell_memory(shapes[name], batch, prompt, settings.gen)
             for _ in range(settings.warmup):
                 turn(model, ids_BS, prompt)
             memory[name] = measure_memory(model, shapes[name], ids_BS, prompt)
@@ -66,14 +66,14 @@ def measure_cell(
 
 
 def order_of_turns(names: Sequence[str], repeat: int) -> list[str]:
-    """Forwards and backwards in turn, each pair of repeats beginning with another one."""
+    """Orders the models forwards and backwards in turn; each pair of repeats begins with another model."""
     start = repeat // 2 % len(names)
     order = [*names[start:], *names[:start]]
     return order[::-1] if repeat % 2 else order
 
 
 def random_ids(models: Mapping[str, Any], batch: int, length: int, seed: int) -> Tensor:
-    """``(batch, length)`` token ids that every model has, where the models are."""
+    """Draws ids (batch, length) from the smallest vocabulary of the models, on their device."""
     vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
     ids_BS = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
     return ids_BS.to(next(iter(models.values())).device)

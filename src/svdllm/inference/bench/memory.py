@@ -1,4 +1,4 @@
-"""Where the memory of inference goes: weights, cache, and what is there for a while."""
+"""Measures the memory of inference: weights, cache and activations."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from svdllm.common.errors import ResourceError
-from svdllm.common.memory import available_bytes, parameter_bytes
+from svdllm.common.memory import parameter_bytes, require_memory
 from svdllm.inference.bench.forward import decode, fixed_length, prefill
 from svdllm.inference.bench.records import MemoryUse
 from svdllm.inference.bench.roofline import ModelShape
 
 
 def cache_bytes(cache: Any) -> int:
-    """Of the memory behind the tensors of a cache: a view keeps all that it is a view of."""
+    """Bytes of the storages behind the tensors of a cache; a view keeps its whole storage in memory."""
     storages = {}
     for layer in cache.layers:
         for tensor in vars(layer).values():
@@ -32,10 +31,10 @@ def cache_bytes(cache: Any) -> int:
 
 
 def measure_memory(model: Any, shape: ModelShape, ids_BS: Tensor, prompt: int) -> MemoryUse:
-    """Of a prefill and the decode steps after it, in a pass that is not timed.
+    """Measures the memory of a prefill and its decode steps, in a pass that is not timed.
 
-    Activations are the highest memory of the pass beyond weights and the final cache: by the counters of the CUDA
-    allocator, or on the CPU by the allocations that torch's profiler sees.
+    Activations are the peak beyond weights and the final cache, by the counters of the CUDA allocator, or on the CPU by
+    the allocations that torch's profiler records.
     """
     measure = _peak_on_cuda if ids_BS.device.type == "cuda" else _peak_on_cpu
     cache, peak = measure(model, ids_BS, prompt)
@@ -48,15 +47,13 @@ def measure_memory(model: Any, shape: ModelShape, ids_BS: Tensor, prompt: int) -
     )
 
 
-def require_room(shape: ModelShape, batch: int, prompt: int, gen: int) -> None:
-    """Raises ResourceError if a CPU has not even the memory for the cache and the input and output of an activation.
+def require_cell_memory(shape: ModelShape, batch: int, prompt: int, gen: int) -> None:
+    """Raises ResourceError if a CPU lacks the memory for the cache and the input and output of one linear.
 
-    Linux would end the process without a word instead.
+    Otherwise Linux kills the process without a message.
     """
     least = shape.cache_bytes(batch, prompt + gen) + 2 * batch * prompt * shape.widest_bytes
-    free = available_bytes()
-    if free is not None and least > free:
-        raise ResourceError(f"Out of memory: at least {least / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free.")
+    require_memory(least, "Out of memory: cache and activations need at least", torch.device("cpu"))
 
 
 def _run(model: Any, ids_BS: Tensor, prompt: int) -> Any:
@@ -83,7 +80,7 @@ def _peak_on_cpu(model: Any, ids_BS: Tensor, prompt: int) -> tuple[Any, int]:
 
 @contextmanager
 def _profiler_says_nothing() -> Iterator[None]:
-    """Some versions of it write a line to standard error when they start, past Python and past any log level."""
+    """Silences torch's profiler: some versions write to the file descriptor of standard error when they start."""
     kept = os.dup(2)
     try:
         with Path(os.devnull).open("w") as nowhere:

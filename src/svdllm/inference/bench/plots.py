@@ -1,4 +1,4 @@
-"""Figures of a benchmark, as SVG text: the paper's Figures 3 and 4."""
+"""Draws the figures of a benchmark as SVG text, like the paper's Figures 3 and 4."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ PARTS = ("weights", "cache", "activations")
 
 
 def throughput_figure(record: BenchmarkRecord) -> str:
-    """Tokens per second with their quartiles: above prefill, below decode; over batch size and over prompt length.
+    """Draws tokens per second with quartiles, prefill above decode, over batch size and over prompt length.
 
-    As in the paper, the batch size varies at the shortest prompt, and the prompt at the largest batch.
+    As in the paper, the batch size varies at the shortest prompt, and the prompt length at the largest batch.
     """
     batches, prompts = record.settings["batch_sizes"], record.settings["prompts"]
     figure, axes = make_panels(2, 2, width=4.6, height=3.3)
@@ -39,7 +39,7 @@ def throughput_figure(record: BenchmarkRecord) -> str:
 
 
 def memory_figure(record: BenchmarkRecord) -> str:
-    """The highest memory of every model, stacked: a row of panels for each prompt, a column for each batch size."""
+    """Draws the peak memory of every model as stacked bars: rows of panels by prompt length, columns by batch size."""
     batches, prompts = record.settings["batch_sizes"], record.settings["prompts"]
     figure, axes = make_panels(len(prompts), len(batches), width=3.2, height=0.9 + 0.3 * len(record.models))
     for axis_row, prompt in zip(axes, prompts, strict=True):

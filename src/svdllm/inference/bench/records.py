@@ -1,4 +1,4 @@
-"""What was measured."""
+"""Records of a benchmark."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FASTER, SLOWER, UNCLEAR = "faster", "slower", "no clear difference"
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Repeated measurements: their median and quartiles, and all of them in the order they were taken."""
+    """The median and quartiles of repeated measurements, and all values in the order they were taken."""
 
     median: float
     lower_quartile: float
@@ -32,11 +32,12 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseRecord:
-    """Prefill or decode of one model at one batch size and length of prompt.
+    """Prefill or decode of one model at one batch size and prompt length.
 
-    tokens: of all sequences; prompt tokens of a prefill, generated ones of a decode.
-    seconds: of the phase. Of a prefill it is the time to the first token.
-    speed_up: seconds of the dense model / seconds, each repeat by itself; None without a dense model.
+    tokens: of all sequences; prompt tokens in a prefill, generated tokens in a decode.
+    seconds: duration of the phase; for a prefill, the time to the first token.
+    speed_up: seconds of the dense model / seconds, for each repeat; None without a dense model.
+    ideal: the largest possible speed-up, see ``roofline``.
     """
 
     tokens: int
@@ -50,7 +51,7 @@ class PhaseRecord:
 
     @property
     def verdict(self) -> str | None:
-        """Against the dense model: clear where both quartiles are on the same side of 1."""
+        """Faster or slower than the dense model, if both quartiles of the speed-up are on the same side of 1."""
         if self.speed_up is None:
             return None
         if self.speed_up.lower_quartile > 1:
@@ -75,11 +76,11 @@ class PhaseRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
-    """Bytes at the highest point of a prefill with its decode steps.
+    """Bytes of memory at the peak of a prefill with its decode steps.
 
-    weights: of the parameters, tied ones once.
-    cache: of the keys and values after the last step, as measured; ``cache_by_formula`` is what the shapes say.
-    activations: all else.
+    weights: parameters, tied ones once.
+    cache: keys and values after the last step, as measured; ``cache_by_formula`` is computed from shapes.
+    activations: everything else.
     """
 
     weights: int
@@ -97,7 +98,7 @@ class MemoryUse:
 
 @dataclass(frozen=True, kw_only=True)
 class CellRecord:
-    """One model at one batch size and length of prompt; ``error`` says why there is nothing else."""
+    """One model at one batch size and prompt length; ``error`` says why it was not measured."""
 
     model: str
     batch: int
@@ -115,7 +116,7 @@ class CellRecord:
 
     @property
     def generated_per_second(self) -> float | None:
-        """Generated tokens of all sequences by the time of prompt and generation together, as the paper counts."""
+        """Generated tokens per second of prefill and decode together, as in the paper."""
         if self.prefill is None or self.decode is None:
             return None
         return self.decode.tokens / (self.prefill.seconds.median + self.decode.seconds.median)
@@ -137,11 +138,15 @@ class CellRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
-    """A model that was measured. ``linears`` counts the weights of the linears in its blocks."""
+    """A model that was measured.
+
+    parameter_bytes: memory of its parameters, in the dtype of the benchmark; ``weight_bytes`` elsewhere are of files.
+    linears: weights of the linears in its blocks.
+    """
 
     name: str
     params: int
-    weight_bytes: int
+    parameter_bytes: int
     linears: int
     fused_groups: int
     latent_layers: int
@@ -149,7 +154,7 @@ class ModelRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkRecord:
-    """Everything that was measured in one run; ``base`` is the name of the dense model among the models, if any."""
+    """All measurements of one run; ``base`` names the dense model among the models, if any."""
 
     base: str | None
     models: tuple[ModelRecord, ...]
@@ -166,7 +171,7 @@ class BenchmarkRecord:
 
     @property
     def findings(self) -> list[str]:
-        """For every compressed model, in words: where it is faster than the dense one, and where it is not."""
+        """Says for every compressed model where it is faster than the dense model, and where it is not."""
         return [] if self.base is None else [_finding(self.of(name), name, self.base) for name in self.compressed]
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""What a smaller model can gain at the most, by its shapes: operations of a prefill, bytes that a decode step reads.
+"""Computes the largest possible speed-up of a smaller model from its shapes.
 
-A prefill multiplies many tokens with every weight and is bound by operations; a decode step multiplies one token of each
-sequence and is bound by reading the weights and the cache. Counted are matrix products and attention, a multiplication
-with its addition as two operations; norms, activations and rotations are not.
+A prefill multiplies many tokens with every weight and is bound by operations. A decode step multiplies one token of
+each sequence and is bound by the bytes of weights and cache that it reads. Matrix products and attention count, with
+two operations for a multiplication and its addition. Norms, activations and rotations do not.
 """
 
 from __future__ import annotations
@@ -23,36 +23,48 @@ from svdllm.models.linears import find_blocks, linear_shape, linears_of
 
 @dataclass(frozen=True, kw_only=True)
 class CachedLayer:
-    """The attention of one layer, as its cache shows it."""
+    """The attention of one layer, with sizes from its cache.
+
+    head_features: width of a key and a value together.
+    token_bytes: bytes in the cache per token of a sequence.
+    window: number of keys that a token sees, with its own; None for all keys up to it.
+    """
 
     query_heads: int
-    head_features: int  # of a key and a value together
-    token_bytes: int  # of the cache, for each token of a sequence
-    window: int | None  # keys that a token sees, itself among them; None for all before it
+    head_features: int
+    token_bytes: int
+    window: int | None
 
     def keys(self, position: int) -> int:
-        """Keys that the token at ``position`` (from 1) sees, which is also what is cached then."""
+        """Number of keys that the token at ``position`` (from 1) sees, which are also the cached ones."""
         return position if self.window is None else min(position, self.window)
 
     def prefill_operations(self, prompt: int) -> int:
-        """Products of one sequence's queries with the keys that they may see, and of the shares with the values."""
+        """Operations of one sequence: products of queries with visible keys, and of attention weights with values."""
         return 2 * self.query_heads * self.head_features * sum(map(self.keys, range(1, prompt + 1)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What the arithmetic needs to know of a model. Sizes of linears in weights, biases apart."""
+    """Sizes of a model. Sizes of linears are numbers of weights, without biases.
+
+    block_linears, other_linears: linears inside and outside the blocks, without the head.
+    head: the matrix that makes logits.
+    read_bytes: parameters that a decode step reads: all but embeddings that are looked up.
+    widest_bytes: one token in the widest output of a linear in the blocks.
+    last_logits: a prefill makes the logits of the last position only.
+    """
 
     block_linears: int
-    other_linears: int  # outside the blocks, the head apart
-    head: int  # the matrix that makes logits
-    read_bytes: int  # parameters that a decode step reads: all but embeddings that are looked up
-    widest_bytes: int  # of a token in the widest output of a linear in the blocks
-    last_logits: bool  # a prefill makes the logits of the last position only
+    other_linears: int
+    head: int
+    read_bytes: int
+    widest_bytes: int
+    last_logits: bool
     layers: tuple[CachedLayer, ...]
 
     def with_cache_of(self, model: PreTrainedModel) -> ModelShape:
-        """The same with the bytes that the model's cache has now."""
+        """Returns the shape with the bytes that the model's cache takes now."""
         pairs = zip(self.layers, _cached_layers(model), strict=True)
         return replace(self, layers=tuple(replace(layer, token_bytes=now.token_bytes) for layer, now in pairs))
 
@@ -61,22 +73,22 @@ class ModelShape:
         return batch * (2 * products + sum(layer.prefill_operations(prompt) for layer in self.layers))
 
     def decode_bytes(self, batch: int, prompt: int, gen: int) -> float:
-        """Read by a step, in the mean over ``gen`` steps after the prompt."""
+        """Bytes that a decode step reads, in the mean over ``gen`` steps after the prompt."""
         steps = range(prompt + 1, prompt + gen + 1)
         cached = sum(layer.token_bytes * layer.keys(position) for layer in self.layers for position in steps)
         return self.read_bytes + batch * cached / gen
 
     def cache_bytes(self, batch: int, tokens: int) -> int:
-        """Of the cache when every sequence has ``tokens`` tokens in it."""
+        """Bytes of the cache with ``tokens`` tokens of every sequence."""
         return batch * sum(layer.token_bytes * layer.keys(tokens) for layer in self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ideal:
-    """How many times faster than the dense model a compressed one can be.
+    """The largest possible speed-up of a compressed model over the dense one.
 
-    linears: the linears of the blocks alone, as in the paper: the quotient of their weights.
-    model: the whole model, with what is not compressed: head, attention and cache, in the same batch and context.
+    linears: of the linears in the blocks alone, as in the paper: the quotient of their weights.
+    model: of the whole model with head, attention and cache, at the same batch size and context.
     """
 
     linears: float
@@ -84,7 +96,7 @@ class Ideal:
 
 
 def ideal(phase: str, dense: ModelShape, compressed: ModelShape, batch: int, prompt: int, gen: int) -> Ideal:
-    """Of the phase ``prefill`` (by operations) or ``decode`` (by bytes read)."""
+    """Computes the largest speed-up of the phase ``prefill`` (by operations) or ``decode`` (by bytes read)."""
     if phase == "prefill":
         model = dense.prefill_operations(batch, prompt) / compressed.prefill_operations(batch, prompt)
     else:
@@ -93,10 +105,10 @@ def ideal(phase: str, dense: ModelShape, compressed: ModelShape, batch: int, pro
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:
-    """Of a model in memory, dense or low-rank; one token is run through it to see its cache.
+    """Measures the shape of a model in memory, dense or low-rank; runs one token through it to see its cache.
 
     Raises:
-        UnsupportedModelError: it keeps no keys and values by layer.
+        UnsupportedModelError: its cache has no keys and values by layer.
     """
     blocks = [linear for name in find_blocks(model) for _, linear in linears_of(model.get_submodule(name))]
     head: Any = model.get_output_embeddings()
@@ -115,7 +127,7 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
 
 @functools.cache
 def takes_logits_to_keep(model_class: type[nn.Module]) -> bool:
-    """Whether models of the class can be told to make the logits of the last positions only."""
+    """Whether models of a class can make the logits of the last positions only."""
     return "logits_to_keep" in inspect.signature(model_class.forward).parameters
 
 
@@ -129,8 +141,8 @@ def _cached_layers(model: PreTrainedModel) -> tuple[CachedLayer, ...]:
     layers = getattr(cache_of(model(input_ids=token, use_cache=True)), "layers", ())
     if not layers or any(getattr(layer, "keys", None) is None or layer.keys.ndim != 4 for layer in layers):
         raise UnsupportedModelError(
-            f"{type(model).__name__} keeps no keys and values by layer, so its decoding cannot be measured and compared: "
-            "expected a model with attention in every block and a cache."
+            f"{type(model).__name__} keeps no keys and values by layer, so its decoding cannot be measured and "
+            "compared: expected a model with attention in every block and a cache."
         )
     return tuple(
         CachedLayer(

@@ -1,4 +1,4 @@
-"""The benchmark: models are looked at, loaded side by side, and measured in turns."""
+"""Runs a benchmark: checks the models, loads them side by side, and measures them in turns."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def benchmark(
     offline: bool = False,
     reporter: Reporter | None = None,
 ) -> BenchmarkRecord:
-    """Speed and memory of compressed models, and of the dense one beside them; all are in memory together.
+    """Measures speed and memory of compressed models, and of the dense model; all are in memory together.
 
     Args:
-        models: checkpoints of this library, folders or hub ids.
-        base: the dense model that they were made of; without it there are no speed-ups and no ideals.
-        dtype: of all models; auto is float32 on a CPU, else the dense model's own (the first one's without it).
-        threads: of the processor; by default as torch has it.
+        models: checkpoints of svdllm, folders or hub ids.
+        base: the dense model that they were made of; without it, no speed-ups are reported.
+        dtype: of all models; auto is float32 on a CPU, else the dtype of the dense model, or else of the first model.
+        threads: number of CPU threads; torch's by default.
 
     Raises:
         InputError, UnsupportedModelError, CheckpointError: a model cannot be used, or they do not belong together.
-        ResourceError: the models do not fit into memory. Where only a batch does not, its record says so.
+        ResourceError: the models do not fit into memory. If only a batch does not fit, its record says so.
     """
     settings, reporter = settings or BenchSettings(), reporter or Reporter()
     if threads is not None and threads < 1:
@@ -93,13 +93,13 @@ def benchmark_loaded(
     *,
     reporter: Reporter | None = None,
 ) -> BenchmarkRecord:
-    """Like ``benchmark``, of models in memory by name, all on one device and in one dtype.
+    """Measures models in memory like ``benchmark``: models by name, all on one device and in one dtype.
 
-    ``base`` is the name of the dense one among them, if any. They are put in evaluation mode, and the settings ``fuse``
-    and ``compile`` change them.
+    ``base`` names the dense model among them, if any. The models are put in evaluation mode, and the settings ``fuse``,
+    ``kv_cache`` and ``compile`` change them.
 
     Raises:
-        UnsupportedModelError: a model keeps no keys and values by layer.
+        UnsupportedModelError: the cache of a model has no keys and values by layer.
     """
     settings, reporter = settings or BenchSettings(), reporter or Reporter()
     settings = settings.within(shortest_context(model.config for model in models.values()))
@@ -117,7 +117,7 @@ def benchmark_loaded(
         ModelRecord(
             name=name,
             params=model.num_parameters(),
-            weight_bytes=parameter_bytes(model),
+            parameter_bytes=parameter_bytes(model),
             linears=shapes[name].block_linears,
             **prepared[name]._asdict(),
         )
@@ -128,7 +128,7 @@ def benchmark_loaded(
 
 
 def machine_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """What a speed depends on beside the model and the settings."""
+    """Records what speed depends on beside the model and the settings."""
     on_cuda = model.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(model.device) if on_cuda else _processor(),
@@ -151,10 +151,9 @@ def _prepare(model: PreTrainedModel, settings: BenchSettings) -> Prepared:
 
 @contextmanager
 def _compiled_for_one_shape(settings: BenchSettings, num_models: int) -> Iterator[None]:
-    """Compiled code of other shapes is let go; running uncompiled because there is too much of it is an error.
+    """Drops compiled code of other shapes, and makes it an error to exceed the limit of compiled versions.
 
-    Models share the code that is counted: each needs it for its prefill and for its decode, with a cache that is new and
-    with one that is not.
+    Models share the limit. Each needs four versions: prefill and decode, with a new and with a used cache.
     """
     if not settings.compile:
         yield

@@ -1,4 +1,4 @@
-"""What is measured, and how often."""
+"""Settings of a benchmark."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ PROMPTS = (128, 512)  # tokens
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """Every batch size with every length of a prompt.
+    """Settings of a benchmark, which measures every batch size with every prompt length.
 
     Args:
-        batch_sizes: sequences at once.
-        prompts: tokens of a prompt; None for those of ``PROMPTS`` that the models can take.
-        gen: decode steps after it, of one token each.
+        batch_sizes: numbers of sequences at once.
+        prompts: prompt lengths in tokens; None for those of ``PROMPTS`` that fit the models' context.
+        gen: number of decode steps, of one token each.
         repeats: measured turns of every model.
-        warmup: turns before them that are not.
-        fuse: make one product of the first factors that read the same tensor (``svdllm.inference.fuse``).
-        kv_cache: of the compressed models: ordinary, latent or latent-values (``svdllm.inference.latent_cache``).
+        warmup: turns before these that are not measured.
+        fuse: join first factors that read the same tensor into one product (``svdllm.inference.fuse``).
+        kv_cache: cache of the compressed models: ordinary, latent or latent-values (``svdllm.inference.latent_cache``).
         compile: compile all models with torch.compile.
-        seed: of the random token ids.
+        seed: seed of the random token ids.
 
     Raises:
-        InputError: a number below 1, or the same one twice.
+        InputError: a number is below 1, or listed twice.
     """
 
     batch_sizes: tuple[int, ...] = (1, 8, 32)
@@ -57,7 +57,7 @@ class BenchSettings:
         return PROMPTS if self.prompts is None else self.prompts
 
     def within(self, context: int | None) -> BenchSettings:
-        """The same with the lengths of prompts chosen, where nobody gave them: with what follows they fit the context."""
+        """Chooses the prompt lengths, if they are not given, so that prompt and decode steps fit the context."""
         if self.prompts is not None:
             return self
         room = max(PROMPTS) if context is None else context - self.gen
@@ -66,12 +66,12 @@ class BenchSettings:
 
     @property
     def cells(self) -> Iterator[tuple[int, int]]:
-        """Batch size and prompt length of every measurement."""
+        """Yields batch size and prompt length of every measurement."""
         return product(self.batch_sizes, self.prompt_lengths)
 
     @property
     def longest(self) -> int:
-        """The most tokens of a sequence."""
+        """The largest number of tokens in a sequence."""
         return max(self.prompt_lengths) + self.gen
 
     def to_dict(self) -> dict[str, Any]:

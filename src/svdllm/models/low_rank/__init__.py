@@ -1,4 +1,4 @@
-"""Low-rank model classes: made for every family of transformers, registered with it, and shipped in checkpoints."""
+"""Low-rank model classes: made for every family of transformers, registered there, and shipped in checkpoints."""
 
 from svdllm.models.low_rank.factory import FamilyClasses, family_classes, low_rank_config, register_all
 from svdllm.models.low_rank.families import families

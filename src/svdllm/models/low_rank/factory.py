@@ -1,4 +1,4 @@
-"""The classes of every low-rank family, made from transformers' own mappings when they are first needed."""
+"""Makes the classes of each low-rank family from the mappings of transformers, when they are first needed."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def _families_by_stem() -> dict[str, str]:
 
 @functools.cache
 def family_classes(base_model_type: str) -> FamilyClasses:
-    """The low-rank config, bare model and causal LM of a family, registered with the auto classes.
+    """Makes the low-rank config, bare model and causal LM of a family, and registers them with the auto classes.
 
-    Raises ``UnsupportedModelError`` if transformers has no causal LM of type ``base_model_type``.
+    Raises:
+        UnsupportedModelError: transformers has no causal LM of type ``base_model_type``.
     """
     base = base_classes(base_model_type)
     stem = class_stem(base_model_type)
@@ -62,7 +63,7 @@ def _code_files(cls: type[Any]) -> dict[str, str]:
 
 
 def _share_tokenizer(base_model_type: str, model_type: str) -> None:
-    """Choose a low-rank model's tokenizer class as for its base: by these tables, where the files do not settle it."""
+    """Gives a low-rank model type the tokenizer class of its family, for folders whose files do not name a class."""
     names = tokenization_auto.TOKENIZER_MAPPING_NAMES
     if base_model_type in names:
         names.setdefault(model_type, names[base_model_type])
@@ -72,9 +73,9 @@ def _share_tokenizer(base_model_type: str, model_type: str) -> None:
 
 
 class _LazyConfig(type):
-    """A stand-in for a config class that makes the real one when anything is asked of it.
+    """Takes the place of a config class, and makes the real one when it is first used.
 
-    Making the config classes of every family would import every config module of transformers, which takes seconds.
+    To make the config classes of all families would import every config module of transformers, which takes seconds.
     """
 
     def __getattr__(cls, name: str) -> Any:
@@ -90,7 +91,7 @@ class _LazyConfig(type):
 
 
 def register_all() -> None:
-    """Register every low-rank model type with ``AutoConfig``; the models follow when a config is first made."""
+    """Registers every low-rank model type with ``AutoConfig``; the models follow when a config is first made."""
     for family in families():
         model_type = MODEL_TYPE_PREFIX + family
         if model_type not in CONFIG_MAPPING:
@@ -99,7 +100,7 @@ def register_all() -> None:
 
 
 def low_rank_config(base_config: PreTrainedConfig, svdllm: dict[str, Any]) -> Any:
-    """The low-rank config of a model: every field of ``base_config``, and ``svdllm``.
+    """Makes the low-rank config of a model: every field of ``base_config``, and ``svdllm``.
 
     Raises:
         UnsupportedModelError: there is no such family.
@@ -116,7 +117,7 @@ def low_rank_config(base_config: PreTrainedConfig, svdllm: dict[str, Any]) -> An
 
 
 def __getattr__(name: str) -> Any:
-    """The classes by name, so that pickle finds them in a process that has not made them yet."""
+    """Makes a class by its name, so that pickle finds it in a process that has not made it yet."""
     for field, suffix in (("causal_lm", "ForCausalLM"), ("model", "Model"), ("config", "Config")):
         if name.startswith("Svdllm") and name.endswith(suffix):
             family = _families_by_stem().get(name.removesuffix(suffix))
@@ -126,7 +127,7 @@ def __getattr__(name: str) -> Any:
 
 
 def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the dense model that a low-rank config was made of; a dense config as it is."""
+    """Makes the config of the dense model that a low-rank config was made of; returns a dense config as it is."""
     if (info := LowRankInfo.of(config)) is None:
         return config
     base = base_classes(info.base_model_type)

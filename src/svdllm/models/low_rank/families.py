@@ -15,12 +15,12 @@ MODEL_TYPE_PREFIX = "svdllm_"
 
 
 def families() -> list[str]:
-    """The base model types that have low-rank classes: those with a bare model and a causal LM in transformers."""
+    """Lists the model types that have low-rank classes: transformers has a bare model and a causal LM of them."""
     return [key for key in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if key in MODEL_MAPPING_NAMES]
 
 
 def class_stem(base_model_type: str) -> str:
-    """``SvdllmLlama`` for ``llama``: what the three class names begin with."""
+    """The beginning of the three class names, such as ``SvdllmLlama`` for ``llama``."""
     config_name = CONFIG_MAPPING_NAMES[base_model_type]
     if config_name in _shared_config_names():  # two model types, one config class: tell them apart by type
         config_name = "".join(part.capitalize() for part in base_model_type.replace("-", "_").split("_"))
@@ -40,7 +40,11 @@ class BaseClasses(NamedTuple):
 
 
 def base_classes(base_model_type: str) -> BaseClasses:
-    """transformers' own three classes of a family. Raises ``UnsupportedModelError`` if there are not all three."""
+    """Finds the three classes of a family in transformers.
+
+    Raises:
+        UnsupportedModelError: one of them is missing.
+    """
     if base_model_type not in families():
         raise UnsupportedModelError(
             f"transformers has no causal language model with a bare model of type {base_model_type!r}; "

@@ -1,6 +1,6 @@
-"""The model half of a low-rank model: factored linears, and how models made of them are built, loaded and saved.
+"""Low-rank models: factored linears, and how models with them are built, loaded and saved.
 
-This file is copied into every checkpoint, so it imports nothing that is not on every machine with transformers.
+This file is copied into every checkpoint, so it imports nothing but torch, transformers and the standard library.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ else:
     _Model = object
 
 HASHES_FILE = "svdllm/hashes.json"
-# The report holds times, and a model card is there to be edited.
+# The report has times, and users may edit the model card.
 UNHASHED_FILES = (HASHES_FILE, "svdllm/report.json", "README.md")
-HASHED_FOLDERS = ("", "svdllm", "additional_chat_templates")  # not the folders of others, say a trainer's
+HASHED_FOLDERS = ("", "svdllm", "additional_chat_templates")  # not folders of other programs, such as a trainer
 WEIGHT_FILE = "model.safetensors"
 WEIGHT_INDEX_FILE = "model.safetensors.index.json"
 
@@ -65,10 +65,13 @@ class LowRankLinear(nn.Module):
 
 
 def swap_linears(model: nn.Module, ranks: Mapping[str, int], add_biases: bool = False) -> None:
-    """Replace the named linears (``nn.Linear``, its subclasses, ``Conv1D``) by uninitialised low-rank ones, in place.
+    """Replaces the named linears (``nn.Linear``, its subclasses, ``Conv1D``) by uninitialised low-rank ones, in place.
 
-    Device and dtype are those of the linear replaced; it has a bias if that has one, or with ``add_biases``. Raises ``ValueError`` naming every
-    name that is no linear of the model, before anything is replaced.
+    A low-rank linear has the device and dtype of the linear that it replaces. It has a bias if that has one, or with
+    ``add_biases``.
+
+    Raises:
+        ValueError: a name is not a linear of the model; names them all, and nothing is replaced.
     """
     modules = dict(model.named_modules())
     missing = [name for name in ranks if name not in modules]
@@ -91,7 +94,7 @@ def swap_linears(model: nn.Module, ranks: Mapping[str, int], add_biases: bool = 
 
 
 def share_first_factors(model: nn.Module, shared: Mapping[str, str]) -> None:
-    """Let low-rank linears have the first factor of others: linear -> that other. Both have one ``svd_v`` then."""
+    """Makes low-rank linears (keys) use the first factor of others (values): both have the same ``svd_v`` then."""
     for name, first in shared.items():
         linear, other = model.get_submodule(name), model.get_submodule(first)
         linear.svd_v = other.svd_v
@@ -116,10 +119,10 @@ def _low_rank_like(linear: nn.Module, rank: int, add_bias: bool) -> LowRankLinea
 
 
 def _mark_factored(module: nn.Module) -> None:
-    """Give ``module`` a class of its own for the children that are factored in it.
+    """Gives ``module`` a class of its own that tells which of its children are factored.
 
-    vLLM decides once per class how a module's projections are fused; a class of which one instance is dense and
-    another one is factored breaks it.
+    vLLM decides once per class how to fuse a module's projections, and fails if one instance of a class is dense and
+    another is factored.
     """
     children = tuple(sorted(name for name, child in module.named_children() if isinstance(child, LowRankLinear)))
     module.__class__ = _factored_class(getattr(type(module), "_svdllm_dense_class", type(module)), children)
@@ -150,8 +153,8 @@ def _new_factored(dense_class: type[nn.Module], children: tuple[str, ...]) -> nn
 class LowRankMixin(_Model):
     """Makes a model class of transformers low-rank: ``class M(LowRankMixin, LlamaForCausalLM)``.
 
-    The model is built as the base class builds it and its linears are swapped by ``config.svdllm["ranks"]``. Loading
-    checks the files and that every weight came from them; saving writes a complete folder, code included.
+    The base class builds the model, then the linears in ``config.svdllm["ranks"]`` are replaced. Loading checks the
+    files, and that every weight came from them. Saving writes a complete folder, with code.
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -167,7 +170,7 @@ class LowRankMixin(_Model):
         self.register_load_state_dict_post_hook(_expect_once)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As torch does, with a shared first factor once, under the name of the linear that it is of."""
+        """Returns torch's state dict with a shared first factor once, under the name of the linear that owns it."""
         state = super().state_dict(*args, **kwargs)
         repeated = repeated_factors(self, kwargs.get("prefix", args[1] if len(args) > 1 else ""))
         for name in [name for name in state if name.startswith(repeated)]:
@@ -176,19 +179,19 @@ class LowRankMixin(_Model):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: else transformers runs ``_init_weights`` for few modules, and buffers that no file has stay unset."""
+        """Returns False: else transformers initialises few modules, and leaves buffers without a file unset."""
         return False
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
-        """As transformers does; a shared first factor is in the files under one of its names, and no other is missing."""
+        """Does what transformers does, and removes the other names of shared first factors from the missing keys."""
         super().mark_tied_weights_as_initialized(loading_info)
         repeated = repeated_factors(self)
         loading_info.missing_keys = {key for key in loading_info.missing_keys if not key.startswith(repeated)}
 
     def initialize_weights(self) -> None:
-        """As transformers does, but for loaded modules with factored linears.
+        """Does what transformers does, except for loaded modules with factored linears.
 
-        ``_init_weights`` of some families asks such modules for the weights of their linears.
+        ``_init_weights`` of some families would ask such modules for the weights of their linears.
         """
         for module in self.modules():
             own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
@@ -199,13 +202,13 @@ class LowRankMixin(_Model):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, but never with random weights.
+        """Loads a model as transformers does, but never with random weights.
 
         ``check_integrity=False`` skips the comparison of a local folder's weight files with ``svdllm/hashes.json``.
 
         Raises:
-            ValueError: a weight file is missing, truncated or altered; or a weight of the model is in no file, or a
-                weight of a file is not in the model.
+            ValueError: a weight file is missing, truncated or altered; a weight of the model is in no file; or a weight
+                in a file is not in the model.
         """
         check = kwargs.pop("check_integrity", True)
         want_info = kwargs.pop("output_loading_info", False)
@@ -214,7 +217,7 @@ class LowRankMixin(_Model):
             if folder.is_dir():
                 check_weight_files(folder)
         _share_weight_conversions(cls)
-        kwargs["ignore_mismatched_sizes"] = True  # raised for below, by name, where transformers only logs the names
+        kwargs["ignore_mismatched_sizes"] = True  # an error below names them; transformers only logs the names
         with unpacking_one_by_one():
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -224,10 +227,10 @@ class LowRankMixin(_Model):
         return (model, info) if want_info else model
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Save as transformers does, and the code files and the hashes too, so that the folder is complete."""
+        """Saves a model as transformers does, with the code files and the hashes, so that the folder is complete."""
         push_to_hub = kwargs.pop("push_to_hub", False)
         hub_kwargs = {key: kwargs.pop(key) for key in _HUB_KEYS if key in kwargs} if push_to_hub else {}
-        # Of a model that was never loaded there is no other layout to go back to; of a quantised one, no way back.
+        # A model that was never loaded has no other layout, and a quantised one cannot be converted back to it.
         if not hasattr(self, "_weight_conversions") or getattr(self, "hf_quantizer", None) is not None:
             kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
@@ -242,18 +245,18 @@ class LowRankMixin(_Model):
 
     @classmethod
     def code_files(cls) -> dict[str, str]:
-        """Names and texts of the code files of a checkpoint; here, of the files that this class was loaded from."""
+        """The code files of a checkpoint (name -> text), read from the files that define this class."""
         config_class: Any = cls.config_class
         files = (str(sys.modules[c.__module__].__file__) for c in (config_class, cls))
         texts = (Path(file).read_text(encoding="utf-8") for file in files)
         return {f"{name}.py": text for name, text in zip(config_class.code_modules(), texts, strict=True)}
 
     def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
-        """A rule for a linear that is factored goes to its factors; a low-rank linear itself gets none."""
+        """Gives the rule for a factored linear to its factors, and none to the low-rank linear itself."""
         factored = [name for name, module in self.named_modules() if isinstance(module, LowRankLinear)]
         plan = dict(plan)
         for rule in {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in factored}:
-            if style := plan.get(rule):  # one that the config did not know of, such as the caller's
+            if style := plan.get(rule):  # a rule that the config does not know, such as one of the caller
                 for factor, factor_style in self.config.factor_styles(style).items():
                     plan.setdefault(f"{rule}.{factor}", factor_style)
         expanded = super()._expand_parallel_plan(plan)
@@ -263,8 +266,8 @@ class LowRankMixin(_Model):
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """Distribute as transformers does. Up to 5.19 it knows no style "replicate", and hooks low-rank linears too."""
-        if distributed_config is not None and model._tp_plan:  # no rule is the same as "replicate"
+        """Distributes a model as transformers does. Up to 5.19 that hooks low-rank linears and knows no "replicate"."""
+        if distributed_config is not None and model._tp_plan:  # without a rule, a weight is replicated
             model._tp_plan = {rule: style for rule, style in model._tp_plan.items() if style != "replicate"}
         model = super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
         for module in model.modules():
@@ -274,12 +277,12 @@ class LowRankMixin(_Model):
 
 
 def _is_bare(model: Any) -> bool:
-    """Whether it has no head. A causal LM can be its own base model: one whose body is not called by the class's prefix."""
+    """Whether a model has no head. A causal LM is its own base model if its body is not named as the class says."""
     return model.base_model is model and model.get_output_embeddings() is None
 
 
 def repeated_factors(model: nn.Module, prefix: str = "") -> tuple[str, ...]:
-    """How the names of weights begin that are those of another linear's first factor, and have their names there."""
+    """The prefixes of the names of weights that are the first factor of another linear and are named there."""
     firsts: set[nn.Module] = set()
     repeated = []
     for name, module in model.named_modules():
@@ -291,7 +294,7 @@ def repeated_factors(model: nn.Module, prefix: str = "") -> tuple[str, ...]:
 
 
 def _expect_once(model: nn.Module, keys: Any) -> None:
-    """After ``load_state_dict``: what was not in the state because it is there under another name is not missing."""
+    """Removes the other names of shared first factors from the missing keys, after ``load_state_dict``."""
     repeated = repeated_factors(model)
     keys.missing_keys[:] = [key for key in keys.missing_keys if not key.startswith(repeated)]
 
@@ -300,10 +303,10 @@ _HUB_KEYS = ("repo_id", "commit_message", "commit_description", "private", "crea
 
 
 def _share_weight_conversions(cls: type) -> None:
-    """Let a low-rank class read every layout of weights that its base class reads.
+    """Makes a low-rank class read every layout of weights that its base class reads.
 
-    transformers keys the renamings and fusions it applies on load by class name and model type, and skips them for
-    custom code unless they are registered.
+    transformers looks up the renamings and fusions of weights by class name and model type, and skips them for custom
+    code unless they are registered.
     """
     try:
         from transformers import conversion_mapping as conversions
@@ -319,10 +322,10 @@ def _share_weight_conversions(cls: type) -> None:
 
 @contextmanager
 def unpacking_one_by_one() -> Iterator[None]:
-    """Lets quantised weights load in time that grows with their number, not with its cube.
+    """Makes the time to load quantised weights grow with their number, not with its cube.
 
-    torchao 0.18 looks through what it knows of all weights, by all of their names, for each one that transformers has it
-    put together; here it is told of that one only.
+    For each weight that transformers assembles, torchao 0.18 searches the metadata of all weights. Here it gets the
+    metadata of one module only.
     """
     try:
         integration: Any = importlib.import_module("transformers.integrations.torchao")
@@ -348,10 +351,10 @@ def unpacking_one_by_one() -> Iterator[None]:
 def _check_loading_info(model: Any, info: dict[str, Any], source: Any) -> None:
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     mismatched = sorted(str(key) for key in info["mismatched_keys"])
-    if _is_bare(model):  # the head of the causal LM has no place in the bare model
+    if _is_bare(model):  # the bare model has no head
         prefix = f"{model.base_model_prefix}."
         unexpected = [key for key in unexpected if hasattr(model, key.removeprefix(prefix).partition(".")[0])]
-    if getattr(model, "hf_quantizer", None) is not None:  # a quantiser keeps tensors of its own beside the weights
+    if getattr(model, "hf_quantizer", None) is not None:  # a quantiser stores tensors of its own
         unexpected = []
     if missing or unexpected or mismatched:
         raise ValueError(
@@ -367,7 +370,7 @@ def _some(names: list[str], most: int = 8) -> str:
 
 
 def write_hashes(folder: str | os.PathLike[str]) -> None:
-    """Write ``svdllm/hashes.json``: size and SHA-256 of every file in ``HASHED_FOLDERS`` but itself, the report and the card."""
+    """Writes ``svdllm/hashes.json``: size and SHA-256 of every file in ``HASHED_FOLDERS`` but ``UNHASHED_FILES``."""
     root = Path(folder)
     folders = [root / name for name in HASHED_FOLDERS if (root / name).is_dir()]
     files = [path for folder in folders for path in folder.iterdir() if path.is_file()]
@@ -381,9 +384,9 @@ def write_hashes(folder: str | os.PathLike[str]) -> None:
 
 
 def compare_hashes(folder: str | os.PathLike[str], *, weights_only: bool = False) -> list[str]:
-    """What differs between ``folder`` and its ``svdllm/hashes.json``, one sentence per file; empty if all agree.
+    """Compares a folder with its ``svdllm/hashes.json``: one sentence for each file that differs, none if all agree.
 
-    Sizes are compared before anything is read. ``weights_only`` looks at the model's safetensors files and their index only.
+    Sizes are compared before contents. ``weights_only`` compares the model's safetensors files and their index only.
     """
     root = Path(folder)
     try:
@@ -413,11 +416,10 @@ def compare_hashes(folder: str | os.PathLike[str], *, weights_only: bool = False
 
 
 def check_weight_files(folder: str | os.PathLike[str]) -> None:
-    """Raise ``ValueError`` naming each weight file of ``folder`` that is missing, truncated or altered.
+    """Raises ``ValueError`` that names each weight file of ``folder`` that is missing, truncated or altered.
 
-    With ``svdllm/hashes.json`` the contents are compared, by the first process of a machine only; without it, the
-    files that the index names must exist and be as long as their headers say. Other files are left alone: a model
-    card may be edited.
+    With ``svdllm/hashes.json`` the first process of a machine compares contents. Without it, the files that the index
+    names must exist and be as long as their headers say. Other files are not checked.
     """
     root = Path(folder)
     if (root / HASHES_FILE).is_file() and int(os.environ.get("LOCAL_RANK", "0")) == 0:
@@ -441,10 +443,10 @@ def _compare_headers(root: Path) -> list[str]:
 
 
 def weight_file_names(folder: str | os.PathLike[str]) -> list[str]:
-    """Name the safetensors files that transformers reads from ``folder``, whatever else lies there; they may be missing.
+    """Names the safetensors files that transformers reads from ``folder``; they may be missing.
 
-    They are what ``transformers_weights`` in ``config.json`` names, else ``model.safetensors``, else what
-    ``model.safetensors.index.json`` lists; none where there is neither.
+    These are the files that ``transformers_weights`` in ``config.json`` names, else ``model.safetensors``, else those
+    that ``model.safetensors.index.json`` lists, else none.
 
     Raises:
         ValueError: ``config.json`` or the index is damaged.
@@ -469,7 +471,7 @@ def weight_file_names(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises ``ValueError`` if it is cut, or holds anything else."""
+    """Reads the object in a JSON file. Raises ``ValueError`` if the file is cut, or holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -480,7 +482,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _size_by_header(path: Path) -> int | None:
-    """Length that a safetensors file should have (8 bytes, a JSON header of that many bytes, the tensors), or None."""
+    """The length of a safetensors file by its header (8 bytes, the header, the tensors); None if it has no header."""
     with path.open("rb") as file:
         prefix = file.read(8)
         if len(prefix) < 8:

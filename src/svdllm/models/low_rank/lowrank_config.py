@@ -1,6 +1,6 @@
-"""The config half of a low-rank model: what ``config.json`` says beyond the base family's config.
+"""The config of a low-rank model: the base family's config with the entry ``svdllm``.
 
-This file is copied into every checkpoint, so it imports nothing that is not on every machine with transformers.
+This file is copied into every checkpoint, so it imports nothing but transformers and the standard library.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ else:
     _Config = object
 
 FORMAT_VERSION = 1
-# Names in transformers 4, by model type, where they are not those of the other families; None where the field is refused.
+# Names in transformers 4, by model type, where they differ from other families; None where the field is refused.
 _GPT_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 _PHI3 = {"rope_type": "type", "original_max_position_embeddings": None}
 LEGACY_ROPE_NAMES: dict[str, Mapping[str, str | None]] = {
@@ -30,11 +30,11 @@ LEGACY_ROPE_NAMES: dict[str, Mapping[str, str | None]] = {
 
 
 def check_svdllm(settings: Any) -> dict[str, Any] | None:
-    """Return ``settings``, the ``svdllm`` entry of a config, if this code can read it.
+    """Returns ``settings``, the ``svdllm`` entry of a config, if this code can read it.
 
     Raises:
-        ValueError: the entry is no mapping, its format version is not the one known here, or a rank is not a
-            positive integer, or factors are shared that cannot be.
+        ValueError: the entry is not a mapping, its format version is unknown, a rank is not a positive integer, or a
+            linear cannot have the first factor that it is said to share.
     """
     if settings is None:
         return None
@@ -69,11 +69,11 @@ def _is_positive_int(value: Any) -> bool:
 
 
 def low_rank_tp_plan(base_plan: dict[str, str], ranks: dict[str, int]) -> dict[str, str]:
-    """Rules of tensor parallelism for a model of which the modules in ``ranks`` are factored.
+    """Makes the rules of tensor parallelism for a model whose modules in ``ranks`` are factored.
 
-    A column-parallel ``W = U V`` shards the rows of ``U`` and replicates ``V``; a row-parallel one shards the columns
-    of ``V``, so the all-reduce is of a rank-sized vector, and replicates ``U``. Readers that take the first rule that
-    matches a prefix (vLLM, SGLang) need the order: sharded factors, replicated factors, rules of the base family.
+    A column-parallel ``W = U V`` shards the rows of ``U`` and replicates ``V``. A row-parallel one shards the columns
+    of ``V`` and replicates ``U``, so that the all-reduce is of a rank-sized vector. Readers that take the first
+    matching prefix (vLLM, SGLang) need this order: sharded factors, replicated factors, rules of the base family.
     """
     sharded, replicated = {}, {}
     for rule, style in base_plan.items():
@@ -87,7 +87,7 @@ def low_rank_tp_plan(base_plan: dict[str, str], ranks: dict[str, int]) -> dict[s
 
 
 def factor_styles(style: str) -> dict[str, str]:
-    """The styles of the two factors of a linear whose own style is ``style``; a style of neither kind goes to both."""
+    """The styles of the factors of a linear of this style; both get one that is neither by row nor by column."""
     if "rowwise" in style:
         return {"svd_v": style, "svd_u": "replicate"}
     if "colwise" in style or style == "mla_kv_a_proj":
@@ -96,10 +96,10 @@ def factor_styles(style: str) -> dict[str, str]:
 
 
 def legacy_rope_fields(rope: dict[str, Any], base_model_type: str | None) -> dict[str, Any]:
-    """The fields that readers older than ``rope_parameters``, transformers 4 among them, take the same numbers from.
+    """The fields from which readers older than ``rope_parameters``, such as transformers 4, take the same numbers.
 
-    Such readers know one set of numbers for all layers, or another theta for layers with a sliding window. There are no
-    fields for anything else.
+    Such readers know one set of numbers for all layers, and another theta for layers with a sliding window. Anything
+    else has no fields.
     """
     full, sliding = rope.get("full_attention"), rope.get("sliding_attention")
     if isinstance(full, dict) and isinstance(sliding, dict):
@@ -123,8 +123,8 @@ def _legacy_fields(rope: dict[str, Any]) -> dict[str, Any]:
     scaling = {key: value for key, value in rope.items() if key not in (*fields, "type")}
     length = scaling.get("original_max_position_embeddings")
     if scaling.get("rope_type") == "longrope" and length is not None:
-        fields["original_max_position_embeddings"] = length  # read beside the factors of this type only
-    # None, not nothing: some families are scaled unless they are told otherwise.
+        fields["original_max_position_embeddings"] = length  # read for this type only
+    # None, not a missing field: some families are scaled by default.
     return fields | {"rope_scaling": None if scaling in ({}, {"rope_type": "default"}) else scaling}
 
 
@@ -135,16 +135,16 @@ def _renamed(fields: dict[str, Any], names: Mapping[str, str | None]) -> dict[st
 class LowRankConfigMixin(_Config):
     """Adds the ``svdllm`` entry to the config class of a family: ``class C(LowRankConfigMixin, LlamaConfig)``.
 
-    ``svdllm`` holds ``format_version``, ``base_model_type``, ``ranks`` (names as in the causal LM's ``named_modules``),
-    ``shared_factors`` where linears have the first factor of others, and whatever else the writer recorded; it is checked
-    when a config is built and kept as it is.
+    ``svdllm`` has ``format_version``, ``base_model_type``, ``ranks`` (names as in the causal LM's ``named_modules``),
+    ``shared_factors`` where linears use the first factor of others, and whatever else the writer recorded. It is
+    checked when a config is made, and kept unchanged.
     """
 
     svdllm: dict[str, Any] | None = None  # a plain attribute: this class is no dataclass
 
     def __post_init__(self, svdllm: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if getattr(self, "rope_parameters", None):
-            kwargs.pop("rope_scaling", None)  # for older readers; the base class would take it instead
+            kwargs.pop("rope_scaling", None)  # for older readers; the base class would prefer it
         super().__post_init__(**kwargs)
         self.svdllm = check_svdllm(svdllm)
         if plan := self.base_model_tp_plan:
@@ -157,18 +157,18 @@ class LowRankConfigMixin(_Config):
 
     @staticmethod
     def factor_styles(style: str) -> dict[str, str]:
-        """See the function of this name; here for the models, whose file does not import this one."""
+        """The function of this name, for the models, whose file does not import this one."""
         return factor_styles(style)
 
     @classmethod
     def code_modules(cls) -> tuple[str, str]:
-        """Names, without ``.py``, of the two code files of a checkpoint: of the config and of the models."""
+        """Names, without ``.py``, of the code files of a checkpoint: for the config and for the models."""
         stem = re.sub(r"\W", "_", cls.model_type)
         return f"configuration_{stem}", f"modeling_{stem}"
 
     @classmethod
     def full_auto_map(cls) -> dict[str, str]:
-        """All three auto classes: serving engines need ``AutoModel``, and transformers names only what it saves."""
+        """Maps three auto classes: serving engines need ``AutoModel``, transformers names only what it saves."""
         configuration, modeling = cls.code_modules()
         stem = cls.__name__.removesuffix("Config")
         return {

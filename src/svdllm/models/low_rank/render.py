@@ -1,4 +1,4 @@
-"""The two code files of a checkpoint, with which ``trust_remote_code=True`` loads it where svdllm is not installed."""
+"""Renders the two code files of a checkpoint, which ``trust_remote_code=True`` runs where svdllm is not installed."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ class {stem}ForCausalLM(LowRankMixin, {causal_lm}):
 
 
 def render(base_model_type: str, modules: tuple[str, str]) -> dict[str, str]:
-    """Names and texts of ``configuration_*.py`` and ``modeling_*.py`` of a family; the same on every machine.
+    """Renders ``configuration_*.py`` and ``modeling_*.py`` of a family: file name -> text, the same on every machine.
 
-    ``modules`` are the names of the two files, see ``LowRankConfigMixin.code_modules``.
+    Args:
+        modules: the names of the two files, see ``LowRankConfigMixin.code_modules``.
 
-    Raises ``UnsupportedModelError`` if there is no such family.
+    Raises:
+        UnsupportedModelError: there is no such family.
     """
     base, stem = base_classes(base_model_type), class_stem(base_model_type)
     configuration, modeling = modules
@@ -50,7 +52,7 @@ def _import_of(cls: type) -> str:
 
 
 def _with_imports(source: str, imports: list[str]) -> str:
-    """Our own file with ``imports`` put behind its own, which end at the first blank line that code follows."""
+    """Reads one of our files and inserts ``imports`` behind its own imports."""
     text = resources.files("svdllm.models.low_rank").joinpath(source).read_text(encoding="utf-8")
     lines = text.splitlines()
     last = max(i for i, line in enumerate(lines) if line.startswith(("import ", "from ")))

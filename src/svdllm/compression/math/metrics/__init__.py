@@ -8,13 +8,13 @@ from svdllm.compression.math.metrics.two_sided import TWO_SIDED, TwoSidedSetting
 
 SVD = Method(
     name="svd",
-    summary="plain SVD of the weight; needs no data",
+    summary="plain SVD of the weight, without data",
     source="Eckart and Young, 1936",
     right=lambda statistic, settings: None,
 )
 INPUT = Metric(
     name="input",
-    summary="error of the outputs as it is",
+    summary="as it is, as in the paper",
     source="SVD-LLM, arXiv 2403.07378",
 )
 

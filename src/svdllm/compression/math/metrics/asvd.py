@@ -14,13 +14,11 @@ from svdllm.compression.math.statistics import MeanAbsolute
 class AsvdSettings(BaseModel):
     """Settings of the method asvd."""
 
-    asvd_alpha: float = setting(
-        0.5, "Exponent of ASVD's channel scales.", panel="Method", only_with={"method": ("asvd",)}, ge=0, le=1
-    )
+    asvd_alpha: float = setting(0.5, "Exponent of ASVD's channel scales.", panel="Method", ge=0, le=1)
 
 
 def _right(mean_absolute: Tensor | None, settings: AsvdSettings) -> Tensor:
-    """``S = diag(mean|x|^alpha)``; a channel that is never active gets the smallest scale of those that are."""
+    """``S = diag(mean|x|^alpha)``; a channel that is never active gets the smallest scale above zero."""
     assert mean_absolute is not None
     return without_zeros(mean_absolute).pow(2 * settings.asvd_alpha)
 

@@ -21,7 +21,7 @@ def _left(target: Target, fisher_O: Tensor, settings: Any) -> Tensor:
 
 FWSVD = Method(
     name="fwsvd",
-    summary="output rows weighted by the Fisher information of their weights; needs gradients",
+    summary="output rows weighted by their Fisher information, from gradients",
     source="FWSVD, arXiv 2207.00112",
     right=lambda statistic, settings: None,
     left=LeftMetric(statistic=RowFisher, of=_left),

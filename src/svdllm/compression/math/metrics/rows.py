@@ -1,4 +1,4 @@
-"""What a row of the tables of metrics says of itself.
+"""The rows of the tables of metrics.
 
 Every method is the same truncation in another metric, ``min ||L (W - W') S||_F`` over rank ``r``. The right metric
 ``C = S S^T`` is made from a statistic of the inputs, the left one ``G = L^T L`` from one of the loss's gradients.
@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 from torch import Tensor
 
+from svdllm.compression.math.metrics.shared_settings import SharedSettings
 from svdllm.compression.math.statistics import BackwardStatistic, Gram, Statistic
 from svdllm.models.structure import Target
 
@@ -21,7 +22,7 @@ from svdllm.models.structure import Target
 class LeftMetric:
     """How errors of the outputs are weighed, from gradients of the loss.
 
-    ``weighs(target, settings)`` says which targets have a left metric; the others keep the identity.
+    ``weighs(target, settings)`` says whether a target has a left metric; without, it keeps the identity.
     ``of(target, value, settings)`` returns ``G`` (``out x out``) from the value of the statistic.
     """
 
@@ -40,16 +41,22 @@ class Metric:
     left: LeftMetric | None = None
     settings: type[BaseModel] = BaseModel
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """The settings that do nothing without this row, or another that reads them."""
+        return _reads(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A row of ``METHODS``: how the inputs are weighed, and perhaps the outputs.
 
-    ``right(value, settings)`` returns ``C`` as ``None`` (identity), ``(in,)`` (diagonal) or ``(in, in)``, from the value
-    of the statistic over the calibration tokens, which is None without a statistic.
+    ``right(value, settings)`` returns ``C`` as ``None`` (identity), ``(in,)`` (diagonal) or ``(in, in)``. ``value`` is
+    that of the statistic over the calibration tokens, or None without a statistic. ``settings`` is the recipe, which
+    has the fields of the row's own ``settings``.
 
-    ``has_gram`` says that ``C`` is the Gram of the inputs. Shrinkage, the correction of biases, a sequential calibration
-    and the metrics with a left side build on it.
+    ``has_gram`` says that ``C`` is the Gram of the inputs. Shrinkage, the correction of biases, a sequential
+    calibration and the metrics with a left side build on it.
     """
 
     name: str
@@ -62,6 +69,11 @@ class Method:
     settings: type[BaseModel] = BaseModel
 
     @property
+    def reads(self) -> frozenset[str]:
+        """The settings that do nothing without this row, or another that reads them."""
+        return _reads(self)
+
+    @property
     def needs_tokens(self) -> bool:
         """Whether the calibration text runs through the model."""
         return self.statistic is not None or self.left is not None
@@ -70,3 +82,8 @@ class Method:
     def collects_gram(self) -> bool:
         """Whether the statistic is a Gram, which takes the time and memory of ``in x in``."""
         return self.statistic is Gram
+
+
+def _reads(row: Method | Metric) -> frozenset[str]:
+    own = frozenset(row.settings.model_fields) - frozenset(SharedSettings.model_fields)
+    return own if row.left is None else own | {"gradient_samples"}

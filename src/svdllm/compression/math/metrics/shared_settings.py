@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 from svdllm.common.settings import setting
 
-# The loss reaches queries and keys only through a softmax: their gradients are small and few, and left out.
+# The loss reaches queries and keys through a softmax only. Their gradients are small and few, and are left out.
 QUERY_AND_KEY = (r"\.(q|k)_proj$", r"\.(query|key)$")
 
 
@@ -21,6 +21,7 @@ class SharedSettings(BaseModel):
         "Linears whose error is not weighted by gradients (two-sided); may be repeated.",
         panel="Method",
         metavar="REGEX",
+        only_with={"metric": ("two-sided",)},
     )
     shrinkage: float = setting(
         0.1,

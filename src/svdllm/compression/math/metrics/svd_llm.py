@@ -16,7 +16,7 @@ def _right(gram_II: Tensor | None, settings: SharedSettings) -> Tensor | None:
 
 SVD_LLM = Method(
     name="svd-llm",
-    summary="truncation-aware: the metric is the Gram of the inputs",
+    summary="truncation-aware, by the Gram of the inputs",
     source="SVD-LLM, arXiv 2403.07378",
     statistic=Gram,
     right=_right,

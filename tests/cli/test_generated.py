@@ -137,8 +137,8 @@ def test_a_flag_that_does_nothing_is_refused():
     refuse_idle(Sample(kind="bare", fast=True), ["fast"])
     refuse_idle(Sample(kind="other", fast=True), ["kind"])
     message = (
-        "--fast does nothing here: it is for kind plain or bare or count 1, and this recipe has kind other and count 3. "
-        "Leave it out, or choose --type plain or --count 1."
+        "--fast does nothing here: it is for kind plain or bare or count 1, and this recipe has kind other and count "
+        "3. Leave it out, or choose --type plain or --count 1."
     )
     with pytest.raises(InputError) as refused:
         refuse_idle(Sample(kind="other", fast=True), ["fast"])

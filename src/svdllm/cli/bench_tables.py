@@ -9,7 +9,7 @@ from svdllm.inference.bench import BenchmarkRecord, CellRecord, ModelRecord, Pha
 
 
 def show_benchmark(record: BenchmarkRecord) -> None:
-    """Everything that a person wants to see of it."""
+    """Prints a benchmark: a line for every model, its speed and memory, failures and findings."""
     for model in record.models:
         console.print(model_line(model, record), soft_wrap=True)
     for name in record.compressed:
@@ -21,7 +21,7 @@ def show_benchmark(record: BenchmarkRecord) -> None:
 
 
 def model_line(model: ModelRecord, record: BenchmarkRecord) -> str:
-    """Its size, and what the size alone would make of it."""
+    """The size of a model, and the speed-up that the size of its linears alone would allow."""
     text = f"{model.name}: {count(model.params)} parameters, {size(model.parameter_bytes)}"
     dense = next((other for other in record.models if other.name == record.base), None)
     if dense is not None and model is not dense:
@@ -30,7 +30,7 @@ def model_line(model: ModelRecord, record: BenchmarkRecord) -> str:
 
 
 def speed_table(record: BenchmarkRecord, name: str) -> Table:
-    """Prefill and decode of a compressed model in every cell, and beside them the dense model's."""
+    """Prefill and decode of a compressed model in every cell, beside those of the dense model."""
     compared = record.base is not None
     title = f"{name} against {record.base}" if compared else name
     table = Table(header_style="bold", box=None, padding=(0, 1, 0, 0), title=title)
@@ -52,14 +52,14 @@ def speed_table(record: BenchmarkRecord, name: str) -> Table:
             row += [f"{found.tokens_per_second:,.0f}", f"{_milliseconds(cell, phase):.1f}"]
             table.add_row(*row, *(_against_dense(found) if compared else []))
     table.caption = (
-        f"{_machine(record)}; ms: to the first token, or of one decode step; median of {record.settings['repeats']} turns"
-        + ("; speed-up: median [quartiles]; ideal of the whole model, share of it reached" if compared else "")
+        f"{_machine(record)}; ms: to the first token, or of one decode step; median of {record.settings['repeats']} "
+        "turns" + ("; speed-up: median [quartiles]; ideal of the whole model, share of it reached" if compared else "")
     )
     return table
 
 
 def memory_table(record: BenchmarkRecord) -> Table:
-    """Where the highest memory of every model went."""
+    """The peak memory of every model, by what it was used for."""
     table = Table(header_style="bold", box=None, padding=(0, 1, 0, 0), title="Memory")
     for heading in ("batch", "prompt", "model", "weights", "cache", "activations", "peak"):
         table.add_column(heading, justify="left" if heading == "model" else "right")

@@ -1,4 +1,4 @@
-"""What a person sees: results on standard output, progress on standard error, bars only on a terminal."""
+"""Output for people: results on standard output, progress on standard error, bars only on a terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ error_console = Console(stderr=True, highlight=False, markup=False)
 
 
 class ConsoleReporter(Reporter):
-    """A bar with the time left on a terminal; elsewhere a line when a stage begins, ends, and now and then between."""
+    """Shows a bar with the time left on a terminal; elsewhere a line when a stage begins and ends, and some between."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         super().__init__()

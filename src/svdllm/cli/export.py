@@ -23,9 +23,9 @@ class Format(str, Enum):
 FormatOption = Annotated[
     Format,
     typer.Option(
-        help="dense: the factors multiplied out, a plain model of the original architecture. onnx, openvino: the pairs of "
-        "factors as they are, in a float32 graph for ONNX Runtime or OpenVINO. padded: the same model with more heads, "
-        "which do nothing, for tensor parallelism."
+        help="dense: the factors multiplied out, a plain model of the original architecture. onnx, openvino: the pairs "
+        "of factors as they are, in a float32 graph for ONNX Runtime or OpenVINO. padded: the same model with more "
+        "heads, which do nothing, for tensor parallelism."
     ),
 ]
 TensorParallel = Annotated[

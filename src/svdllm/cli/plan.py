@@ -35,7 +35,7 @@ def plan(
     Reads configs and file headers only, no weights; takes seconds for a model of any size.
     """
     from svdllm.checkpoint.output import require_free_output
-    from svdllm.cli.tables import plan_table
+    from svdllm.cli.plan_tables import plan_table
     from svdllm.compression.plan import plan as make_plans
 
     resolved = r.build_recipe(preset, recipe, settings)

@@ -1,4 +1,4 @@
-"""Records as tables."""
+"""Results of runs and checkpoints as tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from svdllm.checkpoint.card import quantization_text, recovery_text
-from svdllm.cli.console import count, duration, duration_range, size
+from svdllm.cli.console import count, duration, size
 from svdllm.comparison.demo import DemoResult
 from svdllm.comparison.table import perplexity_text
 from svdllm.compression.plan import Plan
@@ -20,66 +20,13 @@ from svdllm.models.model_names import given_name
 from svdllm.models.unused_tensors import UnusedTensors
 from svdllm.recovery import RecoveryResult
 
-Titled = tuple[str, list[Table]]  # a line of its own, never cut or wrapped, and what stands below it
-
-
-def plan_table(plan: Plan) -> Titled:
-    """What a run will do."""
-    title = f"{plan.model} ({plan.model_type}, {plan.dtype}), method {plan.recipe.method}"
-    summary = _summary()
-    dense_left = sum(target.rank is None for target in plan.targets)
-    summary.add_row(
-        "linears",
-        f"{len(plan.ranks)} in {len(plan.structure.blocks)} blocks, {plan.num_groups} distinct inputs"
-        + (f"; {dense_left} stay dense" if dense_left else "")
-        + (f"; {len(plan.structure.ignored)} ignored" if plan.structure.ignored else ""),
-    )
-    if plan.unused_tensors is not None:
-        summary.add_row("its files hold", plan.unused_tensors.text)
-    if not plan.ranks_known and plan.recipe.target_speedup is None:
-        summary.add_row(
-            "allocation",
-            f"{plan.allocation_name}: ranks follow from the analysis; uniform ones are shown, of the same size",
-        )
-    elif not plan.ranks_known:
-        summary.add_row(
-            "allocation",
-            f"{plan.allocation_name}, linears {plan.recipe.target_speedup:g} times as fast: ranks and size follow from "
-            "the analysis and from times measured then; uniform ranks are shown, as if time were parameters",
-        )
-    summary.add_row("removed of the linears", f"{plan.achieved_ratio:.2%}")
-    summary.add_row("parameters", f"{count(plan.dense_params)} -> {count(plan.params)}")
-    summary.add_row("weight files", f"{size(plan.sizes.dense_file_bytes)} -> {size(plan.file_bytes)}")
-    if plan.sizes.quantized_file_bytes is not None:
-        summary.add_row("once quantised", quantized_text(plan.sizes.quantized_file_bytes, plan.recipe.factor_bits))
-    if plan.sizes.elastic_bytes:
-        summary.add_row(
-            "elastic files", f"{'' if plan.ranks_known else 'at most '}{size(plan.sizes.elastic_bytes)} beside them"
-        )
-    stage = max(plan.needs.ram_by_stage, key=lambda name: plan.needs.ram_by_stage[name])
-    summary.add_row("peak memory", f"{size(plan.peak_ram_bytes)} (stage: {stage})")
-    if plan.needs.device_bytes:
-        summary.add_row(f"peak on {plan.needs.device}", size(plan.needs.device_bytes))
-    where = "on disk" if plan.needs.hidden_states_on_disk else "in memory"
-    summary.add_row("hidden states", f"{size(plan.needs.hidden_states_bytes)}, {where}")
-    summary.add_row("disk while it runs", size(plan.needs.disk_bytes))
-    time = duration_range(*plan.needs.seconds_range)
-    summary.add_row("time", f"about {time} on {plan.needs.device} in {plan.needs.compute_dtype}")
-    kinds = Table(box=None, padding=(0, 1), header_style="bold")
-    for column in ("linear", "count", "shape", "rank"):
-        kinds.add_column(column, justify="left" if column == "linear" else "right")
-    rows: dict[tuple[str, int, int], list[int | None]] = {}
-    for target in plan.targets:
-        rows.setdefault((kind_of(target.name), target.out_features, target.in_features), []).append(target.rank)
-    for (kind, out_features, in_features), ranks in rows.items():
-        kinds.add_row(kind, str(len(ranks)), f"{out_features} x {in_features}", _range(ranks))
-    return title, [summary, kinds]
+Titled = tuple[str, list[Table]]  # a title, which is never cut or wrapped, and the tables below it
 
 
 def result_table(result: CompressionResult) -> Titled:
-    """What a run made."""
+    """The checkpoint that a run made: size, allocation, kept energy, time and memory."""
     plan = result.plan
-    table = _summary()
+    table = summary_table()
     table.add_row("method", f"{plan.recipe.method}, {plan.achieved_ratio:.2%} of the linears' parameters removed")
     table.add_row("parameters", f"{count(plan.dense_params)} -> {count(plan.params)}")
     table.add_row("weight files", f"{size(plan.sizes.dense_file_bytes)} -> {size(plan.file_bytes)}")
@@ -107,7 +54,7 @@ def result_table(result: CompressionResult) -> Titled:
 
 
 def perplexity_table(rows: list[ModelPerplexity]) -> Table:
-    """One row per model and text."""
+    """Perplexity, a row for every model and text."""
     table = Table(header_style="bold")
     for column in ("model", "params", "files", "text", "perplexity", "s.e.", "tokens"):
         named = column in ("model", "text")
@@ -125,8 +72,8 @@ def perplexity_table(rows: list[ModelPerplexity]) -> Table:
 
 
 def recovery_table(result: RecoveryResult) -> Titled:
-    """What a recovery did, and perplexity before, after and of the dense model."""
-    table = _summary()
+    """The stages of a recovery, and perplexity before, after and of the dense model."""
+    table = summary_table()
     table.add_row("method", ", ".join(result.settings.methods))
     table.add_row("tokens", f"{result.tokens:,} in {sum(stage.steps for stage in result.stages):,} steps")
     for stage in result.stages:
@@ -147,8 +94,8 @@ def recovery_table(result: RecoveryResult) -> Titled:
 
 
 def quantization_table(result: QuantizationResult) -> Titled:
-    """What was stored in how many bits, and what was not."""
-    table = _summary()
+    """The linears by the bits they are stored in, and what was left as it was."""
+    table = summary_table()
     for scheme, number in result.by_scheme().items():
         table.add_row("linears", f"{number} in {scheme}")
     others = [linear for linear in result.linears if linear.reason]
@@ -188,9 +135,9 @@ def _with_error(value: float, stderr: float) -> str:
 
 
 def report_table(report: dict[str, Any]) -> Titled:
-    """The head of a checkpoint's report."""
+    """A checkpoint's report, without its linears."""
     source, recipe = report["source"], report["recipe"]
-    table = _summary()
+    table = summary_table()
     table.add_row("method", f"{report['method']}, {report['achieved_ratio']:.2%} of the linears' parameters removed")
     table.add_row("parameters", f"{count(report['dense_params'])} -> {count(report['params'])}")
     table.add_row("weight files", f"{size(report['dense_file_bytes'])} -> {size(report['file_bytes'])}")
@@ -228,7 +175,7 @@ def report_table(report: dict[str, Any]) -> Titled:
 
 
 def linears_table(linears: list[dict[str, Any]], *, every: bool) -> Table:
-    """Rank and kept energy, of every linear or by kind over the blocks."""
+    """Rank and kept energy of every linear, or of every kind of linear over the blocks."""
     table = Table(header_style="bold", box=None, padding=(0, 1))
     for column in ("linear", "shape", "rank", "kept energy", "least"):
         table.add_column(column, justify="left" if column == "linear" else "right", no_wrap=True)
@@ -240,7 +187,7 @@ def linears_table(linears: list[dict[str, Any]], *, every: bool) -> Table:
         table.add_row(
             name,
             f"{rows[0]['out_features']} x {rows[0]['in_features']}",
-            _range([row["rank"] for row in rows]),
+            rank_range([row["rank"] for row in rows]),
             f"{sum(kept) / len(kept):.4f}",
             f"{min(kept):.4f}",
         )
@@ -248,7 +195,7 @@ def linears_table(linears: list[dict[str, Any]], *, every: bool) -> Table:
 
 
 def allocation_text(plan: Plan, dense: int) -> str:
-    """How ranks were chosen, and how sure that is."""
+    """How ranks were chosen, and how close to the optimum they are known to be."""
     text = f"{plan.allocation_name}, {len(plan.ranks)} linears factorised, {dense} dense"
     if plan.allocation.predicted_loss is not None and plan.allocation.gap is not None:
         proof = "proven least" if plan.allocation.gap <= 1e-6 else f"within {plan.allocation.gap:.1e} of the least"
@@ -257,17 +204,17 @@ def allocation_text(plan: Plan, dense: int) -> str:
 
 
 def quantized_text(num_bytes: int, bits: int | None) -> str:
-    """The size that the ranks were chosen for."""
+    """The size after quantising that the ranks were chosen for."""
     return f"at most {size(num_bytes)}, by `svdllm quantize` with --bits {bits}"
 
 
 def threshold_text(threshold: float | None) -> str:
-    """What the ranks of STRS have in common."""
+    """The bound on the loss of every linear alone that STRS found; empty for other allocations."""
     return "" if threshold is None else f"; none alone takes the loss above {threshold:.3f} nats per token"
 
 
 def speed_text(speed: dict[str, Any]) -> str:
-    """How fast all linears together are, by an allocation that counts time."""
+    """The predicted speed of all linears together, from an allocation that counts time."""
     dense, compressed = speed["dense_ns"] / 1e6, speed["compressed_ns"] / 1e6
     at_once = "a token" if speed["tokens"] == 1 else f"{speed['tokens']:,} tokens at once"
     where = f"on {speed['device']} in {speed['dtype']}"
@@ -279,7 +226,7 @@ def kind_of(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name, count=1)
 
 
-def _summary() -> Table:
+def summary_table() -> Table:
     table = Table(show_header=False, box=None, padding=(0, 1))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -296,7 +243,7 @@ def _number(value: float) -> str:
     return f"{value:.2f}" if value < 1e5 else f"{value:.2e}"
 
 
-def _range(ranks: list[int | None]) -> str:
+def rank_range(ranks: list[int | None]) -> str:
     found = sorted({rank for rank in ranks if rank is not None})
     text = "" if not found else str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
     dense = sum(rank is None for rank in ranks)

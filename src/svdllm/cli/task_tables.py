@@ -1,4 +1,4 @@
-"""Results of tasks as a table."""
+"""Scores of tasks as a table."""
 
 from __future__ import annotations
 

@@ -1,0 +1,67 @@
+"""A plan as tables."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from svdllm.cli.console import count, duration_range, size
+from svdllm.cli.tables import Titled, kind_of, quantized_text, rank_range, summary_table
+from svdllm.compression.plan import Plan
+
+
+def plan_table(plan: Plan) -> Titled:
+    """A plan: sizes, memory, disk and time of the run, then the linears by kind."""
+    title = f"{plan.model} ({plan.model_type}, {plan.dtype}), method {plan.recipe.method}"
+    summary = summary_table()
+    dense_left = sum(target.rank is None for target in plan.targets)
+    summary.add_row(
+        "linears",
+        f"{len(plan.ranks)} in {len(plan.structure.blocks)} blocks, {plan.num_groups} distinct inputs"
+        + (f"; {dense_left} stay dense" if dense_left else "")
+        + (f"; {len(plan.structure.ignored)} ignored" if plan.structure.ignored else ""),
+    )
+    if plan.unused_tensors is not None:
+        summary.add_row("its files hold", plan.unused_tensors.text)
+    if not plan.ranks_known and plan.recipe.target_speedup is None:
+        summary.add_row(
+            "allocation",
+            f"{plan.allocation_name}: ranks follow from the analysis; uniform ones are shown, of the same size",
+        )
+    elif not plan.ranks_known:
+        summary.add_row(
+            "allocation",
+            f"{plan.allocation_name}, linears {plan.recipe.target_speedup:g} times as fast: ranks and size follow from "
+            "the analysis and from times measured then; uniform ranks are shown, as if time were parameters",
+        )
+    summary.add_row("removed of the linears", f"{plan.achieved_ratio:.2%}")
+    summary.add_row("parameters", f"{count(plan.dense_params)} -> {count(plan.params)}")
+    summary.add_row("weight files", f"{size(plan.sizes.dense_file_bytes)} -> {size(plan.file_bytes)}")
+    if plan.sizes.quantized_file_bytes is not None:
+        summary.add_row("once quantised", quantized_text(plan.sizes.quantized_file_bytes, plan.recipe.factor_bits))
+    if plan.sizes.elastic_bytes:
+        summary.add_row(
+            "elastic files", f"{'' if plan.ranks_known else 'at most '}{size(plan.sizes.elastic_bytes)} beside them"
+        )
+    stage = max(plan.needs.ram_by_stage, key=lambda name: plan.needs.ram_by_stage[name])
+    summary.add_row("peak memory", f"{size(plan.peak_ram_bytes)} (stage: {stage})")
+    if plan.needs.device_bytes:
+        summary.add_row(f"peak on {plan.needs.device}", size(plan.needs.device_bytes))
+    where = "on disk" if plan.needs.hidden_states_on_disk else "in memory"
+    summary.add_row("hidden states", f"{size(plan.needs.hidden_states_bytes)}, {where}")
+    summary.add_row("disk while it runs", size(plan.needs.disk_bytes))
+    time = duration_range(*plan.needs.seconds_range)
+    summary.add_row("time", f"about {time} on {plan.needs.device} in {plan.needs.compute_dtype}")
+    return title, [summary, _kinds_table(plan)]
+
+
+def _kinds_table(plan: Plan) -> Table:
+    """Shape and ranks of the linears, a row for every kind."""
+    kinds = Table(box=None, padding=(0, 1), header_style="bold")
+    for column in ("linear", "count", "shape", "rank"):
+        kinds.add_column(column, justify="left" if column == "linear" else "right")
+    rows: dict[tuple[str, int, int], list[int | None]] = {}
+    for target in plan.targets:
+        rows.setdefault((kind_of(target.name), target.out_features, target.in_features), []).append(target.rank)
+    for (kind, out_features, in_features), ranks in rows.items():
+        kinds.add_row(kind, str(len(ranks)), f"{out_features} x {in_features}", rank_range(ranks))
+    return kinds

@@ -1,7 +1,7 @@
-"""Standard output and standard error as a run needs them: what cannot be shown never ends it.
+"""Standard output and standard error that never end a run: what cannot be shown is dropped or replaced.
 
-A character that the terminal's encoding lacks is shown as ``?``. When the reader is gone, as after ``| head``, the rest is
-dropped and the run goes on: its result may be a file.
+A character that the terminal's encoding lacks is shown as ``?``. When the reader is gone, as after ``| head``, the rest
+is dropped and the run continues: its result may be a file.
 """
 
 from __future__ import annotations

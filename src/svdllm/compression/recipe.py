@@ -230,7 +230,7 @@ class Recipe(AllocationSettings, Budget, MetricSettings, MetricChoice, MethodSet
 
     @property
     def left_metric(self) -> LeftMetric | None:
-        """How the outputs are weighed by gradients, by the metric or by the method; None where they are not."""
+        """How the outputs are weighted by gradients, by the metric or by the method; None where they are not."""
         return METRICS[self.metric].left or METHODS[self.method].left
 
     @property

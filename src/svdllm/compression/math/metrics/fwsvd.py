@@ -1,4 +1,4 @@
-"""FWSVD (arXiv 2207.00112): output rows weighed by the Fisher information of their weights."""
+"""FWSVD (arXiv 2207.00112): output rows weighted by the Fisher information of their weights."""
 
 from __future__ import annotations
 

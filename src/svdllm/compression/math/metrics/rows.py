@@ -20,7 +20,7 @@ from svdllm.models.structure import Target
 
 @dataclass(frozen=True, kw_only=True)
 class LeftMetric:
-    """How errors of the outputs are weighed, from gradients of the loss.
+    """How errors of the outputs are weighted, from gradients of the loss.
 
     ``weighs(target, settings)`` says whether a target has a left metric; without, it keeps the identity.
     ``of(target, value, settings)`` returns ``G`` (``out x out``) from the value of the statistic.
@@ -33,7 +33,7 @@ class LeftMetric:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A row of ``METRICS``: how the outputs are weighed. ``left`` is None where all count alike."""
+    """A row of ``METRICS``: how the outputs are weighted. ``left`` is None where all count alike."""
 
     name: str
     summary: str
@@ -49,7 +49,7 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A row of ``METHODS``: how the inputs are weighed, and perhaps the outputs.
+    """A row of ``METHODS``: how the inputs are weighted, and perhaps the outputs.
 
     ``right(value, settings)`` returns ``C`` as ``None`` (identity), ``(in,)`` (diagonal) or ``(in, in)``. ``value`` is
     that of the statistic over the calibration tokens, or None without a statistic. ``settings`` is the recipe, which

@@ -1,4 +1,4 @@
-"""The two-sided metric: errors of the outputs weighed by the Gram of the loss's gradients."""
+"""The two-sided metric: errors of the outputs weighted by the Gram of the loss's gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ class TwoSidedSettings(SharedSettings):
         0.3,
         "Share of the mean diagonal mixed into the gradients' Gram (two-sided).",
         panel="Method",
-        only_with={"metric": ("two-sided",)},
         gt=0,
         le=1,
     )
@@ -58,7 +57,7 @@ def _weighs(target: Target, settings: TwoSidedSettings) -> bool:
 
 
 def _input_only(target: Target, settings: TwoSidedSettings) -> list[str]:
-    """The linears of a target that the gradients do not weigh."""
+    """The linears of a target whose outputs are not weighted by gradients."""
     return [name for name in target.linears if any(matches(pattern, name) for pattern in settings.input_only)]
 
 

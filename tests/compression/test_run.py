@@ -260,8 +260,8 @@ def test_card_and_recipe_repeat_the_run(tmp_path: Path, tokenizer) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers")
     assert "dense, compressed by 3" in card
-    settings = svdllm.compression.recipe.load_settings(tmp_path / "out" / "svdllm" / "recipe.yaml")
-    svdllm.compress(dense, svdllm.compression.recipe.make_recipe(settings), tmp_path / "again")
+    settings = svdllm.compression.recipe_files.load_settings(tmp_path / "out" / "svdllm" / "recipe.yaml")
+    svdllm.compress(dense, svdllm.compression.recipe_files.make_recipe(settings), tmp_path / "again")
     assert digests(tmp_path / "out") == digests(tmp_path / "again")
 
 

@@ -1,4 +1,4 @@
-# make demo | test | test-fast | test-newest | test-oldest | lint | clean. Another interpreter: make test PYTHON=python3.12
+# make demo | test | test-fast | test-newest | test-oldest | lint | docs | clean. Another interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
 WORKERS ?= 2
 TESTS ?= tests
@@ -20,7 +20,7 @@ OLDEST_EXTRAS := data,eval,gguf,quantize,recover,report,serve,tensorboard
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast newest test-newest test-oldest lint clean
+.PHONY: help demo test test-fast newest test-newest test-oldest lint docs clean
 
 help:
 	@echo "make demo         compress SmolLM2-135M-Instruct and compare it with the dense model"
@@ -29,6 +29,7 @@ help:
 	@echo "make test-newest  run the fast tests with the newest versions of all packages but torch"
 	@echo "make test-oldest  run the fast tests with the lower bounds of pyproject.toml, torch apart"
 	@echo "make lint         ruff and pyright, as pre-commit runs them"
+	@echo "make docs         build the documentation as a site, build/site/index.html; fails on a broken link"
 	@echo "make clean        remove the environments, the caches and the demo's output"
 
 demo: $(VENV)/.installed-demo
@@ -56,6 +57,10 @@ test-oldest: $(OLDEST)/.created
 lint: $(VENV)/.installed-dev
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python .ci/site.py build/docs
+	$(BIN)/zensical build --strict --clean
+
 # The model comes without its declared dependency llama-cpp-python, which would be compiled and is not needed.
 # pip compiles one file of Python after the other, compileall on all cores; some files are in no Python of today.
 $(VENV)/.installed-%: pyproject.toml constraints.txt $(VENV)/.created
@@ -75,5 +80,5 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt $(VENV)/.created
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(OLDEST) .pytest_cache .ruff_cache build dist demo-output
+	rm -rf $(VENV) $(NEWEST) $(OLDEST) .pytest_cache .ruff_cache build .cache dist demo-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Prints the lower bounds of pyproject.toml as constraints for pip: `name==version`, of a name with several the first."""
+"""Prints the lower bounds of pyproject.toml as constraints for pip, of each name the first."""
 
 import re
 from pathlib import Path

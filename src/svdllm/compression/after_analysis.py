@@ -1,4 +1,4 @@
-"""Marks settings that are read after the analysis: runs that differ in nothing else share one."""
+"""Marks the settings that are read after the analysis. Runs that differ in no other setting share one analysis."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 
 class _Mark:
-    """What the marker leaves in the metadata of a field."""
+    """The metadata of a field that is marked."""
 
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""The recipe: the complete, serialisable description of a run. It is stored in what the run makes."""
+"""The recipe: the complete, serialisable description of a run. Every checkpoint has its recipe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from svdllm.compression.recipe_parts import BUDGETS, Budget, MethodChoice, Metri
 
 # The settings that choose a row, and the table of the rows.
 TABLES: dict[str, Mapping[str, Any]] = {"metric": METRICS, "method": METHODS, "allocation": ALLOCATIONS}
-# What a method without a Gram cannot use and is not given by default.
+# Defaults of a method without a Gram, which cannot use the others.
 PLAIN = {"metric": "input", "shrinkage": 0.0, "allocation": "uniform", "round_to": 1}
 
 
@@ -144,33 +144,21 @@ class Recipe(AllocationSettings, Budget, MetricSettings, MetricChoice, MethodSet
         return value
 
     @model_validator(mode="after")
-    def _one_budget(self) -> Recipe:
-        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
-        if len(budgets) > 1:
-            raise ValueError(f"{' and '.join(budgets)} are given together; give exactly one budget")
-        if self.ranks is not None and (self.overrides or self.round_to > 1):
-            raise ValueError("overrides and round_to do nothing to explicit ranks; write the ranks you want")
-        if isinstance(self.ratio, tuple) and not self.ratio:
-            raise ValueError("ratio is an empty list; give at least one")
-        if isinstance(self.ratio, tuple) and len(set(self.ratio)) < len(self.ratio):
-            raise ValueError(f"ratio names a value twice: {self.ratio}")
-        return self
-
-    @model_validator(mode="after")
     def _fits_the_method(self) -> Recipe:
-        """Combinations that make no sense are refused, not ignored."""
+        """Refuses settings that do nothing with the method."""
         method, metric = METHODS[self.method], METRICS[self.metric]
         if metric.left is not None and method.left is not None:
             raise ValueError(f"method {method.name} and metric {metric.name} both weigh the outputs; use metric input")
         if method.has_gram:
             return self
+        use = " or ".join(name for name, row in METHODS.items() if row.has_gram)
         if metric.left is not None:
             raise ValueError(
                 f"metric {metric.name} weighs the Gram of the inputs by gradients; method {method.name} has no Gram, "
-                "use method svd-llm"
+                f"use method {use}"
             )
         if self.shrinkage:
-            raise ValueError(f"shrinkage acts on a Gram; method {method.name} has none, use method svd-llm")
+            raise ValueError(f"shrinkage acts on a Gram; method {method.name} has none, use method {use}")
         if self.bias_correction:
             raise ValueError(f"bias_correction needs the mean inputs of a Gram; method {method.name} has none")
         if self.calibration_mode == "sequential":
@@ -198,9 +186,10 @@ class Recipe(AllocationSettings, Budget, MetricSettings, MetricChoice, MethodSet
         if "ranks" in refused:
             raise ValueError(f"allocation {row.name} chooses ranks, and ranks are given; drop one of them")
         if "target_speedup" in refused:
+            use = " or ".join(name for name, other in ALLOCATIONS.items() if "target_speedup" in other.budgets)
             raise ValueError(
                 f"target_speedup is a budget of measured time, which allocation {row.name} does not count; use "
-                "allocation loss"
+                f"allocation {use}"
             )
         if refused:
             raise ValueError(
@@ -211,15 +200,13 @@ class Recipe(AllocationSettings, Budget, MetricSettings, MetricChoice, MethodSet
 
     @model_validator(mode="after")
     def _fits_the_budget(self) -> Recipe:
-        if self.factor_bits is not None and self.target_size is None:
-            raise ValueError("factor_bits does nothing without target_size, which it says how to count")
+        if self.ranks is not None and (self.overrides or self.round_to > 1):
+            raise ValueError("overrides and round_to do nothing to explicit ranks; write the ranks you want")
         if self.factor_bits == 4 and self.round_to % NVFP4_GROUP:
             raise ValueError(
-                f"factor_bits 4 shares a scale among {NVFP4_GROUP} inputs, and a factor of another rank gets 8 bits; use "
-                f"round_to {NVFP4_GROUP} or a multiple of it"
+                f"factor_bits 4 shares a scale among {NVFP4_GROUP} inputs, and a factor of another rank gets 8 bits; "
+                f"use round_to {NVFP4_GROUP} or a multiple of it"
             )
-        if self.speedup_tokens > 1 and self.target_speedup is None:
-            raise ValueError("speedup_tokens does nothing without target_speedup")
         return self
 
     @model_validator(mode="after")
@@ -248,12 +235,12 @@ class Recipe(AllocationSettings, Budget, MetricSettings, MetricChoice, MethodSet
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether the loss is followed back through the model."""
+        """Whether the run needs gradients of the loss."""
         return self.left_metric is not None
 
     @property
     def needs_probes(self) -> bool:
-        """Whether linears are truncated on trial, to see what it does."""
+        """Whether linears are truncated on trial, and the effect measured."""
         return ALLOCATIONS[self.allocation].probing is not None
 
     @property
@@ -268,7 +255,7 @@ class Recipe(AllocationSettings, Budget, MetricSettings, MetricChoice, MethodSet
 
     @classmethod
     def rows_that_read(cls, setting: str) -> dict[str, tuple[str, ...]]:
-        """The rows that a setting is for, by the setting that chooses them; empty where it is for every recipe."""
+        """The rows that read a setting, by the setting that chooses them; empty if every recipe reads it."""
         found = {choice: tuple(n for n, row in rows.items() if setting in row.reads) for choice, rows in TABLES.items()}
         return {choice: names for choice, names in found.items() if names}
 
@@ -281,7 +268,7 @@ class Recipe(AllocationSettings, Budget, MetricSettings, MetricChoice, MethodSet
             )
 
     def within(self, context: int | None) -> Recipe:
-        """The same, with a seqlen that nobody asked for lowered to the context of a model."""
+        """The recipe with its default seqlen lowered to the context of a model; a seqlen that was given stays."""
         if "seqlen" in self.model_fields_set or context is None or self.seqlen <= context:
             return self
         return self.model_copy(update={"seqlen": context})
@@ -293,7 +280,9 @@ class Recipe(AllocationSettings, Budget, MetricSettings, MetricChoice, MethodSet
         return [self.model_copy(update={"ratio": ratio}) for ratio in self.ratio]
 
     def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON types, in the order of the fields."""
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
+        """The settings as a recipe file."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)

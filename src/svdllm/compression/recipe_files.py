@@ -29,7 +29,7 @@ def load_settings(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML (or JSON) recipe file.
 
     Raises:
-        InputError: no such file, or not a mapping.
+        InputError: the file does not exist, or is not a mapping.
     """
     path = Path(path)
     try:
@@ -45,7 +45,7 @@ def allocation_file(path: str | Path) -> dict[str, int | str]:
     """Explicit ranks from a JSON or YAML file: linear (a regular expression) -> rank, ``full`` or ``dense``.
 
     Raises:
-        InputError: no allocation has this name and no file either, or the file is no such map.
+        InputError: neither an allocation nor a file has this name, or the file is not such a map.
     """
     path = Path(path)
     if not path.is_file():

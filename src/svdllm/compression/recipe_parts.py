@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
+from typing_extensions import Self
 
 from svdllm.common.settings import setting
 from svdllm.compression.after_analysis import AfterAnalysis
@@ -13,7 +14,7 @@ from svdllm.compression.math.metrics import METHODS, METRICS
 from svdllm.compression.ranks import ALLOCATIONS
 
 BUDGETS = ("ratio", "target_params", "target_size", "target_speedup", "ranks")
-# Settings that say how a budget counts, and go with it.
+# Settings that say how a budget counts. A new budget replaces them too.
 OF_A_BUDGET = ("factor_bits", "speedup_tokens")
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
@@ -72,7 +73,7 @@ class Budget(BaseModel):
     )
     factor_bits: AfterAnalysis[Literal[8, 4] | None] = setting(
         None,
-        "8 or 4: target_size is the size after `svdllm quantize` with that many bits. With 4, ranks are multiples of 16.",
+        "8 or 4: target_size is the size after `svdllm quantize` with as many bits. With 4, ranks are multiples of 16.",
         panel="Budget (exactly one)",
         shown_default="the size as written",
     )
@@ -104,3 +105,18 @@ class Budget(BaseModel):
         metavar="NAME|FILE",
         reader="allocation",
     )
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(budgets) > 1:
+            raise ValueError(f"{' and '.join(budgets)} are given together; give exactly one budget")
+        if isinstance(self.ratio, tuple) and not self.ratio:
+            raise ValueError("ratio is an empty list; give at least one")
+        if isinstance(self.ratio, tuple) and len(set(self.ratio)) < len(self.ratio):
+            raise ValueError(f"ratio names a value twice: {self.ratio}")
+        if self.factor_bits is not None and self.target_size is None:
+            raise ValueError("factor_bits does nothing without target_size, which it says how to count")
+        if self.speedup_tokens > 1 and self.target_speedup is None:
+            raise ValueError("speedup_tokens does nothing without target_speedup")
+        return self

@@ -90,7 +90,7 @@ def test_svd_llm_is_the_gram_itself_and_svd_the_identity():
 
 
 def test_outlier_channels_tell_the_methods_apart():
-    """A few channels a hundred times larger, and correlated ones: the more a method knows of them, the less it loses."""
+    """Three channels are a hundred times larger, and channels correlate: a method that knows more loses less."""
     weight_OI = rand(24, 32)
     inputs_IT = rand(32, 32, seed=1) @ rand(32, 400, seed=2)
     inputs_IT[[3, 11, 20]] *= 100

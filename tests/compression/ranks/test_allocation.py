@@ -1,4 +1,4 @@
-"""Allocations: the knapsack and STRS against brute force, the rules of SVD-LLM V2 and D-Rank against a few lines of numpy."""
+"""Allocations: the knapsack and STRS against brute force, SVD-LLM V2 and D-Rank against a few lines of numpy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ASVD's search for ranks in whole runs: the losses are those of really compressed models, the ranks those of a scan."""
+"""STRS in whole runs: the losses are those of compressed models, the ranks those of a scan over thresholds."""
 
 from __future__ import annotations
 

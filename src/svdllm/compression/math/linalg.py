@@ -2,11 +2,12 @@
 
 Shape suffixes: ``O`` out_features, ``I`` in_features, ``K = min(O, I)``, ``D`` depth of a stored basis, ``R`` rank.
 
-Every method is ``min ||L (W - W') S||_F`` over a rank. The right metric ``C = S S^T`` comes from the inputs of a target
-and has three forms: ``None`` (identity), ``(I,)`` (diagonal) or ``(I, I)``. The left metric ``G = L^T L`` comes from the
-gradients of its outputs and is ``None`` or ``(O, O)``. SVD-LLM (arXiv 2403.07378, section 3.1) whitens with the Cholesky
-factor of ``C`` and takes an SVD; the same optimum is the projection of ``W`` on the leading eigenvectors of ``W C W^T``,
-which needs no inverse and is defined for a singular ``C`` as well. With a left metric, ``L W`` takes the place of ``W``.
+Every method is ``min ||L (W - W') S||_F`` over a rank. The right metric ``C = S S^T`` comes from the inputs of a
+target and has three forms: ``None`` (identity), ``(I,)`` (diagonal) or ``(I, I)``. The left metric ``G = L^T L`` comes
+from the gradients of its outputs and is ``None`` or ``(O, O)``. SVD-LLM (arXiv 2403.07378, section 3.1) whitens with
+the Cholesky factor of ``C`` and takes an SVD. The projection of ``W`` on the leading eigenvectors of ``W C W^T`` is the
+same optimum; it needs no inverse and is defined for a singular ``C``. With a left metric, ``L W`` takes the place of
+``W``.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Directions below this share of the leading energy get the scale of that share: their data never excites them,
-# and an unbounded 1/scale would only cost range in half precision. The product of the factors does not change.
+# Directions below this share of the leading energy get the scale of this share. The data never excites them, and an
+# unbounded 1/scale would only cost range in half precision. The product of the factors does not change.
 ENERGY_FLOOR = 1e-12
 # Least ratio of the diagonal of a Cholesky factor for which it stands in for Householder's QR.
 WELL_CONDITIONED = 1e-3
@@ -37,7 +38,7 @@ class Spectrum(NamedTuple):
     dual_DO: Tensor | None = None  # float64, U^T L; None stands for the transposed basis
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Spectrum:
-        """On another device; ``dtype`` is that of the directions, the energies stay as they are."""
+        """Moves the spectrum to a device. The directions get the ``dtype``; the energies stay float64."""
         dual_DO = None if self.dual_DO is None else self.dual_DO.to(device, dtype)
         return Spectrum(self.energies_K.to(device), self.basis_OD.to(device, dtype), dual_DO)
 
@@ -78,10 +79,11 @@ def output_spectrum(
 def factorise(weight_OI: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
     """``svd_u`` (``O x R``) and ``svd_v`` (``R x I``) of a rank, in float64.
 
-    ``U_r (U_r^T W)``, or ``L^-1 U_r (U_r^T L W)``, with the square root of the singular values on either side, as in the paper's Algorithm 1. The
-    scales are relative to the leading one and carry the size of ``W``: they do not depend on the scale of the data
-    nor on ``rank``, so the factors of a smaller rank are the first columns and rows of these, to the last bit: the
-    product is taken with the whole basis, because products of other sizes round differently.
+    ``U_r (U_r^T W)``, or ``L^-1 U_r (U_r^T L W)``, with the square root of the singular values on either side, as in
+    Algorithm 1 of the paper. The scales are relative to the leading one and carry the size of ``W``, so they depend
+    neither on the scale of the data nor on ``rank``. The factors of a smaller rank are the first columns and rows of
+    these, to the last bit: the product is taken with the whole basis, because products of other sizes round
+    differently.
     """
     weight_OI, basis_OD = weight_OI.double(), spectrum.basis_OD.double()
     dual_DO = basis_OD.mT if spectrum.dual_DO is None else spectrum.dual_DO.double()
@@ -97,7 +99,7 @@ def shrunk_to_diagonal(gram: Tensor | None, amount: float) -> Tensor | None:
 
 
 def shrunk_to_mean(gram_OO: Tensor, amount: float) -> Tensor:
-    """``(1 - a) G + a tr(G)/d I``, scaled to a mean diagonal of 1; the identity where there is no gradient at all."""
+    """``(1 - a) G + a tr(G)/d I``, scaled to a mean diagonal of 1; the identity if ``G`` is zero."""
     mean = gram_OO.diagonal().mean()
     identity_OO = torch.eye(len(gram_OO), dtype=gram_OO.dtype, device=gram_OO.device)
     return identity_OO if mean <= 0 else (1 - amount) / mean * gram_OO + amount * identity_OO
@@ -110,7 +112,7 @@ def without_zeros(values: Tensor) -> Tensor:
 
 
 def equal_energies(weights: Sequence[Tensor], gram: Tensor | None) -> Tensor:
-    """The left metric (``O x O``, diagonal) in which weights, one under the other, have outputs of energy 1 each."""
+    """The left metric (``O x O``, diagonal) of stacked weights in which the outputs of each weight have energy 1."""
     rows = []
     for weight_OI in weights:
         weight_OI = weight_OI.double()
@@ -129,7 +131,7 @@ def tail_energies(energies_K: Tensor) -> Tensor:
 def corrected_bias(
     weight_OI: Tensor, u_OR: Tensor, v_RI: Tensor, dense_mean_I: Tensor, mean_I: Tensor, bias_O: Tensor | None
 ) -> Tensor:
-    """``b + W m - U V m'`` (``O``, float64): the mean output is the dense one, ``m'`` being the mean input that it sees."""
+    """``b + W m - U V m'`` (``O``, float64): the mean output for the mean input ``m'`` is the dense one for ``m``."""
     bias = weight_OI.double() @ dense_mean_I.double() - u_OR.double() @ (v_RI.double() @ mean_I.double())
     return bias if bias_O is None else bias + bias_O.double()
 
@@ -137,9 +139,9 @@ def corrected_bias(
 def anchored(weight_OI: Tensor, gram_II: Tensor, cross_II: Tensor, beta: float) -> Tensor:
     """``W* = W (beta K + (1 - beta) S') S'^-1``, float64: the weight to approximate on the compressed stream.
 
-    ``S' = X' X'^T`` is the Gram of the inputs that the compressed prefix makes of the text, ``K = X X'^T`` their
-    product with the dense model's. For ``beta`` 1 the regression ``W* X'`` is as near to the dense outputs ``W X`` as a
-    weight can bring it (AA-SVD); for 0 it is ``W``.
+    ``S' = X' X'^T`` is the Gram of the inputs that the compressed blocks before this one make of the text, and
+    ``K = X X'^T`` their product with the inputs of the dense model. For ``beta`` 1, ``W* X'`` is the regression that
+    comes nearest to the dense outputs ``W X`` (AA-SVD). For ``beta`` 0, ``W*`` is ``W``.
 
     Raises:
         torch.linalg.LinAlgError: ``S'`` is not positive definite; shrink it.
@@ -155,8 +157,8 @@ def anchored(weight_OI: Tensor, gram_II: Tensor, cross_II: Tensor, beta: float) 
 def _column_space(weight_OI: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """``R`` of ``W = Q R``, and the function ``E -> Q E``.
 
-    By the Cholesky factor of ``W^T W`` (a third of the time of Householder's QR), where ``W`` is so well conditioned
-    that the squaring costs nothing that matters: the loss of orthogonality is about ``eps cond(W)^2``.
+    Takes the Cholesky factor of ``W^T W`` where ``W`` is well conditioned: a third of the time of Householder's QR. The
+    loss of orthogonality is about ``eps cond(W)^2``.
     """
     factor_II, info = torch.linalg.cholesky_ex(_symmetric_product(weight_OI.mT, weight_OI))
     diagonal_I = factor_II.diagonal()
@@ -177,7 +179,7 @@ def _congruence(weight_OI: Tensor, gram: Tensor | None) -> Tensor:
 
 
 def _symmetric_product(left_NM: Tensor, right_MN: Tensor) -> Tensor:
-    """A product that is known to be symmetric: only its upper triangle is multiplied, panel by panel."""
+    """A product that is known to be symmetric; only its upper triangle is multiplied."""
     size = left_NM.shape[0]
     product_NN = left_NM.new_empty(size, size)
     for start, stop, panel in upper_panels(left_NM, right_MN):
@@ -186,10 +188,10 @@ def _symmetric_product(left_NM: Tensor, right_MN: Tensor) -> Tensor:
 
 
 def upper_panels(left_NM: Tensor, right_MN: Tensor, buffer: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
-    """The upper triangle of a symmetric product, panel by panel: almost half of the product need not be computed.
+    """Computes the upper triangle of a symmetric product in panels: almost half of the product is left out.
 
-    Yields ``start, stop, product[start:stop, start:]``. With a ``buffer`` of ``PANEL`` rows each panel overwrites the
-    panel before.
+    Yields ``start, stop, product[start:stop, start:]``. With a ``buffer`` of ``PANEL`` rows, each panel overwrites the
+    previous one.
     """
     size = left_NM.shape[0]
     for start in range(0, size, PANEL):

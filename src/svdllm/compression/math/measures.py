@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Of a window's log probabilities by the dense model (T x V) and its tokens (T): a measure of another model's.
+# Takes the dense model's log probabilities of a window (T x V) and its tokens (T); returns a function that measures
+# another model's log probabilities (T x V).
 Measure = Callable[[Tensor, Tensor], Callable[[Tensor], float]]
 
 

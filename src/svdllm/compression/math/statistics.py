@@ -1,4 +1,4 @@
-"""What is accumulated over the calibration tokens of one input: sums in float64, whatever the batches."""
+"""Sums over the calibration tokens of one linear, in float64; the batches do not matter."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class BackwardStatistic(Protocol):
 
 
 class Gram:
-    """``C = X X^T`` (``in x in``) of every token seen; ``X`` is never kept. SVD-LLM, Algorithm 2."""
+    """``C = X X^T`` (``in x in``) of all tokens; ``X`` is not kept. SVD-LLM, Algorithm 2."""
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu"):
         self.num_tokens = 0
@@ -75,7 +75,7 @@ class Gram:
 
 
 class CrossGram:
-    """``K = X X'^T`` (``in x in``) of the tokens of two streams, the dense model's and the compressed one's."""
+    """``K = X X'^T`` (``in x in``) of the tokens ``X`` of the dense model and ``X'`` of the compressed model."""
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu"):
         self._sum_II = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
@@ -95,7 +95,7 @@ class CrossGram:
 
 
 class MeanAbsolute:
-    """Mean of ``|x|`` per input channel (``in``), float64: what ASVD (arXiv 2312.05821) scales with."""
+    """Mean of ``|x|`` of every input channel (``in``), float64: the scales of ASVD (arXiv 2312.05821)."""
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu"):
         self.num_tokens = 0
@@ -115,14 +115,14 @@ class MeanAbsolute:
 class RowFisher:
     """Empirical Fisher information of every row of a weight (``out``), float64: FWSVD (arXiv 2207.00112).
 
-    ``sum_j (dL/dW_ij)^2``, the loss ``L`` being that of one window, summed over the windows.
+    ``sum_j (dL/dW_ij)^2`` for the loss ``L`` of one window, summed over the windows.
     """
 
     def __init__(self, out_features: int, device: torch.device | str = "cpu"):
         self._sum_O = torch.zeros(out_features, dtype=torch.float64, device=device)
 
     def add(self, inputs: Tensor, gradients: Tensor) -> None:
-        """Adds windows: inputs (``windows x tokens x in``) and gradients of the outputs (``windows x tokens x out``)."""
+        """Adds windows: inputs (``windows x tokens x in``), gradients of the outputs (``windows x tokens x out``)."""
         for inputs_TI, gradients_TO in zip(inputs, gradients, strict=True):
             gradient_OI = gradients_TO.float().mT @ inputs_TI.float()  # of the weight
             self._sum_O += gradient_OI.double().pow(2).sum(1)

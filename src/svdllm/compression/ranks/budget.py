@@ -24,9 +24,8 @@ def choose_ranks(
 ) -> Allocation:
     """The rank of every factorised target; the others stay dense.
 
-    ``files`` tell the size for given ranks that a budget of bytes is for: as they are written, or once quantised.
-    ``evidence`` is what the allocation is chosen by. Without it, uniform ranks stand in for those of an allocation that
-    needs spectra.
+    ``files`` compute the size of the weight files for given ranks: as written, or quantised. Without ``evidence``,
+    uniform ranks stand in for the ranks of an allocation that needs spectra.
 
     Raises:
         InputError: a pattern matches nothing, a rank would be 0, or the budget cannot be met; says what can.
@@ -63,9 +62,9 @@ def require_fast_enough(recipe: Recipe, structure: Structure, times: LinearTimes
 
 
 def spare_ranks(recipe: Recipe, structure: Structure, ranks: Mapping[str, int]) -> Ranks:
-    """Of the linears that an allocation leaves dense, the largest rank that it may give each at a higher ratio.
+    """The largest rank that an allocation may give, at a higher ratio, to each linear that it leaves dense here.
 
-    What an override leaves dense is dense at every ratio, and not among them.
+    Linears that an override leaves dense are dense at every ratio, and not in the result.
     """
     by_override = overridden(recipe, structure.targets)
     spare = {t.name: t.break_even_rank // recipe.round_to * recipe.round_to for t in structure.targets}
@@ -73,9 +72,9 @@ def spare_ranks(recipe: Recipe, structure: Structure, ranks: Mapping[str, int]) 
 
 
 def elastic_bytes(recipe: Recipe, structure: Structure, stored: Tensors, ranks: Mapping[str, int], known: bool) -> int:
-    """Exact size of the elastic files, 0 where there are none.
+    """Exact size of the elastic files; 0 without any.
 
-    Where the ranks are not ``known`` yet, the most it can be: the linears that stay dense take no more than the budget.
+    If the ranks are not ``known`` yet, an upper bound: the linears that stay dense take no more than the budget.
     """
     if not recipe.elastic:
         return 0

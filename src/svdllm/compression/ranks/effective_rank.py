@@ -1,4 +1,4 @@
-"""D-Rank's ranks (arXiv 2509.25622): by the effective rank of each target, without any measurement beyond the spectra."""
+"""The ranks of D-Rank (arXiv 2509.25622): by the effective rank of each target, from the spectra alone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from svdllm.compression.ranks.question import Allocation, Cost, Evidence, Questi
 from svdllm.compression.ranks.rows import Row
 from svdllm.models.structure import Target
 
-# What part of the parameters of a block's q and k goes to its v.
+# Share of the parameters of a block's q and k that goes to its v.
 SHIFT = 0.3
-# How the names of such targets end.
+# Endings of the names of such targets.
 ROLES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "query": "q", "key": "k", "value": "v"}
 
 
@@ -32,19 +32,19 @@ def effective_ranks(
 ) -> Ranks:
     """Ranks proportional to ``sqrt(R / (d + n))``, where ``R`` is the effective rank of a ``d x n`` target.
 
-    That minimises ``sum(R / rank)`` at a given cost. A target whose share reaches the price of the dense matrix stays
-    dense at that price, and what it does not need goes to the others; so does what rounding leaves. Then ``shift`` of
-    what q and k of a group have is moved to its v, in the unit of the budget and no more than makes v dense; groups
-    without such names are left as they are.
+    These ranks minimise ``sum(R / rank)`` at a given cost. A target whose share reaches the price of the dense matrix
+    stays dense. What it does not need goes to the others, and so does what rounding leaves. Then the share ``shift`` of
+    what q and k of a group have moves to its v, in the unit of the budget, until v is dense at most. Groups without
+    such names do not change.
 
     Args:
         targets: what is compressed.
         energies: target -> eigenvalues of ``W C W^T`` (``K``).
         budget: what may be spent on all targets; never exceeded.
         round_to: ranks are multiples of this, and at least this.
-        cost: of a target's factors, or of its dense matrix, in the unit of the budget; parameters by default. What the
-            dense matrix costs for each of the ``d n / (d + n)`` ranks of its size takes the place of ``d + n``.
-        shift: what part of q and k goes to v.
+        cost: of a target's factors, or of its dense matrix, in the unit of the budget; parameters by default. The cost
+            of the dense matrix divided by the ``d n / (d + n)`` ranks of its size takes the place of ``d + n``.
+        shift: the share of q and k that goes to v.
 
     Returns:
         The ranks of the targets that do not stay dense, all below break-even.
@@ -78,7 +78,7 @@ def effective_rank(energies_K: Tensor) -> float:
 def _proportional(
     weights: Mapping[str, float], least: Mapping[str, int], dense: Mapping[str, int], budget: int
 ) -> dict[str, float]:
-    """What each target may spend: proportional to its weight, from its least to its dense price, in all the budget."""
+    """The budget shared out in proportion to the weights; a share lies between the least and the dense price."""
 
     def at(scale: float) -> dict[str, float]:
         return {name: min(max(scale * weights[name], least[name]), dense[name]) for name in weights}
@@ -123,7 +123,7 @@ def _role(name: str) -> str | None:
 
 
 def _prices(target: Target, round_to: int, cost: Cost) -> list[int]:
-    """Of the ranks that are cheaper than the dense matrix, ascending, and of that."""
+    """The prices of the ranks that are cheaper than the dense matrix, ascending, then the price of the dense matrix."""
     dense = cost(target, None)
     factors = [cost(target, rank) for rank in range(round_to, target.break_even_rank + 1, round_to)]
     return [*(price for price in factors if price < dense), dense]
@@ -137,8 +137,8 @@ def _rounded(
     budget: int,
     round_to: int,
 ) -> Ranks:
-    """Multiples of ``round_to`` or dense; what is left over goes to those that rounding took most from, a step each."""
-    # A share that is a price but for its last bits buys what has that price.
+    """Multiples of ``round_to``, or dense. The rest goes in steps to the targets that lost most by rounding."""
+    # A share that equals a price but for its last bits buys the rank of this price.
     levels = {name: bisect_right(prices[name], shares[name] * (1 + 1e-13)) - 1 for name in prices}
     left = budget - sum(prices[name][level] for name, level in levels.items())
     lost = {name: (shares[name] - prices[name][level]) / of_one[name] for name, level in levels.items()}

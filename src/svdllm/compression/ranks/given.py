@@ -13,7 +13,7 @@ from svdllm.models.structure import Target
 
 
 def explicit_ranks(ranks: Mapping[str, int | str], targets: Sequence[Target]) -> Ranks:
-    """The ranks of ``Recipe.ranks``; targets that are 'dense' or that no pattern matches are not in it.
+    """The ranks of ``Recipe.ranks``, without the targets that stay dense: 'dense', or matched by no pattern.
 
     Raises:
         InputError: a pattern matches nothing, or asks for a rank that a target cannot have.

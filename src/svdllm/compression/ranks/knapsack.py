@@ -111,7 +111,7 @@ class _Segments:
 
 @dataclass
 class _Incumbent:
-    """The best solution so far, and the least bound of what was left out without proof."""
+    """The best solution so far, and the least bound of the states that were left out without proof."""
 
     positions: list[int]
     loss: float
@@ -134,7 +134,7 @@ def _undominated(name: str, choices: Sequence[Choice]) -> _Item:
 
 
 def _in_common_units(items: list[_Item], capacity: int) -> tuple[list[_Item], int]:
-    """Costs above the cheapest choice, divided by their greatest common divisor: what cannot be spent is let go."""
+    """Costs above the cheapest choice, divided by their greatest common divisor; the capacity is rounded down."""
     shifted = [item.costs - item.costs[0] for item in items]
     unit = gcd(*(int(np.gcd.reduce(costs)) for costs in shifted)) or 1
     scaled = [_Item(costs // unit, item.losses, item.origins) for item, costs in zip(items, shifted, strict=True)]
@@ -196,7 +196,7 @@ def _lower_hull(costs: Integers, losses: Floats) -> Integers:
 
 
 def _pareto(costs: Integers, losses: Floats) -> Integers:
-    """Positions of what nothing else matches in cost and loss, by rising cost; of equals the first."""
+    """Positions of the choices that no other choice dominates, by rising cost; of equal choices the first."""
     order = np.lexsort((losses, costs))
     sorted_losses = losses[order]
     best_before = np.concatenate([[inf], np.minimum.accumulate(sorted_losses)[:-1]])
@@ -204,7 +204,7 @@ def _pareto(costs: Integers, losses: Floats) -> Integers:
 
 
 def _fill(items: Sequence[_Item], capacity: int, start: Sequence[int]) -> list[int]:
-    """A solution from another by single changes, each the one that gains most of those that still fit."""
+    """Improves a solution by single changes: each time the change that gains most among those that still fit."""
     owners = np.repeat(np.arange(len(items)), [len(item.costs) for item in items])
     first = np.cumsum([0] + [len(item.costs) for item in items[:-1]])
     costs, losses = np.concatenate([i.costs for i in items]), np.concatenate([i.losses for i in items])
@@ -223,7 +223,7 @@ class _Stage:
     """One target of the search."""
 
     owner: int  # its index among all items
-    item: _Item  # what reduced costs left of it
+    item: _Item  # the choices that reduced costs kept
     start: int  # the choice at which the relaxation has it, as a position in the unreduced item
 
     @property
@@ -232,7 +232,7 @@ class _Stage:
 
 
 def _search(stages: Sequence[_Stage], capacity: int, incumbent: _Incumbent, max_states: int) -> None:
-    """Improves the incumbent; what is left out without proof is recorded there."""
+    """Improves the incumbent, and records in it the least bound of the states that are left out without proof."""
     costs, losses, bounds = np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros(1)
     history: list[tuple[Integers, Integers]] = []  # per stage and state: the state before, and the choice
     segments = _hull_segments([stage.item for stage in stages])

@@ -1,4 +1,4 @@
-"""Loss-aware ranks: what truncating each linear does to the predictions, and a knapsack over ranks or dense.
+"""Ranks of least loss: how truncating each linear changes the predictions, and a knapsack over ranks or dense.
 
 The loss of linear ``i`` at rank ``r`` is ``c_i tail_i(r) / tail_i(r0)``: its spectrum gives the shape, one probe at
 ``r0`` the height. Linears may stay dense, at no loss and full price.
@@ -40,7 +40,7 @@ def losses_of(evidence: Evidence, target: Target) -> Tensor:
 
 
 def loss_choices(target: Target, losses: Tensor, cost: Cost, round_to: int) -> list[Choice]:
-    """Multiples of ``round_to`` below break-even, and dense."""
+    """The choices of a target: multiples of ``round_to`` below break-even, and dense."""
     ranks = range(round_to, target.break_even_rank + 1, round_to)
     factorised = [Choice(rank, cost(target, rank), float(losses[rank])) for rank in ranks]
     return [*factorised, Choice(None, cost(target, None), 0.0)]
@@ -58,7 +58,7 @@ def loss_ranks(
     Args:
         targets: what is compressed.
         losses: target -> loss at every rank.
-        cost: of a target's factors, or of its dense matrix, in the unit of the budget (parameters, bytes or nanoseconds).
+        cost: of a target's factors, or of its dense matrix, in the unit of the budget (parameters, bytes, nanoseconds).
         budget: what may be spent on all targets.
         round_to: ranks are multiples of this.
     """

@@ -1,4 +1,4 @@
-"""What an allocation is asked, what it knows, and what it answers."""
+"""An allocation: the question, the evidence, and the answer."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What an analysis knows of every target: its eigenvalues (descending) and, if it was probed, its probes.
+    """The results of the analysis: the eigenvalues of every target (descending), and its probes if it was probed.
 
-    A probe is what the allocation's own measure found with this target alone truncated, by rank. ``times`` are there
-    where time is the budget.
+    A probe is the measure of the allocation with one target truncated, by rank. ``times`` are given if time is the
+    budget.
     """
 
     energies: Mapping[str, Tensor] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a row of the table of allocations says of itself."""
+"""The rows of the table of allocations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from svdllm.models.structure import Target
 
 @dataclass(frozen=True, kw_only=True)
 class Probing:
-    """Which truncations of single targets are measured before an allocation, and how.
+    """The truncations of single targets that are measured before an allocation, and the measure.
 
     ``ranks(target, round_to, settings)`` are the ranks to try, ascending.
     """
@@ -37,8 +37,8 @@ def multiples(question: Question, settings: Any) -> Least:
 class Row:
     """A row of ``ALLOCATIONS``: how a budget is spread over the targets.
 
-    ``allocate(question, evidence, settings)`` chooses the ranks; ``settings`` is the recipe, which has the fields of the
-    row's own ``settings``. It is asked for what can be met only, unless it leaves no target dense.
+    ``allocate(question, evidence, settings)`` chooses the ranks. ``settings`` is the recipe, which has the fields of
+    the row's own ``settings``. A row that may leave targets dense is asked only for a budget that its least ranks fit.
     ``least(question, settings)`` are the least ranks that it may choose.
     """
 
@@ -55,5 +55,5 @@ class Row:
 
     @property
     def reads(self) -> frozenset[str]:
-        """The settings of a recipe that are for this row."""
+        """The settings that do nothing without this row, or another that reads them."""
         return frozenset(self.settings.model_fields)

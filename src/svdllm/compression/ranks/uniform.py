@@ -53,7 +53,7 @@ def fill_budget(targets: Sequence[Target], budget: int, round_to: int = 1, cost:
         low, high = (low, middle) if total(ranks_at(middle)) <= budget else (middle, high)
     ranks = ranks_at(high)
     left = budget - total(ranks)
-    # What rounding left over goes to the targets that lost most by it, one step each.
+    # The rest goes in steps to the targets that lost most by rounding.
     by_loss = sorted(targets, key=lambda t: (ranks[t.name] - _exact_rank(t, high), t.name))
     spent = True
     while spent:
@@ -71,7 +71,7 @@ def fill_budget(targets: Sequence[Target], budget: int, round_to: int = 1, cost:
 
 
 def exact_floor(value: float) -> int:
-    """Floor that is not fooled by ``0.8 * 10 == 8.000000000000002`` or ``7.999999999999999``."""
+    """Floor of a value that rounding may have moved off an integer, as in ``0.29 * 100 == 28.999999999999996``."""
     nearest = round(value)
     return nearest if abs(value - nearest) < 1e-9 * max(1.0, abs(value)) else floor(value)
 

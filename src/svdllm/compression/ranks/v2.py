@@ -1,4 +1,4 @@
-"""SVD-LLM V2's ranks (arXiv 2503.12340, section 3.1): within a type of linear, who would lose more is compressed less."""
+"""The ranks of SVD-LLM V2 (arXiv 2503.12340, section 3.1): linears of a type that would lose more keep more."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def v2_ranks(targets: Sequence[Target], energies: Mapping[str, Tensor], ratio: f
     ``s = 1 / log L``, and a target's ratio is ``n ratio s / sum(s)`` over the ``n`` targets of its type.
 
     The paper leaves two cases open. Where a loss of a type is below ``e``, all losses of the type are scaled so that
-    the least is ``e``; without that, ``log L`` could be nought or negative. A ratio that would leave less than the
-    least rank is lowered to what leaves it, and the others of the type rise in proportion.
+    the least is ``e``; otherwise ``log L`` could be zero or negative. A ratio that would leave less than the least rank
+    is lowered until it leaves the least rank, and the others of the type rise in proportion.
 
     Args:
         targets: what is compressed.

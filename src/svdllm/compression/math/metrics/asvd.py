@@ -18,7 +18,7 @@ class AsvdSettings(BaseModel):
 
 
 def _right(mean_absolute: Tensor | None, settings: AsvdSettings) -> Tensor:
-    """``S = diag(mean|x|^alpha)``; a channel that is never active gets the smallest scale of those that are."""
+    """``S = diag(mean|x|^alpha)``; a channel that is never active gets the smallest scale above zero."""
     assert mean_absolute is not None
     return without_zeros(mean_absolute).pow(2 * settings.asvd_alpha)
 

@@ -1,4 +1,4 @@
-"""What a row of the tables of metrics says of itself.
+"""The rows of the tables of metrics.
 
 Every method is the same truncation in another metric, ``min ||L (W - W') S||_F`` over rank ``r``. The right metric
 ``C = S S^T`` is made from a statistic of the inputs, the left one ``G = L^T L`` from one of the loss's gradients.
@@ -22,7 +22,7 @@ from svdllm.models.structure import Target
 class LeftMetric:
     """How errors of the outputs are weighed, from gradients of the loss.
 
-    ``weighs(target, settings)`` says which targets have a left metric; the others keep the identity.
+    ``weighs(target, settings)`` says whether a target has a left metric; without, it keeps the identity.
     ``of(target, value, settings)`` returns ``G`` (``out x out``) from the value of the statistic.
     """
 
@@ -43,7 +43,7 @@ class Metric:
 
     @property
     def reads(self) -> frozenset[str]:
-        """The settings of a recipe that are for this row."""
+        """The settings that do nothing without this row, or another that reads them."""
         return _reads(self)
 
 
@@ -51,11 +51,12 @@ class Metric:
 class Method:
     """A row of ``METHODS``: how the inputs are weighed, and perhaps the outputs.
 
-    ``right(value, settings)`` returns ``C`` as ``None`` (identity), ``(in,)`` (diagonal) or ``(in, in)``, from the value
-    of the statistic over the calibration tokens, which is None without a statistic.
+    ``right(value, settings)`` returns ``C`` as ``None`` (identity), ``(in,)`` (diagonal) or ``(in, in)``. ``value`` is
+    that of the statistic over the calibration tokens, or None without a statistic. ``settings`` is the recipe, which
+    has the fields of the row's own ``settings``.
 
-    ``has_gram`` says that ``C`` is the Gram of the inputs. Shrinkage, the correction of biases, a sequential calibration
-    and the metrics with a left side build on it.
+    ``has_gram`` says that ``C`` is the Gram of the inputs. Shrinkage, the correction of biases, a sequential
+    calibration and the metrics with a left side build on it.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Method:
 
     @property
     def reads(self) -> frozenset[str]:
-        """The settings of a recipe that are for this row."""
+        """The settings that do nothing without this row, or another that reads them."""
         return _reads(self)
 
     @property

@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 from svdllm.common.settings import setting
 
-# The loss reaches queries and keys only through a softmax: their gradients are small and few, and left out.
+# The loss reaches queries and keys through a softmax only. Their gradients are small and few, and are left out.
 QUERY_AND_KEY = (r"\.(q|k)_proj$", r"\.(query|key)$")
 
 

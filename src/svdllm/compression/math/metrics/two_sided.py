@@ -1,4 +1,4 @@
-"""The two-sided metric: errors of the outputs weighed by what the loss says of each, the Gram of its gradients."""
+"""The two-sided metric: errors of the outputs weighed by the Gram of the loss's gradients."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def _left(target: Target, gradient_OO: Tensor, settings: TwoSidedSettings) -> Te
 
 
 def joint_left_metric(target: Target, gradient_OO: Tensor, input_only: Collection[str], shrinkage: float) -> Tensor:
-    """The left metric of several linears with one first factor: each linear's in its place, in proportion to its gradients.
+    """The left metric of several linears with one first factor: one block for each, in proportion to its gradients.
 
-    A linear of ``input_only`` keeps its proportion, and the identity as its metric.
+    A linear of ``input_only`` keeps its proportion; its block is a multiple of the identity.
     """
     whole = gradient_OO.diagonal().mean().clamp_min(torch.finfo(gradient_OO.dtype).tiny)
     blocks, start = [], 0
@@ -58,7 +58,7 @@ def _weighs(target: Target, settings: TwoSidedSettings) -> bool:
 
 
 def _input_only(target: Target, settings: TwoSidedSettings) -> list[str]:
-    """The linears of a target whose outputs all count alike."""
+    """The linears of a target that the gradients do not weigh."""
     return [name for name in target.linears if any(matches(pattern, name) for pattern in settings.input_only)]
 
 

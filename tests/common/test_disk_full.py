@@ -231,7 +231,7 @@ def test_what_was_measured_is_shown_even_if_it_cannot_be_kept(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "out.json")
 
-    monkeypatch.setattr("svdllm.cli.evaluate.store_evaluation", full)
+    monkeypatch.setattr("svdllm.evaluation.document.store_evaluation", full)
     (tmp_path / "text.txt").write_text(TEXT)
     arguments = ["eval", dense, "--ppl", tmp_path / "text.txt", "--seqlen", 16, "--max-windows", 2, "--offline"]
     with pytest.raises(SystemExit) as ended:

@@ -268,7 +268,7 @@ def test_chat_without_a_default_template_ends_before_the_model_is_loaded(
 ) -> None:
     copy = shutil.copytree(checkpoint.with_name("dense"), tmp_path / "copy")
     (copy / "chat_template.jinja").unlink()
-    monkeypatch.setattr("svdllm.cli.chat.load_model", None)
+    monkeypatch.setattr("svdllm.checkpoint.load.load_model", None)
     with pytest.raises(SystemExit) as done:
         main(["chat", str(copy)])
     assert done.value.code == 2

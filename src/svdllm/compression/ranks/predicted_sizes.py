@@ -50,7 +50,7 @@ class WrittenFiles:
         return file_bytes(self.tensors(ranks))
 
     def most_bytes(self, ranks: Mapping[str, int], total: int) -> int:
-        """An upper limit on the bytes of all files if they are at most ``total``: a sum of the ``share`` of each part."""
+        """An upper limit on the bytes of all files, if it is at most ``total``: the ``share`` of every part, summed."""
         return empty_files_bytes(total) + self.share(ranks, total)
 
     def share(self, ranks: Mapping[str, int], total: int) -> int:

@@ -62,7 +62,7 @@ def export_graph(folder: str | Path, output_dir: str | Path, format: str) -> tup
         past = _past(model, _token_ids(model, TRACED))
         with torch.no_grad(), _quiet():
             graph = _traced(model, past, format)
-            # The factors are inside the graph, so the dense config describes its inputs without code of this library.
+            # The factors are inside the graph, so the dense config describes its inputs without this library.
             graph.config = dense_config(config)
             graph.save_pretrained(partial)
             copy_companion_files(folder, partial)

@@ -70,8 +70,8 @@ def export_graph(folder: str | Path, output_dir: str | Path, format: str) -> tup
         difference = compare_logits(
             *logits,
             lambda how: NumericalError(
-                f"The {format} graph of {folder} is not kept: {how}. Other versions of {', '.join(PACKAGES[format])} may "
-                "do better."
+                f"The {format} graph of {folder} is not kept: {how}. Other versions of {', '.join(PACKAGES[format])} "
+                "may do better."
             ),
         )
     return difference, past is not None

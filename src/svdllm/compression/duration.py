@@ -16,22 +16,22 @@ READ_BYTES, WRITE_BYTES = 4e8, 1e8
 GGUF_SECONDS, GGUF_WEIGHTS = 8.0, 3e7
 # Element-wise operations for every output of a linear: norms, residuals, rotations, gates, copies.
 PASSES = 16
-# Times the forward pass that a backward pass takes, with the forward pass that it repeats.
+# Duration of a backward pass, with the forward pass that it repeats, in forward passes.
 BACKWARD = 2.5
 # Fits of a target in a sequential calibration that chooses beta: three candidates, and then the best of them.
 FITS = 4
 # A call of few tokens takes as long as with this many more, in which time the weights are read from memory.
 CALL_TOKENS = 32
-# How much of the products' work a symmetric product needs, computed panel by panel.
+# Share of a product's work that a symmetric product needs, computed panel by panel.
 SYMMETRIC = 0.65
-MARGIN = 1.25  # of the longest time: shapes do not tell everything
+MARGIN = 1.25  # of the longest time, for what shapes do not show
 
 
 def predicted_seconds(work: Workload) -> tuple[dict[str, float], tuple[float, float]]:
-    """Seconds of every stage at the median speed, and the least and most of all together.
+    """Predicts the seconds of every stage, at the median speed measured, and the least and most seconds of all stages.
 
-    The least is that of the best speed measured. The most is that of the median speed, or of the share of the machine
-    that other processes leave, whichever is longer.
+    The least belongs to the best speed measured. The most belongs to the median speed, or to the share of the machine
+    that other processes leave, whichever is slower, and has a margin.
     """
     shapes = Counter((target.out_features, target.in_features) for target in work.structure.targets)
     best, typical = measure_speed(work.device, work.dtype, *shapes.most_common(1)[0][0])
@@ -58,7 +58,7 @@ def _seconds_by_stage(work: Workload, speed: MachineSpeed) -> dict[str, float]:
 
 
 def _forward_seconds(work: Workload, tokens: int, speed: MachineSpeed) -> float:
-    """Of all blocks: products, attention and element-wise operations."""
+    """Seconds of a forward pass through all blocks: products, attention and element-wise operations."""
     weights, depth = work.structure.num_target_params, len(work.structure.blocks)
     attention = 3 * work.recipe.seqlen * work.hidden_size * depth
     passed = PASSES * sum(target.out_features for target in work.structure.targets)
@@ -72,7 +72,7 @@ def _gram_seconds(work: Workload, tokens: int, speed: MachineSpeed) -> float:
 
 
 def _backward_seconds(work: Workload, speed: MachineSpeed) -> float:
-    """The last blocks' gradients: forward again and back, the Grams of output gradients, and the head both ways."""
+    """Seconds of the reverse walk: forward again and back, Grams of output gradients, and the head both ways."""
     tokens, head = work.gradient_tokens, work.vocab_size * work.hidden_size
     lefts = sum(target.out_features**2 for target in work.structure.targets)
     return (
@@ -83,7 +83,7 @@ def _backward_seconds(work: Workload, speed: MachineSpeed) -> float:
 
 
 def _probe_seconds(work: Workload, speed: MachineSpeed) -> float:
-    """Every probe goes from its block to the end, and through the head."""
+    """Seconds of probing: every probe goes from its block to the end, and through the head."""
     depth = len(work.structure.blocks)
     blocks = sum(work.num_probes[t.name] * (depth - t.block) / depth for t in work.structure.targets)
     count = sum(work.num_probes.values())
@@ -99,7 +99,7 @@ def _probe_seconds(work: Workload, speed: MachineSpeed) -> float:
 
 
 def _spectrum_seconds(target: Target, work: Workload, speed: MachineSpeed) -> float:
-    """One decomposition: its products with the metrics, and the eigenvectors of the smaller side."""
+    """Seconds of one decomposition: products with the metrics, and the eigenvectors of the smaller side."""
     rows, columns, rank = target.out_features, target.in_features, target.full_rank
     operations = 2 * SYMMETRIC * rank * rank * columns
     if work.takes_grams:
@@ -112,7 +112,7 @@ def _spectrum_seconds(target: Target, work: Workload, speed: MachineSpeed) -> fl
 
 
 def _sequential_seconds(work: Workload, speed: MachineSpeed) -> float:
-    """Six partial or whole passes, three products per group, and for each candidate of beta a fit and its error."""
+    """Seconds of a sequential calibration: six passes, partial or whole, three products per group, and the fits."""
     if not work.sequential_tokens:
         return 0.0
     tokens, targets = work.sequential_tokens, work.structure.targets

@@ -1,8 +1,8 @@
 """Measures how fast this machine multiplies, decomposes and runs through activations, in the shapes of a model.
 
-A CPU is measured with one thread, and its speed scaled to the threads that a run has. Threads wait for each other: where
-other processes take the cores, a short operation on two threads takes anything from its time on an idle machine to a
-hundred times as much, and says nothing.
+A CPU is measured with one thread, and its speed is scaled to the threads of a run. Threads wait for each other: where
+other processes take the cores, a short operation on two threads takes between once and a hundred times its time on an
+idle machine, and tells nothing.
 """
 
 from __future__ import annotations

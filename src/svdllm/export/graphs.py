@@ -62,7 +62,7 @@ def export_graph(folder: str | Path, output_dir: str | Path, format: str) -> tup
         past = _past(model, _token_ids(model, TRACED))
         with torch.no_grad(), _quiet():
             graph = _traced(model, past, format)
-            # The factors are inside the graph, so the dense config describes its inputs without code of this library.
+            # The factors are inside the graph, so the dense config describes its inputs without this library.
             graph.config = dense_config(config)
             graph.save_pretrained(partial)
             copy_companion_files(folder, partial)
@@ -70,8 +70,8 @@ def export_graph(folder: str | Path, output_dir: str | Path, format: str) -> tup
         difference = compare_logits(
             *logits,
             lambda how: NumericalError(
-                f"The {format} graph of {folder} is not kept: {how}. Other versions of {', '.join(PACKAGES[format])} may "
-                "do better."
+                f"The {format} graph of {folder} is not kept: {how}. Other versions of {', '.join(PACKAGES[format])} "
+                "may do better."
             ),
         )
     return difference, past is not None

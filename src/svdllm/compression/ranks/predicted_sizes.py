@@ -50,11 +50,11 @@ class WrittenFiles:
         return file_bytes(self.tensors(ranks))
 
     def most_bytes(self, ranks: Mapping[str, int], total: int) -> int:
-        """The most that all files have, if it is at most ``total``: a sum to which each target adds its ``share``."""
+        """An upper limit on the bytes of all files, if it is at most ``total``: the ``share`` of every part, summed."""
         return empty_files_bytes(total) + self.share(ranks, total)
 
     def share(self, ranks: Mapping[str, int], total: int) -> int:
-        """The most that this part of a model adds to files of ``total`` bytes."""
+        """An upper limit on the bytes that this part of a model adds to files of ``total`` bytes."""
         return share_of_files(self.tensors(ranks), total)
 
     def part(self, target: Target) -> WrittenFiles:
@@ -83,7 +83,7 @@ class QuantizedFiles(WrittenFiles):
         )
 
     def num_bytes(self, ranks: Mapping[str, int]) -> int:
-        """The most that all files have; less than 0.5 % too much where linears have a million weights."""
+        """An upper limit on the bytes of all files, at most 0.5 % above them for models of real size."""
         return self.most_bytes(ranks, self.most_bytes(ranks, 0))
 
     def most_bytes(self, ranks: Mapping[str, int], total: int) -> int:

@@ -42,13 +42,19 @@ def compression(found: Record) -> list[str]:
     rows: list[list[Any]] = [
         [stage, *(f"{found[name]['seconds_by_stage'].get(stage, 0):.1f}" for name in presets)] for stage in stages
     ]
-    for label, key in (("all", "seconds"), ("planned", "planned_seconds"), ("all 32 blocks", "seconds_of_all_blocks")):
-        rows.append([f"**{label}**", *(f"{found[name][key]:.1f}" for name in presets)])
+    rows.append(["**all**", *(f"{found[name]['seconds']:.1f}" for name in presets)])
+    rows.append(["planned", *(_planned(found[name]) for name in presets)])
+    rows.append(["all 32 blocks", *(f"{found[name]['seconds_of_all_blocks']:.0f}" for name in presets)])
     for label, key in (("RAM", "ram"), ("device memory", "device")):
         planned = "planned_device_bytes" if key == "device" else "planned_peak_ram_bytes"
         cells = (f"{found[name][f'peak_{key}_bytes'] / 1e9:.2f} ({found[name][planned] / 1e9:.2f})" for name in presets)
         rows.append([f"{label}, GB (planned)", *cells])
     return [text, "", *table(["stage", *presets], rows)]
+
+
+def _planned(row: Record) -> str:
+    least, most = row["planned_seconds_range"]
+    return f"{row['planned_seconds']:.1f} ({least:.0f} to {most:.0f})"
 
 
 def decode(found: Record) -> list[str]:

@@ -156,6 +156,7 @@ def compression(suite: Suite) -> Record:
                 "seconds": seconds,
                 "seconds_by_stage": result.seconds,
                 "planned_seconds": plan.needs.seconds,
+                "planned_seconds_range": plan.needs.seconds_range,
                 "planned_seconds_by_stage": plan.needs.seconds_by_stage,
                 "peak_ram_bytes": result.peak_ram_bytes,
                 "planned_peak_ram_bytes": plan.peak_ram_bytes,

@@ -79,8 +79,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "stablelm": {**_GQA, "use_qkv_bias": True},
 }
-# Families that differ in how they make keys: no rotation in some layers, neighbours in pairs, a part of each head, a norm
-# of all heads, a norm after the rotation.
+# Families that differ in how they make keys: no rotation in some layers, neighbours in pairs, a part of each head, a
+# norm of all heads, a norm after the rotation.
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "smollm3": {**_GQA, "no_rope_layers": [1, 0]},
     "cohere": _GQA,
@@ -91,7 +91,14 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
 # Families that are initialised or named in ways of their own: a buffer in no file that the body's initialisation sets,
 # an initialisation that asks for the weight of a linear, a causal LM whose body is not called by the prefix of its class.
 UNUSUAL: dict[str, dict[str, Any]] = {
-    "falcon_h1": {**_GQA, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+    "falcon_h1": {
+        **_GQA,
+        "head_dim": 8,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+    }
     | {"ssm_multipliers": [0.5, 2.0, 0.25, 3.0, 1.5]},
     "nanochat": _GQA,
     "llama4_text": {**_GQA, "head_dim": 8, "intermediate_size_mlp": 48, "moe_layers": []},

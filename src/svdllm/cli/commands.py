@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from svdllm.cli.libraries import prepared_libraries
+from svdllm.cli.libraries import prepared_libraries, without_garbage_collection
 from svdllm.common.settings import PANELS
 
 Function = TypeVar("Function", bound=Callable[..., None])
@@ -42,7 +42,10 @@ def group_of(functions: dict[str, Callable[..., None]]) -> type[TyperGroup]:
 
         def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
             name, command, rest = super().resolve_command(ctx, args)
-            return name, command and build(command.name or "", functions[command.name or ""]), rest
+            if command is None:
+                return name, None, rest
+            with without_garbage_collection():
+                return name, build(command.name or "", functions[command.name or ""]), rest
 
     return Commands
 

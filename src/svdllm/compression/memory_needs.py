@@ -11,11 +11,14 @@ from svdllm.models.structure import Target
 
 # Tokenizer, data set reader, thread stacks and the allocator's slack, beyond what the modules import.
 WORKING_BYTES = 120 * 2**20
+# Of a GPU, beyond what is counted: workspaces of its libraries and rounding of its allocator (110 to 150 MB on an H200),
+# and what its driver takes of the RAM (150 to 180 MB).
+GPU_WORKING_BYTES = GPU_RAM_BYTES = 256 * 2**20
 
 
 def ram_by_stage(work: Workload, hidden_states_on_disk: bool) -> dict[str, int]:
     """Peak bytes of RAM of every stage that the run has; ``now`` is what the process has already."""
-    base = resident_bytes() + WORKING_BYTES
+    base = resident_bytes() + WORKING_BYTES + (0 if work.on_cpu else GPU_RAM_BYTES)
     hidden = 0 if hidden_states_on_disk else work.hidden_states_bytes
     shard = max(tensor_bytes(work.written, names) for names in shard_names(work.written, SHARD_BYTES))
     stages = {"now": resident_bytes(), "read": base + 2 * work.largest_tensor_bytes}
@@ -32,7 +35,7 @@ def ram_by_stage(work: Workload, hidden_states_on_disk: bool) -> dict[str, int]:
 
 def device_bytes(work: Workload) -> int:
     """Peak bytes on a device that is not the CPU; 0 on the CPU."""
-    return 0 if work.on_cpu else max(_computed_bytes(work).values())
+    return 0 if work.on_cpu else GPU_WORKING_BYTES + max(_computed_bytes(work).values())
 
 
 def _computed_bytes(work: Workload) -> dict[str, int]:

@@ -145,15 +145,21 @@ def plan(
 ) -> list[Plan]:
     """Plans a run from configs and file headers; of a hub model, only its config is fetched.
 
+    A folder may hold no more than a config. The plan then takes the weights as the config describes them.
+
     Returns one plan per ratio of the recipe.
 
     Raises:
         InputError, UnsupportedModelError: as ``compress`` would, before any work.
     """
     recipe.require_budget()
-    source = open_config(model, offline=offline, revision=revision)
+    source = open_config(model, offline=offline, revision=revision, require_weights=False)
     recipe = recipe.within(context_length(source.config))
-    return plan_each_ratio(discover_subject(source, recipe), recipe, hidden_states_limit)
+    plans = plan_each_ratio(discover_subject(source, recipe), recipe, hidden_states_limit)
+    if source.weights is None and not isinstance(model, PreTrainedModel) and Path(model).is_dir():
+        warning = f"{source.name} holds no weights: the plan is of its config alone."
+        return [replace(single, warnings=[*single.warnings, warning]) for single in plans]
+    return plans
 
 
 def plan_each_ratio(subject: Subject, recipe: Recipe, hidden_states_limit: int | None) -> list[Plan]:

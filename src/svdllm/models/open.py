@@ -14,6 +14,7 @@ from svdllm.models.config_files import check_quantization, is_quantized, load_co
 from svdllm.models.hub import hub_folder
 from svdllm.models.low_rank.lowrank import weight_file_names
 from svdllm.models.model_names import display_name, snapshot_commit
+from svdllm.models.safetensors_files import holds_weights
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.tokenizer_files import load_tokenizer
 from svdllm.models.unused_tensors import UnusedTensors, warn_of_unused
@@ -118,16 +119,22 @@ def open_config(
     offline: bool = False,
     revision: str | None = None,
     allow_quantized: bool = False,
+    require_weights: bool = True,
 ) -> Source:
     """Opens a model like ``open_source``, but reads no weights; only the config of a hub id is fetched.
 
-    ``allow_quantized`` accepts a quantised model too, which can be run but not changed.
+    Args:
+        allow_quantized: accept a quantised model too, which can be run but not changed.
+        require_weights: refuse a folder that holds no weights.
     """
     text = "" if isinstance(model, PreTrainedModel) else _as_text(model)
     if Path(text).is_file():
         return _open_gguf(Path(text), None)
     is_folder = Path(text).is_dir()
-    if isinstance(model, PreTrainedModel) or (is_folder and not (allow_quantized and is_quantized(Path(text)))):
+    config_alone = is_folder and (
+        (allow_quantized and is_quantized(Path(text))) or not (require_weights or holds_weights(Path(text)))
+    )
+    if isinstance(model, PreTrainedModel) or (is_folder and not config_alone):
         return open_source(model, offline=offline)
     folder = Path(text) if is_folder else hub_folder(text, revision, offline, weights=False)
     config = load_config(folder, name=text, allow_quantized=allow_quantized)

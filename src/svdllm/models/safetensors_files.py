@@ -31,6 +31,9 @@ SAFETENSORS_CODES = {
 }
 _DTYPES = {code: dtype for dtype, code in SAFETENSORS_CODES.items() if not code.startswith("F8")}  # of a plain model
 
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5")
+_OF_WEIGHTS = (".safetensors", *_PICKLED)
+
 
 def weight_files(folder: Path) -> list[Path]:
     """Lists the weight files of a folder that transformers reads (``weight_file_names``).
@@ -59,6 +62,11 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder has weight files of any format, or an index of them."""
+    return any(path.name.endswith((*_OF_WEIGHTS, ".index.json")) for path in folder.iterdir())
+
+
 def _refuse_other_weights(folder: Path, name: str) -> None:
     """Raises UnsupportedModelError for weights under other names or in other formats than transformers reads."""
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
@@ -67,7 +75,7 @@ def _refuse_other_weights(folder: Path, name: str) -> None:
             f"{name} has no model.safetensors, only {', '.join(others[:3])}, which transformers does not read either. "
             "If it holds the weights of this config, rename it; else fetch the model in the format of transformers."
         )
-    if pickled := [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5"))]:
+    if pickled := [file for file in files if file.endswith(_PICKLED)]:
         raise UnsupportedModelError(
             f"{name} has no safetensors weights, only {', '.join(pickled[:3])}; pickled files are never read. Re-save "
             "the model with transformers' save_pretrained and compress that folder."

@@ -88,8 +88,8 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "olmo2": _GQA,
     "hunyuan_v1_dense": {**_GQA, "head_dim": 8},
 }
-# Families that are initialised or named in ways of their own: a buffer in no file that the body's initialisation sets,
-# an initialisation that asks for the weight of a linear, a causal LM whose body is not called by the prefix of its class.
+# Families that are initialised or named in ways of their own: a buffer in no file that the body's initialisation sets;
+# an initialisation that asks for the weight of a linear; a body that is not called by the prefix of its class.
 UNUSUAL: dict[str, dict[str, Any]] = {
     "falcon_h1": {
         **_GQA,

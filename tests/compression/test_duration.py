@@ -15,6 +15,7 @@ from svdllm.cli.console import duration_range
 from svdllm.compression import duration, machine_speed
 from svdllm.compression.duration import predicted_seconds
 from svdllm.compression.machine_speed import MachineSpeed, busy_share, measure_speed
+from svdllm.compression.memory_needs import GPU_RAM_BYTES, GPU_WORKING_BYTES, device_bytes, ram_by_stage
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.subject import Subject, structure_for
 from svdllm.compression.workload import Workload
@@ -176,3 +177,12 @@ def test_threads_are_counted_not_measured(monkeypatch: pytest.MonkeyPatch) -> No
     assert set(seen) == {1}
     assert speeds[1].eigh == pytest.approx(2 * speeds[0].eigh)
     assert speeds[0].multiply < speeds[1].multiply < 4 * speeds[0].multiply
+
+
+def test_what_a_gpu_takes_for_itself_is_counted() -> None:
+    """The same bytes on either device, but those of its driver and libraries."""
+    on_cpu = workload(small_recipe())
+    on_gpu = replace(on_cpu, device=torch.device("cuda"))
+    assert device_bytes(on_cpu) == 0
+    assert device_bytes(on_gpu) > GPU_WORKING_BYTES
+    assert ram_by_stage(on_gpu, False)["read"] - ram_by_stage(on_cpu, False)["read"] >= GPU_RAM_BYTES // 2

@@ -13,6 +13,7 @@ import svdllm
 from families import tiny_model
 from gguf_local import write_gguf
 from runs import run, small_recipe, token_windows
+from svdllm import InputError, UnsupportedModelError
 from svdllm.compression.plan import make_plan, refine
 from svdllm.compression.ranks import Evidence
 from svdllm.compression.subject import Subject, discover_subject
@@ -133,3 +134,21 @@ def test_the_report_says_the_ratio_asked_for_and_the_one_reached(tmp_path: Path)
     report = json.loads((tmp_path / "out" / "svdllm" / "report.json").read_text())
     assert report["ratio"] == 0.3 < report["achieved_ratio"] == result.plan.achieved_ratio
     assert f"| {report['achieved_ratio']:.2%} |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_config_alone_can_be_planned_and_not_compressed(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "whole")
+    model.config.save_pretrained(tmp_path / "config")
+    (of_config,), (of_whole,) = (svdllm.plan(tmp_path / name, small_recipe()) for name in ("config", "whole"))
+    assert of_config.warnings == [*of_whole.warnings, "config holds no weights: the plan is of its config alone."]
+    assert (of_config.ranks, of_config.params, of_config.file_bytes) == (
+        of_whole.ranks,
+        of_whole.params,
+        of_whole.file_bytes,
+    )
+    with pytest.raises(InputError, match=r"config has a config\.json but no model\.safetensors"):
+        run(tmp_path / "config", tmp_path / "out")
+    (tmp_path / "config" / "pytorch_model.bin").write_bytes(b"pickled")
+    with pytest.raises(UnsupportedModelError, match=r"no safetensors weights, only pytorch_model\.bin"):
+        svdllm.plan(tmp_path / "config", small_recipe())

@@ -11,8 +11,8 @@ from svdllm.models.structure import Target
 
 # Tokenizer, data set reader, thread stacks and the allocator's slack, beyond what the modules import.
 WORKING_BYTES = 120 * 2**20
-# Of a GPU, beyond what is counted: workspaces of its libraries and rounding of its allocator (110 to 150 MB on an H200),
-# and what its driver takes of the RAM (150 to 180 MB).
+# Of a GPU, beyond what is counted: workspaces of its libraries and rounding of its allocator (110 to 150 MB on an
+# H200), and what its driver takes of the RAM (150 to 180 MB).
 GPU_WORKING_BYTES = GPU_RAM_BYTES = 256 * 2**20
 
 

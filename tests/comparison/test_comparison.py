@@ -24,7 +24,7 @@ from svdllm.comparison.plots import _errors
 from svdllm.comparison.report import GridReport, write_report
 from svdllm.comparison.table import _relative, columns_of, groups_of, perplexity_text
 from svdllm.data import evaluation_tokens
-from svdllm.recovery.memory import require_memory
+from svdllm.recovery.memory import require_memory_of_methods
 
 LORA = "svd-llm+sequential-lora"
 
@@ -263,7 +263,11 @@ def test_what_to_do_about_memory_is_what_a_grid_can_do(
     from svdllm.compression import analyze as calibration
     from svdllm.recovery import checks
 
-    monkeypatch.setattr(checks, "require_memory", lambda *_: require_memory({"distill": 2**60}, torch.device("cpu")))
+    monkeypatch.setattr(
+        checks,
+        "require_memory_of_methods",
+        lambda *_: require_memory_of_methods({"distill": 2**60}, torch.device("cpu")),
+    )
     grid = make_grid(place, ["svd-llm+distill"])
     trained = by_name(run_grid(grid, tmp_path / "trained"))["svd-llm+distill 0.3"]["error"]
 

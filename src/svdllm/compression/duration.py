@@ -12,6 +12,7 @@ from svdllm.models.structure import Target
 
 # Bytes per second of reading weights and looking for NaN, and of writing a checkpoint, hashing it and reading it back.
 READ_BYTES, WRITE_BYTES = 4e8, 1e8
+FAST_FILES = 3.0  # times as fast at best: with a fast disk and a processor that hashes in hardware
 # Of a GGUF file: seconds to read its vocabulary, and weights dequantised, written and hashed per second.
 GGUF_SECONDS, GGUF_WEIGHTS = 8.0, 3e7
 # Element-wise operations for every output of a linear: norms, residuals, rotations, gates, copies.
@@ -36,24 +37,25 @@ def predicted_seconds(work: Workload) -> tuple[dict[str, float], tuple[float, fl
     shapes = Counter((target.out_features, target.in_features) for target in work.structure.targets)
     best, typical = measure_speed(work.device, work.dtype, *shapes.most_common(1)[0][0])
     stages = _seconds_by_stage(work, typical)
-    least = sum(_seconds_by_stage(work, best).values())
+    least = sum(_seconds_by_stage(work, best, files=FAST_FILES).values())
     busy = busy_share() if work.on_cpu else 1.0
     return stages, (least, MARGIN * max(sum(stages.values()), least * busy))
 
 
-def _seconds_by_stage(work: Workload, speed: MachineSpeed) -> dict[str, float]:
+def _seconds_by_stage(work: Workload, speed: MachineSpeed, files: float = 1.0) -> dict[str, float]:
+    """``files`` is how many times as fast as assumed files are read and written."""
     spectra = sum(_spectrum_seconds(target, work, speed) for target in work.structure.targets)
     walk = _forward_seconds(work, work.tokens, speed) + _gram_seconds(work, work.tokens, speed)
     speedup = work.recipe.target_speedup
     return {
         "open": GGUF_SECONDS + work.num_stored_weights / GGUF_WEIGHTS if work.gguf_bytes else 0.0,
-        "check weights": tensor_bytes(work.stored) / READ_BYTES,
+        "check weights": tensor_bytes(work.stored) / READ_BYTES / files,
         "time linears": 0.0 if speedup is None else SECONDS_PER_SHAPE * len(work.linear_shapes),
         "analyze": walk if work.gradient_tokens else walk + spectra,
         "gradients": _backward_seconds(work, speed) + spectra if work.gradient_tokens else 0.0,
         "probe": _probe_seconds(work, speed),
         "sequential": work.num_outputs * _sequential_seconds(work, speed),
-        "write": work.num_outputs * _write_seconds(work, speed),
+        "write": work.num_outputs * _write_seconds(work, speed, files),
     }
 
 
@@ -122,6 +124,6 @@ def _sequential_seconds(work: Workload, speed: MachineSpeed) -> float:
     return 6 * _forward_seconds(work, tokens, speed) + 4 * _gram_seconds(work, tokens, speed) + fits * fit
 
 
-def _write_seconds(work: Workload, speed: MachineSpeed) -> float:
+def _write_seconds(work: Workload, speed: MachineSpeed, files: float) -> float:
     factors = sum(2 * target.break_even_rank * target.num_weights for target in work.structure.targets)
-    return factors / speed.multiply64 + file_bytes(work.written) / WRITE_BYTES
+    return factors / speed.multiply64 + file_bytes(work.written) / WRITE_BYTES / files

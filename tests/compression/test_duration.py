@@ -187,3 +187,12 @@ def test_what_a_gpu_takes_for_itself_is_counted() -> None:
     assert device_bytes(on_cpu) == 0
     assert device_bytes(on_gpu) > GPU_WORKING_BYTES
     assert ram_by_stage(on_gpu, False)["read"] - ram_by_stage(on_cpu, False)["read"] >= GPU_RAM_BYTES // 2
+
+
+def test_a_gguf_file_takes_time_by_its_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vocabulary, the names of all tensors in two blocks, and the weights."""
+    work = workload(small_recipe())
+    monkeypatch.setattr(Workload, "gguf_bytes", 1)
+    stages, _ = seconds(monkeypatch, work, INSTANT)
+    names, weights = 2 * len(work.stored), work.num_stored_weights
+    assert stages["open"] == pytest.approx(work.vocab_size * 4e-4 + names * 7e-4 + weights / 3e7)

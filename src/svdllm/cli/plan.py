@@ -9,6 +9,7 @@ from svdllm.cli import options as o
 from svdllm.cli import recipe_options as r
 from svdllm.cli.commands import takes
 from svdllm.cli.console import print_json, print_warning, show
+from svdllm.cli.libraries import without_garbage_collection
 from svdllm.cli.readers import read_bytes
 
 
@@ -34,20 +35,21 @@ def plan(
 
     Reads configs and file headers only, no weights; takes seconds for a model of any size.
     """
-    from svdllm.checkpoint.output import require_free_output
-    from svdllm.cli.plan_tables import plan_table
-    from svdllm.compression.plan import plan as make_plans
+    with without_garbage_collection():
+        from svdllm.checkpoint.output import require_free_output
+        from svdllm.cli.plan_tables import plan_table
+        from svdllm.compression.plan import plan as make_plans
 
-    resolved = r.build_recipe(preset, recipe, settings)
-    if output is not None:
-        require_free_output(output)
-    plans = make_plans(
-        model,
-        resolved,
-        offline=offline,
-        revision=revision,
-        hidden_states_limit=None if hidden_states_limit is None else read_bytes(hidden_states_limit, r.LIMIT),
-    )
+        resolved = r.build_recipe(preset, recipe, settings)
+        if output is not None:
+            require_free_output(output)
+        plans = make_plans(
+            model,
+            resolved,
+            offline=offline,
+            revision=revision,
+            hidden_states_limit=None if hidden_states_limit is None else read_bytes(hidden_states_limit, r.LIMIT),
+        )
     if json:
         print_json([single.to_dict() for single in plans] if len(plans) > 1 else plans[0].to_dict())
         return

@@ -13,8 +13,9 @@ from svdllm.models.structure import Target
 # Bytes per second of reading weights and looking for NaN, and of writing a checkpoint, hashing it and reading it back.
 READ_BYTES, WRITE_BYTES = 4e8, 1e8
 FAST_FILES = 3.0  # times as fast at best: with a fast disk and a processor that hashes in hardware
-# Of a GGUF file: seconds to read its vocabulary, and weights dequantised, written and hashed per second.
-GGUF_SECONDS, GGUF_WEIGHTS = 8.0, 3e7
+# Of a GGUF file, whose reader is Python: seconds for each token of its vocabulary, which is parsed four times, and for
+# the name of each tensor, which is looked for in every block; weights dequantised, written and hashed per second.
+GGUF_TOKEN, GGUF_NAME, GGUF_WEIGHTS = 4e-4, 7e-4, 3e7
 # Element-wise operations for every output of a linear: norms, residuals, rotations, gates, copies.
 PASSES = 16
 # Duration of a backward pass, with the forward pass that it repeats, in forward passes.
@@ -43,12 +44,12 @@ def predicted_seconds(work: Workload) -> tuple[dict[str, float], tuple[float, fl
 
 
 def _seconds_by_stage(work: Workload, speed: MachineSpeed, files: float = 1.0) -> dict[str, float]:
-    """``files`` is how many times as fast as assumed files are read and written."""
+    """``files`` is how many times as fast as assumed files are read, converted and written."""
     spectra = sum(_spectrum_seconds(target, work, speed) for target in work.structure.targets)
     walk = _forward_seconds(work, work.tokens, speed) + _gram_seconds(work, work.tokens, speed)
     speedup = work.recipe.target_speedup
     return {
-        "open": GGUF_SECONDS + work.num_stored_weights / GGUF_WEIGHTS if work.gguf_bytes else 0.0,
+        "open": _gguf_seconds(work) / files if work.gguf_bytes else 0.0,
         "check weights": tensor_bytes(work.stored) / READ_BYTES / files,
         "time linears": 0.0 if speedup is None else SECONDS_PER_SHAPE * len(work.linear_shapes),
         "analyze": walk if work.gradient_tokens else walk + spectra,
@@ -57,6 +58,11 @@ def _seconds_by_stage(work: Workload, speed: MachineSpeed, files: float = 1.0) -
         "sequential": work.num_outputs * _sequential_seconds(work, speed),
         "write": work.num_outputs * _write_seconds(work, speed, files),
     }
+
+
+def _gguf_seconds(work: Workload) -> float:
+    names = len(work.stored) * len(work.structure.blocks)
+    return GGUF_TOKEN * work.vocab_size + GGUF_NAME * names + work.num_stored_weights / GGUF_WEIGHTS
 
 
 def _forward_seconds(work: Workload, tokens: int, speed: MachineSpeed) -> float:

@@ -58,7 +58,7 @@ NewTokens = Annotated[int, option("Tokens to write after each prompt; 0 for no p
 
 @dataclass(frozen=True, kw_only=True)
 class GridOptions:
-    """What compare and ablate are given, apart from the methods and the settings of the calibration."""
+    """The options of compare and ablate, apart from the methods and the settings of the calibration."""
 
     ratios: Ratios
     recover: Recover = None

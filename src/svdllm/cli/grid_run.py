@@ -1,4 +1,4 @@
-"""What compare and ablate share: the run with its report, and what is printed."""
+"""Runs the grid of compare and ablate, writes its report and prints its table."""
 
 from __future__ import annotations
 

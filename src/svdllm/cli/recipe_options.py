@@ -1,4 +1,4 @@
-"""What plan and compress share: the options that a recipe is made of, and the recipe."""
+"""The options of plan and compress, and the recipe that is made of them."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ DEVICE = "Device to compute on: auto, cpu, cuda, cuda:1, ..."
 
 @dataclass(frozen=True, kw_only=True)
 class Flag:
-    """What the command line adds to a field.
+    """The command line's part of a field.
 
     Args:
         panel: heading of the help under which the flag stands.

@@ -19,7 +19,7 @@ METHOD = "svd-llm"
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a study is asked for: its values, and what all its models have in common.
+    """The request for a study: its values, and what all its models have in common.
 
     Args:
         method: as ``svdllm compare`` takes it; None for svd-llm.

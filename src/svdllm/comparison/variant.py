@@ -68,7 +68,7 @@ class Variant(ABC):
         """
 
     def record(self, folder: str | Path) -> dict[str, Any]:
-        """What the record of a cell says about the model beside its measurements."""
+        """Describes the model in the record of a cell, beside its measurements."""
         return {"linears": [], "recovery": None, "compression_seconds": {}}
 
     def describe(self) -> str:

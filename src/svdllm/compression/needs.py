@@ -19,7 +19,7 @@ HIDDEN_STATES_SHARE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class RunNeeds:
-    """What a run needs: bytes of memory and disk, seconds by stage, and where it computes."""
+    """The needs of a run: bytes of memory and disk, seconds by stage, and where it computes."""
 
     device: str
     compute_dtype: str
@@ -50,7 +50,7 @@ def needs_of(
     num_outputs: int,
     hidden_states_limit: int | None,
 ) -> RunNeeds:
-    """What a run of the recipe needs for ``num_outputs`` checkpoints of about these ranks."""
+    """Predicts what a run of the recipe needs for ``num_outputs`` checkpoints of about these ranks."""
     stored = subject.stored
     device, dtype = subject.placement(recipe)
     written = compressed_tensors(stored, subject.structure.targets, ranks)

@@ -65,7 +65,7 @@ class LenientStream:
         self._drop_the_rest()
 
     def _drop_the_rest(self) -> None:
-        """Empties the buffer, which would fail once more when Python ends."""
+        """Redirects the stream to nowhere: its buffer would fail once more when Python ends."""
         self.reader_is_gone = True
         with suppress(OSError):  # of a stream without a file beneath it
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -103,7 +103,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Of the calibration text; 0 for a method that runs none of it."""
+        """Tokens of the calibration text; 0 for a method that runs none of it."""
         return self.recipe.samples * self.recipe.seqlen if self.method.needs_tokens else 0
 
     @property
@@ -132,12 +132,12 @@ class Workload:
 
     @property
     def token_bytes(self) -> int:
-        """What one token carries from block to block."""
+        """Bytes that one token carries from block to block."""
         return (self.hidden_size + self.structure.shared_features) * self.dtype.itemsize
 
     @property
     def hidden_states_bytes(self) -> int:
-        """Of all calibration tokens, between two blocks."""
+        """Bytes of the hidden states of all calibration tokens, between two blocks."""
         carried = max(self.tokens, 2 * self.sequential_tokens) if self.method.needs_tokens else 0
         return carried * self.token_bytes
 

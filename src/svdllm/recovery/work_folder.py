@@ -30,7 +30,7 @@ SETTINGS_FOLDER = "analysis"
 
 @dataclass(frozen=True)
 class WorkFolder:
-    """What a killed run goes on from: its settings, and a file of trained tensors with a record for every stage."""
+    """The folder from which a killed run continues: its settings, and trained tensors with a record for every stage."""
 
     path: Path
 

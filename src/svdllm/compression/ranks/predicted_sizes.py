@@ -38,7 +38,7 @@ class WrittenFiles:
     buffers: Collection[str] = field(default=(), kw_only=True)  # of the tensors: those that are not parameters
 
     def tensors(self, ranks: Mapping[str, int]) -> Tensors:
-        """Predicts the files that ``compress`` writes; targets without a rank stay dense."""
+        """The tensors that ``compress`` writes; targets without a rank stay dense."""
         return compressed_tensors(self.dense, self.targets, ranks)
 
     def num_params(self, ranks: Mapping[str, int]) -> int:

@@ -29,7 +29,7 @@ class Least(NamedTuple):
 
 @dataclass(frozen=True)
 class Unit:
-    """What a budget is counted in, and how much of it lies outside the targets whose ranks are free."""
+    """The unit of a budget, and how much of it lies outside the targets whose ranks are free."""
 
     what: str
     budget: int

@@ -72,7 +72,7 @@ def anisotropic_gram(width: int, num_tokens: int, generator: torch.Generator) ->
 
 def paper_root(gram_II: Tensor) -> tuple[Tensor, Tensor]:
     """``S`` and its inverse in float64, damped as far as needed; what comes after is float32."""
-    damping, eye = 0.0, torch.eye(len(gram_II), dtype=torch.float64)
+    damping, eye = 0.0, torch.eye(len(gram_II), dtype=torch.float64, device=gram_II.device)
     while True:
         root_II, info = torch.linalg.cholesky_ex(gram_II + damping * eye)
         if info.item() == 0:

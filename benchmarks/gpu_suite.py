@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -36,14 +35,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import svdllm
-from decomposition import paper_factors, squared_loss
+from decomposition import Linear, as_target, paper_factors, paper_root, squared_loss, summary
 from gpu_page import page
 from inference_gpu import llama_7b, random_models
 from svdllm.cli.console import ConsoleReporter
 from svdllm.common.device import resolve_device
 from svdllm.compression.math.linalg import factorise, output_spectrum
+from svdllm.compression.ranks.uniform import uniform_rank
 from svdllm.compression.recipe_files import preset_settings
 from svdllm.inference.bench import BenchSettings, benchmark_loaded
+from svdllm.inference.bench.roofline import shape_of
 
 Record = dict[str, Any]
 PRESETS = ("paper", "balanced")
@@ -90,8 +91,7 @@ class Suite:
             work()
             self.synchronise()
             times.append(time.perf_counter() - started)
-        low, middle, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-        return {"median": middle, "lower_quartile": low, "upper_quartile": high}
+        return summary(times)
 
 
 def random_model(config: LlamaConfig, suite: Suite) -> Any:
@@ -181,15 +181,14 @@ def decomposition(suite: Suite) -> Record:
         weight_OI = torch.randn(out_features, in_features, **made) / in_features**0.5
         inputs_TI = torch.randn(2 * in_features, in_features, **made) * torch.rand(in_features, **made)
         gram_II = (inputs_TI.T @ inputs_TI).double()
-        rank = int(0.8 * out_features * in_features / (out_features + in_features))
+        rank = uniform_rank(as_target(Linear(name, out_features, in_features, name)), 0.2)
         full = min(out_features, in_features)
 
         def ours(weight: Tensor = weight_OI, gram: Tensor = gram_II, rank: int = rank, full: int = full):
             return factorise(weight, output_spectrum(weight, gram, full), rank)
 
         def paper(weight: Tensor = weight_OI, gram: Tensor = gram_II, rank: int = rank):
-            root_II = torch.linalg.cholesky(gram)
-            return paper_factors(weight, root_II, torch.linalg.inv(root_II), rank)
+            return paper_factors(weight, *paper_root(gram), rank)
 
         row: Record = {"shape": [out_features, in_features], "rank": rank}
         for path, work in (("ours", ours), ("paper", paper)):
@@ -208,7 +207,7 @@ def decode(suite: Suite) -> Record:
     found: Record = {}
     for name, model in random_models(suite.config(), list(suite.ratios), suite.dtype, suite.device, 0).items():
         svdllm.fuse_factors(model)
-        bytes_read = sum(p.numel() * p.element_size() for p in model.parameters()) - _embedding_bytes(model)
+        bytes_read = shape_of(model).read_bytes
         for batch in (1, 8):
             step = _step(model, batch, suite)
             row: Record = {"weight_bytes": bytes_read, "eager": suite.seconds(step, 10)}
@@ -223,12 +222,6 @@ def decode(suite: Suite) -> Record:
                 row[f"{way}_speedup"] = dense[way]["median"] / row[way]["median"]
         row["ideal_speedup"] = dense["weight_bytes"] / row["weight_bytes"]
     return found
-
-
-def _embedding_bytes(model: Any) -> int:
-    weight = model.get_input_embeddings().weight
-    tied = model.config.tie_word_embeddings
-    return 0 if tied else weight.numel() * weight.element_size()
 
 
 def _step(model: Any, batch: int, suite: Suite) -> Callable[[], Tensor]:

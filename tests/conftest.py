@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from transformers.utils import logging
 
-from runs import save_dense
+from runs import TEXT, save_dense
 from tokenizers_local import byte_tokenizer
 
 
@@ -71,6 +71,14 @@ def tokenizer():
 def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
     """A tiny model on disk, which no test changes."""
     return save_dense(tmp_path_factory.mktemp("model") / "tiny", tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small text file, which no test changes."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT)
+    return file
 
 
 VERBOSITY, BARS = logging.get_verbosity(), logging.is_progress_bar_enabled()

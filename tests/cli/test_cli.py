@@ -22,13 +22,6 @@ from svdllm.common.errors import NumericalError
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(TEXT)
-    return file
-
-
-@pytest.fixture(scope="session")
 def compressed(tmp_path_factory: pytest.TempPathFactory, dense: Path, text: Path) -> Path:
     folder = tmp_path_factory.mktemp("out") / "small"
     with pytest.raises(SystemExit) as done:

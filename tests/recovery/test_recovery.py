@@ -44,13 +44,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, dense: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(TEXT)
-    return file
-
-
-@pytest.fixture(scope="module")
 def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of unequal length, prompts and answers."""
     file = tmp_path_factory.mktemp("instructions") / "instructions.json"

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import svdllm
 from families import tiny_model
-from runs import TEXT, run, save_dense, small_recipe
+from runs import run, save_dense, small_recipe
 from svdllm.checkpoint.quantized import ENTRY_BYTES, NOTE_BYTES
 from svdllm.checkpoint.report import read_report
 from svdllm.checkpoint.tensors import (
@@ -223,12 +223,6 @@ def cli(*arguments: object) -> int:
     with pytest.raises(SystemExit) as done:
         main([str(argument) for argument in arguments])
     return int(done.value.code or 0)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    (tmp_path / "text.txt").write_text(TEXT)
-    return tmp_path / "text.txt"
 
 
 SMALL = ("--preset", "paper", "--samples", "8", "--seqlen", "16")

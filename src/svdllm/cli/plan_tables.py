@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from svdllm.cli.console import count, duration_range, size
-from svdllm.cli.tables import Titled, kind_of, quantized_text, rank_range, summary_table
+from svdllm.cli.console import duration_range, size
+from svdllm.cli.tables import Titled, add_sizes, kind_of, rank_range, summary_table
 from svdllm.compression.plan import Plan
 
 
@@ -34,10 +34,7 @@ def plan_table(plan: Plan) -> Titled:
             "the analysis and from times measured then; uniform ranks are shown, as if time were parameters",
         )
     summary.add_row("removed of the linears", f"{plan.achieved_ratio:.2%}")
-    summary.add_row("parameters", f"{count(plan.dense_params)} -> {count(plan.params)}")
-    summary.add_row("weight files", f"{size(plan.sizes.dense_file_bytes)} -> {size(plan.file_bytes)}")
-    if plan.sizes.quantized_file_bytes is not None:
-        summary.add_row("once quantised", quantized_text(plan.sizes.quantized_file_bytes, plan.recipe.factor_bits))
+    add_sizes(summary, plan)
     if plan.sizes.elastic_bytes:
         summary.add_row(
             "elastic files", f"{'' if plan.ranks_known else 'at most '}{size(plan.sizes.elastic_bytes)} beside them"

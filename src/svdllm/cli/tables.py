@@ -28,10 +28,7 @@ def result_table(result: CompressionResult) -> Titled:
     plan = result.plan
     table = summary_table()
     table.add_row("method", f"{plan.recipe.method}, {plan.achieved_ratio:.2%} of the linears' parameters removed")
-    table.add_row("parameters", f"{count(plan.dense_params)} -> {count(plan.params)}")
-    table.add_row("weight files", f"{size(plan.sizes.dense_file_bytes)} -> {size(plan.file_bytes)}")
-    if plan.sizes.quantized_file_bytes is not None:
-        table.add_row("once quantised", quantized_text(plan.sizes.quantized_file_bytes, plan.recipe.factor_bits))
+    add_sizes(table, plan)
     if plan.sizes.elastic_bytes:
         table.add_row("elastic files", f"{size(plan.sizes.elastic_bytes)} beside them, for `svdllm slice`")
     factorised = [linear for linear in result.linears if linear.rank is not None]
@@ -201,6 +198,14 @@ def allocation_text(plan: Plan, dense: int) -> str:
         proof = "proven least" if plan.allocation.gap <= 1e-6 else f"within {plan.allocation.gap:.1e} of the least"
         text += f"; predicted loss {plan.allocation.predicted_loss:.3f} nats per token, {proof}"
     return text + threshold_text(plan.allocation.threshold)
+
+
+def add_sizes(table: Table, plan: Plan) -> None:
+    """Adds the rows of a model's sizes, before and after."""
+    table.add_row("parameters", f"{count(plan.dense_params)} -> {count(plan.params)}")
+    table.add_row("weight files", f"{size(plan.sizes.dense_file_bytes)} -> {size(plan.file_bytes)}")
+    if plan.sizes.quantized_file_bytes is not None:
+        table.add_row("once quantised", quantized_text(plan.sizes.quantized_file_bytes, plan.recipe.factor_bits))
 
 
 def quantized_text(num_bytes: int, bits: int | None) -> str:

@@ -159,4 +159,5 @@ def report_of(plan: Plan, recipe: Recipe, provenance: Provenance, linears: list[
 def ranks_entry(structure: Structure, ranks: Mapping[str, int]) -> dict[str, Any]:
     """The ranks as ``config.json`` holds them: by linear, with the linears that share a first factor."""
     shared = shared_factors(structure.targets, ranks)
-    return {"ranks": linear_ranks(structure.targets, ranks), **({"shared_factors": shared} if shared else {})}
+    forms = {name: {"form": "pair", "rank": rank} for name, rank in linear_ranks(structure.targets, ranks).items()}
+    return {"forms": forms, **({"shared_factors": shared} if shared else {})}

@@ -28,12 +28,14 @@ from svdllm.compression.recipe_files import load_settings, make_recipe
 from svdllm.compression.records import LinearRecord, Provenance, linear_record, ranks_entry
 from svdllm.compression.subject import Subject, discover_subject
 from svdllm.models.config_files import load_config
-from svdllm.models.low_rank import HASHES_FILE, compare_hashes
+from svdllm.models.low_rank import FORMAT_VERSION, HASHES_FILE, compare_hashes
 from svdllm.models.low_rank.factory import dense_config
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.open import Source
 from svdllm.models.safetensors_files import weight_files
 from svdllm.models.structure import Structure, linear_ranks
+
+_OF_A_SIZE = ("shared_factors", "ranks", "forms")  # what an entry of config.json, of either format version, says of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +55,9 @@ class SmallerSize:
     def config_fields(self) -> dict[str, Any]:
         """The content of ``config.json``: as in the elastic checkpoint, except for the ranks."""
         fields = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        settings = {key: value for key, value in fields["svdllm"].items() if key != "shared_factors"}
-        fields["svdllm"] = settings | ranks_entry(self.subject.structure, self.plan.ranks)
+        settings = {key: value for key, value in fields["svdllm"].items() if key not in _OF_A_SIZE}
+        entry = {"format_version": FORMAT_VERSION, **ranks_entry(self.subject.structure, self.plan.ranks)}
+        fields["svdllm"] = settings | entry
         return fields
 
     @property

@@ -97,7 +97,7 @@ def test_gradients_of_inputs_alone() -> None:
 def test_orders_that_change_nothing_need_no_gather() -> None:
     """As the writer of a checkpoint leaves them for ``down_proj``; the input is not changed."""
     names = [name for name in linear_targets(tiny_model("llama")) if name.endswith("down_proj")]
-    model, plain = (model_with("llama", {name: COLUMNS for name in names}).double() for _ in range(2))
+    model, plain = (model_with("llama", dict.fromkeys(names, COLUMNS)).double() for _ in range(2))
     for each in (model, plain):
         for name in names:
             order = each.get_submodule(name).order

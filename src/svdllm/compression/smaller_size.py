@@ -18,22 +18,26 @@ from torch import Tensor
 from svdllm.checkpoint.elastic import ELASTIC_STEM, ElasticIndex, SlicedTensors, TensorFiles
 from svdllm.checkpoint.finish import RECIPE_FILE
 from svdllm.checkpoint.report import read_report
-from svdllm.checkpoint.tensors import Tensors, compressed_tensors
+from svdllm.checkpoint.tensors import Tensors
 from svdllm.common.errors import CheckpointError, InputError
+from svdllm.compression.forms import rank_of
+from svdllm.compression.forms.layout import compressed_tensors, forms_entry
+from svdllm.compression.math.linalg import tail_energies
 from svdllm.compression.plan import Plan, make_plan, refine
 from svdllm.compression.ranks import Evidence
-from svdllm.compression.ranks.budget import spare_ranks
+from svdllm.compression.ranks.budget import spare_forms
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.recipe_files import load_settings, make_recipe
-from svdllm.compression.records import LinearRecord, Provenance, linear_record, ranks_entry
+from svdllm.compression.records import LinearRecord, Provenance, linear_record
 from svdllm.compression.subject import Subject, discover_subject
+from svdllm.models.chosen import Chosen, Forms
 from svdllm.models.config_files import load_config
-from svdllm.models.low_rank import HASHES_FILE, compare_hashes
+from svdllm.models.low_rank import FORMAT_VERSION, HASHES_FILE, compare_hashes
 from svdllm.models.low_rank.factory import dense_config
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.open import Source
 from svdllm.models.safetensors_files import weight_files
-from svdllm.models.structure import Structure, linear_ranks
+from svdllm.models.structure import Structure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +55,12 @@ class SmallerSize:
 
     @property
     def config_fields(self) -> dict[str, Any]:
-        """The content of ``config.json``: as in the elastic checkpoint, except for the ranks."""
+        """The content of ``config.json``: as in the elastic checkpoint, except for the forms."""
         fields = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        settings = {key: value for key, value in fields["svdllm"].items() if key != "shared_factors"}
-        fields["svdllm"] = settings | ranks_entry(self.subject.structure, self.plan.ranks)
+        replaced = ("shared_factors", "ranks", "forms")
+        settings = {key: value for key, value in fields["svdllm"].items() if key not in replaced}
+        entry = forms_entry(self.subject.structure.targets, self.plan.forms)
+        fields["svdllm"] = settings | {"format_version": FORMAT_VERSION} | entry
         return fields
 
     @property
@@ -63,9 +69,9 @@ class SmallerSize:
 
     def linears(self) -> list[LinearRecord]:
         seconds = {row["name"]: row["seconds"] for row in self.report["linears"]}
-        energies, ranks = self.evidence.energies, self.plan.ranks
+        energies, forms = self.evidence.energies, self.plan.forms
         return [
-            linear_record(target, ranks.get(target.name), energies[target.name], seconds[target.name])
+            linear_record(target, forms.get(target.name), tail_energies(energies[target.name]), seconds[target.name])
             for target in self.subject.structure.targets
         ]
 
@@ -105,8 +111,8 @@ def find_size(folder: str | Path, ratio: float, device: str | None, *, check_int
     plan = _plan(subject, recipe.model_copy(update={"device": device or recipe.device}), evidence)
     info = LowRankInfo.of(config, str(folder))
     assert info is not None
-    _require_nested(folder, whole, subject.structure, info.ranks, plan.ranks, ratio)
-    ranks = linear_ranks(targets, plan.ranks)
+    _require_nested(folder, whole, subject.structure, info.ranks, plan.forms, ratio)
+    ranks = {name: plan.forms[t.name].size for t in targets if t.name in plan.forms for name in t.linears}
     return SmallerSize(
         folder=folder,
         report=report,
@@ -114,7 +120,7 @@ def find_size(folder: str | Path, ratio: float, device: str | None, *, check_int
         subject=subject,
         evidence=evidence,
         plan=plan,
-        layout=compressed_tensors(index.stored, targets, plan.ranks),
+        layout=compressed_tensors(index.stored, targets, plan.forms),
         tensors=SlicedTensors(TensorFiles(weight_files(folder)), elastic, info.ranks, ranks),
     )
 
@@ -122,7 +128,7 @@ def find_size(folder: str | Path, ratio: float, device: str | None, *, check_int
 def _plan(subject: Subject, recipe: Recipe, evidence: Evidence) -> Plan:
     """The plan of a smaller size: no analysis, and the checkpoint is all that is written."""
     plan = make_plan(subject, recipe)
-    if not plan.ranks_known:
+    if not plan.forms_known:
         plan = refine(plan, subject, evidence)
     needs = replace(
         plan.needs,
@@ -182,7 +188,7 @@ def _recipe_at(whole: Recipe, ratio: float, folder: Path) -> Recipe:
             f"{folder} holds models of ratio {own} or more; ratio {ratio} is a larger model, which it does not hold. "
             f"Slice at {own} or more, or compress with --ratio {ratio} --elastic."
         )
-    return whole.model_copy(update={"ratio": ratio, "elastic": False})
+    return whole.model_copy(update={"ratio": ratio, "elastic": False, "forms": whole.used_forms})
 
 
 def _require_nested(
@@ -190,16 +196,16 @@ def _require_nested(
     whole: Recipe,
     structure: Structure,
     stored: Mapping[str, int],
-    wanted: Mapping[str, int],
+    wanted: Forms,
     ratio: float,
 ) -> None:
     """Raises InputError if a rank exceeds the stored one, which happens at ratios close to the stored one."""
-    own = {target.name: stored[target.linears[0]] for target in structure.targets if target.linears[0] in stored}
-    spare = spare_ranks(whole, structure, own)
+    own = {t.name: Chosen("pair", stored[t.linears[0]]) for t in structure.targets if t.linears[0] in stored}
+    held_forms = {**spare_forms(whole, structure, own), **own}
     lacking = []
     for target in structure.targets:
-        held = own.get(target.name, spare.get(target.name, 0))
-        rank = wanted.get(target.name)
+        held = held_forms[target.name].size if target.name in held_forms else 0
+        rank = rank_of(wanted.get(target.name))
         if (rank is None and target.name in own) or (rank is not None and rank > held):
             lacking.append(f"{target.name} is stored at rank {held}, wanted {'dense' if rank is None else rank}")
     if lacking:

@@ -39,6 +39,8 @@ from svdllm.models.open import Source
 from svdllm.models.safetensors_files import weight_files
 from svdllm.models.structure import Structure
 
+_OF_A_SIZE = ("shared_factors", "ranks", "forms")  # what an entry of config.json, of either format version, says of it
+
 
 @dataclass(frozen=True, kw_only=True)
 class SmallerSize:
@@ -57,8 +59,7 @@ class SmallerSize:
     def config_fields(self) -> dict[str, Any]:
         """The content of ``config.json``: as in the elastic checkpoint, except for the forms."""
         fields = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        replaced = ("shared_factors", "ranks", "forms")
-        settings = {key: value for key, value in fields["svdllm"].items() if key not in replaced}
+        settings = {key: value for key, value in fields["svdllm"].items() if key not in _OF_A_SIZE}
         entry = forms_entry(self.subject.structure.targets, self.plan.forms)
         fields["svdllm"] = settings | {"format_version": FORMAT_VERSION} | entry
         return fields

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from svdllm.compression.math.linalg import tail_energies
 from svdllm.compression.math.measures import divergence
-from svdllm.compression.ranks.knapsack import Choice, Solution, solve
+from svdllm.compression.ranks.knapsack import Choice, Solution, Unit, solve
 from svdllm.compression.ranks.probe_settings import ProbeSettings
 from svdllm.compression.ranks.question import Allocation, Cost, Evidence, Question
 from svdllm.compression.ranks.rows import Probing, Row
@@ -39,10 +39,10 @@ def losses_of(evidence: Evidence, target: Target) -> Tensor:
     return predicted_losses(evidence.energies[target.name], rank, measured)
 
 
-def loss_choices(target: Target, losses: Tensor, cost: Cost, round_to: int) -> list[Choice]:
+def loss_choices(target: Target, losses: Tensor, cost: Cost, round_to: int) -> list[Choice[int | None]]:
     """The choices of a target: multiples of ``round_to`` below break-even, and dense."""
     ranks = range(round_to, target.break_even_rank + 1, round_to)
-    factorised = [Choice(rank, cost(target, rank), float(losses[rank])) for rank in ranks]
+    factorised = [Choice[int | None](rank, cost(target, rank), float(losses[rank])) for rank in ranks]
     return [*factorised, Choice(None, cost(target, None), 0.0)]
 
 
@@ -52,7 +52,7 @@ def loss_ranks(
     cost: Cost,
     budget: int,
     round_to: int,
-) -> Solution | None:
+) -> Solution[int | None] | None:
     """The choices of least summed loss within a budget, or None where not even the least ranks fit.
 
     Args:
@@ -62,15 +62,15 @@ def loss_ranks(
         budget: what may be spent on all targets.
         round_to: ranks are multiples of this.
     """
-    choices = {t.name: loss_choices(t, losses[t.name], cost, round_to) for t in targets}
-    return solve(choices, budget)
+    units = [Unit([{t.name: loss_choices(t, losses[t.name], cost, round_to)}]) for t in targets]
+    return solve(units, budget)
 
 
 def _allocate(question: Question, evidence: Evidence, settings: Any) -> Allocation:
     losses, unit = {t.name: losses_of(evidence, t) for t in question.targets}, question.unit
     solution = loss_ranks(question.targets, losses, unit.cost, unit.left, question.round_to)
     assert solution is not None  # the least ranks fit
-    ranks = {name: choice.rank for name, choice in solution.choices.items() if choice.rank is not None}
+    ranks = {name: choice.what for name, choice in solution.choices.items() if choice.what is not None}
     return Allocation(ranks, predicted_loss=solution.loss, gap=solution.gap)
 
 

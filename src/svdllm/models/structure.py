@@ -93,6 +93,31 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mlp:
+    """Linears whose outputs, feature by feature, make the input of one linear: its inner features can be removed.
+
+    Args:
+        name: names of its linears, without repeating the module that they are in.
+        block: index of the block that it is in.
+        producers: names of the targets whose outputs are the inner features. ``out_features`` of each is a multiple of
+            ``width``: a fused ``gate_up_proj`` has feature ``j`` in the rows ``j`` and ``j + width``.
+        consumer: name of the target that reads the inner features.
+        width: number of inner features, the ``in_features`` of the consumer.
+    """
+
+    name: str
+    block: int
+    producers: tuple[str, ...]
+    consumer: str
+    width: int
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of its linears, the consumer last."""
+        return (*self.producers, self.consumer)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Structure:
     """The parts of a model that compression works with, in the order of the model.
 
@@ -103,6 +128,7 @@ class Structure:
         returns_tuple: for each block, whether it returns a tuple that begins with the hidden states.
         shared_arguments: arguments that are mappings, which blocks write into for later blocks.
         shared_features: number of values per token in these mappings.
+        mlps: the MLPs whose inner features can be removed.
     """
 
     blocks: tuple[str, ...]
@@ -111,6 +137,7 @@ class Structure:
     returns_tuple: tuple[bool, ...]
     shared_arguments: tuple[Argument, ...] = ()
     shared_features: int = 0
+    mlps: tuple[Mlp, ...] = ()
 
     def block_targets(self, block: int) -> list[Target]:
         return [target for target in self.targets if target.block == block]
@@ -159,7 +186,8 @@ def with_joint_keys_and_values(structure: Structure) -> Structure:
     targets = dict.fromkeys(joint.get(target.name, target) for target in structure.targets)
     renamed = {name: target.name for name, target in joint.items()}
     groups = (replace(target, group=renamed.get(target.group, target.group)) for target in targets)
-    return replace(structure, targets=tuple(groups))
+    mlps = (mlp for mlp in structure.mlps if joint.keys().isdisjoint(mlp.linears))
+    return replace(structure, targets=tuple(groups), mlps=tuple(mlps))
 
 
 def _joint(keys: Target, values: Target) -> Target:

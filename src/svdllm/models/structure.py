@@ -144,23 +144,30 @@ class Structure:
 
     @property
     def mlp_targets(self) -> dict[str, list[Target]]:
-        """Name of an MLP that can be narrowed -> its targets."""
-        members: dict[str, list[Target]] = {}
-        for target in self.targets:
-            if target.inner is not None:
-                members.setdefault(target.inner.mlp, []).append(target)
-        return members
+        """Name of an MLP that can be narrowed -> its targets, the consumer last."""
+        by_name = {target.name: target for target in self.targets}
+        return {mlp.name: [by_name[name] for name in mlp.linears] for mlp in self.mlps}
 
     @property
     def block_of(self) -> dict[str, int]:
         """Target or MLP -> index of its block."""
-        mlps = {name: members[0].block for name, members in self.mlp_targets.items()}
-        return {target.name: target.block for target in self.targets} | mlps
+        return {target.name: target.block for target in self.targets} | {mlp.name: mlp.block for mlp in self.mlps}
 
     @property
     def num_target_params(self) -> int:
         """Number of weights of the targets, without biases: the whole that ``ratio`` is a share of."""
         return sum(target.num_weights for target in self.targets)
+
+
+def with_mlps(structure: Structure, mlps: Sequence[Mlp]) -> Structure:
+    """Puts MLPs that can be narrowed into a structure, and tells their targets on which side the inner features lie."""
+    sides: dict[str, Inner] = {}
+    outs = {target.name: target.out_features for target in structure.targets}
+    for mlp in mlps:
+        sides |= {name: Inner(mlp.name, "out", mlp.width, outs[name] // mlp.width) for name in mlp.producers}
+        sides[mlp.consumer] = Inner(mlp.name, "in", mlp.width)
+    targets = tuple(replace(target, inner=sides.get(target.name)) for target in structure.targets)
+    return replace(structure, targets=targets, mlps=tuple(mlps))
 
 
 def with_joint_keys_and_values(structure: Structure) -> Structure:

@@ -235,9 +235,7 @@ class Recipe(AllocationSettings, FormsChoice, Budget, MetricSettings, MetricChoi
         if self.bias_correction and row.curve and not row.adds_bias:
             return "bias_correction gives every compressed linear a bias, which this form has no place for"
         if self.elastic and row.curve and not row.nested:
-            return (
-                "elastic writes one checkpoint from which every smaller ratio is sliced, and its sizes are not nested"
-            )
+            return "the sizes of an elastic checkpoint are parts of each other; `svdllm slice --forms` packs its pairs"
         return None
 
     @property

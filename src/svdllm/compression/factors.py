@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,10 @@ from svdllm.compression.forms import FORMS, Fitted
 from svdllm.compression.math.linalg import corrected_bias, factorise
 from svdllm.compression.math.narrowing import narrowed_weight
 from svdllm.compression.subject import Subject
-from svdllm.models.chosen import Forms
+from svdllm.models.chosen import Chosen, Forms
 from svdllm.models.structure import Target
+
+DENSE = Chosen("dense", 0)
 
 
 class TargetFactors:
@@ -36,7 +40,9 @@ class TargetFactors:
         self._analysis, self._finals = analysis, finals
         self.targets = {target.name: target for target in structure.targets}
         self._owners = {name: target for target in structure.targets for name in target.linears}
-        self._made: tuple[str, dict[str, dict[str, Tensor]]] = ("", {})
+        self._mlps = structure.mlp_targets
+        self._made: dict[str, dict[str, dict[str, Tensor]]] = {}  # of one block, by target
+        self._orders: dict[str, Tensor] = {}  # of the inputs of one packed linear
         self._reporter, self._num_blocks = reporter, len(structure.blocks)
 
     def get(self, name: str) -> Tensor:
@@ -47,15 +53,7 @@ class TargetFactors:
         """
         linear = self._linear_of(name)
         target = self._owners.get(linear)
-        if target is None:
-            return self._weights.get(name)
-        if target.name in self._forms:
-            return self._stored(target)[linear][name.removeprefix(f"{linear}.")]
-        fitted = {} if self._finals is None else self._finals.of(target)
-        if "weight" not in fitted or not name.endswith(".weight"):
-            return self._weights.get(name)
-        stored = FORMS["dense"].store(target, fitted, 0, None)
-        return _as(stored[linear]["weight"], self._weights.get(name))
+        return self._weights.get(name) if target is None else self._stored(target)[linear][name[len(linear) + 1 :]]
 
     def _linear_of(self, name: str) -> str:
         """The linear whose tensor this is, in whatever form; or the module."""
@@ -63,21 +61,46 @@ class TargetFactors:
         return module if module in self._owners else module.rpartition(".")[0]
 
     def _stored(self, target: Target) -> dict[str, dict[str, Tensor]]:
-        """Linear -> name -> tensor of a compressed target."""
-        if self._made[0] != target.name:
-            chosen, dense = self._forms[target.name], self._weights.get(f"{target.linears[0]}.weight")
-            order = self._analysis.inner_order(target) if FORMS[chosen.form].of_mlps else None
-            made = FORMS[chosen.form].store(target, self._fitted(target), chosen.size, order)
-            stored = {
-                linear: {leaf: _as(tensor, dense) for leaf, tensor in own.items()} for linear, own in made.items()
-            }
-            for linear, own in stored.items():
-                for leaf, tensor in own.items():
-                    if not bool(torch.isfinite(tensor).all()):
-                        raise NumericalError(f"{linear}.{leaf} overflows {dense.dtype}; leave it dense with --ignore.")
-            self._made = (target.name, stored)
-            self._reporter.advance(target.block + 1, self._num_blocks)
-        return self._made[1]
+        """Linear -> name -> tensor of a target in its form."""
+        if any(self.targets[name].block != target.block for name in self._made):
+            self._made.clear()
+        if target.name not in self._made:
+            made = self._in_form(target, self._in_order_of_consumer(target, self._fitted(target)))
+            if target.inner is not None and target.inner.side == "in":
+                made = {linear: _with_inputs_in_order(tensors) for linear, tensors in made.items()}
+            self._made[target.name] = made
+            if target.name in self._forms:
+                self._reporter.advance(target.block + 1, self._num_blocks)
+        return self._made[target.name]
+
+    def _in_form(self, target: Target, fitted: Fitted) -> dict[str, dict[str, Tensor]]:
+        chosen, dense = self._forms.get(target.name, DENSE), self._weights.get(f"{target.linears[0]}.weight")
+        order = self._analysis.inner_order(target) if FORMS[chosen.form].of_mlps else None
+        made = FORMS[chosen.form].store(target, fitted, chosen.size, order)
+        stored = {linear: {leaf: _as(tensor, dense) for leaf, tensor in own.items()} for linear, own in made.items()}
+        for linear, own in stored.items():
+            for leaf, tensor in own.items():
+                if not bool(torch.isfinite(tensor).all()):
+                    raise NumericalError(f"{linear}.{leaf} overflows {dense.dtype}; leave it dense with --ignore.")
+        return stored
+
+    def _in_order_of_consumer(self, target: Target, fitted: Fitted) -> Fitted:
+        """Makes the inner features of an MLP in the order in which the linear that reads them wants them.
+
+        That linear then gathers nothing, and the MLP computes the same.
+        """
+        if target.inner is None or target.inner.side == "in":
+            return fitted
+        (consumer,) = (t for t in self._mlps[target.inner.mlp] if t.inner is not None and t.inner.side == "in")
+        if not FORMS[self._forms.get(consumer.name, DENSE).form].orders_inputs:
+            return fitted
+        if consumer.name not in self._orders:
+            (stored,) = self._in_form(consumer, self._fitted(consumer)).values()
+            self._orders = {consumer.name: stored["order"].long()}
+        order = self._orders[consumer.name]
+        rows = torch.cat([order + copy * target.inner.width for copy in range(target.inner.copies)]).to(self._device)
+        by_row = ("weight", "svd_u.weight", "bias")
+        return {leaf: tensor[rows] if leaf in by_row else tensor for leaf, tensor in fitted.items()}
 
     def _fitted(self, target: Target) -> Fitted:
         """The factors or the matrix of a target, and its bias; fitted to the compressed stream if it was."""
@@ -91,7 +114,9 @@ class TargetFactors:
 
     def _sliced(self, target: Target, weight_OI: Tensor, bias_O: Tensor | None) -> dict[str, Tensor]:
         """What the analysis makes of a target: its factors, or the matrix of a narrower MLP, whose width is not cut."""
-        chosen = self._forms[target.name]
+        chosen = self._forms.get(target.name, DENSE)
+        if chosen is DENSE:
+            return {"weight": weight_OI}
         if FORMS[chosen.form].of_mlps:
             assert target.inner is not None
             if target.inner.side == "out":
@@ -105,6 +130,11 @@ class TargetFactors:
             mean_I = self._analysis.mean(target).to(self._device)
             factors["bias"] = corrected_bias(weight_OI, u_OR, v_RI, mean_I, mean_I, bias_O)
         return factors
+
+
+def _with_inputs_in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a packed linear whose inputs come in its own order."""
+    return {leaf: torch.arange(len(t), dtype=t.dtype) if leaf == "order" else t for leaf, t in tensors.items()}
 
 
 def _as(tensor: Tensor, like: Tensor) -> Tensor:

@@ -219,7 +219,7 @@ class Recipe(AllocationSettings, FormsChoice, Budget, MetricSettings, MetricChoi
     def _fits_the_forms(self) -> Recipe:
         if self.forms is not None and self.ranks is not None:
             raise ValueError("forms does nothing to explicit ranks; name the form there, as in {packed: 96}")
-        for name in self.forms or ():
+        for name in self.analysed_forms if self.ranks is not None else self.forms or ():
             if (reason := self._why_not(name)) is not None:
                 raise ValueError(f"form {name} cannot be used: {reason}")
         return self
@@ -227,7 +227,7 @@ class Recipe(AllocationSettings, FormsChoice, Budget, MetricSettings, MetricChoi
     def _why_not(self, form: str) -> str | None:
         """Why the recipe cannot use a form; None if it can."""
         row, allocation = FORMS[form], ALLOCATIONS[self.allocation]
-        if row.curve and form not in (*allocation.forms, *allocation.other_forms):
+        if self.ranks is None and row.curve and form not in (*allocation.forms, *allocation.other_forms):
             use = " or ".join(n for n, other in ALLOCATIONS.items() if form in (*other.forms, *other.other_forms))
             return f"allocation {self.allocation} does not choose it; use allocation {use}"
         if row.needs_gram and not METHODS[self.method].has_gram:

@@ -93,6 +93,31 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mlp:
+    """Linears whose outputs, feature by feature, make the input of one linear: its inner features can be removed.
+
+    Args:
+        name: names of its linears, without repeating the module that they are in.
+        block: index of the block that it is in.
+        producers: names of the targets whose outputs are the inner features. ``out_features`` of each is a multiple of
+            ``width``: a fused ``gate_up_proj`` has feature ``j`` in the rows ``j`` and ``j + width``.
+        consumer: name of the target that reads the inner features.
+        width: number of inner features, the ``in_features`` of the consumer.
+    """
+
+    name: str
+    block: int
+    producers: tuple[str, ...]
+    consumer: str
+    width: int
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of its linears, the consumer last."""
+        return (*self.producers, self.consumer)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Structure:
     """The parts of a model that compression works with, in the order of the model.
 
@@ -103,6 +128,7 @@ class Structure:
         returns_tuple: for each block, whether it returns a tuple that begins with the hidden states.
         shared_arguments: arguments that are mappings, which blocks write into for later blocks.
         shared_features: number of values per token in these mappings.
+        mlps: the MLPs whose inner features can be removed.
     """
 
     blocks: tuple[str, ...]
@@ -111,29 +137,37 @@ class Structure:
     returns_tuple: tuple[bool, ...]
     shared_arguments: tuple[Argument, ...] = ()
     shared_features: int = 0
+    mlps: tuple[Mlp, ...] = ()
 
     def block_targets(self, block: int) -> list[Target]:
         return [target for target in self.targets if target.block == block]
 
     @property
     def mlp_targets(self) -> dict[str, list[Target]]:
-        """Name of an MLP that can be narrowed -> its targets."""
-        members: dict[str, list[Target]] = {}
-        for target in self.targets:
-            if target.inner is not None:
-                members.setdefault(target.inner.mlp, []).append(target)
-        return members
+        """Name of an MLP that can be narrowed -> its targets, the consumer last."""
+        by_name = {target.name: target for target in self.targets}
+        return {mlp.name: [by_name[name] for name in mlp.linears] for mlp in self.mlps}
 
     @property
     def block_of(self) -> dict[str, int]:
         """Target or MLP -> index of its block."""
-        mlps = {name: members[0].block for name, members in self.mlp_targets.items()}
-        return {target.name: target.block for target in self.targets} | mlps
+        return {target.name: target.block for target in self.targets} | {mlp.name: mlp.block for mlp in self.mlps}
 
     @property
     def num_target_params(self) -> int:
         """Number of weights of the targets, without biases: the whole that ``ratio`` is a share of."""
         return sum(target.num_weights for target in self.targets)
+
+
+def with_mlps(structure: Structure, mlps: Sequence[Mlp]) -> Structure:
+    """Puts MLPs that can be narrowed into a structure, and tells their targets on which side the inner features lie."""
+    sides: dict[str, Inner] = {}
+    outs = {target.name: target.out_features for target in structure.targets}
+    for mlp in mlps:
+        sides |= {name: Inner(mlp.name, "out", mlp.width, outs[name] // mlp.width) for name in mlp.producers}
+        sides[mlp.consumer] = Inner(mlp.name, "in", mlp.width)
+    targets = tuple(replace(target, inner=sides.get(target.name)) for target in structure.targets)
+    return replace(structure, targets=targets, mlps=tuple(mlps))
 
 
 def with_joint_keys_and_values(structure: Structure) -> Structure:
@@ -159,7 +193,8 @@ def with_joint_keys_and_values(structure: Structure) -> Structure:
     targets = dict.fromkeys(joint.get(target.name, target) for target in structure.targets)
     renamed = {name: target.name for name, target in joint.items()}
     groups = (replace(target, group=renamed.get(target.group, target.group)) for target in targets)
-    return replace(structure, targets=tuple(groups))
+    mlps = (mlp for mlp in structure.mlps if joint.keys().isdisjoint(mlp.linears))
+    return replace(structure, targets=tuple(groups), mlps=tuple(mlps))
 
 
 def _joint(keys: Target, values: Target) -> Target:

@@ -21,8 +21,12 @@ def _entry(target: Target, linear: str, size: int) -> dict[str, Any]:
 
 
 def _store(target: Target, fitted: Fitted, size: int, order: Tensor | None) -> dict[str, dict[str, Tensor]]:
-    weights = target.split(fitted["weight"])
-    return {name: {"weight": (rows.mT if target.is_conv1d else rows).contiguous()} for name, rows in weights.items()}
+    stored = {}
+    biases = target.split(fitted["bias"]) if "bias" in fitted else {}
+    for name, rows in target.split(fitted["weight"]).items():
+        stored[name] = {"weight": (rows.mT if target.is_conv1d else rows).contiguous()}
+        stored[name] |= {"bias": biases[name]} if name in biases else {}
+    return stored
 
 
 DENSE = Form(

@@ -12,7 +12,6 @@ import torch
 from svdllm.checkpoint.tensors import Tensors
 from svdllm.compression.forms import FORMS
 from svdllm.models.chosen import Chosen, Forms
-from svdllm.models.low_rank.lowrank import ORDER_DTYPE
 from svdllm.models.structure import Structure, Target
 
 
@@ -41,7 +40,7 @@ def compressed_tensors(stored: Tensors, targets: Sequence[Target], forms: Forms)
             for part, own_shape in FORMS[chosen.form].shapes(target, owner, chosen.size).items():
                 if part.endswith("bias") and not has_bias:
                     continue
-                result[f"{owner}.{part}"] = (own_shape, ORDER_DTYPE if part == "order" else dtype)
+                result[f"{owner}.{part}"] = (own_shape, torch.int32 if part == "order" else dtype)
     return result
 
 

@@ -12,11 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from svdllm.compression.forms.rows import Fitted, Form, Shapes
-from svdllm.compression.math.packing import pack, packed_side
+from svdllm.compression.math.packing import Side, pack, packed_side
 from svdllm.models.structure import Target
 
 
-def _side(target: Target) -> str:
+def _side(target: Target) -> Side:
+    """Columns where an MLP can make its inner features in their order; else by shape."""
+    if target.inner is not None and target.inner.side == "in":
+        return "columns"
     return packed_side(target.out_features, target.in_features)
 
 
@@ -63,4 +66,5 @@ PACKED = Form(
     entry=_entry,
     store=_store,
     exact_rank=_exact_rank,
+    orders_inputs=True,
 )

@@ -31,6 +31,8 @@ class Form:
         store: ``(target, fitted, size, order)`` -> linear -> name -> tensor. ``order`` lists the inner features of the
             target's MLP, those first that are kept longest; None outside an MLP.
         exact_rank: ``(target, params)`` -> the rank, as a real number, at which a target has so many parameters.
+        orders_inputs: whether the stored tensors take the inputs in an order of their own, which ``order`` holds, where
+            the inputs are the inner features of an MLP.
         nested: whether the tensors of a smaller size are parts of those of a larger one.
         needs_gram: whether it is fitted to the Gram of the inputs.
         adds_bias: whether it can take a bias that corrects the mean output.
@@ -46,6 +48,7 @@ class Form:
     store: Callable[[Target, Fitted, int, Tensor | None], dict[str, dict[str, Tensor]]]
     exact_rank: Callable[[Target, float], float] | None = None
     of_mlps: bool = False
+    orders_inputs: bool = False
     nested: bool = False
     needs_gram: bool = False
     adds_bias: bool = True

@@ -67,8 +67,8 @@ def _apart(target: Target, losses: Tensor, question: Question) -> list[Choice[Ch
         for form in _forms(question, of_mlps=False)
         for size in form.sizes(target, question.round_to)
     ]
-    smaller = [Choice(chosen, cost(target, chosen), float(losses[chosen.size])) for chosen in options]
-    return [*smaller, Choice(None, dense, 0.0)]
+    choices: list[Choice[Chosen | None]] = [Choice(None, dense, 0.0)]
+    return choices + [Choice(chosen, cost(target, chosen), float(losses[chosen.size])) for chosen in options]
 
 
 def _together(targets: Sequence[Target], losses: Tensor, question: Question) -> list[Choice[Chosen | None]]:

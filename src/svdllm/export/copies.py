@@ -1,4 +1,4 @@
-"""What the exports that write another model folder share: the checks of the source, and the files beside the weights."""
+"""Checks the source of an export, and writes a model folder with everything that it needs to load."""
 
 from __future__ import annotations
 
@@ -33,10 +33,15 @@ def require_intact(folder: Path) -> None:
         raise CheckpointError(f"{folder} is not as it was written: {' '.join(problems)}")
 
 
+def packed_linears(info: LowRankInfo | None) -> list[str]:
+    """The packed linears of a low-rank model."""
+    return [name for name, entry in info.forms.items() if entry["form"] == "packed"] if info else []
+
+
 def write_model(
     partial: Path, tensors: Any, layout: Tensors, fields: dict[str, Any], folder: Path, info: LowRankInfo | None
 ) -> None:
-    """Writes a model that loads: weights, config, the companions of ``folder``, and for a low-rank model code and hashes.
+    """Writes a model that loads: weights, config, the companions of ``folder``; of a low-rank model code and hashes.
 
     Args:
         tensors: has ``get(name)`` for every tensor of the layout.

@@ -33,8 +33,8 @@ class PlainMlps(NamedTuple):
 def export_dense(folder: str | Path, output_dir: str | Path) -> PlainMlps:
     """Writes a plain model of the base family, which loads everywhere.
 
-    It is as large as the original, except where all MLPs are narrower: these get the width of the widest, if a config of
-    the family can say so. Narrower ones are filled up with zeros, which change no output.
+    It is as large as the original, except where all MLPs are narrower: these get the width of the widest, if a config
+    of the family can say so. Narrower ones are filled up with zeros, which change no output.
 
     Returns:
         The width of the MLPs, and how many of them were filled up.

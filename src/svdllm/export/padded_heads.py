@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from svdllm.checkpoint.output import new_folder
 from svdllm.checkpoint.tensors import Tensors, tensor_bytes
 from svdllm.common.errors import InputError, UnsupportedModelError, first_line
-from svdllm.export.copies import config_to_export, logits_of_both, require_intact, write_model
+from svdllm.export.copies import config_to_export, logits_of_both, packed_linears, require_intact, write_model
 from svdllm.models.linears import is_linear, linear_shape
 from svdllm.models.logits import compare_logits
 from svdllm.models.low_rank.info import LowRankInfo
@@ -66,6 +66,7 @@ def export_padded(folder: str | Path, output_dir: str | Path, processes: int) ->
         raise InputError(f"Heads are padded for two processes or more, found {processes}.")
     config = config_to_export(folder)
     info = LowRankInfo.of(config)
+    _refuse_packed(folder, info)
     with new_folder(output_dir, "an export") as (output, partial):
         before = _heads(config)
         after = before.for_processes(processes)
@@ -86,6 +87,15 @@ def export_padded(folder: str | Path, output_dir: str | Path, processes: int) ->
             *logits_of_both(folder, config, partial), lambda how: _refused(config, f"with them, {how}.")
         )
     return Padding(before, after, difference)
+
+
+def _refuse_packed(folder: Path, info: LowRankInfo | None) -> None:
+    """Raises InputError for packed linears, which tensor parallelism cannot split."""
+    if packed := packed_linears(info):
+        raise InputError(
+            f"{folder} has {len(packed)} packed linears, such as {packed[0]}, and processes cannot share these. Run "
+            f"`svdllm export {folder} -o PAIRS --format pairs` first, and pad PAIRS."
+        )
 
 
 def _heads(config: PreTrainedConfig) -> Heads:

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from svdllm.checkpoint.finish import RECIPE_FILE, finish_checkpoint
 from svdllm.checkpoint.output import new_folder
 from svdllm.checkpoint.report import is_checkpoint, read_report
-from svdllm.checkpoint.tensors import Tensors, buffer_names, num_params, tensor_bytes
+from svdllm.checkpoint.tensors import buffer_names, num_params, tensor_bytes
 from svdllm.checkpoint.weight_sizes import weight_bytes
 from svdllm.common.errors import InputError, NumericalError
 from svdllm.common.progress import Reporter
-from svdllm.export.copies import config_to_export, logits_of_both, require_intact, write_model
+from svdllm.export.copies import config_to_export, logits_of_both, packed_linears, require_intact, write_model
 from svdllm.export.rewritten import Rewritten
 from svdllm.export.stored_linears import StoredLinears
 from svdllm.models.linears import linear_shape
@@ -60,7 +60,7 @@ def export_pairs(folder: str | Path, output_dir: str | Path) -> PairsExport:
     folder = Path(folder)
     config = config_to_export(folder)
     info = LowRankInfo.of(config)
-    packed = [] if info is None else [name for name, entry in info.forms.items() if entry["form"] == "packed"]
+    packed = packed_linears(info)
     if info is None or not packed:
         raise InputError(f"{folder} has no packed linears, so there is nothing to write as pairs. Use it as it is.")
     with new_folder(output_dir, "an export") as (output, partial):
@@ -75,7 +75,7 @@ def export_pairs(folder: str | Path, output_dir: str | Path) -> PairsExport:
         write_model(partial, tensors, tensors.layout, fields, folder, info)
         difference = compare_logits(*logits_of_both(folder, config, partial), _not_the_same)
         if is_checkpoint(folder):
-            _finish(folder, partial, tensors.layout, buffer_names(skeleton), forms)
+            _finish(folder, partial, _report(folder, partial, num_params(tensors.layout, buffer_names(skeleton))))
         pairs = sum(forms.get(name, {}).get("form") == "pair" for name in packed)
         return PairsExport(
             pairs=pairs,
@@ -89,14 +89,13 @@ def export_pairs(folder: str | Path, output_dir: str | Path) -> PairsExport:
 def _unpacked(info: LowRankInfo, linears: StoredLinears, dense: PreTrainedModel) -> Forms:
     """The forms without packed ones: pairs of the same rank, or dense matrices where these are no larger.
 
-    Linears that share a first factor become pairs or dense together. A bias that the dense linear has no place for needs
-    a pair.
+    Linears that share a first factor become pairs or dense together. Where the dense linear has no place for a bias,
+    they become pairs.
     """
     forms: Forms = {name: dict(entry) for name, entry in info.forms.items()}
     groups: dict[str, list[str]] = {}
-    for name, entry in info.forms.items():
-        if entry["form"] == "packed":
-            groups.setdefault(info.shared_factors.get(name, name), []).append(name)
+    for name in packed_linears(info):
+        groups.setdefault(info.shared_factors.get(name, name), []).append(name)
     for names in groups.values():
         modules = {name: dense.get_submodule(name) for name in names}
         needs_pair = any(linears.bias(name) is not None and modules[name].bias is None for name in names)
@@ -132,6 +131,11 @@ def _fields(folder: Path, info: LowRankInfo, forms: Forms) -> dict[str, Any]:
 
 def _not_the_same(how: str) -> NumericalError:
     return NumericalError(f"The pairs do not compute what the packed linears do: {how}. Nothing was written.")
+
+
+def _report(folder: Path, partial: Path, params: int) -> dict[str, Any]:
+    """The report of a checkpoint, brought up to date."""
+    return read_report(folder) | {"params": params, "file_bytes": weight_bytes(partial).files}
 
 
 def _finish(folder: Path, partial: Path, report: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import svdllm
-from families import tiny_model
+from families import stored_ranks, tiny_model
 from runs import TEXT, digests, run, small_recipe, token_windows
 from svdllm.checkpoint.elastic import ELASTIC_FILE
 from svdllm.cli import main
@@ -100,7 +100,7 @@ def test_an_elastic_checkpoint_is_the_ordinary_one_and_more(dense: Path, made: P
     svdllm.slice_checkpoint(made, 0.3, tmp_path / "same")
     assert digests(tmp_path / "same") == digests(tmp_path / "plain")
     stored = load_file(made / "svdllm" / "elastic.safetensors")
-    ranks = json.loads((made / "config.json").read_text())["svdllm"]["ranks"]
+    ranks = stored_ranks(json.loads((made / "config.json").read_text()))
     factors = {name.removesuffix(".svd_u.weight") for name in stored if name.endswith("svd_u.weight")}
     assert factors
     assert not factors & set(ranks)
@@ -264,7 +264,7 @@ def test_an_interrupted_slice_leaves_nothing(
 
 
 def test_a_rank_more_than_is_held_is_one_too_many(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = json.loads((made / "config.json").read_text())["svdllm"]["ranks"]
+    ranks = stored_ranks(json.loads((made / "config.json").read_text()))
     first, rank = next(iter(ranks.items()))
     for wanted in (rank + 1, rank):
         allocation = Allocation(ranks | {first: wanted})
@@ -277,7 +277,7 @@ def test_a_rank_more_than_is_held_is_one_too_many(made: Path, tmp_path: Path, mo
 
 
 def test_ranks_that_are_not_stored_are_refused(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = json.loads((made / "config.json").read_text())["svdllm"]["ranks"]
+    ranks = stored_ranks(json.loads((made / "config.json").read_text()))
     (first, rank), *_, (last, _) = ranks.items()
 
     def allocate(wanted: dict[str, int]) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import svdllm
-from families import FAMILIES, dense_weight, linear_targets, tiny_model
+from families import FAMILIES, dense_weight, linear_targets, stored_ranks, tiny_model
 from runs import TEXT, digests, run, save_dense, small_recipe, token_windows
 from svdllm.compression.collect import collect_statistics
 from svdllm.compression.math.metrics import METHODS
@@ -203,7 +203,7 @@ def test_ignored_and_overridden_linears(tmp_path: Path) -> None:
         else:
             assert torch.equal(dense_weight(modules[name]), dense_weight(linear))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["svdllm"]["ranks"] == result.plan.ranks
+    assert stored_ranks(config) == result.plan.ranks
     assert result.plan.ranks["model.layers.1.mlp.down_proj"] < result.plan.ranks["model.layers.1.mlp.up_proj"]
 
 

@@ -26,6 +26,8 @@ FITS = 4
 CALL_TOKENS = 32
 # Share of a product's work that a symmetric product needs, computed panel by panel.
 SYMMETRIC = 0.65
+# Operations of an MLP's narrowing, in cubes of its width: an inverse, its downdates, and a Cholesky factor.
+NARROWING = 5
 MARGIN = 1.25  # of the longest time, for what shapes do not show
 
 
@@ -93,7 +95,8 @@ def _backward_seconds(work: Workload, speed: MachineSpeed) -> float:
 def _probe_seconds(work: Workload, speed: MachineSpeed) -> float:
     """Seconds of probing: every probe goes from its block to the end, and through the head."""
     depth = len(work.structure.blocks)
-    blocks = sum(work.num_probes[t.name] * (depth - t.block) / depth for t in work.structure.targets)
+    block_of = work.structure.block_of
+    blocks = sum(count * (depth - block_of[name]) / depth for name, count in work.num_probes.items())
     count = sum(work.num_probes.values())
     head = 2 * work.vocab_size * work.hidden_size / speed.multiply + 8 * work.vocab_size / speed.elements
     products = sum(work.num_probes[t.name] * 0.2 * t.break_even_rank * t.num_weights for t in work.structure.targets)
@@ -116,6 +119,7 @@ def _spectrum_seconds(target: Target, work: Workload, speed: MachineSpeed) -> fl
         operations += 2 * SYMMETRIC * columns * columns * rows + columns**3 + 2 * rows * columns * rank
     if work.gradient_tokens:
         operations += 2 * rows * rows * columns + rows * rows * (rank + rank) + rows**3 / 3
+    operations += NARROWING * work.narrowed_width(target) ** 3
     return operations / speed.multiply64 + rank**3 / speed.eigh
 
 
@@ -131,5 +135,5 @@ def _sequential_seconds(work: Workload, speed: MachineSpeed) -> float:
 
 
 def _write_seconds(work: Workload, speed: MachineSpeed, files: float) -> float:
-    factors = sum(2 * target.break_even_rank * target.num_weights for target in work.structure.targets)
+    factors = sum(2 * work.depth(target) * target.num_weights for target in work.structure.targets)
     return factors / speed.multiply64 + file_bytes(work.written) / WRITE_BYTES / files

@@ -105,7 +105,8 @@ def _decomposition(work: Workload) -> int:
 
     def workspace(target: Target) -> int:
         metric = 2 * target.in_features**2 if work.takes_grams else 0
-        return 8 * (2 * target.num_weights + 4 * target.full_rank**2 + metric)
+        narrowing = 3 * work.narrowed_width(target) ** 2
+        return 8 * (2 * target.num_weights + max(4 * target.full_rank**2, narrowing) + metric)
 
     return max(workspace(target) for target in work.structure.targets)
 
@@ -114,5 +115,6 @@ def _bases(work: Workload) -> int:
     """The bases of a block's targets, as they are kept until the block is written."""
     sizes = [0] * len(work.structure.blocks)
     for target in work.structure.targets:
-        sizes[target.block] += 4 * target.out_features * target.break_even_rank
+        sizes[target.block] += 4 * target.out_features * work.depth(target)
+        sizes[target.block] += 4 * work.narrowed_width(target) ** 2
     return max(sizes)

@@ -114,13 +114,16 @@ class Evidence:
     """The results of the analysis: the eigenvalues of every target (descending), and its probes if it was probed.
 
     ``narrowings`` are the squared errors of every narrowed MLP by its width. A probe is the measure of the allocation
-    with one target or MLP changed alone, by size. ``times`` are given if time is the budget.
+    with one target or MLP changed alone, by size. ``times`` are given if time is the budget. ``held`` are the factors
+    that an elastic checkpoint has: no larger rank can be cut from it. Of the targets in ``not_dense`` it has no more.
     """
 
     energies: Mapping[str, Tensor] = field(default_factory=dict)
     probes: Probes = field(default_factory=dict)
     times: LinearTimes | None = None
     narrowings: Mapping[str, Tensor] = field(default_factory=dict)
+    held: Forms | None = None
+    not_dense: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

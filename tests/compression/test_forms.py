@@ -190,8 +190,8 @@ def test_budgets_are_kept_and_used(family: str, forms: tuple[str, ...]) -> None:
                 recipe = plain(**{kind: budget}, forms=forms, round_to=round_to)
                 try:
                     found = choose_forms(recipe, structure, files, evidence_for(structure, seed))
-                except InputError as error:
-                    assert "cannot be met" in str(error)
+                except InputError:  # a high budget of few forms cannot be met
+                    assert percent < 80
                     continue
                 met += 1
                 assert {chosen.form for chosen in found.forms.values()} <= set(forms)
@@ -374,8 +374,14 @@ def test_entries_that_are_none(wanted: Any, message: str) -> None:
         ({"forms": ("packt",)}, "unknown form 'packt'; known are dense, pair, packed, narrow"),
         ({"forms": ()}, r"forms \(none\) leave every linear as it is; name at least one of pair, packed, narrow"),
         ({"forms": ("dense",)}, "forms dense leave every linear as it is; name at least one of pair, packed, narrow"),
-        ({"forms": ("packed",), "elastic": True}, "form packed cannot be used: elastic .* not nested"),
-        ({"forms": ("pair", "narrow"), "elastic": True}, "form narrow cannot be used: elastic .* not nested"),
+        (
+            {"forms": ("packed",), "elastic": True},
+            "form packed cannot be used: the sizes of an elastic checkpoint are parts",
+        ),
+        (
+            {"forms": ("pair", "narrow"), "elastic": True},
+            "form narrow cannot be used: the sizes of an elastic checkpoint are parts",
+        ),
         ({"forms": ("narrow",), "bias_correction": True}, "form narrow cannot be used: bias_correction"),
         (
             {"forms": ("narrow",), "method": "asvd", "allocation": "loss"},
@@ -427,7 +433,7 @@ def test_forms_that_are_used(settings: dict[str, Any], used: tuple[str, ...]) ->
 def test_a_form_without_a_place_is_refused_where_it_is_named() -> None:
     structure, stored = tiny("llama", ignore=("up_proj",))
     assert not structure.mlps
-    with pytest.raises(InputError, match="--forms narrow needs MLPs .* Leave narrow out"):
+    with pytest.raises(InputError, match=r"--forms narrow needs MLPs .* Leave narrow out"):
         require_places(plain(ratio=0.3, forms=("packed", "narrow")), structure)
     require_places(plain(ratio=0.3), structure)
     found = choose_forms(

@@ -81,11 +81,13 @@ def module_shape(module: nn.Module) -> Shape:
 
 def measured_sizes(targets: Iterable[Target], forms: Iterable[str], round_to: int) -> dict[str, list[int]]:
     """At most ``NUM_SIZES`` sizes of every form that a target of one shape can have, evenly spread."""
-    longest = {form: max((FORMS[form].sizes(t, round_to) for t in targets), key=len, default=()) for form in forms}
-    spread = {
-        form: np.linspace(0, len(s) - 1, min(NUM_SIZES, len(s))).round().astype(int) for form, s in longest.items()
-    }
-    return {form: [longest[form][at] for at in places] for form, places in spread.items() if len(places)}
+    measured: dict[str, list[int]] = {}
+    for form in forms:
+        longest: Sequence[int] = max((FORMS[form].sizes(t, round_to) for t in targets), key=len, default=())
+        places = np.linspace(0, len(longest) - 1, min(NUM_SIZES, len(longest))).round().astype(int)
+        if len(places):
+            measured[form] = [longest[at] for at in places]
+    return measured
 
 
 def work_bytes(targets: Iterable[Target], shapes: Collection[tuple[int, int]], tokens: int, dtype: torch.dtype) -> int:
@@ -159,7 +161,8 @@ class _Watch:
         """A linear in a form, without weights; the orders of packed ones are random."""
         sizes = shape.out_features, shape.in_features
         with torch.device("meta"):
-            parent = nn.ModuleDict({"linear": Conv1D(*sizes) if shape.is_conv1d else nn.Linear(*sizes[::-1], False)})
+            dense = Conv1D(*sizes) if shape.is_conv1d else nn.Linear(sizes[1], sizes[0], bias=False)
+            parent = nn.ModuleDict({"linear": dense})
         if chosen is not None:
             swap_linears(parent, {"linear": FORMS[chosen.form].entry(targets[0], targets[0].name, chosen.size)})
         linear = parent["linear"]

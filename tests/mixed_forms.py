@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
-import json
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from families import tiny_model
-from runs import run
-from svdllm.checkpoint.finish import RECIPE_FILE, finish_checkpoint
-from svdllm.checkpoint.report import REPORT_FILE
-from svdllm.common.progress import Reporter
-from svdllm.models.companions import copy_companion_files
+from runs import run, small_recipe
 from svdllm.models.discover import discover
 from svdllm.models.linears import linear_shape
 from svdllm.models.low_rank import family_classes, low_rank_config
 from svdllm.models.skeleton import build_skeleton
 
-ROUND = ({"form": "packed", "side": "columns"}, {"form": "pair"}, {"form": "packed", "side": "rows"}, {})
-WIDTHS = (21, 32)  # of the MLP in each of two blocks
+TURNS = ({"form": "packed", "side": "columns"}, {"form": "pair"}, {"form": "packed", "side": "rows"}, {})
+WIDTHS = (21, 32)  # of the MLPs, by turns
+# Explicit forms for ``compress``: packed by columns (q, down) and by rows (v), pairs (k, up), a narrower MLP, dense.
+RANKS = {
+    r"layers\.0\.mlp": {"narrow": 32},
+    "q_proj|down_proj": {"packed": 7},
+    "v_proj": {"packed": 5},
+    "k_proj|up_proj": {"pair": 6},
+}
 
 
-def mixed_forms(model: Any, widths: tuple[int, ...] = WIDTHS, rank: int = 6) -> dict[str, dict[str, Any]]:
-    """An entry for most linears of a dense model.
-
-    The MLP of a block is as wide as its number in ``widths``, by turns; in every second block its linears are in their
-    turn pairs or packed, too.
-    """
-    skeleton = build_skeleton(model.config)
+def mixed_forms(dense: Any, widths: tuple[int, ...] = WIDTHS, rank: int = 6) -> dict[str, dict[str, Any]]:
+    """An entry for most linears of a dense model; in odd blocks also for those in the narrower MLP."""
+    skeleton = build_skeleton(dense.config)
     structure = discover(skeleton)
     sizes: dict[str, dict[str, int]] = {}
-    for number, mlp in enumerate(structure.mlps):
-        width = widths[number % len(widths)]
-        for name in mlp.producers:
-            rows, _ = linear_shape(skeleton.get_submodule(name))
-            sizes[name] = {"out_features": rows // mlp.width * width}
+    for mlp, width in zip(structure.mlps, cycle(widths), strict=False):
+        rows = {name: linear_shape(skeleton.get_submodule(name))[0] for name in mlp.producers}
+        sizes |= {name: {"out_features": rows[name] // mlp.width * width} for name in mlp.producers}
         sizes[mlp.consumer] = {"in_features": width}
-    forms, turns = {}, cycle(ROUND)
+    forms, turns = {}, cycle(TURNS)
     for target in structure.targets:
         own = sizes.get(target.name, {})
         entry = {} if own and target.block % 2 == 0 else next(turns)
@@ -56,38 +51,34 @@ def mixed_model(
 ) -> Any:
     """A float32 model in eval mode with random weights, biases, norms and orders."""
     dense = tiny_model(family, seed, **config)
-    entry = {"format_version": 2, "base_model_type": family, "forms": mixed_forms(dense, widths, rank)}
+    return random_model(dense, {"forms": mixed_forms(dense, widths, rank)}, seed)
+
+
+def random_model(dense: Any, settings: dict[str, Any], seed: int = 0) -> Any:
+    """A model of the forms in ``settings``, an entry of ``config.json``, with random weights."""
+    family = dense.config.model_type
+    entry = {"format_version": 2, "base_model_type": family, **settings}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = family_classes(family).causal_lm(low_rank_config(dense.config, entry))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1:
-                    parameter.normal_(std=0.3 * parameter.shape[1] ** -0.5)
+                    parameter.normal_(std=parameter.shape[1] ** -0.5)
                 elif name.endswith("bias"):
-                    parameter.normal_(std=0.1)
+                    parameter.normal_(std=0.3)
             for name, buffer in model.named_buffers():
                 if name.endswith(".order"):
                     buffer.copy_(torch.randperm(len(buffer)))
     return model.eval()
 
 
-def save_mixed(folder: Path, family: str = "llama", tokenizer: Any = None, **settings: Any) -> Path:
+def save_mixed(folder: Path, family: str = "llama", **settings: Any) -> Path:
     """A mixed model as ``save_pretrained`` writes it."""
     mixed_model(family, **settings).save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
     return folder
 
 
-def mixed_checkpoint(folder: Path, dense: Path, **settings: Any) -> Path:
-    """A whole checkpoint of a mixed model: with the recipe and the report of a small run on a dense model's folder."""
-    config = AutoConfig.from_pretrained(dense)
-    small = run(dense, folder.with_name(f"{folder.name}-pairs")).output_dir
-    same = {"vocab_size": config.vocab_size, **settings}
-    mixed_model(config.model_type, **same).save_pretrained(folder)
-    copy_companion_files(small, folder)
-    report = json.loads((small / REPORT_FILE).read_text())
-    recipe = (small / RECIPE_FILE).read_text()
-    finish_checkpoint(folder, recipe, report, torch.device("cpu"), Reporter())
-    return folder
+def mixed_checkpoint(dense: Path, folder: Path, **settings: Any) -> Path:
+    """A checkpoint in which every form occurs, as ``compress`` writes it."""
+    return run(dense, folder, recipe=small_recipe(ranks=RANKS, **settings)).output_dir

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from svdllm.compression.math.packing import Packed, unpack
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.weights import Weights
 
@@ -59,11 +60,7 @@ class StoredLinears:
         entry = self._info.forms[name]
         if entry["form"] != "packed":
             return u, v
-        order = self._weights.get(f"{name}.order").long()
-        identity = torch.eye(entry["rank"], dtype=u.dtype)
-        if entry["side"] == "rows":
-            return torch.cat([identity, u])[order], v
-        return u, torch.cat([identity, v], dim=1)[:, order.argsort()]
+        return unpack(Packed(svd_v=v, svd_u=u, order=self._weights.get(f"{name}.order")), entry["side"])
 
     def _is_factorised(self, name: str) -> bool:
         return "rank" in self._info.forms[name]

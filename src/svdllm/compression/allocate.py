@@ -12,7 +12,8 @@ from svdllm.compression.plan import Plan, refine
 from svdllm.compression.probe import probe, probe_ids, probe_sizes, probe_tokens
 from svdllm.compression.ranks import ALLOCATIONS, Evidence
 from svdllm.compression.ranks.budget import require_fast_enough
-from svdllm.compression.ranks.linear_times import LinearTimes, measure_linears
+from svdllm.compression.ranks.linear_times import LinearTimes
+from svdllm.compression.ranks.measure_linears import measure_linears
 from svdllm.compression.session import Run
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
@@ -37,6 +38,7 @@ def measure_times(run: Run, subject: Subject) -> LinearTimes | None:
         measured = measure_linears(
             subject.skeleton,
             subject.structure,
+            forms=recipe.used_forms,
             tokens=recipe.speedup_tokens,
             round_to=recipe.round_to,
             device=device,

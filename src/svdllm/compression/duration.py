@@ -6,7 +6,7 @@ from collections import Counter
 
 from svdllm.checkpoint.tensors import file_bytes, tensor_bytes
 from svdllm.compression.machine_speed import MachineSpeed, busy_share, measure_speed
-from svdllm.compression.ranks.linear_times import SECONDS as SECONDS_PER_SHAPE
+from svdllm.compression.ranks.measure_linears import SECONDS as SECONDS_PER_SHAPE
 from svdllm.compression.workload import Workload
 from svdllm.models.structure import Target
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from svdllm.checkpoint.tensors import SHARD_BYTES, shard_names, tensor_bytes
 from svdllm.common.memory import resident_bytes
 from svdllm.compression.probe import WINDOW as PROBE_WINDOW
-from svdllm.compression.ranks.linear_times import work_bytes
+from svdllm.compression.ranks.measure_linears import work_bytes
 from svdllm.compression.workload import Workload
 from svdllm.models.structure import Target
 
@@ -47,7 +47,9 @@ def _computed_bytes(work: Workload) -> dict[str, int]:
     if work.probe_tokens:
         stages["probe"] = max(_head(work, PROBE_WINDOW), work.block_bytes)
     if recipe.target_speedup is not None:
-        stages["time linears"] = work_bytes(work.linear_shapes, recipe.speedup_tokens, work.dtype)
+        stages["time linears"] = work_bytes(
+            work.structure.targets, work.linear_shapes, recipe.speedup_tokens, work.dtype
+        )
     if work.sequential_tokens:
         stages["sequential"] = _sequential_block(work)
     return stages

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svdllm.checkpoint.elastic import Probes
 from svdllm.common.errors import InputError
-from svdllm.compression.forms import FORMS, Form
+from svdllm.compression.forms import factors_of
 from svdllm.compression.ranks.linear_times import LinearTimes
 from svdllm.models.chosen import Chosen, Forms
 from svdllm.models.structure import Target
@@ -93,18 +93,14 @@ class Question:
     round_to: int = 1
     ratio: float | None = None
 
-    @property
-    def factors(self) -> Form:
-        """The form of every linear that an allocation of ranks factorises: the smallest at a rank."""
-        return FORMS["packed" if "packed" in self.forms else "pair"]
-
     def cost(self, target: Target, rank: int | None) -> int:
         """The cost of a target's factors at a rank; None is its dense matrix."""
-        return self.unit.cost(target, None if rank is None else Chosen(self.factors.name, rank))
+        return self.unit.cost(target, None if rank is None else Chosen(factors_of(target, self.forms).name, rank))
 
     def in_forms(self, ranks: Mapping[str, int]) -> dict[str, Chosen]:
         """The answer of an allocation of ranks."""
-        return {name: Chosen(self.factors.name, rank) for name, rank in ranks.items()}
+        names = {target.name: factors_of(target, self.forms).name for target in self.targets}
+        return {name: Chosen(names[name], rank) for name, rank in ranks.items()}
 
     def require_met(self, least: Least) -> None:
         """Raises InputError if not even the least sizes fit."""

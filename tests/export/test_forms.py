@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import svdllm
+from every_form import checkpoint_of_every_form, save_every_form
 from families import tiny_model, tiny_tokens
-from mixed_forms import mixed_checkpoint, mixed_forms, random_model, save_mixed
+from mixed import model_with
 from quantized_models import cli
 from runs import save_dense
 from svdllm.checkpoint.report import read_report
@@ -41,7 +42,7 @@ def forms_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plain_model_is_as_wide_as_the_widest_mlp(family: str, tmp_path: Path) -> None:
-    mixed = save_mixed(tmp_path / "mixed", family, widths=(21, 32))
+    mixed = save_every_form(tmp_path / "mixed", family, widths=(21, 32))
     assert svdllm.export_dense(mixed, tmp_path / "dense") == (32, 1)
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert config[WIDTH_FIELDS.get(family, "intermediate_size")] == 32
@@ -51,7 +52,7 @@ def test_a_plain_model_is_as_wide_as_the_widest_mlp(family: str, tmp_path: Path)
 
 
 def test_mlps_of_one_width_need_no_zeros(tmp_path: Path) -> None:
-    mixed = save_mixed(tmp_path / "mixed", widths=(24, 24))
+    mixed = save_every_form(tmp_path / "mixed", widths=(24, 24))
     assert svdllm.export_dense(mixed, tmp_path / "dense") == (24, 0)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert all(module.weight.count_nonzero() == module.weight.numel() for module in dense.modules() if is_mlp(module))
@@ -66,18 +67,16 @@ def is_mlp(module: torch.nn.Module) -> bool:
 def test_narrower_mlps_beside_a_whole_one_are_filled_up(family: str, tmp_path: Path) -> None:
     """With an activation that is a half at zero, and biases: zeros after it let nothing through."""
     field = {"gpt2": "activation_function", "opt": "activation_function"}.get(family, "hidden_act")
-    mixed = save_mixed(tmp_path / "mixed", family, widths=(21, ORIGINAL.get(family, 48)), **{field: "sigmoid"})
+    mixed = save_every_form(tmp_path / "mixed", family, widths=(21, ORIGINAL.get(family, 48)), **{field: "sigmoid"})
     assert svdllm.export_dense(mixed, tmp_path / "dense") == (None, 1)
     torch.testing.assert_close(logits_of(tmp_path / "dense"), logits_of(mixed), rtol=1e-5, atol=1e-6)
 
 
 def test_where_no_config_sets_the_width_alone_it_stays_the_original(tmp_path: Path) -> None:
     """Bloom's MLP is four times as wide as its hidden states, whatever config.json says."""
-    config = CONFIG_MAPPING["bloom"](hidden_size=32, n_layer=2, n_head=4, vocab_size=128)
-    dense = AutoModelForCausalLM.from_config(config)
-    random_model(dense, {"forms": mixed_forms(dense, (21, 32))}).save_pretrained(tmp_path / "mixed")
-    assert svdllm.export_dense(tmp_path / "mixed", tmp_path / "dense") == (None, 2)
-    torch.testing.assert_close(logits_of(tmp_path / "dense"), logits_of(tmp_path / "mixed"), rtol=1e-5, atol=1e-6)
+    mixed = save_every_form(tmp_path / "mixed", "bloom", widths=(21, 32))
+    assert svdllm.export_dense(mixed, tmp_path / "dense") == (None, 2)
+    torch.testing.assert_close(logits_of(tmp_path / "dense"), logits_of(mixed), rtol=1e-5, atol=1e-6)
 
 
 # pairs
@@ -85,7 +84,7 @@ def test_where_no_config_sets_the_width_alone_it_stays_the_original(tmp_path: Pa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pairs_compute_exactly_what_packed_linears_do(family: str, tmp_path: Path) -> None:
-    mixed = save_mixed(tmp_path / "mixed", family)
+    mixed = save_every_form(tmp_path / "mixed", family)
     made = svdllm.export_pairs(mixed, tmp_path / "pairs")
     torch.testing.assert_close(logits_of(tmp_path / "pairs"), logits_of(mixed), rtol=1e-12, atol=1e-12)
     before, after = forms_of(mixed), forms_of(tmp_path / "pairs")
@@ -106,7 +105,7 @@ def test_pairs_compute_exactly_what_packed_linears_do(family: str, tmp_path: Pat
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_pair_that_would_not_be_smaller_is_written_dense(family: str, tmp_path: Path) -> None:
     """Of rank 15: a linear of 32 x 32 is smaller as a pair, one of 16 x 32 or in a narrower MLP is not."""
-    mixed = save_mixed(tmp_path / "mixed", family, rank=15, widths=(21, 21))
+    mixed = save_every_form(tmp_path / "mixed", family, rank=15, widths=(21, 21))
     made = svdllm.export_pairs(mixed, tmp_path / "pairs")
     assert made.dense > 0
     for name, entry in forms_of(tmp_path / "pairs").items():
@@ -120,9 +119,7 @@ def test_a_pair_that_would_not_be_smaller_is_written_dense(family: str, tmp_path
 def test_a_shared_first_factor_packed_by_columns_stays_shared(tmp_path: Path) -> None:
     names = [f"model.layers.0.self_attn.{leaf}_proj" for leaf in "kv"]
     entry = {"form": "packed", "side": "columns", "rank": 6}
-    model = random_model(
-        tiny_model("llama"), {"forms": dict.fromkeys(names, entry), "shared_factors": {names[1]: names[0]}}
-    )
+    model = model_with("llama", dict.fromkeys(names, entry), shared_factors={names[1]: names[0]})
     first, second = map(model.get_submodule, names)
     second.order.copy_(first.order)
     model.save_pretrained(tmp_path / "mixed")
@@ -138,7 +135,7 @@ def test_a_shared_first_factor_packed_by_columns_stays_shared(tmp_path: Path) ->
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     folder = tmp_path_factory.mktemp("forms")
-    return mixed_checkpoint(save_dense(folder / "dense", "qwen2", tokenizer=tokenizer), folder / "mixed")
+    return checkpoint_of_every_form(save_dense(folder / "dense", "qwen2", tokenizer=tokenizer), folder / "mixed")
 
 
 def test_a_checkpoint_of_pairs_is_a_whole_one(
@@ -167,7 +164,7 @@ def test_a_checkpoint_of_pairs_is_a_whole_one(
 
 def test_biases_of_a_correction_keep_a_linear_a_pair(tmp_path: Path, tokenizer: Any) -> None:
     dense = save_dense(tmp_path / "dense", tokenizer=tokenizer)
-    mixed = mixed_checkpoint(dense, tmp_path / "mixed", bias_correction=True)
+    mixed = checkpoint_of_every_form(dense, tmp_path / "mixed", bias_correction=True)
     svdllm.export_pairs(mixed, tmp_path / "pairs")
     torch.testing.assert_close(logits_of(tmp_path / "pairs"), logits_of(mixed), rtol=1e-12, atol=1e-12)
     assert svdllm.verify(tmp_path / "pairs")
@@ -201,7 +198,7 @@ def test_graphs_hold_every_form(format: str, tmp_path: Path) -> None:
     pytest.importorskip({"onnx": "onnxruntime", "openvino": "openvino"}[format])
     from svdllm.export.graphs import export_graph
 
-    mixed = save_mixed(tmp_path / "mixed", {"onnx": "qwen2", "openvino": "llama"}[format])
+    mixed = save_every_form(tmp_path / "mixed", {"onnx": "qwen2", "openvino": "llama"}[format])
     difference, has_cache = export_graph(mixed, tmp_path / "out", format)  # compares, at other lengths than traced
     assert 0 < difference < 1e-5
     assert has_cache

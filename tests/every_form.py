@@ -6,13 +6,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from families import tiny_model
+from mixed import model_with
 from runs import run, small_recipe
 from svdllm.models.discover import discover
 from svdllm.models.linears import linear_shape
-from svdllm.models.low_rank import family_classes, low_rank_config
 from svdllm.models.skeleton import build_skeleton
 
 TURNS = ({"form": "packed", "side": "columns"}, {"form": "pair"}, {"form": "packed", "side": "rows"}, {})
@@ -26,7 +24,7 @@ RANKS = {
 }
 
 
-def mixed_forms(dense: Any, widths: tuple[int, ...] = WIDTHS, rank: int = 6) -> dict[str, dict[str, Any]]:
+def every_form(dense: Any, widths: tuple[int, ...] = WIDTHS, rank: int = 6) -> dict[str, dict[str, Any]]:
     """An entry for most linears of a dense model; in odd blocks also for those in the narrower MLP."""
     skeleton = build_skeleton(dense.config)
     structure = discover(skeleton)
@@ -46,39 +44,20 @@ def mixed_forms(dense: Any, widths: tuple[int, ...] = WIDTHS, rank: int = 6) -> 
     return forms
 
 
-def mixed_model(
+def model_of_every_form(
     family: str = "llama", seed: int = 0, rank: int = 6, widths: tuple[int, ...] = WIDTHS, **config: Any
 ) -> Any:
-    """A float32 model in eval mode with random weights, biases, norms and orders."""
-    dense = tiny_model(family, seed, **config)
-    return random_model(dense, {"forms": mixed_forms(dense, widths, rank)}, seed)
+    """A float32 model in eval mode with random weights, biases and orders."""
+    forms = every_form(tiny_model(family, **config), widths, rank)
+    return model_with(family, forms, seed, overrides=config)
 
 
-def random_model(dense: Any, settings: dict[str, Any], seed: int = 0) -> Any:
-    """A model of the forms in ``settings``, an entry of ``config.json``, with random weights."""
-    family = dense.config.model_type
-    entry = {"format_version": 2, "base_model_type": family, **settings}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = family_classes(family).causal_lm(low_rank_config(dense.config, entry))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(std=parameter.shape[1] ** -0.5)
-                elif name.endswith("bias"):
-                    parameter.normal_(std=0.3)
-            for name, buffer in model.named_buffers():
-                if name.endswith(".order"):
-                    buffer.copy_(torch.randperm(len(buffer)))
-    return model.eval()
-
-
-def save_mixed(folder: Path, family: str = "llama", **settings: Any) -> Path:
-    """A mixed model as ``save_pretrained`` writes it."""
-    mixed_model(family, **settings).save_pretrained(folder)
+def save_every_form(folder: Path, family: str = "llama", **settings: Any) -> Path:
+    """A model of every form as ``save_pretrained`` writes it."""
+    model_of_every_form(family, **settings).save_pretrained(folder)
     return folder
 
 
-def mixed_checkpoint(dense: Path, folder: Path, **settings: Any) -> Path:
+def checkpoint_of_every_form(dense: Path, folder: Path, **settings: Any) -> Path:
     """A checkpoint in which every form occurs, as ``compress`` writes it."""
     return run(dense, folder, recipe=small_recipe(ranks=RANKS, **settings)).output_dir

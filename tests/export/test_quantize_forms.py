@@ -1,4 +1,4 @@
-"""Quantised checkpoints in which every form occurs: factors are rounded, orders stay, and sizes are known beforehand."""
+"""Quantised checkpoints in which every form occurs: factors are rounded, orders stay, sizes are known beforehand."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def _unpacked(info: LowRankInfo, linears: StoredLinears, dense: PreTrainedModel)
         groups.setdefault(info.shared_factors.get(name, name), []).append(name)
     for names in groups.values():
         modules = {name: dense.get_submodule(name) for name in names}
-        needs_pair = any(linears.bias(name) is not None and modules[name].bias is None for name in names)
+        needs_pair = any(linears.bias_name(name) and modules[name].bias is None for name in names)
         shapes = [_shape(modules[name], forms[name]) for name in names]
         rank, in_features, out_features = forms[names[0]]["rank"], shapes[0][1], sum(rows for rows, _ in shapes)
         is_pair = needs_pair or rank * (in_features + out_features) < in_features * out_features
@@ -143,6 +143,8 @@ def _finish(folder: Path, partial: Path, params: int, forms: Forms) -> None:
         "params": params,
         "file_bytes": weight_bytes(partial).files,
         "achieved_ratio": (dense - kept) / dense,
+        "quantized_file_bytes": None,  # predicted for the packed linears, as the speed
+        "speed": None,
         "packed_file_bytes": report["file_bytes"],
     }
     recipe = (folder / RECIPE_FILE).read_text(encoding="utf-8")

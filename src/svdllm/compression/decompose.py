@@ -11,7 +11,7 @@ from torch import Tensor
 from svdllm.common.errors import NumericalError
 from svdllm.compression.collect import left_metric_of
 from svdllm.compression.math.linalg import Spectrum, output_spectrum
-from svdllm.compression.math.narrowing import Narrowing, narrowing
+from svdllm.compression.math.narrowing import Narrowing
 from svdllm.models.structure import Target, weight_of
 from svdllm.models.walk import Block
 
@@ -53,7 +53,7 @@ def decompose(
             left_OO = left_metric_of(target, weight_OI, metric, lefts.get(target.name))
             spectrum = output_spectrum(weight_OI, metric, depths[target.name], left_gram_OO=left_OO)
             if target in consumers and target.inner is not None and metric is not None:
-                narrowings[target.inner.mlp] = narrowing(weight_OI, metric, left_OO).to(stored_dtype)
+                narrowings[target.inner.mlp] = Narrowing.of(weight_OI, metric, left_OO).to(dtype=stored_dtype)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
         spectra[target.name] = spectrum.to(dtype=stored_dtype)

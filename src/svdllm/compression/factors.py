@@ -12,7 +12,6 @@ from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.forms import FORMS, Fitted
 from svdllm.compression.math.linalg import corrected_bias, factorise
-from svdllm.compression.math.narrowing import narrowed_weight
 from svdllm.compression.subject import Subject
 from svdllm.models.chosen import Chosen, Forms
 from svdllm.models.structure import Target
@@ -131,8 +130,8 @@ class TargetFactors:
             assert target.inner is not None
             if target.inner.side == "out":
                 return {"weight": weight_OI}
-            narrowing = self._analysis.narrowing(target.block, target.inner.mlp).to(device=self._device)
-            return {"weight": narrowed_weight(weight_OI, narrowing, chosen.size)}
+            narrowing = self._analysis.narrowing(target.block, target.inner.mlp).to(self._device)
+            return {"weight": narrowing.consumer(weight_OI, chosen.size)}
         spectrum = self._analysis.spectrum(target).to(self._device)
         u_OR, v_RI = factorise(weight_OI, spectrum, chosen.size)
         factors = {"svd_u.weight": u_OR, "svd_v.weight": v_RI}

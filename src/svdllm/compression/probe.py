@@ -25,7 +25,6 @@ from svdllm.compression.analysis import Analysis
 from svdllm.compression.forms import FORMS
 from svdllm.compression.math.measures import Measure
 from svdllm.compression.math.metrics import METHODS
-from svdllm.compression.math.narrowing import narrowed_weight
 from svdllm.compression.ranks import ALLOCATIONS
 from svdllm.compression.recipe import Recipe
 from svdllm.models.loaded_weights import tensors_replaced
@@ -144,9 +143,9 @@ def _trials(walk: Walk, analysis: Analysis, target: Target, sizes: Sizes) -> Ite
         yield target.name, rank, spectrum.basis_OD[:, :rank] @ coefficients_RI[:rank]
     if target.inner is None or target.inner.side == "out" or target.inner.mlp not in sizes:
         return
-    narrowing = analysis.narrowing(target.block, target.inner.mlp)
+    narrowing = analysis.narrowing(target.block, target.inner.mlp).to(weight_OI.device)
     for width in sizes[target.inner.mlp]:
-        yield target.inner.mlp, width, narrowed_weight(weight_OI, narrowing, width).to(weight_OI.dtype)
+        yield target.inner.mlp, width, narrowing.consumer(weight_OI, width).to(weight_OI.dtype)
 
 
 def _measured(walk: Walk, streams: list[Tensor], measure: Measure) -> list[float]:

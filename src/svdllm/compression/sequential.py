@@ -25,7 +25,7 @@ from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.collect import left_metric_of
 from svdllm.compression.forms import FORMS
 from svdllm.compression.math.linalg import anchored, corrected_bias, factorise, output_spectrum
-from svdllm.compression.math.narrowing import projected
+from svdllm.compression.math.narrowing import narrowed_anchored, with_zeros
 from svdllm.compression.plan import Plan
 from svdllm.compression.products import Products, Sums, relative_error
 from svdllm.compression.recipe import Recipe
@@ -188,9 +188,11 @@ class Sequential:
                 return {"weight": star_OI}
             chosen = self.forms[target.name]
             if FORMS[chosen.form].of_mlps:
-                order = self.analysis.inner_order(target)
-                assert order is not None
-                return {"weight": projected(star_OI, products.compressed_II, order.to(star_OI.device), chosen.size)}
+                order_I = self.analysis.inner_order(target)
+                assert order_I is not None
+                kept_W = order_I[: chosen.size].to(weight_OI.device)
+                grams = products.compressed_II, products.cross_II
+                return {"weight": with_zeros(narrowed_anchored(weight_OI, *grams, beta, kept_W), kept_W, len(order_I))}
             left_OO = left_metric_of(target, star_OI, products.compressed_II, left_OO)
             spectrum = output_spectrum(star_OI, products.compressed_II, chosen.size, left_gram_OO=left_OO)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]

@@ -51,7 +51,7 @@ def _store(target: Target, fitted: Fitted, width: int, order: Tensor | None) -> 
         weight_OI = weight_OI[rows]
         bias_O = None if bias_O is None else bias_O[rows]
     else:
-        weight_OI = weight_OI[:, kept_rows(order, width)]
+        weight_OI = weight_OI[:, order[:width]]
     stored = {"weight": (weight_OI.mT if target.is_conv1d else weight_OI).contiguous()}
     return {target.name: stored | ({} if bias_O is None else {"bias": bias_O})}
 

@@ -19,23 +19,27 @@ from svdllm.compression.ranks.knapsack import Choice, Solution, Unit, solve
 from svdllm.compression.ranks.probe_settings import ProbeSettings
 from svdllm.compression.ranks.question import Allocation, Evidence, Question
 from svdllm.compression.ranks.rows import Probing, Row
+from svdllm.compression.ranks.uniform import uniform_rank
 from svdllm.models.chosen import Chosen
 from svdllm.models.structure import Target
 
-PROBE_SHARE_OF_BREAK_EVEN = 0.1
-PROBE_SHARE_OF_WIDTH = 0.6
+# What a probe removes of the parameters: enough for its divergence to be above the noise of a few tokens. Alone, the
+# linears of an attention change the predictions less than those of an MLP.
+PROBED_RATIO, PROBED_RATIO_OF_MLPS = 0.7, 0.4
+PROBED_SHARE_OF_WIDTH = 0.35
 
 Losses = Mapping[str, Tensor]  # target or MLP -> predicted loss at every size (nats per token)
 
 
 def probe_rank(target: Target) -> int:
-    """The one rank at which a target is probed: a tenth of break-even."""
-    return max(1, round(PROBE_SHARE_OF_BREAK_EVEN * target.break_even_rank))
+    """The one rank at which a target is probed: what a ratio leaves, packed."""
+    ratio = PROBED_RATIO if target.inner is None else PROBED_RATIO_OF_MLPS
+    return max(1, uniform_rank(target, ratio, forms=("packed", "pair")))
 
 
 def probe_width(width: int) -> int:
     """The one width to which an MLP is narrowed on trial."""
-    return max(1, round(PROBE_SHARE_OF_WIDTH * width))
+    return max(1, round(PROBED_SHARE_OF_WIDTH * width))
 
 
 def predicted_losses(tails: Tensor, size: int, divergence: float) -> Tensor:

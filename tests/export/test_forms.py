@@ -17,7 +17,7 @@ from every_form import checkpoint_of_every_form, save_every_form
 from families import tiny_model, tiny_tokens
 from mixed import model_with
 from quantized_models import cli
-from runs import save_dense
+from runs import run, save_dense, small_recipe
 from svdllm.checkpoint.report import read_report
 from svdllm.common.errors import InputError, UnsupportedModelError
 from svdllm.export import pairs
@@ -146,7 +146,9 @@ def test_a_checkpoint_of_pairs_is_a_whole_one(
     found = json.loads(capsys.readouterr().out)
     before, after = read_report(checkpoint), read_report(out)
     assert found["pairs"] == sum(row["form"] == "packed" for row in before["linears"]) > 0
-    assert found["bytes_before"] == before["file_bytes"] < found["bytes_after"] == after["file_bytes"]
+    assert (found["bytes_before"], found["bytes_after"]) == (before["file_bytes"], after["file_bytes"])
+    unpacked = sum(row["rank"] ** 2 for row in before["linears"] if row["form"] == "packed")
+    assert after["params"] == before["params"] + unpacked
     assert {row["form"] for row in after["linears"]} == {"pair", "narrow", "dense"}
     model = svdllm.load_model(out)
     assert after["params"] == model.num_parameters()
@@ -164,8 +166,10 @@ def test_a_checkpoint_of_pairs_is_a_whole_one(
 
 def test_biases_of_a_correction_keep_a_linear_a_pair(tmp_path: Path, tokenizer: Any) -> None:
     dense = save_dense(tmp_path / "dense", tokenizer=tokenizer)
-    mixed = checkpoint_of_every_form(dense, tmp_path / "mixed", bias_correction=True)
-    svdllm.export_pairs(mixed, tmp_path / "pairs")
+    ranks = {"q_proj": {"packed": 7}, "v_proj": {"packed": 14}, "up_proj": {"pair": 6}}  # 14 of 16 are no smaller
+    mixed = run(dense, tmp_path / "mixed", recipe=small_recipe(ranks=ranks, bias_correction=True)).output_dir
+    made = svdllm.export_pairs(mixed, tmp_path / "pairs")
+    assert (made.pairs, made.dense) == (4, 0)
     torch.testing.assert_close(logits_of(tmp_path / "pairs"), logits_of(mixed), rtol=1e-12, atol=1e-12)
     assert svdllm.verify(tmp_path / "pairs")
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM has no place for"):

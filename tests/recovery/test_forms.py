@@ -64,8 +64,8 @@ def test_adapters_are_merged_into_packed_factors(order: str, checkpoint: Path, t
 def test_distillation_trains_packed_biases_and_narrower_mlps(
     checkpoint: Path, dense: Path, text: Path, tmp_path: Path
 ) -> None:
-    settings = {"methods": ["distill"], "data": str(text), "steps": 12, "teacher": str(dense), "kl": 1.0}
-    result = recover(checkpoint, tmp_path / "out", make_recovery(SMALL | settings))
+    settings = {"methods": ["distill"], "data": str(text), "steps": 20, "teacher": str(dense), "kl": 1.0}
+    result = recover(checkpoint, tmp_path / "out", make_recovery(SMALL | settings | {"lr": 3e-4}))
     found = set(changed(checkpoint, result.output_dir))
     every = load_file(checkpoint / "model.safetensors")
     left = {name for name in every if name.endswith(".order") or "norm" in name or "embed" in name}
@@ -80,9 +80,9 @@ def test_distillation_trains_packed_biases_and_narrower_mlps(
 def test_blocks_of_every_form_come_nearer_to_the_dense_blocks(
     checkpoint: Path, dense: Path, text: Path, tmp_path: Path
 ) -> None:
-    settings = {"methods": ["blockwise"], "data": str(text), "teacher": str(dense), "samples": 8, "epochs": 4}
+    settings = {"methods": ["blockwise"], "data": str(text), "teacher": str(dense), "samples": 8, "epochs": 8}
     notes = Notes()
-    result = recover(checkpoint, tmp_path / "out", make_recovery(SMALL | settings), reporter=notes)
+    result = recover(checkpoint, tmp_path / "out", make_recovery(SMALL | settings | {"lr": 3e-4}), reporter=notes)
     found = set(changed(checkpoint, result.output_dir))
     blocks = {name for name in load_file(checkpoint / "model.safetensors") if "layers" in name}
     assert found == {name for name in blocks if not name.endswith(".order")}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import svdllm
 from families import stored_ranks, tiny_model
-from runs import TEXT, digests, run, small_recipe, token_windows
+from runs import TEXT, digests, pairs, run, small_recipe, token_windows
 from svdllm.checkpoint.elastic import ELASTIC_FILE
 from svdllm.cli import main
 from svdllm.compression.ranks import Allocation
@@ -60,7 +60,7 @@ def test_a_slice_is_the_run_at_its_ratio_byte_for_byte(
     result = svdllm.slice_checkpoint(tmp_path / "elastic", 0.5, tmp_path / "sliced")
     assert digests(tmp_path / "sliced") == digests(tmp_path / "direct")
     assert digests(tmp_path / "elastic", skip=()) == before
-    assert result.plan.ranks == direct.plan.ranks
+    assert result.plan.forms == direct.plan.forms
     assert [row.loss for row in result.linears] == [row.loss for row in direct.linears]
     assert elastic.plan.sizes.elastic_bytes == (tmp_path / "elastic" / "svdllm" / "elastic.safetensors").stat().st_size
     svdllm.verify(tmp_path / "sliced", "cpu")
@@ -267,8 +267,8 @@ def test_a_rank_more_than_is_held_is_one_too_many(made: Path, tmp_path: Path, mo
     ranks = stored_ranks(json.loads((made / "config.json").read_text()))
     first, rank = next(iter(ranks.items()))
     for wanted in (rank + 1, rank):
-        allocation = Allocation(ranks | {first: wanted})
-        monkeypatch.setattr(sys.modules["svdllm.compression.plan"], "choose_ranks", lambda *_, of=allocation: of)
+        allocation = Allocation(pairs(ranks | {first: wanted}))
+        monkeypatch.setattr(sys.modules["svdllm.compression.plan"], "choose_forms", lambda *_, of=allocation: of)
         if wanted == rank:
             svdllm.slice_checkpoint(made, 0.31, tmp_path / "out")
         else:
@@ -281,7 +281,9 @@ def test_ranks_that_are_not_stored_are_refused(made: Path, tmp_path: Path, monke
     (first, rank), *_, (last, _) = ranks.items()
 
     def allocate(wanted: dict[str, int]) -> None:
-        monkeypatch.setattr(sys.modules["svdllm.compression.plan"], "choose_ranks", lambda *_: Allocation(wanted))
+        monkeypatch.setattr(
+            sys.modules["svdllm.compression.plan"], "choose_forms", lambda *_: Allocation(pairs(wanted))
+        )
 
     allocate(ranks | {first: rank + 4})
     with pytest.raises(

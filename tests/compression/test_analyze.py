@@ -17,7 +17,7 @@ from runs import small_recipe, token_windows
 from svdllm import NumericalError, Recipe
 from svdllm.common.progress import Reporter
 from svdllm.compression.math.linalg import factorise
-from svdllm.compression.probe import probe, probe_ids, probe_ranks, probe_tokens
+from svdllm.compression.probe import probe, probe_ids, probe_sizes, probe_tokens
 from svdllm.compression.ranks import ALLOCATIONS
 from svdllm.compression.ranks.loss import probe_rank
 from svdllm.models.discover import discover
@@ -167,7 +167,7 @@ def probed_on(run: SimpleNamespace, ids: Tensor) -> Any:
     run.walk.ids, run.walk.kept_batches, run.walk.batch_tokens = ids, 0, ids.numel()
     probing = ALLOCATIONS[run.recipe.allocation].probing
     assert probing is not None
-    return probe(run.walk, run.analysis, probe_ranks(run.recipe, run.structure), probing.measure, Reporter())
+    return probe(run.walk, run.analysis, probe_sizes(run.recipe, run.structure), probing.measure, Reporter())
 
 
 def truncated_logits(run: SimpleNamespace, target: Any, rank: int, ids: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from analysed import analysed, grams_by_autograd
 from families import tiny_model, tiny_tokens
 from generation import WAYS, assert_same, generated, in_parts
 from reference import optimal_outputs
-from runs import TEXT, digests, run, small_recipe, token_windows
+from runs import TEXT, digests, ranks_in, run, small_recipe, token_windows
 from svdllm import UnsupportedModelError, fuse_factors, load_model, recover
 from svdllm.checkpoint.verify import verify
 from svdllm.inference.latent_cache import cache_bytes, cache_size, use_latent_cache, use_ordinary_cache
@@ -202,7 +202,7 @@ def test_the_budget_is_spread_by_what_both_do(tmp_path: Path) -> None:
         calibration_mode="sequential",
         overrides={"0.*v_proj": 0.5},
     )
-    ranks = result.plan.ranks
+    ranks = ranks_in(result.plan.forms)
     assert ranks["model.layers.0.self_attn.k_proj+v_proj"] == 8  # half of 32 * 32 weights, at 64 a rank
     assert result.plan.achieved_ratio >= 0.3 - 1e-9
     verify(result.output_dir)

@@ -18,17 +18,15 @@ import transformers
 from torch import Tensor
 
 from svdllm.checkpoint.output import LOCK, start_over
-from svdllm.common.errors import NumericalError
 from svdllm.common.locks import locked
 from svdllm.common.progress import Reporter
 from svdllm.common.settings_file import read_settings
 from svdllm.common.version import __version__
 from svdllm.compression.analysis import Analysis
-from svdllm.compression.collect import collect_backward, collect_statistics, left_metric_of, right_metric
+from svdllm.compression.collect import collect_backward, collect_statistics, right_metric
+from svdllm.compression.decompose import decompose
 from svdllm.compression.forms import FORMS, most_rank, rank_of
-from svdllm.compression.math.linalg import Spectrum, output_spectrum
 from svdllm.compression.math.metrics import METHODS, Method
-from svdllm.compression.math.narrowing import Narrowing, narrowing
 from svdllm.compression.math.statistics import Gram, Statistic
 from svdllm.compression.plan import Plan
 from svdllm.compression.recipe import Recipe
@@ -37,7 +35,7 @@ from svdllm.compression.session import Run, recipe_settings
 from svdllm.compression.shared_statistics import SharedStatistics
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
-from svdllm.models.structure import Structure, Target, weight_of
+from svdllm.models.structure import Structure, Target
 from svdllm.models.walk import Block, Walk
 
 
@@ -261,48 +259,3 @@ class Calibration:
         steps = len(self.walk.structure.blocks) * batches
         self.walk.on_batch = lambda block, done, of: self.reporter.advance(block * of + done, steps)
         return self.reporter.stage(name, steps)
-
-
-def decompose(
-    block: Block,
-    targets: list[Target],
-    metric_of: Callable[[Target], Tensor | None],
-    depths: Mapping[str, int],
-    lefts: Mapping[str, Tensor],
-    consumers: Sequence[Target] = (),
-) -> tuple[dict[str, Spectrum], dict[str, Narrowing], dict[str, float]]:
-    """Decomposes the weights of a block's targets.
-
-    Args:
-        metric_of: gives the right metric of a target; called once per group.
-        depths: target -> directions of its basis to keep.
-        lefts: target -> left metric; targets without one are measured in their outputs as they are.
-        consumers: of the targets, those that read the inner features of an MLP that may be narrowed.
-
-    Returns spectra by target, narrowings by MLP, and seconds by target.
-
-    Raises:
-        NumericalError: a spectrum does not converge; names the linear.
-    """
-    spectra: dict[str, Spectrum] = {}
-    narrowings: dict[str, Narrowing] = {}
-    seconds: dict[str, float] = {}
-    metrics: dict[str, Tensor | None] = {}
-    stored_dtype = torch.float64 if block.walk.dtype == torch.float64 else torch.float32
-    for target in targets:
-        started = time.perf_counter()
-        if target.group not in metrics:
-            metrics = {target.group: metric_of(target)}  # the previous group's is not needed again
-        weight_OI = weight_of(block.walk.skeleton, target)
-        metric = metrics[target.group]
-        metric = metric if metric is None else metric.to(weight_OI.device)
-        try:
-            left_OO = left_metric_of(target, weight_OI, metric, lefts.get(target.name))
-            spectrum = output_spectrum(weight_OI, metric, depths[target.name], left_gram_OO=left_OO)
-            if target in consumers and target.inner is not None and metric is not None:
-                narrowings[target.inner.mlp] = narrowing(weight_OI, metric, left_OO).to(stored_dtype)
-        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-            raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
-        spectra[target.name] = spectrum.to(dtype=stored_dtype)
-        seconds[target.name] = time.perf_counter() - started
-    return spectra, narrowings, seconds

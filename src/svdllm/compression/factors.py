@@ -74,15 +74,25 @@ class TargetFactors:
         return self._made[target.name]
 
     def _in_form(self, target: Target, fitted: Fitted) -> dict[str, dict[str, Tensor]]:
-        chosen, dense = self._forms.get(target.name, DENSE), self._weights.get(f"{target.linears[0]}.weight")
+        chosen = self._forms.get(target.name, DENSE)
         order = self._analysis.inner_order(target) if FORMS[chosen.form].of_mlps else None
         made = FORMS[chosen.form].store(target, fitted, chosen.size, order)
-        stored = {linear: {leaf: _as(tensor, dense) for leaf, tensor in own.items()} for linear, own in made.items()}
+        weight, bias = self._dtypes(target)
+        stored = {
+            linear: {leaf: _as(tensor, bias if leaf.endswith("bias") else weight) for leaf, tensor in own.items()}
+            for linear, own in made.items()
+        }
         for linear, own in stored.items():
             for leaf, tensor in own.items():
                 if not bool(torch.isfinite(tensor).all()):
-                    raise NumericalError(f"{linear}.{leaf} overflows {dense.dtype}; leave it dense with --ignore.")
+                    raise NumericalError(f"{linear}.{leaf} overflows {tensor.dtype}; leave it dense with --ignore.")
         return stored
+
+    def _dtypes(self, target: Target) -> tuple[torch.dtype, torch.dtype]:
+        """The dtypes of the weight and the bias in the source; a bias that a correction adds has that of the weight."""
+        name = target.linears[0]
+        weight = self._weights.get(f"{name}.weight").dtype
+        return weight, self._weights.get(f"{name}.bias").dtype if target.has_bias else weight
 
     def _in_order_of_consumer(self, target: Target, fitted: Fitted) -> Fitted:
         """Makes the inner features of an MLP in the order in which the linear that reads them wants them.
@@ -137,5 +147,5 @@ def _with_inputs_in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {leaf: torch.arange(len(t), dtype=t.dtype) if leaf == "order" else t for leaf, t in tensors.items()}
 
 
-def _as(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor.to("cpu", like.dtype if tensor.is_floating_point() else None).contiguous()
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to("cpu", dtype if tensor.is_floating_point() else None).contiguous()

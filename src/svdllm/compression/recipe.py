@@ -13,10 +13,10 @@ from svdllm.checkpoint.quantized import NVFP4_GROUP
 from svdllm.common.errors import InputError
 from svdllm.common.settings import DEVICE, setting
 from svdllm.compression.after_analysis import AfterAnalysis, settings_after_analysis
-from svdllm.compression.forms import FORMS
 from svdllm.compression.math.metrics import METHODS, METRICS, LeftMetric, MethodSettings, MetricSettings
 from svdllm.compression.ranks import ALLOCATIONS, AllocationSettings
-from svdllm.compression.recipe_parts import BUDGETS, Budget, FormsChoice, MethodChoice, MetricChoice
+from svdllm.compression.recipe_forms import FormsChoice
+from svdllm.compression.recipe_parts import BUDGETS, MetricChoice
 
 # The settings that choose a row, and the table of the rows.
 TABLES: dict[str, Mapping[str, Any]] = {"metric": METRICS, "method": METHODS, "allocation": ALLOCATIONS}
@@ -24,7 +24,7 @@ TABLES: dict[str, Mapping[str, Any]] = {"metric": METRICS, "method": METHODS, "a
 PLAIN = {"metric": "input", "shrinkage": 0.0, "allocation": "uniform", "round_to": 1}
 
 
-class Recipe(AllocationSettings, FormsChoice, Budget, MetricSettings, MetricChoice, MethodSettings, MethodChoice):
+class Recipe(AllocationSettings, FormsChoice, MetricSettings, MetricChoice, MethodSettings):
     """Settings that decide the numbers of a run; keyword-only, frozen, unknown keys are errors.
 
     The defaults are the preset ``balanced``; with another method than svd-llm, or explicit ranks, they are plain.
@@ -53,12 +53,6 @@ class Recipe(AllocationSettings, FormsChoice, Budget, MetricSettings, MetricChoi
         "Ranks and widths are multiples of this number, which kernels and group-wise quantisers want.",
         panel="Allocation",
         ge=1,
-    )
-
-    elastic: AfterAnalysis[bool] = setting(
-        False,
-        "Also write what every smaller size needs: `svdllm slice` then makes it in seconds, without text.",
-        panel="Recipe",
     )
 
     calibration: str = setting(
@@ -90,11 +84,6 @@ class Recipe(AllocationSettings, FormsChoice, Budget, MetricSettings, MetricChoi
         panel="Calibration",
         only_with={"calibration_mode": ("sequential",)},
         ge=1,
-    )
-    bias_correction: bool = setting(
-        False,
-        "Factor centred inputs, and give every low-rank linear a bias that corrects its mean output.",
-        panel="Method",
     )
     joint_kv: bool = setting(
         False,
@@ -201,57 +190,6 @@ class Recipe(AllocationSettings, FormsChoice, Budget, MetricSettings, MetricChoi
                 "allocation"
             )
         return self
-
-    @field_validator("forms")
-    @classmethod
-    def _known_form(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        unknown = [name for name in value or () if name not in FORMS]
-        if unknown:
-            raise ValueError(f"unknown form {unknown[0]!r}; known are {', '.join(FORMS)}")
-        if value is not None and not any(FORMS[name].curve for name in value):
-            raise ValueError(
-                f"forms {', '.join(value) or '(none)'} leave every linear as it is; name at least one of "
-                f"{', '.join(name for name, row in FORMS.items() if row.curve)}"
-            )
-        return value
-
-    @model_validator(mode="after")
-    def _fits_the_forms(self) -> Recipe:
-        if self.forms is not None and self.ranks is not None:
-            raise ValueError("forms does nothing to explicit ranks; name the form there, as in {packed: 96}")
-        for name in self.analysed_forms if self.ranks is not None else self.forms or ():
-            if (reason := self._why_not(name)) is not None:
-                raise ValueError(f"form {name} cannot be used: {reason}")
-        return self
-
-    def _why_not(self, form: str) -> str | None:
-        """Why the recipe cannot use a form; None if it can."""
-        row, allocation = FORMS[form], ALLOCATIONS[self.allocation]
-        if self.ranks is None and row.curve and form not in (*allocation.forms, *allocation.other_forms):
-            use = " or ".join(n for n, other in ALLOCATIONS.items() if form in (*other.forms, *other.other_forms))
-            return f"allocation {self.allocation} does not choose it; use allocation {use}"
-        if row.needs_gram and not METHODS[self.method].has_gram:
-            return f"it is fitted to the Gram of the inputs, and method {self.method} has none"
-        if self.bias_correction and row.curve and not row.adds_bias:
-            return "bias_correction gives every compressed linear a bias, which this form has no place for"
-        if self.elastic and row.curve and not row.nested:
-            return (
-                "elastic writes one checkpoint from which every smaller ratio is sliced, and its sizes are not nested"
-            )
-        return None
-
-    @property
-    def used_forms(self) -> tuple[str, ...]:
-        """The forms that may take the place of dense linears: those named, or all that can."""
-        if self.forms is not None:
-            return self.forms
-        return tuple(name for name in ALLOCATIONS[self.allocation].forms if self._why_not(name) is None)
-
-    @property
-    def analysed_forms(self) -> tuple[str, ...]:
-        """The forms that the analysis prepares: those that may be used, or that explicit ranks name."""
-        named = (next(iter(wanted)) for wanted in (self.ranks or {}).values() if isinstance(wanted, dict))
-        return self.used_forms if self.ranks is None else ("pair", *named)
 
     @model_validator(mode="after")
     def _fits_the_budget(self) -> Recipe:

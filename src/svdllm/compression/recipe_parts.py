@@ -48,20 +48,6 @@ class MetricChoice(BaseModel):
     )
 
 
-class FormsChoice(BaseModel):
-    """The rows of ``FORMS``."""
-
-    forms: AfterAnalysis[tuple[str, ...] | None] = setting(
-        None,
-        f"What may take the place of dense linears: {rows_of(FORMS)}. What is no smaller or loses more than another "
-        "stays dense in any case.",
-        panel="Allocation",
-        metavar="|".join(FORMS),
-        shown_default="all that the allocation and the method can use",
-        reader="names",
-    )
-
-
 class Budget(BaseModel):
     """How small the model becomes, and the row of ``ALLOCATIONS``, which spreads the budget."""
 

@@ -23,6 +23,7 @@ from svdllm.common.errors import CheckpointError, InputError
 from svdllm.compression.forms import rank_of
 from svdllm.compression.forms.layout import compressed_tensors, forms_entry
 from svdllm.compression.math.linalg import tail_energies
+from svdllm.compression.packed_slices import PackedSlices
 from svdllm.compression.plan import Plan, make_plan, refine
 from svdllm.compression.ranks import Evidence
 from svdllm.compression.ranks.budget import spare_forms
@@ -53,7 +54,7 @@ class SmallerSize:
     evidence: Evidence
     plan: Plan
     layout: Tensors
-    tensors: SlicedTensors
+    tensors: SlicedTensors | PackedSlices
 
     @property
     def config_fields(self) -> dict[str, Any]:
@@ -77,10 +78,18 @@ class SmallerSize:
         ]
 
 
-def find_size(folder: str | Path, ratio: float, device: str | None, *, check_integrity: bool = True) -> SmallerSize:
+def find_size(
+    folder: str | Path,
+    ratio: float,
+    device: str | None,
+    *,
+    forms: tuple[str, ...] = ("pair",),
+    check_integrity: bool = True,
+) -> SmallerSize:
     """Plans the size of a ratio and finds its factors in an elastic checkpoint.
 
     Args:
+        forms: with ``packed``, the pairs are packed, and the ranks are as much larger.
         device: where the reference logits are computed; None for the device of the recipe.
         check_integrity: compare the hashes of all files first.
 
@@ -97,7 +106,7 @@ def find_size(folder: str | Path, ratio: float, device: str | None, *, check_int
     if check_integrity:
         _require_as_written(folder, index)
     whole = make_recipe(load_settings(folder / RECIPE_FILE), f"{RECIPE_FILE} in {folder}")
-    recipe = _recipe_at(whole, ratio, folder)
+    recipe = _recipe_at(whole, ratio, folder, forms)
     source = Source(
         name=report["source"]["model"],
         revision=report["source"]["revision"],
@@ -109,11 +118,16 @@ def find_size(folder: str | Path, ratio: float, device: str | None, *, check_int
     targets = subject.structure.targets
     elastic = TensorFiles(sorted((folder / ELASTIC_STEM).parent.glob(f"{Path(ELASTIC_STEM).name}*.safetensors")))
     evidence = Evidence({t.name: elastic.get(f"{t.name}.energies") for t in targets}, index.probes)
-    plan = _plan(subject, recipe.model_copy(update={"device": device or recipe.device}), evidence)
     info = LowRankInfo.of(config, str(folder))
     assert info is not None
+    if "packed" in forms:
+        own = _own_pairs(subject.structure, info.ranks)
+        held = {**spare_forms(whole, subject.structure, own), **own}
+        evidence = replace(evidence, held=held, not_dense=frozenset(own))
+    plan = _plan(subject, recipe.model_copy(update={"device": device or recipe.device}), evidence)
     _require_nested(folder, whole, subject.structure, info.ranks, plan.forms, ratio)
     ranks = {name: plan.forms[t.name].size for t in targets if t.name in plan.forms for name in t.linears}
+    tensors = SlicedTensors(TensorFiles(weight_files(folder)), elastic, info.ranks, ranks)
     return SmallerSize(
         folder=folder,
         report=report,
@@ -122,7 +136,7 @@ def find_size(folder: str | Path, ratio: float, device: str | None, *, check_int
         evidence=evidence,
         plan=plan,
         layout=compressed_tensors(index.stored, targets, plan.forms),
-        tensors=SlicedTensors(TensorFiles(weight_files(folder)), elastic, info.ranks, ranks),
+        tensors=PackedSlices(tensors, targets, plan.forms) if "packed" in forms else tensors,
     )
 
 
@@ -173,7 +187,7 @@ def _require_as_written(folder: Path, index: ElasticIndex) -> None:
         )
 
 
-def _recipe_at(whole: Recipe, ratio: float, folder: Path) -> Recipe:
+def _recipe_at(whole: Recipe, ratio: float, folder: Path, forms: tuple[str, ...]) -> Recipe:
     """The recipe with which a run would make the size of a ratio directly."""
     own = whole.ratio
     if not whole.elastic or not isinstance(own, float):
@@ -189,7 +203,12 @@ def _recipe_at(whole: Recipe, ratio: float, folder: Path) -> Recipe:
             f"{folder} holds models of ratio {own} or more; ratio {ratio} is a larger model, which it does not hold. "
             f"Slice at {own} or more, or compress with --ratio {ratio} --elastic."
         )
-    return whole.model_copy(update={"ratio": ratio, "elastic": False, "forms": whole.used_forms})
+    return make_recipe(whole.to_dict() | {"ratio": ratio, "elastic": False, "forms": forms}, f"A slice of {folder}")
+
+
+def _own_pairs(structure: Structure, stored: Mapping[str, int]) -> dict[str, Chosen]:
+    """The pairs that an elastic checkpoint itself holds, by target."""
+    return {t.name: Chosen("pair", stored[t.linears[0]]) for t in structure.targets if t.linears[0] in stored}
 
 
 def _require_nested(
@@ -201,7 +220,7 @@ def _require_nested(
     ratio: float,
 ) -> None:
     """Raises InputError if a rank exceeds the stored one, which happens at ratios close to the stored one."""
-    own = {t.name: Chosen("pair", stored[t.linears[0]]) for t in structure.targets if t.linears[0] in stored}
+    own = _own_pairs(structure, stored)
     held_forms = {**spare_forms(whole, structure, own), **own}
     lacking = []
     for target in structure.targets:

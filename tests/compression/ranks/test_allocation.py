@@ -12,14 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from runs import target
+from runs import pair_params, pairs, target
 from svdllm.common.errors import InputError
+from svdllm.compression.forms.layout import params as form_params
 from svdllm.compression.ranks.effective_rank import SHIFT, effective_rank, effective_ranks
 from svdllm.compression.ranks.knapsack import Choice
-from svdllm.compression.ranks.loss import loss_choices, loss_ranks
+from svdllm.compression.ranks.loss import least_loss, units_of
+from svdllm.compression.ranks.question import Question, RankCost
+from svdllm.compression.ranks.question import Unit as Budget
 from svdllm.compression.ranks.strs import candidate_ranks, strs_ranks
-from svdllm.compression.ranks.uniform import Cost, uniform_ranks
+from svdllm.compression.ranks.uniform import pair_params as cost_of_pair
+from svdllm.compression.ranks.uniform import uniform_ranks
 from svdllm.compression.ranks.v2 import spread_ratio, v2_ranks
+from svdllm.models.chosen import Chosen
 from svdllm.models.structure import Target
 
 
@@ -28,11 +33,11 @@ def size(linear: Target) -> int:
 
 
 def params(targets: list[Target], ranks: dict[str, int]) -> int:
-    return sum(t.factor_params(ranks[t.name]) if t.name in ranks else t.num_weights for t in targets)
+    return sum(pair_params(t, ranks[t.name]) if t.name in ranks else t.num_weights for t in targets)
 
 
-def in_units_of(size: int) -> Cost:
-    return lambda linear, rank: size * linear.params(rank)
+def in_units_of(size: int) -> RankCost:
+    return lambda linear, rank: size * cost_of_pair(linear, rank)
 
 
 def spectrum(generator: np.random.Generator, length: int) -> Tensor:
@@ -45,14 +50,20 @@ def spectrum(generator: np.random.Generator, length: int) -> Tensor:
 def test_every_rank_below_break_even_is_offered_and_dense():
     """A 10 x 10 linear has 20 parameters a rank and 100 dense: rank 4 is smaller, rank 5 is not."""
     linear, losses = target(10, 10), torch.arange(11.0).flip(0)
-    offered = [Choice(1, 20, 9.0), Choice(2, 40, 8.0), Choice(3, 60, 7.0), Choice(4, 80, 6.0), Choice(None, 100, 0.0)]
-    assert loss_choices(linear, losses, Target.params, 1) == offered
-    assert loss_choices(linear, losses, Target.params, 2) == [offered[1], offered[3], offered[4]]
+    offered = [Choice(Chosen("pair", rank), 20 * rank, 10.0 - rank) for rank in (1, 2, 3, 4)]
+    dense = Choice(None, 100, 0.0)
+
+    def asked(*targets: Target, round_to: int = 1) -> Question:
+        return Question(targets, Budget("--target-params", 100, 0, form_params), ("pair",), round_to=round_to)
+
+    for round_to, ranks in ((1, offered), (2, offered[1::2])):
+        (unit,) = units_of(asked(linear, round_to=round_to), {"linear": losses})
+        assert unit.alternatives == [{"linear": [dense, *ranks]}]
     # A budget for break-even of one and rank 1 of the other buys that.
-    targets = [target(10, 10, "a"), target(10, 10, "b")]
-    solution = loss_ranks(targets, {"a": 100 * losses, "b": losses}, Target.params, 100, 1)
+    question = asked(target(10, 10, "a"), target(10, 10, "b"))
+    solution = least_loss(question, {"a": 100 * losses, "b": losses})
     assert solution is not None
-    assert {name: choice.what for name, choice in solution.choices.items()} == {"a": 4, "b": 1}
+    assert {name: choice.what for name, choice in solution.choices.items()} == pairs({"a": 4, "b": 1})
 
 
 # --- STRS ---
@@ -289,7 +300,7 @@ def test_effective_ranks_fit_every_budget_and_use_it(seed: int):
     itemsize = int(generator.choice([1, 2]))
     cost = in_units_of(itemsize)
     dense = itemsize * sum(t.num_weights for t in targets)
-    least = itemsize * sum(min(t.factor_params(round_to), t.num_weights) for t in targets)
+    least = itemsize * sum(min(pair_params(t, round_to), t.num_weights) for t in targets)
     assert effective_ranks(targets, energies, dense, round_to, cost) == {}
     with pytest.raises(InputError, match="does not pay for the least ranks"):
         effective_ranks(targets, energies, least - 1, round_to, cost)
@@ -337,8 +348,8 @@ def test_the_shift_is_counted_in_parameters(names: tuple[str, str, str]):
     plain = effective_ranks(targets, energies, budget, shift=0.0)
     shifted = effective_ranks(targets, energies, budget)
     q, k, v, o = targets
-    given = SHIFT * (q.factor_params(plain[q.name]) + k.factor_params(plain[k.name]))
-    assert v.factor_params(shifted[v.name] - plain[v.name]) == pytest.approx(given, abs=2 * size(v))
+    given = SHIFT * (pair_params(q, plain[q.name]) + pair_params(k, plain[k.name]))
+    assert pair_params(v, shifted[v.name] - plain[v.name]) == pytest.approx(given, abs=2 * size(v))
     for t in (q, k):
         assert shifted[t.name] == pytest.approx((1 - SHIFT) * plain[t.name], abs=1.5)
     assert abs(shifted[o.name] - plain[o.name]) <= 1

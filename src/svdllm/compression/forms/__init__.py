@@ -22,9 +22,14 @@ def most_rank(target: Target, forms: Collection[str]) -> int:
     return max((sizes[-1] for row in rows if (sizes := row.sizes(target, 1))), default=0)
 
 
+def factors_of(target: Target, forms: Collection[str]) -> Form:
+    """The form of a target that gets a rank: packed where that may be used and the target can have it, else a pair."""
+    return PACKED if "packed" in forms and (PACKED.sizes(target, 1) or "pair" not in forms) else PAIR
+
+
 def rank_of(chosen: Chosen | None) -> int | None:
     """The rank of a target; None where it stays dense, or its MLP is narrowed."""
     return None if chosen is None or FORMS[chosen.form].exact_rank is None else chosen.size
 
 
-__all__ = ["FORMS", "Fitted", "Form", "most_rank", "rank_of"]
+__all__ = ["FORMS", "Fitted", "Form", "factors_of", "most_rank", "rank_of"]

@@ -36,11 +36,11 @@ def compressed_tensors(stored: Tensors, targets: Sequence[Target], forms: Forms)
             result[name] = (shape, dtype)
         elif leaf == "weight":
             chosen = forms[target.name]
-            has_bias = f"{owner}.bias" in stored or target.added_params
+            _, bias_dtype = stored.get(f"{owner}.bias", (shape, dtype if target.added_params else None))
+            dtypes = {"weight": dtype, "bias": bias_dtype, "order": torch.int32}
             for part, own_shape in FORMS[chosen.form].shapes(target, owner, chosen.size).items():
-                if part.endswith("bias") and not has_bias:
-                    continue
-                result[f"{owner}.{part}"] = (own_shape, torch.int32 if part == "order" else dtype)
+                if (own_dtype := dtypes[part.rpartition(".")[2]]) is not None:
+                    result[f"{owner}.{part}"] = (own_shape, own_dtype)
     return result
 
 

@@ -142,13 +142,12 @@ def _stand_in(question: Question, recipe: Recipe) -> Allocation:
     if not row.leaves_dense:
         return ALLOCATIONS["uniform"].allocate(question, Evidence(), recipe)
     if question.ratio is not None:
-        return Allocation(question.in_forms(uniform_ranks(free, question.ratio, form=question.factors)))
+        return Allocation(question.in_forms(uniform_ranks(free, question.ratio, forms=question.forms)))
     able = row.least(question, recipe).forms
     dense = sum(unit.cost(target, None) for target in free if target.name not in able)
     step = NVFP4_GROUP if recipe.factor_bits == 4 else 1
-    ranks = fill_budget(
-        [target for target in free if target.name in able], unit.left - dense, step, question.cost, question.factors
-    )
+    free = [target for target in free if target.name in able]
+    ranks = fill_budget(free, unit.left - dense, step, question.cost, question.forms)
     if ranks is None:  # the least sizes fit, but not as factors
         return Allocation(able)
     return Allocation(question.in_forms(ranks))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import floor
 
 from svdllm.common.errors import InputError
-from svdllm.compression.forms import FORMS
+from svdllm.compression.forms import FORMS, factors_of
 from svdllm.compression.forms.layout import params
 from svdllm.compression.ranks.uniform import uniform_rank
 from svdllm.compression.recipe import Recipe
@@ -93,9 +93,12 @@ def free_and_fixed(recipe: Recipe, targets: Sequence[Target]) -> tuple[list[Targ
         InputError: an override matches nothing, or leaves a target no rank.
     """
     ratios = overridden(recipe, targets)
-    form = FORMS["packed" if "packed" in recipe.used_forms else "pair"]
-    ranks = {t.name: uniform_rank(t, ratios[t.name], recipe.round_to, form) for t in targets if ratios.get(t.name)}
-    fixed = {name: Chosen(form.name, rank) for name, rank in ranks.items()}
+    forms = recipe.used_forms
+    fixed = {
+        t.name: Chosen(factors_of(t, forms).name, uniform_rank(t, ratios[t.name], recipe.round_to, forms))
+        for t in targets
+        if ratios.get(t.name)
+    }
     require_sizes_above_zero(fixed, targets, recipe)
     return [target for target in targets if target.name not in ratios], fixed
 

@@ -59,15 +59,17 @@ def losses_of(evidence: Evidence, question: Question) -> dict[str, Tensor]:
     return losses
 
 
-def _apart(target: Target, losses: Tensor, question: Question) -> list[Choice[Chosen | None]]:
+def _apart(target: Target, losses: Tensor, question: Question, evidence: Evidence) -> list[Choice[Chosen | None]]:
     """The choices of a linear by itself: its sizes in every form, and dense."""
     cost, dense = question.unit.cost, question.unit.cost(target, None)
+    held = None if evidence.held is None else evidence.held.get(target.name, Chosen("pair", 0))
     options = [
         Chosen(form.name, size)
         for form in _forms(question, of_mlps=False)
         for size in form.sizes(target, question.round_to)
+        if held is None or size <= held.size
     ]
-    choices: list[Choice[Chosen | None]] = [Choice(None, dense, 0.0)]
+    choices: list[Choice[Chosen | None]] = [] if target.name in evidence.not_dense else [Choice(None, dense, 0.0)]
     return choices + [Choice(chosen, cost(target, chosen), float(losses[chosen.size])) for chosen in options]
 
 
@@ -85,26 +87,26 @@ def _forms(question: Question, *, of_mlps: bool) -> list[Form]:
     return [FORMS[name] for name in question.forms if FORMS[name].of_mlps == of_mlps and FORMS[name].curve]
 
 
-def units_of(question: Question, losses: Losses) -> list[Unit[Chosen | None]]:
+def units_of(question: Question, losses: Losses, evidence: Evidence) -> list[Unit[Chosen | None]]:
     """The units of the knapsack: linears, and MLPs that may be narrowed or whose linears are chosen apart."""
     units: list[Unit[Chosen | None]] = []
     taken: set[str] = set()
     for name, targets in question.mlps.items():
         if name in losses and (narrower := _together(targets, losses[name], question)):
-            apart = {t.name: _apart(t, losses[t.name], question) for t in targets}
+            apart = {t.name: _apart(t, losses[t.name], question, evidence) for t in targets}
             units.append(Unit([apart, {name: narrower}]))
             taken |= set(apart)
     others = [target for target in question.targets if target.name not in taken]
-    return units + [Unit([{t.name: _apart(t, losses[t.name], question)}]) for t in others]
+    return units + [Unit([{t.name: _apart(t, losses[t.name], question, evidence)}]) for t in others]
 
 
-def least_loss(question: Question, losses: Losses) -> Solution[Chosen | None] | None:
+def least_loss(question: Question, losses: Losses, evidence: Evidence) -> Solution[Chosen | None] | None:
     """The choices of least summed loss within the budget, or None where not even the least sizes fit."""
-    return solve(units_of(question, losses), question.unit.left)
+    return solve(units_of(question, losses, evidence), question.unit.left)
 
 
 def _allocate(question: Question, evidence: Evidence, settings: Any) -> Allocation:
-    solution = least_loss(question, losses_of(evidence, question))
+    solution = least_loss(question, losses_of(evidence, question), evidence)
     assert solution is not None  # the least sizes fit
     forms: dict[str, Chosen] = {}
     for name, choice in solution.choices.items():

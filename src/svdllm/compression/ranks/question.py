@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svdllm.checkpoint.elastic import Probes
 from svdllm.common.errors import InputError
-from svdllm.compression.forms import FORMS, Form
+from svdllm.compression.forms import factors_of
 from svdllm.compression.ranks.linear_times import LinearTimes
 from svdllm.models.chosen import Chosen, Forms
 from svdllm.models.structure import Target
@@ -93,18 +93,14 @@ class Question:
     round_to: int = 1
     ratio: float | None = None
 
-    @property
-    def factors(self) -> Form:
-        """The form of every linear that an allocation of ranks factorises: the smallest at a rank."""
-        return FORMS["packed" if "packed" in self.forms else "pair"]
-
     def cost(self, target: Target, rank: int | None) -> int:
         """The cost of a target's factors at a rank; None is its dense matrix."""
-        return self.unit.cost(target, None if rank is None else Chosen(self.factors.name, rank))
+        return self.unit.cost(target, None if rank is None else Chosen(factors_of(target, self.forms).name, rank))
 
     def in_forms(self, ranks: Mapping[str, int]) -> dict[str, Chosen]:
         """The answer of an allocation of ranks."""
-        return {name: Chosen(self.factors.name, rank) for name, rank in ranks.items()}
+        names = {target.name: factors_of(target, self.forms).name for target in self.targets}
+        return {name: Chosen(names[name], rank) for name, rank in ranks.items()}
 
     def require_met(self, least: Least) -> None:
         """Raises InputError if not even the least sizes fit."""
@@ -118,13 +114,16 @@ class Evidence:
     """The results of the analysis: the eigenvalues of every target (descending), and its probes if it was probed.
 
     ``narrowings`` are the squared errors of every narrowed MLP by its width. A probe is the measure of the allocation
-    with one target or MLP changed alone, by size. ``times`` are given if time is the budget.
+    with one target or MLP changed alone, by size. ``times`` are given if time is the budget. ``held`` are the factors
+    that an elastic checkpoint has: no larger rank can be cut from it. Of the targets in ``not_dense`` it has no more.
     """
 
     energies: Mapping[str, Tensor] = field(default_factory=dict)
     probes: Probes = field(default_factory=dict)
     times: LinearTimes | None = None
     narrowings: Mapping[str, Tensor] = field(default_factory=dict)
+    held: Forms | None = None
+    not_dense: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

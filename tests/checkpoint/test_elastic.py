@@ -55,7 +55,7 @@ def test_a_slice_is_the_run_at_its_ratio_byte_for_byte(
     model.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     elastic = run(tmp_path / "dense", tmp_path / "elastic", recipe=small_recipe(ratio=0.2, elastic=True, **settings))
-    direct = run(tmp_path / "dense", tmp_path / "direct", recipe=small_recipe(ratio=0.5, **settings))
+    direct = run(tmp_path / "dense", tmp_path / "direct", recipe=small_recipe(ratio=0.5, forms=("pair",), **settings))
     before = digests(tmp_path / "elastic", skip=())
     result = svdllm.slice_checkpoint(tmp_path / "elastic", 0.5, tmp_path / "sliced")
     assert digests(tmp_path / "sliced") == digests(tmp_path / "direct")
@@ -89,7 +89,7 @@ def elastic(made: Path, tmp_path: Path) -> Path:
 
 
 def test_an_elastic_checkpoint_is_the_ordinary_one_and_more(dense: Path, made: Path, tmp_path: Path) -> None:
-    run(dense, tmp_path / "plain", recipe=small_recipe(ratio=0.3, **LOSS_AWARE))
+    run(dense, tmp_path / "plain", recipe=small_recipe(ratio=0.3, forms=("pair",), **LOSS_AWARE))
     plain, whole = digests(tmp_path / "plain", skip=OWN), digests(made, skip=OWN)
     assert set(whole) - set(plain) == {ELASTIC_FILE, "svdllm/elastic.safetensors"}
     assert plain.items() <= whole.items()
@@ -114,7 +114,7 @@ def test_several_files_in_the_order_of_the_source(tmp_path: Path, monkeypatch: p
     tiny_model("llama", 0).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
     monkeypatch.setattr("svdllm.checkpoint.shards.SHARD_BYTES", 15_000)
     whole = run(tmp_path / "dense", tmp_path / "elastic", recipe=small_recipe(ratio=0.2, elastic=True, **LOSS_AWARE))
-    run(tmp_path / "dense", tmp_path / "direct", recipe=small_recipe(ratio=0.5, **LOSS_AWARE))
+    run(tmp_path / "dense", tmp_path / "direct", recipe=small_recipe(ratio=0.5, forms=("pair",), **LOSS_AWARE))
     files = sorted((tmp_path / "elastic" / "svdllm").glob("elastic-*.safetensors"))
     assert len(files) > 1
     assert whole.plan.sizes.elastic_bytes <= sum(file.stat().st_size for file in files)
@@ -126,7 +126,7 @@ def test_several_files_in_the_order_of_the_source(tmp_path: Path, monkeypatch: p
 def test_a_model_in_memory_with_its_tokenizer(tmp_path: Path, tokenizer: Any) -> None:
     model = tiny_model("gpt2", 0, vocab_size=300)
     for name, ratio, elastic in (("elastic", 0.2, True), ("direct", 0.4, False)):
-        recipe = small_recipe(ratio=ratio, elastic=elastic)
+        recipe = small_recipe(ratio=ratio, elastic=elastic, forms=("pair",))
         run(model, tmp_path / name, recipe=recipe, tokenizer=tokenizer)
     svdllm.slice_checkpoint(tmp_path / "elastic", 0.4, tmp_path / "sliced")
     assert digests(tmp_path / "sliced") == digests(tmp_path / "direct")

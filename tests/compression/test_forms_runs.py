@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import svdllm
-from families import dense_weight, tiny_model
+from families import dense_weight, linear_targets, tiny_model
 from runs import digests, run, small_recipe, token_windows
 from svdllm import InputError, load_model
 from svdllm.checkpoint.report import read_report
@@ -29,6 +29,26 @@ FAMILIES = ("llama", "qwen2", "gpt2", "opt", "phi3", "gpt_neox", "falcon", "gemm
 IDS = token_windows(samples=32, seqlen=16)
 PROBE = token_windows(samples=2, seqlen=12, seed=7)
 WIDTH = 19
+
+
+@pytest.fixture(autouse=True)
+def without_ridges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracles have none."""
+    monkeypatch.setattr("svdllm.compression.products.RIDGE", 1e-14)
+    monkeypatch.setattr("svdllm.compression.math.narrowing.RIDGE", 1e-14, raising=False)
+
+
+def lively(family: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A tiny model with weights so large that its activations are far from linear, and their Grams from singular."""
+    model = tiny_model(family).to(dtype)
+    with torch.no_grad():
+        for linear in linear_targets(model).values():
+            linear.weight.mul_(8)
+    return model
+
+
+def recipe_of(**settings: Any) -> svdllm.Recipe:
+    return small_recipe(samples=32, **settings)
 
 
 def structure_of(model: Any) -> Structure:
@@ -47,7 +67,8 @@ def inputs_of(model: Any, ids: Tensor = IDS) -> dict[str, Tensor]:
     def keep(name: str) -> Any:
         return lambda _, args: seen.update({name: args[0].detach().flatten(0, -2).mT})
 
-    handles = [module.register_forward_pre_hook(keep(name)) for name, module in model.named_modules() if name]
+    names = linear_targets(tiny_model(model.config.model_type.removeprefix("svdllm_")))
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     for handle in handles:
@@ -115,8 +136,8 @@ def put_in(dense: Any, written: Any, forms: dict[str, Chosen]) -> Any:
 def test_the_written_model_is_the_dense_one_with_the_best_matrices_put_in(
     family: str, kind: str, tmp_path: Path
 ) -> None:
-    model = tiny_model(family).double()
-    recipe = small_recipe(ranks=explicit(model, kind), dtype="float64")
+    model = lively(family)
+    recipe = recipe_of(ranks=explicit(model, kind), dtype="float64")
     (planned,) = svdllm.plan(model, recipe)
     result = run(model, tmp_path / "out", ids=IDS, recipe=recipe)
     written = result.load(dtype=torch.float64).eval()
@@ -151,10 +172,8 @@ def assert_sizes(planned: Any, result: Any, written: Any) -> None:
 
 
 def test_losses_of_narrower_mlps_are_those_of_the_regression(tmp_path: Path) -> None:
-    model = tiny_model("llama").double()
-    result = run(
-        model, tmp_path / "out", ids=IDS, recipe=small_recipe(ranks={"mlp": {"narrow": WIDTH}}, dtype="float64")
-    )
+    model = lively("llama")
+    result = run(model, tmp_path / "out", ids=IDS, recipe=recipe_of(ranks={"mlp": {"narrow": WIDTH}}, dtype="float64"))
     expected, inputs = put_in(model, result.load(dtype=torch.float64), dict(result.plan.forms)), inputs_of(model)
     rows = {row.name: row for row in result.linears}
     for mlp in structure_of(model).mlps:
@@ -172,8 +191,8 @@ ALL_FORMS = {"allocation": "loss", "round_to": 2, "probe_share": 0.9}
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt", "qwen2"])
 def test_the_best_forms_of_a_budget(family: str, tmp_path: Path) -> None:
     """Two sizes of one analysis: every form has its share, and the plan is the result."""
-    model = tiny_model(family)
-    recipe = small_recipe(ratio=(0.25, 0.55), **ALL_FORMS)
+    model = lively(family, torch.float32)
+    recipe = recipe_of(ratio=(0.25, 0.55), **ALL_FORMS)
     planned = svdllm.plan(model, recipe)
     results = svdllm.compress_many(model, recipe, tmp_path / "out", calibration=IDS)
     used = set()
@@ -195,8 +214,8 @@ def test_the_best_forms_of_a_budget(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("budget", [{"target_params": 13_000}, {"target_size": 60_000}])
 @pytest.mark.parametrize("forms", [("packed",), ("narrow",), ("pair", "packed", "narrow")], ids=str)
 def test_budgets_of_the_whole_model(budget: dict[str, int], forms: tuple[str, ...], tmp_path: Path) -> None:
-    recipe = small_recipe(forms=forms, **budget, **ALL_FORMS | {"round_to": 1})
-    result = run(tiny_model("llama"), tmp_path / "out", ids=IDS, recipe=recipe)
+    recipe = recipe_of(forms=forms, **budget, **ALL_FORMS | {"round_to": 1})
+    result = run(lively("llama", torch.float32), tmp_path / "out", ids=IDS, recipe=recipe)
     assert {chosen.form for chosen in result.plan.forms.values()} <= set(forms)
     if "target_params" in budget:
         assert 12_900 < result.load().num_parameters() <= 13_000
@@ -207,18 +226,18 @@ def test_budgets_of_the_whole_model(budget: dict[str, int], forms: tuple[str, ..
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 def test_a_probe_of_an_mlp_is_the_effect_of_narrowing_it(family: str, tmp_path: Path) -> None:
     """The divergence of a model with this MLP narrowed alone, over the tokens that were probed."""
-    model, folder = tiny_model(family), tmp_path / "analysis"
-    recipe = small_recipe(dtype="float64", **ALL_FORMS)
+    model, folder = lively(family), tmp_path / "analysis"
+    recipe = recipe_of(dtype="float64", **ALL_FORMS)
     run(model, tmp_path / "out", ids=IDS, recipe=recipe, analysis_dir=folder)
     probes = {name: dict(found) for name, found in json.loads((folder / "probes-loss.json").read_text()).items()}
     structure = structure_of(model)
     assert set(probes) == {target.name for target in structure.targets} | {mlp.name for mlp in structure.mlps}
     ids = probe_ids(IDS, probe_tokens(recipe, structure, build_skeleton(model.config)))
     assert ids.numel() > 32
-    dense = outputs_of(model.double(), ids)[:, :-1].log_softmax(-1)
+    dense = outputs_of(model, ids)[:, :-1].log_softmax(-1)
     for number, mlp in enumerate(structure.mlps):
         ((width, measured),) = probes[mlp.name].items()
-        alone = small_recipe(ranks={f"^{re.escape(mlp.name)}$": {"narrow": width}}, dtype="float64")
+        alone = recipe_of(ranks={f"^{re.escape(mlp.name)}$": {"narrow": width}}, dtype="float64")
         narrower = run(model, tmp_path / str(number), ids=IDS, recipe=alone).load(dtype=torch.float64).eval()
         found = outputs_of(narrower, ids)[:, :-1].log_softmax(-1)
         divergence = float((dense.exp() * (dense - found)).sum(-1).mean())
@@ -226,23 +245,23 @@ def test_a_probe_of_an_mlp_is_the_effect_of_narrowing_it(family: str, tmp_path: 
 
 
 def test_an_analysis_serves_every_choice_of_its_forms(tmp_path: Path) -> None:
-    model, folder = tiny_model("llama"), tmp_path / "analysis"
+    model, folder = lively("llama", torch.float32), tmp_path / "analysis"
     for number, settings in enumerate(({"ratio": 0.3}, {"ratio": 0.5, "forms": ("packed", "narrow")})):
-        recipe = small_recipe(**ALL_FORMS | settings)
+        recipe = recipe_of(**ALL_FORMS | settings)
         shared = run(model, tmp_path / f"shared-{number}", ids=IDS, recipe=recipe, analysis_dir=folder)
         assert ("analyze" in shared.seconds, "probe" in shared.seconds) == (number == 0, number == 0)
         run(model, tmp_path / f"own-{number}", ids=IDS, recipe=recipe)
         assert digests(tmp_path / f"shared-{number}") == digests(tmp_path / f"own-{number}")
     for forms, named in ((("pair",), "directions of a spectrum"), (("packed",), "narrower MLPs")):
-        recipe = small_recipe(forms=forms, **ALL_FORMS)
+        recipe = recipe_of(forms=forms, **ALL_FORMS)
         with pytest.raises(InputError, match=f"had other settings: .*{named} was"):
             run(model, tmp_path / "other", ids=IDS, recipe=recipe, analysis_dir=folder)
     assert not (tmp_path / "other").exists()
 
 
 def test_a_form_that_a_model_has_no_place_for(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    recipe = small_recipe(ratio=0.3, ignore=("down_proj",), forms=("narrow",), **ALL_FORMS)
+    model = lively("llama", torch.float32)
+    recipe = recipe_of(ratio=0.3, ignore=("down_proj",), forms=("narrow",), **ALL_FORMS)
     for start in (lambda: svdllm.plan(model, recipe), lambda: run(model, tmp_path / "out", recipe=recipe)):
         with pytest.raises(InputError, match=r"--forms narrow needs MLPs .* Leave narrow out"):
             start()
@@ -264,16 +283,11 @@ def unexplained(wanted_OT: Tensor, seen_IT: Tensor, rank: int | None) -> float:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
-def test_every_form_is_fitted_to_the_compressed_stream(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_form_is_fitted_to_the_compressed_stream(family: str, tmp_path: Path) -> None:
     """With beta 1, every linear makes the dense outputs as well as its form can, of the inputs that it really gets."""
-    monkeypatch.setattr("svdllm.compression.products.RIDGE", 1e-12)
-    model = tiny_model(family).double()
+    model = lively(family)
     structure = structure_of(model)
-    recipe = small_recipe(
-        ranks=explicit(model, "mixed"), dtype="float64", calibration_mode="sequential", beta=1.0, samples=32
-    )
+    recipe = recipe_of(ranks=explicit(model, "mixed"), dtype="float64", calibration_mode="sequential", beta=1.0)
     result = run(model, tmp_path / "out", ids=IDS, recipe=recipe)
     written = result.load(dtype=torch.float64).eval()
     dense_in, seen_in = inputs_of(model), inputs_of(written)
@@ -295,11 +309,11 @@ def test_every_form_is_fitted_to_the_compressed_stream(
 
 
 def test_sequential_calibration_over_all_forms_of_a_budget(tmp_path: Path) -> None:
-    model = tiny_model("llama")
+    model = lively("llama", torch.float32)
     settings = {**ALL_FORMS, "ratio": 0.5, "metric": "two-sided", "gradient_samples": 4, "gradient_shrinkage": 0.3}
     errors = {}
     for mode in ("dense", "sequential"):
-        recipe = small_recipe(calibration_mode=mode, shrinkage=0.05, **settings)
+        recipe = recipe_of(calibration_mode=mode, shrinkage=0.05, **settings)
         result = run(model, tmp_path / mode, ids=IDS, recipe=recipe)
         assert_sizes(result.plan, result, result.load())
         dense, found = (outputs_of(m, IDS).log_softmax(-1) for m in (model, result.load().eval()))
@@ -314,9 +328,9 @@ def test_sequential_calibration_over_all_forms_of_a_budget(tmp_path: Path) -> No
 
 def test_packed_factors_in_the_file_make_the_matrix(tmp_path: Path) -> None:
     """By the formula of the checkpoint page alone, without the library's modules."""
-    model = tiny_model("llama").double()
+    model = lively("llama")
     given = {r"0\.mlp\.(gate|down)": {"packed": 7}, "self_attn": {"packed": 6}}
-    result = run(model, tmp_path / "out", ids=IDS, recipe=small_recipe(ranks=given, dtype="float64"))
+    result = run(model, tmp_path / "out", ids=IDS, recipe=recipe_of(ranks=given, dtype="float64"))
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     entries = json.loads((tmp_path / "out" / "config.json").read_text())["svdllm"]["forms"]
     expected = put_in(model, result.load(dtype=torch.float64), dict(result.plan.forms))
@@ -339,8 +353,8 @@ def test_packed_factors_in_the_file_make_the_matrix(tmp_path: Path) -> None:
 
 
 def test_saved_again_and_loaded_without_a_change(tmp_path: Path) -> None:
-    model = tiny_model("gpt2")
-    run(model, tmp_path / "out", ids=IDS, recipe=small_recipe(ranks=explicit(model, "mixed")))
+    model = lively("gpt2", torch.float32)
+    run(model, tmp_path / "out", ids=IDS, recipe=recipe_of(ranks=explicit(model, "mixed")))
     loaded: Any = load_model(tmp_path / "out")
     loaded.save_pretrained(tmp_path / "again")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
@@ -351,15 +365,15 @@ def test_saved_again_and_loaded_without_a_change(tmp_path: Path) -> None:
 
 def test_elastic_runs_hold_pairs(tmp_path: Path) -> None:
     """By default; packed or narrower ones are refused by name (tests/compression/test_forms.py)."""
-    recipe = small_recipe(elastic=True, **ALL_FORMS)
-    result = run(tiny_model("llama"), tmp_path / "out", ids=IDS, recipe=recipe)
+    recipe = recipe_of(elastic=True, **ALL_FORMS)
+    result = run(lively("llama", torch.float32), tmp_path / "out", ids=IDS, recipe=recipe)
     assert {chosen.form for chosen in result.plan.forms.values()} == {"pair"}
     assert not [name for name in FORMS if FORMS[name].nested and name != "pair"]
 
 
 def test_modules_of_every_form(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    run(model, tmp_path / "out", ids=IDS, recipe=small_recipe(ranks=explicit(model, "mixed")))
+    model = lively("llama", torch.float32)
+    run(model, tmp_path / "out", ids=IDS, recipe=recipe_of(ranks=explicit(model, "mixed")))
     loaded: Any = load_model(tmp_path / "out")
     first, second = loaded.model.layers[0].mlp, loaded.model.layers[1].mlp
     assert type(first.down_proj) is type(first.gate_proj) is nn.Linear

@@ -210,7 +210,7 @@ def test_the_budget_is_spread_by_what_both_do(tmp_path: Path) -> None:
 
 def test_a_slice_is_the_run_at_its_ratio(dense: Path, tmp_path: Path) -> None:
     joint(dense, tmp_path / "elastic", elastic=True)
-    joint(dense, tmp_path / "direct", ratio=0.5)
+    joint(dense, tmp_path / "direct", ratio=0.5, forms=("pair",))
     svdllm.slice_checkpoint(tmp_path / "elastic", 0.5, tmp_path / "sliced")
     assert digests(tmp_path / "sliced") == digests(tmp_path / "direct")
 

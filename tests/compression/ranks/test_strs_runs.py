@@ -143,7 +143,9 @@ def test_a_shared_analysis_keeps_the_probes_of_each_allocation_apart(tmp_path: P
 
 def test_a_budget_below_the_highest_ratio_is_refused_before_work(tmp_path: Path) -> None:
     recipe = small_recipe(ratio=0.7, method="asvd", allocation="strs", strs_ratios=(0.6, 0.2))
-    with pytest.raises(svdllm.InputError, match=r"every rank at its least \(that of ratio 0\.6\).*in --strs-ratios\.$"):
+    with pytest.raises(
+        svdllm.InputError, match=r"every linear at its least \(that of ratio 0\.6\).*in --strs-ratios\.$"
+    ):
         run(tiny_model("llama"), tmp_path / "out", recipe=recipe)
     assert list(tmp_path.iterdir()) == []
 

@@ -25,6 +25,16 @@ def params(target: Target, chosen: Chosen | None) -> int:
     return weights + target.added_params * FORMS[chosen.form].adds_bias
 
 
+@lru_cache(maxsize=2**17)
+def params_beside_biases(target: Target, chosen: Chosen | None) -> int:
+    """``params`` less the biases that a narrower MLP has no more: what a target adds to a model with all its biases."""
+    if chosen is None or not target.has_bias:
+        return params(target, chosen)
+    tensors = (FORMS[chosen.form].shapes(target, linear, chosen.size) for linear in target.linears)
+    biases = sum(prod(shape) for shapes in tensors for leaf, shape in shapes.items() if leaf.endswith("bias"))
+    return params(target, chosen) + biases - target.out_features
+
+
 def compressed_tensors(stored: Tensors, targets: Sequence[Target], forms: Forms) -> Tensors:
     """The tensors in the compressed model's files; those of a form take the place of a target's weights and biases."""
     owners = {name: target for target in targets if target.name in forms for name in target.linears}

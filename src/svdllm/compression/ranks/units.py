@@ -7,7 +7,7 @@ from functools import cache
 from math import floor
 
 from svdllm.common.errors import InputError
-from svdllm.compression.forms.layout import params
+from svdllm.compression.forms.layout import params, params_beside_biases
 from svdllm.compression.ranks.linear_times import LinearTimes
 from svdllm.compression.ranks.predicted_sizes import WrittenFiles
 from svdllm.compression.ranks.question import TimeUnit, Unit
@@ -29,7 +29,7 @@ def unit_of_size(recipe: Recipe, files: WrittenFiles, free: Sequence[Target], fi
     what, budget, dense = "--target-params", recipe.target_params, files.num_params({})
     _require_below(what, budget, dense, "has")
     outside = files.num_params(fixed) - sum(target.num_weights for target in free)
-    return Unit(what, budget, outside, params)
+    return Unit(what, budget, outside, params_beside_biases)
 
 
 def unit_of_time(

@@ -27,9 +27,9 @@ FormatOption = Annotated[
     Format,
     typer.Option(
         help="dense: the factors multiplied out, a plain model of the original architecture. pairs: packed factors as "
-        "pairs, for tensor parallelism and tools that want them. onnx, openvino: the factors as they are, in a float32 "
-        "graph for ONNX Runtime or OpenVINO. padded: the same model with more heads, which do nothing, for tensor "
-        "parallelism."
+        "pairs, for tensor parallelism and tools that want pairs. onnx, openvino: the factors as they are, in a "
+        "float32 graph for ONNX Runtime or OpenVINO. padded: the same model with more heads, which do nothing, for "
+        "tensor parallelism."
     ),
 ]
 TensorParallel = Annotated[

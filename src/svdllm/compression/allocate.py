@@ -12,6 +12,7 @@ from svdllm.compression.plan import Plan, refine
 from svdllm.compression.probe import probe, probe_ids, probe_sizes, probe_tokens
 from svdllm.compression.ranks import ALLOCATIONS, Evidence
 from svdllm.compression.ranks.budget import require_fast_enough
+from svdllm.compression.ranks.given import free_and_fixed
 from svdllm.compression.ranks.linear_times import LinearTimes
 from svdllm.compression.ranks.measure_linears import measure_linears
 from svdllm.compression.session import Run
@@ -34,11 +35,12 @@ def measure_times(run: Run, subject: Subject) -> LinearTimes | None:
         return None
     file = run.analysis_folder / LINEAR_TIMES_FILE
     if not file.is_file():
+        _, fixed = free_and_fixed(recipe, subject.structure.targets)
         device, dtype = subject.placement(recipe)
         measured = measure_linears(
             subject.skeleton,
             subject.structure,
-            forms=recipe.used_forms,
+            forms=(*recipe.used_forms, *(chosen.form for chosen in fixed.values())),
             tokens=recipe.speedup_tokens,
             round_to=recipe.round_to,
             device=device,

@@ -75,7 +75,7 @@ def export_pairs(folder: str | Path, output_dir: str | Path) -> PairsExport:
         write_model(partial, tensors, tensors.layout, fields, folder, info)
         difference = compare_logits(*logits_of_both(folder, config, partial), _not_the_same)
         if is_checkpoint(folder):
-            _finish(folder, partial, _report(folder, partial, num_params(tensors.layout, buffer_names(skeleton))))
+            _finish(folder, partial, num_params(tensors.layout, buffer_names(skeleton)), forms)
         pairs = sum(forms.get(name, {}).get("form") == "pair" for name in packed)
         return PairsExport(
             pairs=pairs,
@@ -98,7 +98,7 @@ def _unpacked(info: LowRankInfo, linears: StoredLinears, dense: PreTrainedModel)
         groups.setdefault(info.shared_factors.get(name, name), []).append(name)
     for names in groups.values():
         modules = {name: dense.get_submodule(name) for name in names}
-        needs_pair = any(linears.bias(name) is not None and modules[name].bias is None for name in names)
+        needs_pair = any(linears.bias_name(name) and modules[name].bias is None for name in names)
         shapes = [_shape(modules[name], forms[name]) for name in names]
         rank, in_features, out_features = forms[names[0]]["rank"], shapes[0][1], sum(rows for rows, _ in shapes)
         is_pair = needs_pair or rank * (in_features + out_features) < in_features * out_features
@@ -133,12 +133,28 @@ def _not_the_same(how: str) -> NumericalError:
     return NumericalError(f"The pairs do not compute what the packed linears do: {how}. Nothing was written.")
 
 
-def _report(folder: Path, partial: Path, params: int) -> dict[str, Any]:
-    """The report of a checkpoint, brought up to date."""
-    return read_report(folder) | {"params": params, "file_bytes": weight_bytes(partial).files}
-
-
-def _finish(folder: Path, partial: Path, report: dict[str, Any]) -> None:
+def _finish(folder: Path, partial: Path, params: int, forms: Forms) -> None:
     """Completes the copy of a whole checkpoint, with its recipe and with the report brought up to date."""
+    report = read_report(folder)
+    rows = [_row(row, forms) for row in report["linears"]]
+    kept, dense = sum(row["params"] for row in rows), sum(row["out_features"] * row["in_features"] for row in rows)
+    report |= {
+        "linears": rows,
+        "params": params,
+        "file_bytes": weight_bytes(partial).files,
+        "achieved_ratio": (dense - kept) / dense,
+        "quantized_file_bytes": None,  # predicted for the packed linears, as the speed
+        "speed": None,
+        "packed_file_bytes": report["file_bytes"],
+    }
     recipe = (folder / RECIPE_FILE).read_text(encoding="utf-8")
     finish_checkpoint(partial, recipe, report, torch.device("cpu"), Reporter())
+
+
+def _row(row: dict[str, Any], forms: Forms) -> dict[str, Any]:
+    """The row of a target in the report, once it is a pair or dense: a pair of rank r has r^2 more parameters."""
+    if row.get("form") != "packed":
+        return row
+    if forms.get(row["name"], {}).get("form") == "pair":
+        return row | {"form": "pair", "params": row["params"] + row["rank"] ** 2}
+    return row | {"form": "dense", "size": None, "rank": None, "params": row["out_features"] * row["in_features"]}

@@ -46,7 +46,7 @@ class Rewritten:
             for name in self._changed
             if f"{name}.bias" not in self.layout
             and f"{name}.svd_u.bias" not in self.layout
-            and self._linears.bias(name) is not None
+            and self._linears.bias_name(name)
         )
         if dropped:
             raise UnsupportedModelError(
@@ -61,10 +61,8 @@ class Rewritten:
             return self._weights.get(name)
         shape, dtype = self.layout[name]
         leaf = name.removeprefix(f"{owner}.")
-        if leaf.endswith("bias"):
-            bias = self._linears.bias(owner)
-            assert bias is not None
-            return filled_up(bias, shape, self._parts.get(owner, 1))
+        if stored_bias := self._bias_of(name, owner):
+            return filled_up(self._weights.get(stored_bias), shape, self._parts.get(owner, 1))
         if leaf in ("svd_u.weight", "svd_v.weight"):
             u, v = self._linears.pair(owner)
             return u if leaf == "svd_u.weight" else v
@@ -79,7 +77,14 @@ class Rewritten:
 
     def _dtype(self, name: str) -> torch.dtype:
         owner = self._changed_owner(name)
-        return self._weights.shape_and_dtype(name)[1] if owner is None else self._linears.dtype(owner)
+        if owner is None:
+            return self._weights.shape_and_dtype(name)[1]
+        stored_bias = self._bias_of(name, owner)
+        return self._weights.shape_and_dtype(stored_bias)[1] if stored_bias else self._linears.weight_dtype(owner)
+
+    def _bias_of(self, name: str, owner: str) -> str | None:
+        """The stored bias that a tensor of a changed linear is made of; None if the tensor is a weight."""
+        return self._linears.bias_name(owner) if name.endswith(".bias") else None
 
 
 def filled_up(tensor: Tensor, shape: tuple[int, ...], parts: int) -> Tensor:

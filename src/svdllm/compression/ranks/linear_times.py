@@ -29,7 +29,8 @@ class Shape(NamedTuple):
     copies: int = 1
 
 
-class Curve(NamedTuple):
+@dataclass(frozen=True)
+class Curve:
     """Times of a shape in one form, in nanoseconds, at sizes that ascend. No larger size takes less."""
 
     sizes: Sequence[int]
@@ -103,7 +104,7 @@ class LinearTimes:
     def read(cls, file: Path) -> LinearTimes:
         content = json.loads(file.read_text(encoding="utf-8"))
         shapes = [
-            ShapeTimes(Shape(*row["shape"]), row["dense"], {name: Curve(*at) for name, at in row["forms"].items()})
+            ShapeTimes(Shape(*row["shape"]), row["dense"], {name: Curve(**at) for name, at in row["forms"].items()})
             for row in content.pop("shapes")
         ]
         return cls(**content, shapes=shapes)

@@ -79,14 +79,14 @@ def module_shape(module: nn.Module) -> Shape:
     return Shape(*linear_shape(module), isinstance(module, Conv1D))
 
 
-def measured_sizes(targets: Iterable[Target], forms: Iterable[str], round_to: int) -> dict[str, list[int]]:
+def measured_sizes(targets: Collection[Target], forms: Iterable[str], round_to: int) -> dict[str, list[int]]:
     """At most ``NUM_SIZES`` sizes of every form that a target of one shape can have, evenly spread."""
-    measured: dict[str, list[int]] = {}
+    measured = {}
     for form in forms:
-        longest: Sequence[int] = max((FORMS[form].sizes(t, round_to) for t in targets), key=len, default=())
-        places = np.linspace(0, len(longest) - 1, min(NUM_SIZES, len(longest))).round().astype(int)
-        if len(places):
-            measured[form] = [longest[at] for at in places]
+        sizes = max((FORMS[form].sizes(target, round_to) for target in targets), key=len, default=())
+        if sizes:
+            places = np.linspace(0, len(sizes) - 1, min(NUM_SIZES, len(sizes))).round().astype(int)
+            measured[form] = [sizes[at] for at in places]
     return measured
 
 
@@ -142,9 +142,7 @@ class _Watch:
         """Mean nanoseconds of a linear, over several of one form and size in a row."""
         for linear in linears:
             self._fill(linear)
-        plain = isinstance(linears[0], (nn.Linear, Conv1D))
-        width = linear_shape(linears[0])[1] if plain else shape.in_features
-        x = torch.ones(self.tokens, width, device=self.device, dtype=self.dtype)
+        x = torch.ones(self.tokens, _num_inputs(linears[0], shape), device=self.device, dtype=self.dtype)
         if self.device.type != "cuda":
             started = time.perf_counter_ns()
             _run(linears, x)
@@ -159,10 +157,10 @@ class _Watch:
 
     def _linear(self, shape: Shape, targets: Sequence[Target], chosen: Chosen | None) -> nn.Module:
         """A linear in a form, without weights; the orders of packed ones are random."""
-        sizes = shape.out_features, shape.in_features
+        rows, columns = shape.out_features, shape.in_features
         with torch.device("meta"):
-            dense = Conv1D(*sizes) if shape.is_conv1d else nn.Linear(sizes[1], sizes[0], bias=False)
-            parent = nn.ModuleDict({"linear": dense})
+            dense = Conv1D(rows, columns) if shape.is_conv1d else nn.Linear(columns, rows, bias=False)
+        parent = nn.ModuleDict({"linear": dense})
         if chosen is not None:
             swap_linears(parent, {"linear": FORMS[chosen.form].entry(targets[0], targets[0].name, chosen.size)})
         linear = parent["linear"]
@@ -183,6 +181,11 @@ class _Watch:
             start = 0
         self._used = start + length
         return self._numbers[start : self._used].view(*shape)
+
+
+def _num_inputs(linear: nn.Module, shape: Shape) -> int:
+    """Inputs of a linear of a shape in any form; a narrow one may have fewer."""
+    return linear_shape(linear)[1] if isinstance(linear, (nn.Linear, Conv1D)) else shape.in_features
 
 
 def _run(linears: Iterable[nn.Module], x: Tensor) -> None:

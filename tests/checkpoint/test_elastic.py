@@ -128,9 +128,12 @@ def test_a_slice_may_be_packed(made: Path, tmp_path: Path) -> None:
     loaded = results["pair", "packed"].load()
     assert loaded.num_parameters() == packed.params
     assert svdllm.verify(tmp_path / "packed", "cpu")
-    with pytest.raises(svdllm.InputError):
-        svdllm.slice_checkpoint(made, 0.5, tmp_path / "narrow", forms=("narrow",))
-    assert not (tmp_path / "narrow").exists()
+    for forms in (("narrow",), ("pair", "other"), ()):
+        with pytest.raises(
+            svdllm.InputError, match="an elastic checkpoint holds pairs; give pair, packed or pair,packed"
+        ):
+            svdllm.slice_checkpoint(made, 0.5, tmp_path / "other", forms=forms)
+    assert not (tmp_path / "other").exists()
 
 
 PACKED_TENSORS = ("svd_v.weight", "svd_u.weight", "order")

@@ -106,6 +106,50 @@ def test_an_elastic_checkpoint_is_the_ordinary_one_and_more(dense: Path, made: P
     assert not factors & set(ranks)
 
 
+def test_a_slice_may_be_packed(made: Path, tmp_path: Path) -> None:
+    """Larger ranks at the same ratio: the leading parts of the stored pairs, packed."""
+    stored = load_file(made / "model.safetensors") | load_file(made / "svdllm" / "elastic.safetensors")
+    results = {
+        forms: svdllm.slice_checkpoint(made, 0.5, tmp_path / forms[-1], forms=forms)
+        for forms in (("pair",), ("pair", "packed"))
+    }
+    pair, packed = (result.plan for result in results.values())
+    assert {chosen.form for chosen in packed.forms.values()} == {"packed"}
+    assert packed.achieved_ratio >= 0.5
+    sizes = [sum(chosen.size for chosen in plan.forms.values()) for plan in (pair, packed)]
+    assert sizes[0] < sizes[1]
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    entries = json.loads((tmp_path / "packed" / "config.json").read_text())["svdllm"]["forms"]
+    for name, chosen in packed.forms.items():
+        u_OR, v_RI = (stored[f"{name}.{leaf}.weight"].double() for leaf in ("svd_u", "svd_v"))
+        expected = u_OR[:, : chosen.size] @ v_RI[: chosen.size]
+        found = multiplied_out({leaf: tensors[f"{name}.{leaf}"] for leaf in PACKED_TENSORS}, entries[name]["side"])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    loaded = results["pair", "packed"].load()
+    assert loaded.num_parameters() == packed.params
+    assert svdllm.verify(tmp_path / "packed", "cpu")
+    for forms in (("narrow",), ("pair", "other"), ()):
+        with pytest.raises(
+            svdllm.InputError, match="an elastic checkpoint holds pairs; give pair, packed or pair,packed"
+        ):
+            svdllm.slice_checkpoint(made, 0.5, tmp_path / "other", forms=forms)
+    assert not (tmp_path / "other").exists()
+
+
+PACKED_TENSORS = ("svd_v.weight", "svd_u.weight", "order")
+
+
+def multiplied_out(packed: dict[str, Any], side: str) -> torch.Tensor:
+    """The matrix of packed factors, by the formula of docs/checkpoint.md."""
+    svd_v, svd_u, order = (packed[leaf] for leaf in PACKED_TENSORS)
+    svd_v, svd_u, one = svd_v.double(), svd_u.double(), torch.eye(len(svd_v), dtype=torch.float64)
+    if side == "rows":
+        return torch.cat((one, svd_u))[order.long()] @ svd_v
+    product = torch.empty(len(svd_u), len(order), dtype=torch.float64)
+    product[:, order.long()] = svd_u @ torch.cat((one, svd_v), dim=1)
+    return product
+
+
 def hashes_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "svdllm" / "hashes.json").read_text())["files"]
 

@@ -158,7 +158,8 @@ def test_fused_the_latent_is_computed_once(checkpoint: Path) -> None:
     expected, names = in_parts(model, tiny_tokens(), [12]), list(model.state_dict())
     assert fuse_factors(model) == 4
     attention = model.model.layers[0].self_attn
-    assert attention.q_proj.shared.weight.shape == (16 + 16, 32)  # ranks of q and of both, filled up to 16
+    (product,) = attention.q_proj.shared._products
+    assert product.weight_OI.shape == (16 + 16, 32)  # ranks of q and of both, filled up to 16
     assert_same(in_parts(model, tiny_tokens(), [12]), expected)
     assert use_latent_cache(model) == 2
     assert_same(in_parts(model, tiny_tokens(), [5, 1, 1, 5]), expected)

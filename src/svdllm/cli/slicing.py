@@ -10,7 +10,6 @@ import typer
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, print_json, show, show_next
 from svdllm.cli.readers import read_names
-from svdllm.common.errors import InputError
 from svdllm.common.settings import DEVICE
 
 Elastic = Annotated[
@@ -55,16 +54,10 @@ def slice_(
     from svdllm.cli.tables import result_table
     from svdllm.compression.slice import slice_checkpoint
 
-    result = slice_checkpoint(folder, ratio, output, forms=_forms(forms), device=device, reporter=ConsoleReporter())
+    names = read_names(forms)
+    result = slice_checkpoint(folder, ratio, output, forms=names, device=device, reporter=ConsoleReporter())
     if json:
         print_json(result.to_dict())
         return
     show(result_table(result))
     show_next(f"inspect {output}")
-
-
-def _forms(text: str) -> tuple[str, ...]:
-    forms = read_names(text)
-    if not forms or not set(forms) <= {"pair", "packed"}:
-        raise InputError(f"--forms {text!r}: an elastic checkpoint holds pairs; give pair, packed or pair,packed.")
-    return tuple(dict.fromkeys(("pair", *forms))) if "packed" in forms else ("pair",)

@@ -97,7 +97,7 @@ def find_size(
         InputError: the folder is not elastic, or the ratio is not in it.
         CheckpointError: a file is not as it was written; names it.
     """
-    folder = Path(folder)
+    folder, forms = Path(folder), _made_of_pairs(forms)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder. Download the whole repository of a model on the hub first.")
     report = read_report(folder)
@@ -138,6 +138,14 @@ def find_size(
         layout=compressed_tensors(index.stored, targets, plan.forms),
         tensors=PackedSlices(tensors, targets, plan.forms) if "packed" in forms else tensors,
     )
+
+
+def _made_of_pairs(forms: tuple[str, ...]) -> tuple[str, ...]:
+    """The forms of a slice; a linear that cannot be packed stays a pair. Raises InputError for another form."""
+    if not forms or not set(forms) <= {"pair", "packed"}:
+        named = ", ".join(forms) or "(none)"
+        raise InputError(f"--forms {named}: an elastic checkpoint holds pairs; give pair, packed or pair,packed.")
+    return ("pair", "packed") if "packed" in forms else ("pair",)
 
 
 def _plan(subject: Subject, recipe: Recipe, evidence: Evidence) -> Plan:

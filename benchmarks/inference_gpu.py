@@ -46,8 +46,9 @@ def llama_7b() -> LlamaConfig:
 def twin_config(config: PreTrainedConfig, ratio: float) -> Any:
     """The low-rank config with ``ratio`` of the linears' parameters removed uniformly."""
     ranks = uniform_ranks(discover(build_skeleton(config)).targets, ratio, ROUND_TO)
+    forms = {name: {"form": "pair", "rank": rank} for name, rank in ranks.items()}
     return low_rank_config(
-        config, {"format_version": FORMAT_VERSION, "base_model_type": config.model_type, "ranks": ranks}
+        config, {"format_version": FORMAT_VERSION, "base_model_type": config.model_type, "forms": forms}
     )
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from svdllm.models.low_rank import family_classes, low_rank_config
+from svdllm.models.low_rank import FORMAT_VERSION, family_classes, low_rank_config
+from svdllm.models.low_rank.info import LowRankInfo
 
 _COMMON = {
     "vocab_size": 128,
@@ -109,10 +110,19 @@ SCORES: dict[str, dict[str, Any]] = {
     "gpt_oss": {**_GQA, **_ROPE, "head_dim": 8, "sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
 
+# Families whose MLPs have a width that no entry of the config sets.
+FIXED_WIDTHS: dict[str, dict[str, Any]] = {
+    "bloom": {
+        **{key: value for key, value in _COMMON.items() if key != "intermediate_size"},
+        "n_head": 4,
+        "n_layer": 2,
+    },
+}
+
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """A config of ``family`` with two layers of width 32 and 128 tokens."""
-    return CONFIG_MAPPING[family](**{**(FAMILIES | ATTENTIONS | UNUSUAL | SCORES)[family], **overrides})
+    return CONFIG_MAPPING[family](**{**(FAMILIES | ATTENTIONS | UNUSUAL | SCORES | FIXED_WIDTHS)[family], **overrides})
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:
@@ -127,12 +137,20 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:
     return model.eval()
 
 
+def stored_ranks(config: Any) -> dict[str, int]:
+    """Linear -> rank, by a low-rank config or the content of its file."""
+    info = LowRankInfo.of(config)
+    assert info is not None
+    return info.ranks
+
+
 def low_rank_model(family: str, seed: int = 0, dense: tuple[str, ...] = (), **overrides: Any) -> Any:
     """A random low-rank model in eval mode, of ranks 5, 6 and 7 by turns; linears named as in ``dense`` stay dense."""
     base = tiny_model(family, seed, **overrides)
     names = [name for name in linear_targets(base) if not name.endswith(dense or ("-",))]
     ranks = {name: 5 + index % 3 for index, name in enumerate(names)}
-    settings = {"format_version": 1, "base_model_type": family, "ranks": ranks}
+    forms = {name: {"form": "pair", "rank": rank} for name, rank in ranks.items()}
+    settings = {"format_version": FORMAT_VERSION, "base_model_type": family, "forms": forms}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return family_classes(family).causal_lm(low_rank_config(base.config, settings)).eval()

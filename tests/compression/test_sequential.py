@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from families import stored_ranks
 from runs import run, save_dense, small_recipe, token_windows
 from svdllm import load_model
 from svdllm.compression.math.linalg import anchored, corrected_bias, factorise, output_spectrum
@@ -122,7 +123,7 @@ def test_every_linear_is_fitted_to_the_inputs_of_the_compressed_model(
     )
     run(dense, tmp_path / "out", ids=ids, recipe=recipe)
     models = {name: load_model(tmp_path / name, dtype=torch.float64).eval() for name in ("dense", "out")}
-    for name in models["out"].config.svdllm["ranks"]:
+    for name in stored_ranks(models["out"].config):
         layer = models["out"].get_submodule(name)
         compressed_IT = inputs_in(models["out"], name, ids)
         dense_IT = inputs_in(models["dense"], name, ids)
@@ -179,7 +180,7 @@ def test_beta_is_the_best_on_the_last_eighth_of_the_batches(tmp_path: Path, monk
     run(dense, tmp_path / "out", ids=ids, recipe=recipe)
     betas = json.loads((tmp_path / "out" / "svdllm" / "report.json").read_text())["betas"]
     models = {name: load_model(tmp_path / name, dtype=torch.float64).eval() for name in ("dense", "out")}
-    ranks = models["out"].config.svdllm["ranks"]
+    ranks = stored_ranks(models["out"].config)
     tokens, differs = 16 * seqlen, {"fitted to all": 0, "a quarter": 0, "one batch": 0}
     for block in range(2):
         for leaves in (("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)):
@@ -206,7 +207,7 @@ def test_bias_correction_keeps_the_mean_output_and_the_budget(family: str, tmp_p
     assert model.num_parameters() == result.plan.params
     assert result.plan.achieved_ratio >= 0.3
     original = load_model(dense).eval()
-    name = next(iter(result.plan.ranks))  # its inputs are the dense model's
+    name = next(iter(result.plan.forms))  # its inputs are the dense model's
     inputs_IT = inputs_in(original, name, ids).float()
     with torch.no_grad():
         difference = model.get_submodule(name)(inputs_IT.T).mean(0) - original.get_submodule(name)(inputs_IT.T).mean(0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from families import FAMILIES, low_rank_model, tiny_config, tiny_model, tiny_tokens
+from families import FAMILIES, low_rank_model, stored_ranks, tiny_config, tiny_model, tiny_tokens
 from runs import run, save_dense
 from svdllm.cli import main
 from svdllm.common.errors import InputError, ResourceError, UnsupportedModelError
@@ -501,7 +501,7 @@ def test_random_twins_of_a_config(script: Any, tmp_path: Path, capsys: pytest.Ca
 def test_the_shapes_are_those_of_llama_7b(script: Any) -> None:
     config = script.llama_7b()
     assert build_skeleton(config).num_parameters() == 6_738_415_616
-    ranks = script.twin_config(config, 0.2).svdllm["ranks"]
+    ranks = stored_ranks(script.twin_config(config, 0.2))
     assert ranks["model.layers.31.self_attn.q_proj"] == 1632  # 0.8 x 4096 x 4096 / 8192 = 1638, in eights
     assert ranks["model.layers.0.mlp.down_proj"] == 2384  # 0.8 x 4096 x 11008 / 15104 = 2388
     assert len(ranks) == 32 * 7

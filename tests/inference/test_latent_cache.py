@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from families import ATTENTIONS, low_rank_model, tiny_model, tiny_tokens
+from families import ATTENTIONS, low_rank_model, stored_ranks, tiny_model, tiny_tokens
 from generation import WAYS, assert_same, generated, in_parts
 from svdllm import InputError, UnsupportedModelError, fuse_factors
 from svdllm.common.progress import Reporter
@@ -127,7 +127,7 @@ def test_who_asks_for_latents_where_none_can_be_kept_is_told() -> None:
 def test_bytes_by_hand() -> None:
     """Two layers of two heads of width 8: 2 * 2 * 16 floats a token. Ranks run 5, 6, 7 over the linears of a block."""
     model = latent_model()
-    assert [model.config.svdllm["ranks"][f"model.layers.{i}.self_attn.{p}_proj"] for i in (0, 1) for p in "kv"] == [
+    assert [stored_ranks(model.config)[f"model.layers.{i}.self_attn.{p}_proj"] for i in (0, 1) for p in "kv"] == [
         6,
         7,
         7,
@@ -158,7 +158,7 @@ def operations_of_a_step(model: Any, past: int) -> int:
 )
 def test_operations_of_a_step(family: str, per_slot: int) -> None:
     model = latent_model(family)
-    ranks = model.config.svdllm["ranks"]
+    ranks = stored_ranks(model.config)
     kept = [rank for name, rank in ranks.items() if name.endswith(("k_proj", "v_proj"))]
     assert sorted(kept) == sorted([5, 6, 5, 6] if family == "opt" else [6, 7, 7, 5])
     operations_of_a_step(model, 30)  # makes the angles of all these slots

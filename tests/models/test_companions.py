@@ -47,6 +47,9 @@ NOT_A_TOKENIZERS = (
 )
 
 
+JAPANESE = {"format_version": 2, "base_model_type": "gpt_neox_japanese", "forms": {}}
+
+
 def write_files(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +77,7 @@ def found_in(folder: Path) -> set[str]:
         ({}, {"tokenizer_class": "BertweetTokenizer"}, ["bpe.codes", "vocab.txt"]),
         ({"tokenizer_class": "GPTNeoXJapaneseTokenizer"}, {}, ["emoji.json"]),
         (
-            {"model_type": "svdllm_x", "svdllm": {"base_model_type": "gpt_neox_japanese", "ranks": {}}},
+            {"model_type": "svdllm_x", "svdllm": JAPANESE},
             {},
             ["emoji.json"],
         ),

@@ -52,12 +52,16 @@ def exact_factors(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return weight_OI, torch.eye(in_features)
 
 
+def pair(rank: int) -> dict[str, Any]:
+    return {"form": "pair", "rank": rank}
+
+
 def factorise(dense: Any, names: list[str] | None = None) -> Any:
     """The low-rank model that equals ``dense``, with ``names`` (default: every linear of the blocks) factored."""
     targets = linear_targets(dense)
     names = list(targets) if names is None else names
-    ranks = {name: min(dense_weight(targets[name]).shape) for name in names}
-    settings = {"format_version": 1, "base_model_type": dense.config.model_type, "ranks": ranks}
+    forms = {name: pair(min(dense_weight(targets[name]).shape)) for name in names}
+    settings = {"format_version": 2, "base_model_type": dense.config.model_type, "forms": forms}
     config = low_rank_config(dense.config, settings)
     model = family_classes(dense.config.model_type).causal_lm(config)
     state = dense.state_dict()
@@ -119,7 +123,7 @@ def test_low_rank_linear_by_hand():
 def test_swap_keeps_device_dtype_bias_and_class_names(device: str):
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(tiny_config("gpt2"), dtype=torch.bfloat16)
-    swap_linears(model, {"transformer.h.0.mlp.c_fc": 5, "transformer.h.1.mlp.c_fc": 7})
+    swap_linears(model, {"transformer.h.0.mlp.c_fc": pair(5), "transformer.h.1.mlp.c_fc": pair(7)})
     first, second = (model.transformer.h[i].mlp for i in (0, 1))
     assert first.c_fc.svd_v.weight.shape == (5, 32)
     assert second.c_fc.svd_u.weight.shape == (128, 7)
@@ -127,7 +131,7 @@ def test_swap_keeps_device_dtype_bias_and_class_names(device: str):
     assert {(p.dtype, p.device.type) for p in first.c_fc.parameters()} == {(torch.bfloat16, device)}
     assert type(first) is type(second)
     assert type(first).__name__ == "GPT2MLP"
-    swap_linears(model, {"transformer.h.1.mlp.c_proj": 3})
+    swap_linears(model, {"transformer.h.1.mlp.c_proj": pair(3)})
     assert type(first) is not type(second)
     assert type(first).__mro__[1] is type(second).__mro__[1]
 
@@ -137,7 +141,7 @@ def test_swap_names_every_module_that_is_no_linear():
     with pytest.raises(
         ValueError, match=r"2 of 3 .*not in the model: nope; not a linear: model\.norm \(LlamaRMSNorm\)"
     ):
-        swap_linears(model, {"nope": 1, "model.norm": 1, "model.layers.0.mlp.up_proj": 1})
+        swap_linears(model, {name: pair(1) for name in ("nope", "model.norm", "model.layers.0.mlp.up_proj")})
     assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
 
 
@@ -220,7 +224,7 @@ def test_factored_head(tmp_path: Path):
     dense = tiny_model("llama", tie_word_embeddings=False)
     model = factorise(dense, [*linear_targets(dense)][:1])
     config = copy.deepcopy(model.config)
-    config.svdllm["ranks"]["lm_head"] = 9
+    config.svdllm["forms"]["lm_head"] = pair(9)
     headed = type(model)(config)
     assert isinstance(headed.lm_head, LowRankLinear)
     headed.save_pretrained(tmp_path / "model")
@@ -351,7 +355,7 @@ def test_rope_fields_per_layer_type_and_scaled():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"format_version": 2, "ranks": {}}, r"reads checkpoint format 1, found format_version=2.*Upgrade with `pip"),
+        ({"format_version": 3, "forms": {}}, r"reads checkpoint formats 1 to 2, found .*=3.*Upgrade with `pip"),
         ({"ranks": {}}, "found format_version=None"),
         ({"format_version": 1}, "ranks: expected a mapping"),
         (

@@ -35,10 +35,16 @@ def test_a_dense_config_has_none_and_is_its_own_dense_config() -> None:
 
 
 @pytest.mark.parametrize(
-    "entry", [[], {}, {"base_model_type": "llama"}, ENTRY | {"ranks": 4}, ENTRY | {"base_model_type": 1}]
+    ("entry", "what"),
+    [
+        ([], "is damaged: expected 'svdllm' to be an object with a"),
+        ({}, "is damaged: expected 'svdllm' to be an object with a"),
+        (ENTRY | {"base_model_type": 1}, "is damaged: expected 'svdllm' to be an object with a"),
+        ({"base_model_type": "llama"}, "cannot be read: config.svdllm: this code reads"),
+        (ENTRY | {"ranks": 4}, "cannot be read: config.svdllm.ranks: expected a mapping"),
+        (ENTRY | {"format_version": 2}, "cannot be read: config.svdllm.forms: expected a mapping"),
+    ],
 )
-def test_a_damaged_entry_is_named(entry: Any) -> None:
-    with pytest.raises(
-        CheckpointError, match="json of this model is damaged: expected 'svdllm' to be an object with a"
-    ):
+def test_a_damaged_entry_is_named(entry: Any, what: str) -> None:
+    with pytest.raises(CheckpointError, match=f"json of this model {what}"):
         LowRankInfo.of({"svdllm": entry}, "this model")

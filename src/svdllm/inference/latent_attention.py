@@ -14,19 +14,20 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from svdllm.inference.cache_names import cache_name
-from svdllm.inference.fuse import FusedLowRankLinear, is_plain
+from svdllm.inference.fuse import FusedFactors, is_plain
 from svdllm.inference.latent_keys import KeyPath
-from svdllm.models.low_rank import LowRankLinear
+from svdllm.inference.packed import bias_of, expanded_u, is_packed, latent_of, out_features_of, output_of
 
 ATTENTION_FUNCTION = "svdllm_latent"
 
 
-class _Tapped(LowRankLinear):
-    """A low-rank linear that keeps its latent for the attention layer.
+class _Tapped(nn.Module):
+    """A pair or a packed linear that keeps its latent for the attention layer.
 
     keeps: the next call keeps the latent.
     gives_nothing: the next call returns zeros, because nobody reads the output.
@@ -35,14 +36,30 @@ class _Tapped(LowRankLinear):
     kept: Tensor | None
     keeps: bool
     gives_nothing: bool
+    expanded_OR: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        nothing = x.new_zeros(()).expand(*x.shape[:-1], self.svd_u.out_features)
+        nothing = x.new_zeros(()).expand(*x.shape[:-1], out_features_of(self))
         if self.gives_nothing and not self.keeps:
             return nothing
-        latent = self.latent(x) if isinstance(self, FusedLowRankLinear) else self.svd_v(x)
+        latent = self.latent(x) if isinstance(self, FusedFactors) else latent_of(self, x)
         self.kept = latent if self.keeps else None
-        return nothing if self.gives_nothing else self.svd_u(latent)
+        return nothing if self.gives_nothing else self.output(latent)
+
+    def output(self, latent: Tensor) -> Tensor:
+        """The output (..., out) from a latent (..., rank)."""
+        if is_packed(self, "rows") and is_plain(self.svd_u):
+            return F.linear(latent, self.u_OR, bias_of(self))
+        return output_of(self, latent)
+
+    @property
+    def u_OR(self) -> Tensor:
+        """``U`` (out, rank). That of a linear packed by rows is made once."""
+        if not is_packed(self, "rows"):
+            return expanded_u(self)
+        if self.expanded_OR is None:
+            self.expanded_OR = expanded_u(self)
+        return self.expanded_OR
 
     def expect(self, keeps: bool, gives_nothing: bool) -> None:
         self.kept, self.keeps, self.gives_nothing = None, keeps, gives_nothing
@@ -52,6 +69,25 @@ class _Tapped(LowRankLinear):
         latent, self.kept = self.kept, None
         assert latent is not None
         return latent[:, None]
+
+    def install(self) -> None:
+        self.expanded_OR = None
+        self.expect(keeps=False, gives_nothing=False)
+        if isinstance(self, FusedFactors):
+            self.shared.give_latent(self.index, True)
+
+    def remove(self) -> None:
+        if isinstance(self, FusedFactors):
+            self.shared.give_latent(self.index, False)
+        del self.kept, self.keeps, self.gives_nothing, self.expanded_OR
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.expanded_OR = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.expanded_OR = None
+        super()._load_from_state_dict(*args)
 
 
 @functools.cache
@@ -81,7 +117,7 @@ class LatentAttention:
         AttentionInterface.register(ATTENTION_FUNCTION, attention_function)
         for linear in self.taps:
             linear.__class__ = _tapped(type(linear))
-            linear.expect(keeps=False, gives_nothing=False)
+            linear.install()
         self.layer.config = copy.copy(self.config)
         self.layer.config._attn_implementation_internal = ATTENTION_FUNCTION
         self.layer.latent_attention = self
@@ -92,8 +128,8 @@ class LatentAttention:
         del self.layer.latent_attention
         self.layer.config = self.config
         for linear in self.taps:
+            linear.remove()
             linear.__class__ = type(linear).__bases__[1]
-            del linear.kept, linear.keeps, linear.gives_nothing
 
     def _enter(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Takes the place of the layer's cache, and uses the slots of the cache as positions.
@@ -193,25 +229,25 @@ class LatentAttention:
         """Scores (B, H, N, S) of all queries of a head of keys (B, H, N, D) with every slot."""
         if self.key_path is None:
             return query @ self._heads(kept[:, 0]).mT
-        factor = self.layer.k_proj.svd_u
         if not self.key_path.steps:  # softmax does not see the bias, which adds the same to all scores of a query
-            latent_query = query @ factor.weight.view(self.heads, -1, factor.in_features)
+            latent_query = query @ self.layer.k_proj.u_OR.unflatten(0, (self.heads, -1))
             return (latent_query.flatten(1, 2) @ kept[:, 0].mT).unflatten(1, (self.heads, -1))
-        return query @ self._stepped(_transposed_product(factor, kept[:, 0]).unflatten(1, (self.heads, -1)).mT).mT
+        keys = _transposed_output(self.layer.k_proj, kept[:, 0])
+        return query @ self._stepped(keys.unflatten(1, (self.heads, -1)).mT).mT
 
     def _weighted(self, weights: Tensor, kept: Tensor) -> Tensor:
         """Sums of values (B, H, N, D) weighted by ``weights`` (B, all heads, T, S)."""
         if not self.latent_values:
             return weights.reshape(weights.shape[0], self.heads, -1, weights.shape[-1]) @ self._heads(kept[:, 0])
-        factor = self.layer.v_proj.svd_u
         sums = (weights.flatten(1, 2) @ kept[:, 0]).unflatten(1, (self.heads, -1))
-        values = sums @ factor.weight.view(self.heads, -1, factor.in_features).mT
-        return values if factor.bias is None else values + factor.bias.view(self.heads, 1, -1)  # weights sum to one
+        values = sums @ self.layer.v_proj.u_OR.unflatten(0, (self.heads, -1)).mT
+        bias = bias_of(self.layer.v_proj)
+        return values if bias is None else values + bias.view(self.heads, 1, -1)  # weights sum to one
 
     def _keys(self, kept: Tensor) -> Tensor:
         if self.key_path is None:
             return self._heads(kept[:, 0])
-        return self._stepped(self._heads(self.layer.k_proj.svd_u(kept[:, 0])))
+        return self._stepped(self._heads(self.layer.k_proj.output(kept[:, 0])))
 
     def _stepped(self, keys: Tensor) -> Tensor:
         """Applies norm and rotation to the keys (B, H, S, D) of all slots that the cache returned."""
@@ -225,7 +261,7 @@ class LatentAttention:
         return keys
 
     def _values(self, kept: Tensor) -> Tensor:
-        return self._heads(self.layer.v_proj.svd_u(kept[:, 0]) if self.latent_values else kept[:, 0])
+        return self._heads(self.layer.v_proj.output(kept[:, 0]) if self.latent_values else kept[:, 0])
 
     def _heads(self, joined: Tensor) -> Tensor:
         """Splits ``(B, S, H * D)`` into heads ``(B, H, S, D)``."""
@@ -237,10 +273,11 @@ def _as_one_head(parts: Tensor) -> Tensor:
     return parts.transpose(1, 2).flatten(-2)[:, None]
 
 
-def _transposed_product(factor: nn.Linear, latents: Tensor) -> Tensor:
+def _transposed_output(linear: _Tapped, latents: Tensor) -> Tensor:
     """``U m + b`` of latents (B, S, R), transposed to (B, out, S): a rotation then reads contiguous rows."""
-    product = torch.bmm(factor.weight.expand(latents.shape[0], -1, -1), latents.mT)
-    return product if factor.bias is None else product.add_(factor.bias[:, None])
+    product = torch.bmm(linear.u_OR.expand(latents.shape[0], -1, -1), latents.mT)
+    bias = bias_of(linear)
+    return product if bias is None else product.add_(bias[:, None])
 
 
 def attention_function(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from svdllm.common.errors import InputError, UnsupportedModelError
 from svdllm.inference.cache_names import CACHE_NAMES, cache_name, cache_of
 from svdllm.inference.latent_attention import LatentAttention
 from svdllm.inference.latent_keys import Positions, Seen, find_key_path, rotary_modules, watched
+from svdllm.inference.packed import is_factored, out_features_of, rank_of
 from svdllm.models.logits import compare_logits
 from svdllm.models.low_rank.info import LowRankInfo
 
@@ -103,7 +104,7 @@ def _layers_to_change(model: nn.Module, keys: bool) -> dict[str, Any]:
     """Finds the attention layers with a projection whose latent is smaller than its output."""
     modules = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if {"k_proj", "v_proj"} <= set(module._modules)}
-    if not layers and (factored := [name for name, module in modules.items() if _rank(module)]):
+    if not layers and (factored := [name for name, module in modules.items() if is_factored(module)]):
         owners = sorted({type(modules[name.rpartition(".")[0]]).__name__ for name in factored})
         raise UnsupportedModelError(
             f"No layer of {type(model).__name__} has a k_proj and a v_proj (its factorised linears are in "
@@ -118,22 +119,16 @@ def _layers_to_change(model: nn.Module, keys: bool) -> dict[str, Any]:
     }
 
 
-def _rank(linear: Any) -> int | None:
-    return linear.svd_v.out_features if hasattr(linear, "svd_v") and hasattr(linear, "svd_u") else None
-
-
 def _is_narrow(linear: Any) -> bool:
-    rank = _rank(linear)
-    return rank is not None and rank < linear.svd_u.out_features
+    return is_factored(linear) and rank_of(linear) < out_features_of(linear)
 
 
 def _is_joint(layer: Any) -> bool:
     """Whether keys and values share a latent that is smaller than both."""
-    rank = _rank(layer.k_proj)
     return (
-        rank is not None
+        is_factored(layer.k_proj)
         and getattr(layer.v_proj, "svd_v", None) is layer.k_proj.svd_v
-        and rank < layer.k_proj.svd_u.out_features + layer.v_proj.svd_u.out_features
+        and rank_of(layer.k_proj) < out_features_of(layer.k_proj) + out_features_of(layer.v_proj)
     )
 
 

@@ -6,7 +6,6 @@ Everything here works on a *skeleton*: the model on the meta device, whose param
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from svdllm.models.linears import find_blocks, is_linear, linear_shape, linears_
 from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.mlps import Arguments, find_mlps
 from svdllm.models.shared_state import WrittenArguments
-from svdllm.models.structure import Structure, Target
+from svdllm.models.structure import Structure, Target, with_mlps
 from svdllm.models.stubs import BlockStub
 
 OBSERVED_TOKENS = 8
@@ -60,7 +59,7 @@ def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure
         shared_arguments=arguments.names,
         shared_features=arguments.num_features,
     )
-    return replace(structure, mlps=find_mlps(skeleton, structure, [probe.given for probe in probes]))
+    return with_mlps(structure, find_mlps(skeleton, structure, [probe.given for probe in probes]))
 
 
 class _MetaProbe(BlockStub):

@@ -3,9 +3,11 @@
 from svdllm.models.low_rank.factory import FamilyClasses, family_classes, low_rank_config, register_all
 from svdllm.models.low_rank.families import families
 from svdllm.models.low_rank.lowrank import (
+    FACTORED,
     HASHES_FILE,
     LowRankLinear,
     LowRankMixin,
+    PackedLinear,
     compare_hashes,
     swap_linears,
     write_hashes,
@@ -13,12 +15,14 @@ from svdllm.models.low_rank.lowrank import (
 from svdllm.models.low_rank.lowrank_config import FORMAT_VERSION, LowRankConfigMixin, check_svdllm
 
 __all__ = [
+    "FACTORED",
     "FORMAT_VERSION",
     "HASHES_FILE",
     "FamilyClasses",
     "LowRankConfigMixin",
     "LowRankLinear",
     "LowRankMixin",
+    "PackedLinear",
     "check_svdllm",
     "compare_hashes",
     "families",

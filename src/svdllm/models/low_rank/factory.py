@@ -104,7 +104,7 @@ def low_rank_config(base_config: PreTrainedConfig, svdllm: dict[str, Any]) -> An
 
     Raises:
         UnsupportedModelError: there is no such family.
-        ValueError: ``svdllm`` is not a valid entry of format version 1.
+        ValueError: ``svdllm`` is not a valid entry, see ``check_svdllm``.
     """
     classes = family_classes(base_config.model_type)
     fields = base_config.to_dict()

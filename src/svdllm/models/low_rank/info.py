@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from svdllm.common.errors import CheckpointError
+from svdllm.models.low_rank.lowrank_config import check_svdllm, forms_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,13 +15,13 @@ class LowRankInfo:
     """The ``svdllm`` entry of a config.
 
     base_model_type: model type of the family, such as ``llama``.
-    ranks: linear -> rank, of every factorised linear.
+    forms: linear -> entry of format version 2; linears that are not named are dense.
     shared_factors: linear -> linear whose first factor it uses.
     source: what is known of the dense model, such as its hub id under ``id``.
     """
 
     base_model_type: str
-    ranks: Mapping[str, int]
+    forms: Mapping[str, Mapping[str, Any]]
     shared_factors: Mapping[str, str]
     source: Mapping[str, Any]
 
@@ -34,15 +35,23 @@ class LowRankInfo:
         entry = config.get("svdllm") if isinstance(config, Mapping) else getattr(config, "svdllm", None)
         if entry is None:
             return None
-        wanted = {"base_model_type": str, "ranks": Mapping}
-        if not isinstance(entry, Mapping) or not all(isinstance(entry.get(key), of) for key, of in wanted.items()):
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("base_model_type"), str):
             raise CheckpointError(
-                f"config.json of {name} is damaged: expected 'svdllm' to be an object with a 'base_model_type' and "
-                "'ranks'. Fetch or write it again."
+                f"config.json of {name} is damaged: expected 'svdllm' to be an object with a 'base_model_type'. Fetch "
+                "or write it again."
             )
+        try:
+            check_svdllm(entry)
+        except ValueError as error:
+            raise CheckpointError(f"config.json of {name} cannot be read: {error}") from error
         return cls(
             base_model_type=entry["base_model_type"],
-            ranks=entry["ranks"],
+            forms=forms_of(entry),
             shared_factors=entry.get("shared_factors") or {},
             source=entry.get("source") or {},
         )
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Linear -> rank, of every linear that is a pair or packed."""
+        return {name: entry["rank"] for name, entry in self.forms.items() if "rank" in entry}

@@ -64,30 +64,90 @@ class LowRankLinear(nn.Module):
         return self.svd_u(self.svd_v(x))
 
 
-def swap_linears(model: nn.Module, ranks: Mapping[str, int], add_biases: bool = False) -> None:
-    """Replaces the named linears (``nn.Linear``, its subclasses, ``Conv1D``) by uninitialised low-rank ones, in place.
+class PackedLinear(nn.Module):
+    """``y = W x + b`` for a ``W`` of rank ``rank`` as ``rank`` of its rows, or columns, and coefficients of the others.
 
-    A low-rank linear has the device and dtype of the linear that it replaces. It has a bias if that has one, or with
-    ``add_biases``.
+    ``side`` is ``rows`` or ``columns``. ``order`` is a permutation, kept as a buffer of 32-bit integers.
+
+    - rows: ``h = svd_v x`` is the output of the pivot rows, ``svd_u h`` that of the others; ``order`` says where each
+      output feature is found in the two. Shapes: ``svd_v.weight`` ``(rank, in_features)``, ``svd_u.weight``
+      ``(out_features - rank, rank)``, ``order`` ``(out_features,)``.
+    - columns: ``order`` lists the input features, those of the pivot columns first. Shapes: ``svd_v.weight``
+      ``(rank, in_features - rank)``, ``svd_u.weight`` ``(out_features, rank)``, ``order`` ``(in_features,)``.
+
+    It has no ``weight``, as a ``LowRankLinear``.
+    """
+
+    order: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool,
+        side: str,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.rank, self.side = rank, side
+        by_rows = side == "rows"
+        others_in, others_out, length = (0, rank, out_features) if by_rows else (rank, 0, in_features)
+        self.svd_v = nn.Linear(in_features - others_in, rank, bias=False, device=device, dtype=dtype)
+        self.svd_u = nn.Linear(rank, out_features - others_out, bias=False, device=device, dtype=dtype)
+        # vLLM puts parameters on the meta device and buffers where they belong.
+        place = None if self.svd_v.weight.is_meta else device
+        self.register_buffer("order", torch.arange(length, dtype=torch.int32, device=place))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.side == "rows":
+            pivots = self.svd_v(x)
+            y = torch.cat((pivots, self.svd_u(pivots)), dim=-1).index_select(-1, self.order)
+        else:
+            x = x.index_select(-1, self.order)
+            y = self.svd_u(x[..., : self.rank] + self.svd_v(x[..., self.rank :]))
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, side={self.side}"
+
+
+FACTORED = (LowRankLinear, PackedLinear)
+
+
+def swap_linears(model: nn.Module, forms: Mapping[str, Mapping[str, Any]], add_biases: bool = False) -> None:
+    """Gives the named linears (``nn.Linear``, its subclasses, ``Conv1D``) their forms, uninitialised, in place.
+
+    Args:
+        forms: linear -> its entry in ``config.svdllm["forms"]``.
+        add_biases: gives a bias to every linear that is only approximated: pairs, packed ones, and those with fewer
+            inputs. A linear with fewer outputs has some of the rows, unchanged.
+
+    Device, dtype and bias are those of the linear that is replaced.
 
     Raises:
-        ValueError: a name is not a linear of the model; names them all, and nothing is replaced.
+        ValueError: a name is not a linear of the model, or its size does not fit; names them all, and nothing is
+            replaced.
     """
     modules = dict(model.named_modules())
-    missing = [name for name in ranks if name not in modules]
-    other = [
-        f"{name} ({type(modules[name]).__name__})" for name in ranks if name in modules and not _shape(modules[name])
-    ]
+    missing = [name for name in forms if name not in modules]
+    found = {name: modules[name] for name in forms if name in modules}
+    other = [f"{name} ({type(module).__name__})" for name, module in found.items() if not _shape(module)]
     if missing or other:
         raise ValueError(
-            f"Cannot factor {len(missing) + len(other)} of {len(ranks)} modules of {type(model).__name__}: "
+            f"Cannot factor {len(missing) + len(other)} of {len(forms)} modules of {type(model).__name__}: "
             f"not in the model: {_some(missing)}; not a linear: {_some(other)}. "
             "Names are those of the causal LM's named_modules()."
         )
+    if problems := [f"{name}: {why}" for name, module in found.items() if (why := _misfit(module, forms[name]))]:
+        raise ValueError(f"config.svdllm.forms does not fit {type(model).__name__}: {_some(problems)}.")
     parents: dict[str, None] = {}
-    for name, rank in ranks.items():
+    for name, entry in forms.items():
         parent_name, _, child_name = name.rpartition(".")
-        setattr(modules[parent_name], child_name, _low_rank_like(modules[name], rank, add_biases))
+        setattr(modules[parent_name], child_name, _in_form(modules[name], entry, add_biases))
         parents[parent_name] = None
     for parent_name in filter(None, parents):  # the root keeps its class: it is the one that is saved by name
         _mark_factored(modules[parent_name])
@@ -109,13 +169,51 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _low_rank_like(linear: nn.Module, rank: int, add_bias: bool) -> LowRankLinear:
+def _misfit(linear: nn.Module, entry: Mapping[str, Any]) -> str | None:
+    """Says why a linear cannot have a form, or None."""
+    shape = _shape(linear)
+    assert shape is not None
+    sizes = _sizes(shape, entry)
+    if sizes[0] > shape[0] or sizes[1] > shape[1]:
+        return f"expected at most {shape[0]} inputs and {shape[1]} outputs, found {sizes[0]} and {sizes[1]}"
+    if entry["form"] == "packed" and entry["rank"] >= min(sizes):
+        return f"expected a packed rank below {min(sizes)}, the smaller of inputs and outputs, found {entry['rank']}"
+    return None
+
+
+def _sizes(shape: tuple[int, int], entry: Mapping[str, Any]) -> tuple[int, int]:
+    """``(in_features, out_features)`` of a form of a linear of this shape."""
+    return entry.get("in_features", shape[0]), entry.get("out_features", shape[1])
+
+
+def _in_form(linear: nn.Module, entry: Mapping[str, Any], add_bias: bool) -> nn.Module:
     shape, weight = _shape(linear), linear.weight
     assert shape is not None
     assert isinstance(weight, Tensor)
-    device, dtype = weight.device, weight.dtype
-    factored = LowRankLinear(*shape, rank, add_bias or linear.bias is not None, device=device, dtype=dtype)
+    sizes = _sizes(shape, entry)
+    bias = linear.bias is not None or (add_bias and (entry["form"] != "narrow" or "in_features" in entry))
+    place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    if entry["form"] == "narrow":
+        return _narrow(linear, *sizes, bias)
+    if entry["form"] == "packed":
+        factored = PackedLinear(*sizes, entry["rank"], bias, entry["side"], **place)
+    else:
+        factored = LowRankLinear(*sizes, entry["rank"], bias, **place)
     return factored.train(linear.training).requires_grad_(weight.requires_grad)
+
+
+def _narrow(linear: Any, in_features: int, out_features: int, bias: bool) -> nn.Module:
+    """Makes a linear smaller in place, so that it keeps its class."""
+    weight: Tensor = linear.weight
+    if hasattr(linear, "nf"):  # Conv1D
+        linear.nx, linear.nf = in_features, out_features
+        shape = (in_features, out_features)
+    else:
+        linear.in_features, linear.out_features = in_features, out_features
+        shape = (out_features, in_features)
+    linear.weight = nn.Parameter(weight.new_zeros(shape), weight.requires_grad)
+    linear.bias = nn.Parameter(weight.new_zeros(out_features), weight.requires_grad) if bias else None
+    return linear
 
 
 def _mark_factored(module: nn.Module) -> None:
@@ -124,7 +222,7 @@ def _mark_factored(module: nn.Module) -> None:
     vLLM decides once per class how to fuse a module's projections, and fails if one instance of a class is dense and
     another is factored.
     """
-    children = tuple(sorted(name for name, child in module.named_children() if isinstance(child, LowRankLinear)))
+    children = tuple(sorted(name for name, child in module.named_children() if isinstance(child, FACTORED)))
     module.__class__ = _factored_class(getattr(type(module), "_svdllm_dense_class", type(module)), children)
 
 
@@ -153,19 +251,19 @@ def _new_factored(dense_class: type[nn.Module], children: tuple[str, ...]) -> nn
 class LowRankMixin(_Model):
     """Makes a model class of transformers low-rank: ``class M(LowRankMixin, LlamaForCausalLM)``.
 
-    The base class builds the model, then the linears in ``config.svdllm["ranks"]`` are replaced. Loading checks the
+    The base class builds the model, then the linears in ``config.svdllm["forms"]`` are replaced. Loading checks the
     files, and that every weight came from them. Saving writes a complete folder, with code.
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         settings = getattr(config, "svdllm", None) or {}
-        ranks, shared = settings.get("ranks", {}), settings.get("shared_factors", {})
-        if _is_bare(self):  # ranks are named as in the causal LM, whose base model this is
+        forms, shared = config.svdllm_forms, settings.get("shared_factors", {})
+        if _is_bare(self):  # linears are named as in the causal LM, whose base model this is
             prefix = f"{self.base_model_prefix}."
-            ranks = {name.removeprefix(prefix): rank for name, rank in ranks.items() if name.startswith(prefix)}
+            forms = {name.removeprefix(prefix): entry for name, entry in forms.items() if name.startswith(prefix)}
             shared = {name.removeprefix(prefix): first.removeprefix(prefix) for name, first in shared.items()}
-        swap_linears(self, ranks, settings.get("bias_correction", False))
+        swap_linears(self, forms, settings.get("bias_correction", False))
         share_first_factors(self, shared)
         self.register_load_state_dict_post_hook(_expect_once)
 
@@ -195,7 +293,7 @@ class LowRankMixin(_Model):
         """
         for module in self.modules():
             own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-            factored = any(isinstance(child, LowRankLinear) for child in module.children())
+            factored = any(isinstance(child, FACTORED) for child in module.children())
             if factored and all(getattr(tensor, "_is_hf_initialized", False) for tensor in own):
                 module._is_hf_initialized = True  # type: ignore[assignment]
         super().initialize_weights()
@@ -224,6 +322,7 @@ class LowRankMixin(_Model):
             )
         model, info = loaded
         _check_loading_info(model, info, pretrained_model_name_or_path)
+        _check_orders(model, pretrained_model_name_or_path)
         return (model, info) if want_info else model
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
@@ -286,7 +385,7 @@ def repeated_factors(model: nn.Module, prefix: str = "") -> tuple[str, ...]:
     firsts: set[nn.Module] = set()
     repeated = []
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, FACTORED):
             if module.svd_v in firsts:
                 repeated.append(f"{prefix}{name}.svd_v.")
             firsts.add(module.svd_v)
@@ -361,6 +460,21 @@ def _check_loading_info(model: Any, info: dict[str, Any], source: Any) -> None:
             f"The weights in {source} are not those of {type(model).__name__}: missing: {_some(missing)}; "
             f"unexpected: {_some(unexpected)}; of another shape: {_some(mismatched)}. The files and config.json do "
             "not belong together, or a file is incomplete: fetch or write the checkpoint again."
+        )
+
+
+def _check_orders(model: nn.Module, source: Any) -> None:
+    """Raises ``ValueError`` that names the packed linears whose ``order`` is not a permutation."""
+    packed = [(name, module.order) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    wrong = [
+        name
+        for name, order in packed
+        if order.device.type != "meta" and not torch.equal(order.sort().values, torch.arange(len(order)).to(order))
+    ]
+    if wrong:
+        raise ValueError(
+            f"The weights in {source} are damaged: the order of {_some(wrong)} is not a permutation of the features. "
+            "Fetch or write the checkpoint again."
         )
 
 

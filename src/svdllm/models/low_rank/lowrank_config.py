@@ -6,7 +6,7 @@ This file is copied into every checkpoint, so it imports nothing but transformer
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 else:
     _Config = object
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# What the entry of a form must have. Every form may have in_features and out_features; narrow has one of them or both.
+FORM_FIELDS: dict[str, tuple[str, ...]] = {"pair": ("rank",), "packed": ("rank", "side"), "narrow": ()}
 # Names in transformers 4, by model type, where they differ from other families; None where the field is refused.
 _GPT_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 _PHI3 = {"rope_type": "type", "original_max_position_embeddings": None}
@@ -33,43 +35,96 @@ def check_svdllm(settings: Any) -> dict[str, Any] | None:
     """Returns ``settings``, the ``svdllm`` entry of a config, if this code can read it.
 
     Raises:
-        ValueError: the entry is not a mapping, its format version is unknown, a rank is not a positive integer, or a
-            linear cannot have the first factor that it is said to share.
+        ValueError: the entry is not a mapping, its format version is unknown, a linear has a form that this code does
+            not know or that lacks a size, or a linear cannot have the first factor that it is said to share.
     """
     if settings is None:
         return None
     if not isinstance(settings, dict):
         raise ValueError(f"config.svdllm: expected a mapping, found {type(settings).__name__}.")
     version = settings.get("format_version")
-    if version != FORMAT_VERSION:
+    if version == 1:
+        _check_ranks(settings.get("ranks"))
+    elif version == FORMAT_VERSION:
+        _check_forms(settings.get("forms"))
+    else:
         raise ValueError(
-            f"config.svdllm: this code reads checkpoint format {FORMAT_VERSION}, found format_version={version!r}. "
-            "Upgrade with `pip install -U svdllm`, or load with the version of svdllm that wrote the checkpoint."
+            f"config.svdllm: this code reads checkpoint formats 1 to {FORMAT_VERSION}, found "
+            f"format_version={version!r}. Upgrade with `pip install -U svdllm`, or load with the version of svdllm "
+            "that wrote the checkpoint."
         )
-    ranks = settings.get("ranks")
+    _check_shared_factors(settings.get("shared_factors", {}), forms_of(settings))
+    return settings
+
+
+def forms_of(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Linear -> entry of format version 2; the ranks of version 1 are those of pairs."""
+    if settings.get("format_version") == 1:
+        return {name: {"form": "pair", "rank": rank} for name, rank in settings["ranks"].items()}
+    return settings["forms"]
+
+
+def _check_ranks(ranks: Any) -> None:
     if not isinstance(ranks, dict):
         raise ValueError("config.svdllm.ranks: expected a mapping from module names to ranks.")
     bad = {name: rank for name, rank in ranks.items() if not _is_positive_int(rank)}
     if bad:
         raise ValueError(f"config.svdllm.ranks: expected positive integers, found {bad}.")
-    shared = settings.get("shared_factors", {})
+
+
+def _check_forms(forms: Any) -> None:
+    if not isinstance(forms, dict):
+        raise ValueError("config.svdllm.forms: expected a mapping from module names to forms.")
+    if problems := [f"{name}: {why}" for name, entry in forms.items() if (why := _wrong_with(entry))]:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"config.svdllm.forms: {'; '.join(problems[:8])}{more}.")
+
+
+def _wrong_with(entry: Any) -> str | None:
+    """Says what is wrong with the entry of a linear in ``forms``, or None."""
+    fields = FORM_FIELDS.get(str(entry.get("form"))) if isinstance(entry, dict) else None
+    if fields is None:
+        return f"expected a form of {', '.join(FORM_FIELDS)}, found {entry}"
+    required, sizes = {"form", *fields}, {"rank", "in_features", "out_features"} & set(entry)
+    unknown = sorted(set(entry) - required - {"in_features", "out_features"})
+    if missing := sorted(required - set(entry)):
+        return f"{entry['form']} lacks {', '.join(missing)}"
+    if unknown:
+        return f"{entry['form']} has no {', '.join(unknown)}"
+    if not sizes:
+        return f"{entry['form']} lacks in_features or out_features"
+    if bad := {key: entry[key] for key in sorted(sizes) if not _is_positive_int(entry[key])}:
+        return f"expected positive integers, found {bad}"
+    if entry.get("side", "rows") not in ("rows", "columns"):
+        return f"expected the side rows or columns, found {entry['side']!r}"
+    return None
+
+
+def _check_shared_factors(shared: Any, forms: Mapping[str, Mapping[str, Any]]) -> None:
     if not isinstance(shared, dict):
         raise ValueError("config.svdllm.shared_factors: expected a mapping from module names to module names.")
     for name, first in shared.items():
-        if name not in ranks or ranks.get(first) != ranks[name] or first in shared:
+        entries = [_first_factor(forms[linear]) if linear in forms else None for linear in (name, first)]
+        if entries[0] is None or entries[0] != entries[1] or first in shared:
             raise ValueError(
-                f"config.svdllm.shared_factors: {name} cannot have the first factor of {first}: expected two names of "
-                "config.svdllm.ranks with the same rank, the second with a first factor of its own."
+                f"config.svdllm.shared_factors: {name} cannot have the first factor of {first}: expected two pairs, or "
+                "two linears packed by columns, with the same rank, the second with a first factor of its own."
             )
-    return settings
+
+
+def _first_factor(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What must agree where a first factor is shared; None for a form whose first factor cannot be."""
+    if entry["form"] == "narrow" or entry.get("side") == "rows":
+        return None
+    return {key: entry.get(key) for key in ("form", "rank", "in_features")}
 
 
 def _is_positive_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def low_rank_tp_plan(base_plan: dict[str, str], ranks: dict[str, int]) -> dict[str, str]:
-    """Makes the rules of tensor parallelism for a model whose modules in ``ranks`` are factored.
+def low_rank_tp_plan(base_plan: dict[str, str], pairs: Iterable[str]) -> dict[str, str]:
+    """Makes the rules of tensor parallelism for a model whose linears in ``pairs`` are pairs of factors.
 
     A column-parallel ``W = U V`` shards the rows of ``U`` and replicates ``V``. A row-parallel one shards the columns
     of ``V`` and replicates ``U``, so that the all-reduce is of a rank-sized vector. Readers that take the first
@@ -78,7 +133,7 @@ def low_rank_tp_plan(base_plan: dict[str, str], ranks: dict[str, int]) -> dict[s
     sharded, replicated = {}, {}
     for rule, style in base_plan.items():
         pattern = re.compile(r"(?:^|\.)" + r"\d+".join(map(re.escape, rule.split("*"))) + "$")
-        if not any(pattern.search(name) for name in ranks):
+        if not any(pattern.search(name) for name in pairs):
             continue
         for factor, factor_style in factor_styles(style).items():
             rules = replicated if factor_style == "replicate" else sharded
@@ -135,7 +190,7 @@ def _renamed(fields: dict[str, Any], names: Mapping[str, str | None]) -> dict[st
 class LowRankConfigMixin(_Config):
     """Adds the ``svdllm`` entry to the config class of a family: ``class C(LowRankConfigMixin, LlamaConfig)``.
 
-    ``svdllm`` has ``format_version``, ``base_model_type``, ``ranks`` (names as in the causal LM's ``named_modules``),
+    ``svdllm`` has ``format_version``, ``base_model_type``, ``forms`` (names as in the causal LM's ``named_modules``),
     ``shared_factors`` where linears use the first factor of others, and whatever else the writer recorded. It is
     checked when a config is made, and kept unchanged.
     """
@@ -148,12 +203,14 @@ class LowRankConfigMixin(_Config):
         super().__post_init__(**kwargs)
         self.svdllm = check_svdllm(svdllm)
         if plan := self.base_model_tp_plan:
-            plan = low_rank_tp_plan(plan, self.svdllm_ranks)
+            pairs = [name for name, entry in self.svdllm_forms.items() if entry["form"] == "pair"]
+            plan = low_rank_tp_plan(plan, pairs)
             self.base_model_tp_plan = plan  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
-    def svdllm_ranks(self) -> dict[str, int]:
-        return (self.svdllm or {}).get("ranks", {})
+    def svdllm_forms(self) -> dict[str, dict[str, Any]]:
+        """Linear -> entry of format version 2, whatever the version of the checkpoint."""
+        return forms_of(self.svdllm) if self.svdllm else {}
 
     @staticmethod
     def factor_styles(style: str) -> dict[str, str]:
@@ -179,7 +236,7 @@ class LowRankConfigMixin(_Config):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        output.pop("base_model_tp_plan", None)  # follows from the ranks
+        output.pop("base_model_tp_plan", None)  # follows from the forms
         output["auto_map"] = self.full_auto_map()
         if isinstance(rope := output.get("rope_parameters"), dict):
             output.update(legacy_rope_fields(rope, (self.svdllm or {}).get("base_model_type")))

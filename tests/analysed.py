@@ -40,7 +40,13 @@ def analysed(model: Any, folder: Path, ids: Tensor, **settings: Any) -> SimpleNa
     analysis.open()
     depths = {target.name: target.full_rank for target in structure.targets}
     Calibration(
-        walk=walk, recipe=recipe, analysis=analysis, depths=depths, keeps_left_metrics=False, reporter=Reporter()
+        walk=walk,
+        recipe=recipe,
+        analysis=analysis,
+        depths=depths,
+        narrows="narrow" in recipe.analysed_forms,
+        keeps_left_metrics=False,
+        reporter=Reporter(),
     ).run()
     return SimpleNamespace(model=model, structure=structure, analysis=analysis, walk=walk, recipe=recipe)
 

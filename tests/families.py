@@ -110,10 +110,19 @@ SCORES: dict[str, dict[str, Any]] = {
     "gpt_oss": {**_GQA, **_ROPE, "head_dim": 8, "sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
 
+# Families whose MLPs have a width that no entry of the config sets.
+FIXED_WIDTHS: dict[str, dict[str, Any]] = {
+    "bloom": {
+        **{key: value for key, value in _COMMON.items() if key != "intermediate_size"},
+        "n_head": 4,
+        "n_layer": 2,
+    },
+}
+
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """A config of ``family`` with two layers of width 32 and 128 tokens."""
-    return CONFIG_MAPPING[family](**{**(FAMILIES | ATTENTIONS | UNUSUAL | SCORES)[family], **overrides})
+    return CONFIG_MAPPING[family](**{**(FAMILIES | ATTENTIONS | UNUSUAL | SCORES | FIXED_WIDTHS)[family], **overrides})
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:

@@ -38,7 +38,8 @@ def model_with(family: str, forms: dict[str, dict[str, Any]], seed: int = 0, **s
             if isinstance(module, PackedLinear):
                 module.order.copy_(torch.randperm(len(module.order), generator=generator))
         for name, parameter in model.named_parameters():
-            scale = 0.3 if parameter.ndim == 1 else 0.2 * (".svd_" in name)
+            is_new = ".svd_" in name or not bool(parameter.any())  # as the weight of a narrower linear
+            scale = 0.3 if parameter.ndim == 1 else 0.2 * is_new
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from families import tiny_model
 from svdllm import CompressionResult, Recipe, compress
+from svdllm.compression.forms import rank_of
 from svdllm.compression.recipe import PLAIN
 from svdllm.compression.recipe_parts import BUDGETS
+from svdllm.models.chosen import Chosen, Forms
 from svdllm.models.structure import Target
 
 TEXT = " ".join(f"the quick brown fox {n} jumps over the lazy dog and {n * 7 % 13} more." for n in range(400))
@@ -63,3 +66,19 @@ def target(out_features: int, in_features: int, name: str = "linear", group: str
         is_conv1d=False,
         group=group or name,
     )
+
+
+def pairs(ranks: Mapping[str, int]) -> dict[str, Chosen]:
+    """Pairs of factors of some ranks."""
+    return {name: Chosen("pair", rank) for name, rank in ranks.items()}
+
+
+def ranks_in(forms: Forms) -> dict[str, int]:
+    """Target -> rank, of every target that has one."""
+    ranks = {name: rank_of(chosen) for name, chosen in forms.items()}
+    return {name: rank for name, rank in ranks.items() if rank is not None}
+
+
+def pair_params(target: Target, rank: int) -> int:
+    """Parameters of a pair of factors."""
+    return rank * (target.in_features + target.out_features) + target.added_params

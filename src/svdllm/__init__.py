@@ -30,6 +30,7 @@ if not is_command_line():
     from svdllm.evaluation.tasks import TaskResults
     from svdllm.export.dense import export_dense
     from svdllm.export.padded_heads import export_padded
+    from svdllm.export.pairs import PairsExport, export_pairs
     from svdllm.export.quantize import QuantizationResult, quantize
     from svdllm.inference.bench import BenchmarkRecord, BenchSettings, benchmark
     from svdllm.inference.fuse import fuse_factors
@@ -48,6 +49,7 @@ __all__ = [
     "CompressionResult",
     "InputError",
     "NumericalError",
+    "PairsExport",
     "Perplexity",
     "Plan",
     "QuantizationResult",
@@ -68,6 +70,7 @@ __all__ = [
     "evaluate_tasks",
     "export_dense",
     "export_padded",
+    "export_pairs",
     "fuse_factors",
     "load_model",
     "perplexity",

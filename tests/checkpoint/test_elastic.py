@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import svdllm
 from families import stored_ranks, tiny_model
-from runs import TEXT, digests, run, small_recipe, token_windows
+from runs import TEXT, digests, pairs, run, small_recipe, token_windows
 from svdllm.checkpoint.elastic import ELASTIC_FILE
 from svdllm.cli import main
 from svdllm.compression.ranks import Allocation
@@ -55,12 +55,12 @@ def test_a_slice_is_the_run_at_its_ratio_byte_for_byte(
     model.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     elastic = run(tmp_path / "dense", tmp_path / "elastic", recipe=small_recipe(ratio=0.2, elastic=True, **settings))
-    direct = run(tmp_path / "dense", tmp_path / "direct", recipe=small_recipe(ratio=0.5, **settings))
+    direct = run(tmp_path / "dense", tmp_path / "direct", recipe=small_recipe(ratio=0.5, forms=("pair",), **settings))
     before = digests(tmp_path / "elastic", skip=())
     result = svdllm.slice_checkpoint(tmp_path / "elastic", 0.5, tmp_path / "sliced")
     assert digests(tmp_path / "sliced") == digests(tmp_path / "direct")
     assert digests(tmp_path / "elastic", skip=()) == before
-    assert result.plan.ranks == direct.plan.ranks
+    assert result.plan.forms == direct.plan.forms
     assert [row.loss for row in result.linears] == [row.loss for row in direct.linears]
     assert elastic.plan.sizes.elastic_bytes == (tmp_path / "elastic" / "svdllm" / "elastic.safetensors").stat().st_size
     svdllm.verify(tmp_path / "sliced", "cpu")
@@ -89,7 +89,7 @@ def elastic(made: Path, tmp_path: Path) -> Path:
 
 
 def test_an_elastic_checkpoint_is_the_ordinary_one_and_more(dense: Path, made: Path, tmp_path: Path) -> None:
-    run(dense, tmp_path / "plain", recipe=small_recipe(ratio=0.3, **LOSS_AWARE))
+    run(dense, tmp_path / "plain", recipe=small_recipe(ratio=0.3, forms=("pair",), **LOSS_AWARE))
     plain, whole = digests(tmp_path / "plain", skip=OWN), digests(made, skip=OWN)
     assert set(whole) - set(plain) == {ELASTIC_FILE, "svdllm/elastic.safetensors"}
     assert plain.items() <= whole.items()
@@ -106,6 +106,50 @@ def test_an_elastic_checkpoint_is_the_ordinary_one_and_more(dense: Path, made: P
     assert not factors & set(ranks)
 
 
+def test_a_slice_may_be_packed(made: Path, tmp_path: Path) -> None:
+    """Larger ranks at the same ratio: the leading parts of the stored pairs, packed."""
+    stored = load_file(made / "model.safetensors") | load_file(made / "svdllm" / "elastic.safetensors")
+    results = {
+        forms: svdllm.slice_checkpoint(made, 0.5, tmp_path / forms[-1], forms=forms)
+        for forms in (("pair",), ("pair", "packed"))
+    }
+    pair, packed = (result.plan for result in results.values())
+    assert {chosen.form for chosen in packed.forms.values()} == {"packed"}
+    assert packed.achieved_ratio >= 0.5
+    sizes = [sum(chosen.size for chosen in plan.forms.values()) for plan in (pair, packed)]
+    assert sizes[0] < sizes[1]
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    entries = json.loads((tmp_path / "packed" / "config.json").read_text())["svdllm"]["forms"]
+    for name, chosen in packed.forms.items():
+        u_OR, v_RI = (stored[f"{name}.{leaf}.weight"].double() for leaf in ("svd_u", "svd_v"))
+        expected = u_OR[:, : chosen.size] @ v_RI[: chosen.size]
+        found = multiplied_out({leaf: tensors[f"{name}.{leaf}"] for leaf in PACKED_TENSORS}, entries[name]["side"])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    loaded = results["pair", "packed"].load()
+    assert loaded.num_parameters() == packed.params
+    assert svdllm.verify(tmp_path / "packed", "cpu")
+    for forms in (("narrow",), ("pair", "other"), ()):
+        with pytest.raises(
+            svdllm.InputError, match="an elastic checkpoint holds pairs; give pair, packed or pair,packed"
+        ):
+            svdllm.slice_checkpoint(made, 0.5, tmp_path / "other", forms=forms)
+    assert not (tmp_path / "other").exists()
+
+
+PACKED_TENSORS = ("svd_v.weight", "svd_u.weight", "order")
+
+
+def multiplied_out(packed: dict[str, Any], side: str) -> torch.Tensor:
+    """The matrix of packed factors, by the formula of docs/checkpoint.md."""
+    svd_v, svd_u, order = (packed[leaf] for leaf in PACKED_TENSORS)
+    svd_v, svd_u, one = svd_v.double(), svd_u.double(), torch.eye(len(svd_v), dtype=torch.float64)
+    if side == "rows":
+        return torch.cat((one, svd_u))[order.long()] @ svd_v
+    product = torch.empty(len(svd_u), len(order), dtype=torch.float64)
+    product[:, order.long()] = svd_u @ torch.cat((one, svd_v), dim=1)
+    return product
+
+
 def hashes_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "svdllm" / "hashes.json").read_text())["files"]
 
@@ -114,7 +158,7 @@ def test_several_files_in_the_order_of_the_source(tmp_path: Path, monkeypatch: p
     tiny_model("llama", 0).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
     monkeypatch.setattr("svdllm.checkpoint.shards.SHARD_BYTES", 15_000)
     whole = run(tmp_path / "dense", tmp_path / "elastic", recipe=small_recipe(ratio=0.2, elastic=True, **LOSS_AWARE))
-    run(tmp_path / "dense", tmp_path / "direct", recipe=small_recipe(ratio=0.5, **LOSS_AWARE))
+    run(tmp_path / "dense", tmp_path / "direct", recipe=small_recipe(ratio=0.5, forms=("pair",), **LOSS_AWARE))
     files = sorted((tmp_path / "elastic" / "svdllm").glob("elastic-*.safetensors"))
     assert len(files) > 1
     assert whole.plan.sizes.elastic_bytes <= sum(file.stat().st_size for file in files)
@@ -126,7 +170,7 @@ def test_several_files_in_the_order_of_the_source(tmp_path: Path, monkeypatch: p
 def test_a_model_in_memory_with_its_tokenizer(tmp_path: Path, tokenizer: Any) -> None:
     model = tiny_model("gpt2", 0, vocab_size=300)
     for name, ratio, elastic in (("elastic", 0.2, True), ("direct", 0.4, False)):
-        recipe = small_recipe(ratio=ratio, elastic=elastic)
+        recipe = small_recipe(ratio=ratio, elastic=elastic, forms=("pair",))
         run(model, tmp_path / name, recipe=recipe, tokenizer=tokenizer)
     svdllm.slice_checkpoint(tmp_path / "elastic", 0.4, tmp_path / "sliced")
     assert digests(tmp_path / "sliced") == digests(tmp_path / "direct")
@@ -267,8 +311,8 @@ def test_a_rank_more_than_is_held_is_one_too_many(made: Path, tmp_path: Path, mo
     ranks = stored_ranks(json.loads((made / "config.json").read_text()))
     first, rank = next(iter(ranks.items()))
     for wanted in (rank + 1, rank):
-        allocation = Allocation(ranks | {first: wanted})
-        monkeypatch.setattr(sys.modules["svdllm.compression.plan"], "choose_ranks", lambda *_, of=allocation: of)
+        allocation = Allocation(pairs(ranks | {first: wanted}))
+        monkeypatch.setattr(sys.modules["svdllm.compression.plan"], "choose_forms", lambda *_, of=allocation: of)
         if wanted == rank:
             svdllm.slice_checkpoint(made, 0.31, tmp_path / "out")
         else:
@@ -281,7 +325,9 @@ def test_ranks_that_are_not_stored_are_refused(made: Path, tmp_path: Path, monke
     (first, rank), *_, (last, _) = ranks.items()
 
     def allocate(wanted: dict[str, int]) -> None:
-        monkeypatch.setattr(sys.modules["svdllm.compression.plan"], "choose_ranks", lambda *_: Allocation(wanted))
+        monkeypatch.setattr(
+            sys.modules["svdllm.compression.plan"], "choose_forms", lambda *_: Allocation(pairs(wanted))
+        )
 
     allocate(ranks | {first: rank + 4})
     with pytest.raises(

@@ -17,7 +17,7 @@ from runs import small_recipe, token_windows
 from svdllm import NumericalError, Recipe
 from svdllm.common.progress import Reporter
 from svdllm.compression.math.linalg import factorise
-from svdllm.compression.probe import probe, probe_ids, probe_ranks, probe_tokens
+from svdllm.compression.probe import probe, probe_ids, probe_sizes, probe_tokens
 from svdllm.compression.ranks import ALLOCATIONS
 from svdllm.compression.ranks.loss import probe_rank
 from svdllm.models.discover import discover
@@ -167,7 +167,7 @@ def probed_on(run: SimpleNamespace, ids: Tensor) -> Any:
     run.walk.ids, run.walk.kept_batches, run.walk.batch_tokens = ids, 0, ids.numel()
     probing = ALLOCATIONS[run.recipe.allocation].probing
     assert probing is not None
-    return probe(run.walk, run.analysis, probe_ranks(run.recipe, run.structure), probing.measure, Reporter())
+    return probe(run.walk, run.analysis, probe_sizes(run.recipe, run.structure), probing.measure, Reporter())
 
 
 def truncated_logits(run: SimpleNamespace, target: Any, rank: int, ids: Tensor) -> Tensor:
@@ -213,8 +213,11 @@ def test_probing_is_the_asked_share_of_the_work():
     grams = sum(width**2 for width in (32, 32, 32, 48)) * 2 / 2
     work = 256 * 64 * (sum(weights) + grams)
     per_token = 7 * (sum(weights) + sum(weights) / 2) + 14 * 128 * 32
-    assert half == int(work / per_token)
-    assert quarter == int(work / 3 / per_token)
+    with_mlps = per_token * 8 / 7  # an MLP of every block, beside its seven linears
+    assert half == int(work / with_mlps)
+    assert quarter == int(work / 3 / with_mlps)
+    pairs = Recipe(ratio=0.5, probe_share=0.5, samples=256, seqlen=64, forms=("pair",))
+    assert probe_tokens(pairs, structure, skeleton) == int(work / per_token)
     strs = Recipe(ratio=0.5, allocation="strs", strs_ratios=(0.2, 0.5, 0.7), round_to=1, samples=256, seqlen=64)
     assert probe_tokens(strs, structure, skeleton) == int(work / 3 / per_token)
     plain = Recipe(ratio=0.5, method="svd", allocation="strs", strs_ratios=(0.5,), samples=256, seqlen=64)

@@ -17,7 +17,7 @@ from analysed import analysed, grams_by_autograd
 from families import tiny_model, tiny_tokens
 from generation import WAYS, assert_same, generated, in_parts
 from reference import optimal_outputs
-from runs import TEXT, digests, run, small_recipe, token_windows
+from runs import TEXT, digests, ranks_in, run, small_recipe, token_windows
 from svdllm import UnsupportedModelError, fuse_factors, load_model, recover
 from svdllm.checkpoint.verify import verify
 from svdllm.inference.latent_cache import cache_bytes, cache_size, use_latent_cache, use_ordinary_cache
@@ -158,7 +158,8 @@ def test_fused_the_latent_is_computed_once(checkpoint: Path) -> None:
     expected, names = in_parts(model, tiny_tokens(), [12]), list(model.state_dict())
     assert fuse_factors(model) == 4
     attention = model.model.layers[0].self_attn
-    assert attention.q_proj.shared.weight.shape == (16 + 16, 32)  # ranks of q and of both, filled up to 16
+    (product,) = attention.q_proj.shared._products
+    assert product.weight_OI.shape == (16 + 16, 32)  # ranks of q and of both, filled up to 16
     assert_same(in_parts(model, tiny_tokens(), [12]), expected)
     assert use_latent_cache(model) == 2
     assert_same(in_parts(model, tiny_tokens(), [5, 1, 1, 5]), expected)
@@ -202,7 +203,7 @@ def test_the_budget_is_spread_by_what_both_do(tmp_path: Path) -> None:
         calibration_mode="sequential",
         overrides={"0.*v_proj": 0.5},
     )
-    ranks = result.plan.ranks
+    ranks = ranks_in(result.plan.forms)
     assert ranks["model.layers.0.self_attn.k_proj+v_proj"] == 8  # half of 32 * 32 weights, at 64 a rank
     assert result.plan.achieved_ratio >= 0.3 - 1e-9
     verify(result.output_dir)
@@ -210,7 +211,7 @@ def test_the_budget_is_spread_by_what_both_do(tmp_path: Path) -> None:
 
 def test_a_slice_is_the_run_at_its_ratio(dense: Path, tmp_path: Path) -> None:
     joint(dense, tmp_path / "elastic", elastic=True)
-    joint(dense, tmp_path / "direct", ratio=0.5)
+    joint(dense, tmp_path / "direct", ratio=0.5, forms=("pair",))
     svdllm.slice_checkpoint(tmp_path / "elastic", 0.5, tmp_path / "sliced")
     assert digests(tmp_path / "sliced") == digests(tmp_path / "direct")
 

@@ -12,7 +12,7 @@ import torch
 import svdllm
 from families import tiny_model
 from gguf_local import write_gguf
-from runs import run, small_recipe, token_windows
+from runs import ranks_in, run, small_recipe, token_windows
 from svdllm import InputError, UnsupportedModelError
 from svdllm.compression.plan import make_plan, refine
 from svdllm.compression.ranks import Evidence
@@ -80,7 +80,7 @@ def test_a_plan_is_one_flat_document() -> None:
     assert document["params"] == plan.params == plan.sizes.params
     assert document["peak_ram_bytes"] == max(document["ram_by_stage"].values())
     assert document["seconds"] == pytest.approx(sum(document["seconds_by_stage"].values()))
-    assert {target["name"]: target["rank"] for target in document["targets"]} == plan.ranks
+    assert {target["name"]: target["rank"] for target in document["targets"]} == ranks_in(plan.forms)
 
 
 def test_another_budget_than_a_ratio_has_none_to_ask_for() -> None:
@@ -93,11 +93,11 @@ def test_evidence_changes_ranks_and_sizes_and_no_needs() -> None:
     recipe = small_recipe(ratio=0.3, allocation="effective-rank")
     subject = subject_of(recipe)
     plan = make_plan(subject, recipe)
-    assert not plan.ranks_known
+    assert not plan.forms_known
     marked = replace(plan, needs=replace(plan.needs, disk_bytes=12345))
     refined = refine(marked, subject, Evidence(falling_energies(subject)))
-    assert refined.ranks_known
-    assert refined.ranks != plan.ranks
+    assert refined.forms_known
+    assert refined.forms != plan.forms
     assert refined.needs == marked.needs
     assert (refined.recipe, refined.structure, refined.warnings) == (plan.recipe, plan.structure, plan.warnings)
     kept = sum(target.params for target in refined.targets)
@@ -107,7 +107,7 @@ def test_evidence_changes_ranks_and_sizes_and_no_needs() -> None:
 def test_shapes_are_enough_for_uniform_ranks() -> None:
     recipe = small_recipe(ratio=0.3)
     plan = make_plan(subject_of(recipe), recipe)
-    assert plan.ranks_known
+    assert plan.forms_known
     assert plan.speed is None
 
 
@@ -142,8 +142,8 @@ def test_a_config_alone_can_be_planned_and_not_compressed(tmp_path: Path) -> Non
     model.config.save_pretrained(tmp_path / "config")
     (of_config,), (of_whole,) = (svdllm.plan(tmp_path / name, small_recipe()) for name in ("config", "whole"))
     assert of_config.warnings == [*of_whole.warnings, "config holds no weights: the plan is of its config alone."]
-    assert (of_config.ranks, of_config.params, of_config.file_bytes) == (
-        of_whole.ranks,
+    assert (of_config.forms, of_config.params, of_config.file_bytes) == (
+        of_whole.forms,
         of_whole.params,
         of_whole.file_bytes,
     )

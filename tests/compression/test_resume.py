@@ -96,7 +96,10 @@ def test_killed_and_started_again_gives_the_same_bytes(where: str, nth: int, tmp
         ("end sequential", 1),  # the first ratio's factors are final, the second's are not begun
     ],
 )
-def test_killed_in_a_later_stage_and_started_again_gives_the_same_bytes(where: str, nth: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [{"bias_correction": True}, {"forms": ("pair", "packed", "narrow")}], ids=str)
+def test_killed_in_a_later_stage_and_started_again_gives_the_same_bytes(
+    others: dict[str, Any], where: str, nth: int, tmp_path: Path
+) -> None:
     model = save_dense(tmp_path / "dense")
     settings = {
         "ratio": (0.2, 0.4),
@@ -104,7 +107,7 @@ def test_killed_in_a_later_stage_and_started_again_gives_the_same_bytes(where: s
         "gradient_samples": 4,
         "allocation": "loss",
         "calibration_mode": "sequential",
-        "bias_correction": True,
+        **others,
     }
     recipe, ids = small_recipe(**settings), token_windows()
     svdllm.compress_many(model, recipe, tmp_path / "straight", calibration=ids)
@@ -164,6 +167,7 @@ def test_finished_blocks_are_not_decomposed_again(tmp_path: Path) -> None:
     [
         ({"ratio": 0.4}, "recipe: ratio was [0.2, 0.4], is now 0.4"),
         ({"seed": 9}, "recipe: seed was 1, is now 9"),
+        ({"forms": ("packed",)}, 'recipe: forms was null, is now ["packed"]'),
         ({"method": "asvd"}, 'recipe: method was "svd-llm", is now "asvd"'),
         ({"model": 5}, "weights of the model was"),
         ({"ids": 5}, "calibration tokens was"),
@@ -226,6 +230,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "speedup_tokens": {"ratio": None, "target_speedup": 1.2, "speedup_tokens": 8, "allocation": "loss"},
     "ranks": {"ratio": None, "ranks": {"q_proj": 3}},
     "allocation": {"allocation": "v2"},
+    "forms": {"forms": ("packed",)},
     "probe_share": {"probe_share": 0.25},
     "strs_ratios": {"strs_ratios": (0.5,)},
     "ignore": {"ignore": ("o_proj",)},
@@ -254,6 +259,8 @@ BESIDE_THE_RECIPE = {
     "calibration tokens": lambda dense, patch: token_windows(seed=5),
     "device": lambda dense, patch: patch.setattr(SUBJECT, "resolve_device", lambda _: torch.device("cpu:0")),
     "computed in": lambda dense, patch: patch.setattr(SUBJECT, "resolve_dtype", lambda *_: torch.float64),
+    "directions of a spectrum": lambda dense, patch: patch.setattr(svdllm.Recipe, "analysed_forms", ("packed",)),
+    "narrower MLPs": lambda dense, patch: patch.setattr(svdllm.Recipe, "analysed_forms", ("narrow",)),
     "svdllm version": lambda dense, patch: patch.setattr(ANALYZE, "__version__", "0.0.1"),
     "torch version": lambda dense, patch: patch.setattr(ANALYZE.torch, "__version__", "0.0.1"),
     "transformers version": lambda dense, patch: patch.setattr(ANALYZE.transformers, "__version__", "0.0.1"),

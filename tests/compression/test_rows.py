@@ -25,6 +25,7 @@ from svdllm.compression.ranks.question import Allocation, Evidence, Question
 from svdllm.compression.ranks.rows import Row
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.recipe_files import make_recipe
+from svdllm.models.chosen import Chosen
 
 
 class ScaleSettings(BaseModel):
@@ -64,22 +65,22 @@ class EnergySettings(BaseModel):
 def equal_energy(question: Question, evidence: Evidence, settings: EnergySettings) -> Allocation:
     """The least share of the energy that every linear may lose alike within the budget; found by bisection."""
 
-    def ranks_at(share: float) -> dict[str, int]:
-        ranks = {}
+    def forms_at(share: float) -> dict[str, Chosen]:
+        forms = {}
         for target in question.targets:
             tails = tail_energies(evidence.energies[target.name])
             needed = int((tails > share * tails[0]).sum())  # the least rank that loses no more than the share
             rank = max(1, -(-needed // question.round_to)) * question.round_to
             if rank <= target.break_even_rank:
-                ranks[target.name] = rank
-        return ranks
+                forms[target.name] = Chosen("pair", rank)
+        return forms
 
     low, high = 0.0, 1.0
     for _ in range(settings.energy_steps):
         middle = (low + high) / 2
-        fits = question.unit.total(question.targets, ranks_at(middle)) <= question.unit.budget
+        fits = question.unit.total(question.targets, forms_at(middle)) <= question.unit.budget
         low, high = (low, middle) if fits else (middle, high)
-    return Allocation(ranks_at(high))
+    return Allocation(forms_at(high))
 
 
 EQUAL_ENERGY = Row(
@@ -139,7 +140,7 @@ def test_an_allocation_runs_with_every_budget(budget: dict[str, Any], tmp_path: 
     assert report["allocation"]["name"] == "equal-energy"
     lost = [1 - row.kept_energy for row in result.linears if row.rank is not None]
     assert result.plan.achieved_ratio >= budget.get("ratio", 0.1)
-    assert len(set(result.plan.ranks.values())) > 1
+    assert len(set(result.plan.forms.values())) > 1
     assert max(lost) - min(lost) < 0.1
     (tmp_path / "later").mkdir()
     coarse = larger(allocation="equal-energy", energy_steps=1, **{"ratio": None} | budget)

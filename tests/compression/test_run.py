@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import svdllm
 from families import FAMILIES, dense_weight, linear_targets, stored_ranks, tiny_model
-from runs import TEXT, digests, run, save_dense, small_recipe, token_windows
+from runs import TEXT, digests, ranks_in, run, save_dense, small_recipe, token_windows
 from svdllm.compression.collect import collect_statistics
 from svdllm.compression.math.metrics import METHODS
 from svdllm.models.discover import discover
@@ -102,7 +102,7 @@ def test_factors_are_the_papers(tmp_path: Path) -> None:
     weight = dense_weight(model.get_submodule(name)).double()
     root = torch.linalg.cholesky(tokens.mT @ tokens)
     u, s, vh = torch.linalg.svd(weight @ root)
-    rank = result.plan.ranks[name]
+    rank = ranks_in(result.plan.forms)[name]
     expected = (u[:, :rank] * s[:rank]) @ vh[:rank] @ torch.linalg.inv(root)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     found = stored[f"{name}.svd_u.weight"].double() @ stored[f"{name}.svd_v.weight"].double()
@@ -199,12 +199,13 @@ def test_ignored_and_overridden_linears(tmp_path: Path) -> None:
         assert is_linear(modules[name]) == dense
         if not dense:
             assert modules[name].svd_v.out_features % 4 == 0
-            assert modules[name].svd_v.out_features == result.plan.ranks[name]
+            assert modules[name].svd_v.out_features == ranks_in(result.plan.forms)[name]
         else:
             assert torch.equal(dense_weight(modules[name]), dense_weight(linear))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert stored_ranks(config) == result.plan.ranks
-    assert result.plan.ranks["model.layers.1.mlp.down_proj"] < result.plan.ranks["model.layers.1.mlp.up_proj"]
+    ranks = ranks_in(result.plan.forms)
+    assert stored_ranks(config) == ranks
+    assert ranks["model.layers.1.mlp.down_proj"] < ranks["model.layers.1.mlp.up_proj"]
 
 
 @pytest.mark.parametrize("method", METHODS)

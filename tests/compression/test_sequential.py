@@ -207,7 +207,7 @@ def test_bias_correction_keeps_the_mean_output_and_the_budget(family: str, tmp_p
     assert model.num_parameters() == result.plan.params
     assert result.plan.achieved_ratio >= 0.3
     original = load_model(dense).eval()
-    name = next(iter(result.plan.ranks))  # its inputs are the dense model's
+    name = next(iter(result.plan.forms))  # its inputs are the dense model's
     inputs_IT = inputs_in(original, name, ids).float()
     with torch.no_grad():
         difference = model.get_submodule(name)(inputs_IT.T).mean(0) - original.get_submodule(name)(inputs_IT.T).mean(0)

@@ -177,7 +177,7 @@ def test_mistakes_are_found_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = save_low_rank(tmp_path / "small")
-    monkeypatch.setattr(padding, "write_shards", None)  # nothing is written
+    monkeypatch.setattr(padding, "write_model", None)  # nothing is written
     for message, folder, output, processes in (
         ("2 processes can share the 4 heads .* evenly; there is nothing to pad", small, "out", 2),
         ("for two processes or more, found 1", small, "out", 1),

@@ -134,7 +134,7 @@ def test_the_way_to_merge_an_adapter_works(dense: Path, tmp_path: Path) -> None:
         run(tmp_path / "adapter", tmp_path / "out")
     merged: Any = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     merged.merge_and_unload().save_pretrained(tmp_path / "merged")
-    assert run(tmp_path / "merged", tmp_path / "out").plan.ranks
+    assert run(tmp_path / "merged", tmp_path / "out").plan.forms
 
 
 @pytest.fixture

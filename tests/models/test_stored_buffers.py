@@ -70,7 +70,7 @@ def test_buffers_are_no_parameters(family: str, tmp_path: Path) -> None:
     assert f"{loaded.num_parameters():,}" in card
     assert (
         "shapes",
-        f"{len(result.plan.ranks)} low-rank linears, {loaded.num_parameters():,} parameters",
+        f"{len(result.plan.forms)} low-rank linears, {loaded.num_parameters():,} parameters",
     ) in svdllm.verify(tmp_path / "out")
 
 

@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from families import FAMILIES, linear_targets, tiny_config
+from runs import pair_params
 from svdllm.common.errors import InputError, UnsupportedModelError
 from svdllm.models.discover import discover
 from svdllm.models.hooks import input_groups, replaced, to_device
@@ -102,7 +103,7 @@ def test_shapes_of_grouped_query_attention():
     by_name = {t.name: t for t in discover(skeleton_of("llama")).targets}
     k_proj = by_name["model.layers.1.self_attn.k_proj"]
     assert (k_proj.out_features, k_proj.in_features, k_proj.block) == (16, 32, 1)
-    assert (k_proj.num_weights, k_proj.full_rank, k_proj.break_even_rank, k_proj.factor_params(5)) == (512, 16, 10, 240)
+    assert (k_proj.num_weights, k_proj.full_rank, k_proj.break_even_rank, pair_params(k_proj, 5)) == (512, 16, 10, 240)
 
 
 @pytest.mark.parametrize(("family", "expected"), [("llama", False), ("falcon", True), ("gpt2", False)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from svdllm.models.open import Source
 from svdllm.models.safetensors_files import SAFETENSORS_CODES
-from svdllm.models.structure import Structure, Target
 
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and dtype
 METADATA = {"format": "pt"}  # of every file
@@ -40,30 +39,6 @@ def loaded_tensors(skeleton: PreTrainedModel, dtype: torch.dtype) -> Tensors:
 def tied_names(skeleton: PreTrainedModel) -> set[str]:
     """Names of tensors that are tied to others, and thus in no file."""
     return set(getattr(skeleton, "all_tied_weights_keys", None) or ())
-
-
-def compressed_tensors(stored: Tensors, targets: Sequence[Target], ranks: Mapping[str, int]) -> Tensors:
-    """The tensors in the compressed model's files: ``weight`` becomes ``svd_v.weight`` and ``svd_u.weight``.
-
-    A first factor that several linears share is stored with the first of them.
-    """
-    owners = {name: target for target in targets if target.name in ranks for name in target.linears}
-    result: Tensors = {}
-    for name, (shape, dtype) in stored.items():
-        owner, _, leaf = name.rpartition(".")
-        target = owners.get(owner)
-        if target is None:
-            result[name] = (shape, dtype)
-        elif leaf == "weight":
-            rank, out_features = ranks[target.name], shape[1] if target.is_conv1d else shape[0]
-            if owner == target.linears[0]:
-                result[f"{owner}.svd_v.weight"] = ((rank, target.in_features), dtype)
-            result[f"{owner}.svd_u.weight"] = ((out_features, rank), dtype)
-            if target.added_params:
-                result[f"{owner}.svd_u.bias"] = ((out_features,), dtype)
-        else:
-            result[f"{owner}.svd_u.{leaf}"] = (shape, dtype)
-    return result
 
 
 def buffer_names(skeleton: PreTrainedModel) -> set[str]:
@@ -122,13 +97,6 @@ def empty_files_bytes(total: int) -> int:
 def most_files(total: int) -> int:
     """The largest number of files of ``total`` bytes together: any two in a row hold more than ``SHARD_BYTES``."""
     return 1 if total <= SHARD_BYTES else 1 + 2 * total // SHARD_BYTES
-
-
-def elastic_tensors(structure: Structure, stored: Tensors, spare: Mapping[str, int]) -> Tensors:
-    """The tensors in the elastic files: the energies of every target, and factors of the ``spare`` ranks."""
-    energies: Tensors = {f"{t.name}.energies": ((t.full_rank,), torch.float64) for t in structure.targets}
-    dense = {f"{n}.weight": stored[f"{n}.weight"] for t in structure.targets if t.name in spare for n in t.linears}
-    return energies | compressed_tensors(dense, structure.targets, spare)
 
 
 def _units(tensors: Tensors) -> list[list[str]]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from svdllm.cli import options as o
-from svdllm.cli.console import console, print_json
+from svdllm.cli.console import console, print_json, size
 from svdllm.common.errors import InputError
 
 
 class Format(str, Enum):
     dense = "dense"
+    pairs = "pairs"
     onnx = "onnx"
     openvino = "openvino"
     padded = "padded"
@@ -23,9 +26,10 @@ class Format(str, Enum):
 FormatOption = Annotated[
     Format,
     typer.Option(
-        help="dense: the factors multiplied out, a plain model of the original architecture. onnx, openvino: the pairs "
-        "of factors as they are, in a float32 graph for ONNX Runtime or OpenVINO. padded: the same model with more "
-        "heads, which do nothing, for tensor parallelism."
+        help="dense: the factors multiplied out, a plain model of the original architecture. pairs: packed factors as "
+        "pairs, for tensor parallelism and tools that want pairs. onnx, openvino: the factors as they are, in a "
+        "float32 graph for ONNX Runtime or OpenVINO. padded: the same model with more heads, which do nothing, for "
+        "tensor parallelism."
     ),
 ]
 TensorParallel = Annotated[
@@ -42,9 +46,10 @@ def export(
 ) -> None:
     """Writes another form of a checkpoint.
 
-    dense loads everywhere, GGUF converters included, but is as large as the original.
+    dense loads everywhere, GGUF converters included, but is as large as the original. Only where every MLP is narrower,
+    it is smaller.
 
-    A graph or padded model is run beside the checkpoint on random tokens and kept if the logits agree.
+    Pairs, a graph or a padded model are run beside the checkpoint on a few tokens and kept if the logits agree.
     """
     if (format is Format.padded) != (tensor_parallel is not None):
         raise InputError(
@@ -53,7 +58,8 @@ def export(
     if tensor_parallel is not None:
         found, said = _padded(folder, output, tensor_parallel)
     else:
-        found, said = _dense(folder, output) if format is Format.dense else _graph(folder, output, format)
+        writers = {Format.dense: _dense, Format.pairs: _pairs}
+        found, said = writers.get(format, partial(_graph, format=format))(folder, output)
     if json:
         print_json({"output_dir": str(output), "format": format.value} | found)
         return
@@ -66,8 +72,21 @@ def export(
 def _dense(folder: Path, output: Path) -> tuple[dict[str, Any], str]:
     from svdllm.export.dense import export_dense
 
-    export_dense(folder, output)
-    return {}, "a plain model, as large as the original."
+    mlps = export_dense(folder, output)
+    extent = "as large as the original" if mlps.width is None else f"whose MLPs have a width of {mlps.width}"
+    zeros = f"; {mlps.filled_up} narrower MLPs are filled up with zeros" if mlps.filled_up else ""
+    return {"mlp_width": mlps.width, "filled_up_mlps": mlps.filled_up}, f"a plain model, {extent}{zeros}."
+
+
+def _pairs(folder: Path, output: Path) -> tuple[dict[str, Any], str]:
+    from svdllm.export.pairs import export_pairs
+
+    made = export_pairs(folder, output)
+    dense = f", and {made.dense} dense matrices that are no larger than theirs" if made.dense else ""
+    return asdict(made), (
+        f"pairs of {made.pairs} packed linears{dense}; {size(made.bytes_after)} in place of {size(made.bytes_before)}; "
+        f"largest difference from the original {made.difference:.1e} of the largest logit."
+    )
 
 
 def _padded(folder: Path, output: Path, tensor_parallel: int) -> tuple[dict[str, Any], str]:
@@ -82,7 +101,7 @@ def _padded(folder: Path, output: Path, tensor_parallel: int) -> tuple[dict[str,
     )
 
 
-def _graph(folder: Path, output: Path, format: Format) -> tuple[dict[str, Any], str]:
+def _graph(folder: Path, output: Path, *, format: Format) -> tuple[dict[str, Any], str]:
     from svdllm.export.graphs import export_graph
 
     difference, cached = export_graph(folder, output, format.value)

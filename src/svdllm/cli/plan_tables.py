@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from svdllm.cli.console import duration_range, size
-from svdllm.cli.tables import Titled, add_sizes, kind_of, rank_range, summary_table
+from svdllm.cli.tables import Titled, add_sizes, kind_of, size_range, summary_table
 from svdllm.compression.plan import Plan
 
 
@@ -13,21 +13,21 @@ def plan_table(plan: Plan) -> Titled:
     """A plan: sizes, memory, disk and time of the run, then the linears by kind."""
     title = f"{plan.model} ({plan.model_type}, {plan.dtype}), method {plan.recipe.method}"
     summary = summary_table()
-    dense_left = sum(target.rank is None for target in plan.targets)
+    dense_left = sum(target.size is None for target in plan.targets)
     summary.add_row(
         "linears",
-        f"{len(plan.ranks)} in {len(plan.structure.blocks)} blocks, {plan.num_groups} distinct inputs"
+        f"{len(plan.forms)} in {len(plan.structure.blocks)} blocks, {plan.num_groups} distinct inputs"
         + (f"; {dense_left} stay dense" if dense_left else "")
         + (f"; {len(plan.structure.ignored)} ignored" if plan.structure.ignored else ""),
     )
     if plan.unused_tensors is not None:
         summary.add_row("its files hold", plan.unused_tensors.text)
-    if not plan.ranks_known and plan.recipe.target_speedup is None:
+    if not plan.forms_known and plan.recipe.target_speedup is None:
         summary.add_row(
             "allocation",
-            f"{plan.allocation_name}: ranks follow from the analysis; uniform ones are shown, of the same size",
+            f"{plan.allocation_name}: forms follow from the analysis; uniform ranks are shown, of the same size",
         )
-    elif not plan.ranks_known:
+    elif not plan.forms_known:
         summary.add_row(
             "allocation",
             f"{plan.allocation_name}, linears {plan.recipe.target_speedup:g} times as fast: ranks and size follow from "
@@ -37,7 +37,7 @@ def plan_table(plan: Plan) -> Titled:
     add_sizes(summary, plan)
     if plan.sizes.elastic_bytes:
         summary.add_row(
-            "elastic files", f"{'' if plan.ranks_known else 'at most '}{size(plan.sizes.elastic_bytes)} beside them"
+            "elastic files", f"{'' if plan.forms_known else 'at most '}{size(plan.sizes.elastic_bytes)} beside them"
         )
     stage = max(plan.needs.ram_by_stage, key=lambda name: plan.needs.ram_by_stage[name])
     summary.add_row("peak memory", f"{size(plan.peak_ram_bytes)} (stage: {stage})")
@@ -52,13 +52,15 @@ def plan_table(plan: Plan) -> Titled:
 
 
 def _kinds_table(plan: Plan) -> Table:
-    """Shape and ranks of the linears, a row for every kind."""
+    """Shape and sizes of the linears, a row for every kind."""
     kinds = Table(box=None, padding=(0, 1), header_style="bold")
-    for column in ("linear", "count", "shape", "rank"):
+    for column in ("linear", "count", "shape", "rank or width"):
         kinds.add_column(column, justify="left" if column == "linear" else "right")
-    rows: dict[tuple[str, int, int], list[int | None]] = {}
+    rows: dict[tuple[str, int, int], list[tuple[str, int | None]]] = {}
     for target in plan.targets:
-        rows.setdefault((kind_of(target.name), target.out_features, target.in_features), []).append(target.rank)
-    for (kind, out_features, in_features), ranks in rows.items():
-        kinds.add_row(kind, str(len(ranks)), f"{out_features} x {in_features}", rank_range(ranks))
+        rows.setdefault((kind_of(target.name), target.out_features, target.in_features), []).append(
+            (target.form, target.size)
+        )
+    for (kind, out_features, in_features), chosen in rows.items():
+        kinds.add_row(kind, str(len(chosen)), f"{out_features} x {in_features}", size_range(chosen))
     return kinds

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -31,13 +33,13 @@ def result_table(result: CompressionResult) -> Titled:
     add_sizes(table, plan)
     if plan.sizes.elastic_bytes:
         table.add_row("elastic files", f"{size(plan.sizes.elastic_bytes)} beside them, for `svdllm slice`")
-    factorised = [linear for linear in result.linears if linear.rank is not None]
-    table.add_row("allocation", allocation_text(plan, len(result.linears) - len(factorised)))
+    changed = [linear for linear in result.linears if linear.size is not None]
+    table.add_row("allocation", allocation_text(plan))
     if plan.speed is not None:
         table.add_row("linears, predicted", speed_text(asdict(plan.speed)))
-    if factorised:
-        worst = min(factorised, key=lambda linear: linear.kept_energy)
-        mean = sum(linear.kept_energy for linear in factorised) / len(factorised)
+    if changed:
+        worst = min(changed, key=lambda linear: linear.kept_energy)
+        mean = sum(linear.kept_energy for linear in changed) / len(changed)
         table.add_row("kept energy", f"{mean:.4f} on average, least {worst.kept_energy:.4f} ({worst.name})")
     stages = ", ".join(f"{name} {duration(seconds)}" for name, seconds in result.seconds.items() if seconds >= 0.5)
     table.add_row("time", f"{duration(sum(result.seconds.values()))} ({stages})")
@@ -147,10 +149,9 @@ def report_table(report: dict[str, Any]) -> Titled:
     if sliced := report.get("sliced_from"):
         table.add_row("sliced from", f"an elastic checkpoint of ratio {sliced['ratio']}")
     chosen = report["allocation"]
-    dense = sum(linear["rank"] is None for linear in report["linears"])
     loss = "" if chosen["predicted_loss"] is None else f"; predicted loss {chosen['predicted_loss']:.3f} nats per token"
     loss += threshold_text(chosen.get("threshold"))
-    table.add_row("allocation", f"{chosen['name']}, {len(report['linears']) - dense} factorised, {dense} dense{loss}")
+    table.add_row("allocation", f"{chosen['name']}: {counts_text(map(form_of, report['linears']))}{loss}")
     if speed := report.get("speed"):
         table.add_row("linears, predicted", speed_text(speed))
     table.add_row("metric", f"{recipe['metric']}, {recipe['calibration_mode']} calibration")
@@ -172,9 +173,9 @@ def report_table(report: dict[str, Any]) -> Titled:
 
 
 def linears_table(linears: list[dict[str, Any]], *, every: bool) -> Table:
-    """Rank and kept energy of every linear, or of every kind of linear over the blocks."""
+    """Form, size and kept energy of every linear, or of every kind of linear over the blocks."""
     table = Table(header_style="bold", box=None, padding=(0, 1))
-    for column in ("linear", "shape", "rank", "kept energy", "least"):
+    for column in ("linear", "shape", "rank or width", "kept energy", "least"):
         table.add_column(column, justify="left" if column == "linear" else "right", no_wrap=True)
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in linears:
@@ -184,20 +185,30 @@ def linears_table(linears: list[dict[str, Any]], *, every: bool) -> Table:
         table.add_row(
             name,
             f"{rows[0]['out_features']} x {rows[0]['in_features']}",
-            rank_range([row["rank"] for row in rows]),
+            size_range([(form_of(row), row.get("size", row["rank"])) for row in rows]),
             f"{sum(kept) / len(kept):.4f}",
             f"{min(kept):.4f}",
         )
     return table
 
 
-def allocation_text(plan: Plan, dense: int) -> str:
-    """How ranks were chosen, and how close to the optimum they are known to be."""
-    text = f"{plan.allocation_name}, {len(plan.ranks)} linears factorised, {dense} dense"
+def allocation_text(plan: Plan) -> str:
+    """How forms were chosen, and how close to the optimum they are known to be."""
+    text = f"{plan.allocation_name}: {counts_text(target.form for target in plan.targets)}"
     if plan.allocation.predicted_loss is not None and plan.allocation.gap is not None:
         proof = "proven least" if plan.allocation.gap <= 1e-6 else f"within {plan.allocation.gap:.1e} of the least"
         text += f"; predicted loss {plan.allocation.predicted_loss:.3f} nats per token, {proof}"
     return text + threshold_text(plan.allocation.threshold)
+
+
+def counts_text(forms: Iterable[str]) -> str:
+    """The number of linears in each form, as in ``120 packed, 90 narrow linears``."""
+    return ", ".join(f"{number} {form}" for form, number in Counter(forms).most_common()) + " linears"
+
+
+def form_of(row: Mapping[str, Any]) -> str:
+    """The form of a linear in a report; reports of 0.1 know pairs and dense linears."""
+    return row.get("form") or ("dense" if row["rank"] is None else "pair")
 
 
 def add_sizes(table: Table, plan: Plan) -> None:
@@ -248,8 +259,14 @@ def _number(value: float) -> str:
     return f"{value:.2f}" if value < 1e5 else f"{value:.2e}"
 
 
-def rank_range(ranks: list[int | None]) -> str:
-    found = sorted({rank for rank in ranks if rank is not None})
-    text = "" if not found else str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
-    dense = sum(rank is None for rank in ranks)
-    return f"{text}{', ' if text else ''}{dense} dense" if dense else text
+def size_range(chosen: Iterable[tuple[str, int | None]]) -> str:
+    """The least and largest size in each form, as in ``8 to 96 packed, 3 dense``."""
+    found: dict[str, list[int | None]] = {}
+    for form, of_one in chosen:
+        found.setdefault(form, []).append(of_one)
+    texts = []
+    for form, sizes in found.items():
+        known = sorted({of_one for of_one in sizes if of_one is not None})
+        between = str(len(sizes)) if not known else str(known[0]) if len(known) == 1 else f"{known[0]} to {known[-1]}"
+        texts.append(between if form == "pair" else f"{between} {form}")
+    return ", ".join(texts)

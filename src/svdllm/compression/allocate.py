@@ -1,17 +1,20 @@
-"""Chooses a rank for every linear, by what the analysis, the probes and the clock tell."""
+"""Chooses a form and a size for every linear, by what the analysis, the probes and the clock tell."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from svdllm.checkpoint.elastic import Probes
 from svdllm.common.files import write_atomically
 from svdllm.compression.analysis import Analysis
 from svdllm.compression.plan import Plan, refine
-from svdllm.compression.probe import probe, probe_ids, probe_ranks, probe_tokens
+from svdllm.compression.probe import probe, probe_ids, probe_sizes, probe_tokens
 from svdllm.compression.ranks import ALLOCATIONS, Evidence
 from svdllm.compression.ranks.budget import require_fast_enough
-from svdllm.compression.ranks.linear_times import LinearTimes, measure_linears
+from svdllm.compression.ranks.given import free_and_fixed
+from svdllm.compression.ranks.linear_times import LinearTimes
+from svdllm.compression.ranks.measure_linears import measure_linears
 from svdllm.compression.session import Run
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
@@ -22,20 +25,22 @@ LINEAR_TIMES_FILE = "linear-times.json"
 def measure_times(run: Run, subject: Subject) -> LinearTimes | None:
     """Measures how long the linears take on this machine; None unless time is the budget.
 
-    A resumed run takes the times that it measured first, so that its ranks stay the same.
+    A resumed run takes the times that it measured first, so that its choices stay the same.
 
     Raises:
-        InputError: not even the least ranks are as fast as the budget asks.
+        InputError: not even the least sizes are as fast as the budget asks.
     """
     recipe = run.recipe
     if recipe.target_speedup is None:
         return None
     file = run.analysis_folder / LINEAR_TIMES_FILE
     if not file.is_file():
+        _, fixed = free_and_fixed(recipe, subject.structure.targets)
         device, dtype = subject.placement(recipe)
         measured = measure_linears(
             subject.skeleton,
             subject.structure,
+            forms=(*recipe.used_forms, *(chosen.form for chosen in fixed.values())),
             tokens=recipe.speedup_tokens,
             round_to=recipe.round_to,
             device=device,
@@ -56,34 +61,37 @@ def allocate(
     analysis: Analysis,
     times: LinearTimes | None,
 ) -> list[Plan]:
-    """The plans with the ranks that their allocation chooses; as they are where shapes were enough to plan them.
+    """The plans with the forms that their allocation chooses; as they are where shapes were enough to plan them.
 
     Raises:
         NumericalError: a probe is not finite; names the linear.
     """
     if not ALLOCATIONS[run.recipe.allocation].needs_spectra:
         return list(plans)
-    energies = {target.name: analysis.energies(target) for target in subject.structure.targets}
-    evidence = Evidence(energies)
+    structure = subject.structure
+    evidence = Evidence({target.name: analysis.energies(target) for target in structure.targets})
     if run.recipe.needs_probes:
         assert windows is not None
-        evidence = Evidence(energies, _probes(run, subject, windows, analysis), times)
+        probes = _probes(run, subject, windows, analysis)
+        blocks = structure.block_of
+        narrowings = {mlp: analysis.narrowing_tails(blocks[mlp], mlp) for mlp in structure.mlp_targets if mlp in probes}
+        evidence = replace(evidence, probes=probes, times=times, narrowings=narrowings)
     with run.reporter.stage("allocate", 1):
         return [refine(plan, subject, evidence) for plan in plans]
 
 
 def _probes(run: Run, subject: Subject, windows: TokenWindows, analysis: Analysis) -> Probes:
-    """The effect of truncating each linear alone; an earlier run's, if it truncated to the same ranks."""
+    """The effect of changing each linear and MLP alone; an earlier run's, if it tried the same sizes."""
     recipe, structure = run.recipe, subject.structure
-    ranks = probe_ranks(recipe, structure)
+    sizes = probe_sizes(recipe, structure)
     probes = analysis.read_probes(recipe.allocation)
-    if {name: list(measured) for name, measured in probes.items()} != ranks:
+    if {name: list(measured) for name, measured in probes.items()} != sizes:
         ids = probe_ids(windows.ids, probe_tokens(recipe, structure, subject.skeleton))
         walk = subject.walk(ids, recipe)
         walk.batch_tokens = ids.numel()
         probing = ALLOCATIONS[recipe.allocation].probing
         assert probing is not None
-        probes = probe(walk, analysis, ranks, probing.measure, run.reporter)
+        probes = probe(walk, analysis, sizes, probing.measure, run.reporter)
         walk.close()
         analysis.write_probes(recipe.allocation, probes)
     return probes

@@ -18,6 +18,7 @@ from svdllm.checkpoint.elastic import Probes
 from svdllm.common.files import save_atomically, write_atomically
 from svdllm.common.settings_file import FINGERPRINT_FILE, read_settings, refuse_other_settings
 from svdllm.compression.math.linalg import Spectrum
+from svdllm.compression.math.narrowing import Narrowing
 from svdllm.models.structure import Target
 
 
@@ -52,6 +53,9 @@ class Analysis:
         spectra: Mapping[str, Spectrum],
         seconds: Mapping[str, float],
         means: Mapping[str, Tensor] | None = None,
+        narrowings: Mapping[str, Narrowing] | None = None,
+        *,
+        keep_metrics: bool = False,
     ) -> None:
         """Writes the file of a finished block; it appears under its name when it is complete.
 
@@ -59,8 +63,12 @@ class Analysis:
             spectra: by target.
             seconds: as ``seconds`` returns them.
             means: mean inputs by group, where biases are corrected.
+            narrowings: by MLP, where MLPs may be narrowed.
+            keep_metrics: keeps the right metrics of the block, for a sequential calibration.
         """
         tensors = {f"{group}.mean": mean for group, mean in (means or {}).items()}
+        for name, narrowing in (narrowings or {}).items():
+            tensors |= {f"{name}.{part}": tensor for part, tensor in narrowing._asdict().items()}
         for name, spectrum in spectra.items():
             tensors[f"{name}.energies"] = spectrum.energies_K
             tensors[f"{name}.basis"] = spectrum.basis_OD
@@ -68,13 +76,31 @@ class Analysis:
                 tensors[f"{name}.dual"] = spectrum.dual_DO
         write_atomically(self._file(block).with_suffix(".json"), json.dumps(dict(seconds)).encode())
         save_atomically(tensors, self._file(block))
-        self._metrics_file(block).unlink(missing_ok=True)
+        if not keep_metrics:
+            self._metrics_file(block).unlink(missing_ok=True)
 
     def spectrum(self, target: Target) -> Spectrum:
         with safe_open(self._file(target.block), framework="pt") as file:
             stored = set(file.keys())
             parts = [f"{target.name}.{part}" for part in ("energies", "basis", "dual")]
             return Spectrum(*(file.get_tensor(part).clone() for part in parts if part in stored))
+
+    def narrowing(self, block: int, mlp: str) -> Narrowing:
+        """How an MLP of a block is narrowed."""
+        with safe_open(self._file(block), framework="pt") as file:
+            return Narrowing(*(file.get_tensor(f"{mlp}.{part}").clone() for part in Narrowing._fields))
+
+    def narrowing_tails(self, block: int, mlp: str) -> Tensor:
+        """The squared error of an MLP at every width (``width + 1``, float64)."""
+        with safe_open(self._file(block), framework="pt") as file:
+            return file.get_tensor(f"{mlp}.tails").clone()
+
+    def inner_order(self, target: Target) -> Tensor | None:
+        """The inner features of a target's MLP, those first that are kept longest; None outside an MLP."""
+        if target.inner is None:
+            return None
+        with safe_open(self._file(target.block), framework="pt") as file:
+            return file.get_tensor(f"{target.inner.mlp}.order").clone()
 
     def is_ready(self, block: int) -> bool:
         """Whether the forward walk has finished a block."""
@@ -99,7 +125,9 @@ class Analysis:
         save_atomically(kept | named_means, self._metrics_file(block))
 
     def metric(self, target: Target) -> Tensor | None:
-        """The right metric of a target whose block waits for the reverse walk; None for the identity."""
+        """The right metric of a target whose block waits for the reverse walk, or whose metrics are kept; else None."""
+        if not self._metrics_file(target.block).is_file():
+            return None
         with safe_open(self._metrics_file(target.block), framework="pt") as file:
             return file.get_tensor(target.group).clone() if target.group in file.keys() else None  # noqa: SIM118
 

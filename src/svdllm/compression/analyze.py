@@ -18,14 +18,14 @@ import transformers
 from torch import Tensor
 
 from svdllm.checkpoint.output import LOCK, start_over
-from svdllm.common.errors import NumericalError
 from svdllm.common.locks import locked
 from svdllm.common.progress import Reporter
 from svdllm.common.settings_file import read_settings
 from svdllm.common.version import __version__
 from svdllm.compression.analysis import Analysis
-from svdllm.compression.collect import collect_backward, collect_statistics, left_metric_of, right_metric
-from svdllm.compression.math.linalg import Spectrum, output_spectrum
+from svdllm.compression.collect import collect_backward, collect_statistics, right_metric
+from svdllm.compression.decompose import decompose
+from svdllm.compression.forms import FORMS, most_rank, rank_of
 from svdllm.compression.math.metrics import METHODS, Method
 from svdllm.compression.math.statistics import Gram, Statistic
 from svdllm.compression.plan import Plan
@@ -35,7 +35,7 @@ from svdllm.compression.session import Run, recipe_settings
 from svdllm.compression.shared_statistics import SharedStatistics
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
-from svdllm.models.structure import Structure, Target, weight_of
+from svdllm.models.structure import Structure, Target
 from svdllm.models.walk import Block, Walk
 
 
@@ -84,7 +84,8 @@ def analyze(
         recipe=recipe,
         analysis=analysis,
         depths=_depths(subject.structure, plans),
-        keeps_left_metrics=recipe.calibration_mode == "sequential" or run.analysis_dir is not None,
+        narrows=any(FORMS[name].of_mlps for name in recipe.analysed_forms),
+        keeps_metrics=recipe.calibration_mode == "sequential" or run.analysis_dir is not None,
         shared=_shared_statistics(run, analysis),
         reporter=run.reporter,
     ).run()
@@ -109,6 +110,8 @@ def _settings_beside_the_recipe(recipe: Recipe, subject: Subject, provenance: Pr
         "weights of the model": provenance.weights_fingerprint,
         "config of the model": hashlib.sha256(config.encode()).hexdigest(),
         "calibration tokens": provenance.calibration_fingerprint,
+        "directions of a spectrum": "all" if "packed" in recipe.analysed_forms else "to break-even",
+        "narrower MLPs": any(FORMS[name].of_mlps for name in recipe.analysed_forms),
         "svdllm version": __version__,
         "torch version": torch.__version__,
         "transformers version": transformers.__version__,
@@ -116,14 +119,12 @@ def _settings_beside_the_recipe(recipe: Recipe, subject: Subject, provenance: Pr
 
 
 def _depths(structure: Structure, plans: Sequence[Plan]) -> dict[str, int]:
-    """Target -> directions of its basis to keep.
-
-    Break-even is enough for a slice at any ratio; explicit ranks may need more.
-    """
-    depths = {target.name: target.break_even_rank for target in structure.targets}
+    """Target -> directions of its basis to keep: the largest rank of the recipe's forms, or a larger explicit one."""
+    forms = plans[0].recipe.used_forms
+    depths = {target.name: max(target.break_even_rank, most_rank(target, forms)) for target in structure.targets}
     for plan in plans:
-        for name, rank in plan.ranks.items():
-            depths[name] = max(depths[name], rank)
+        for name, chosen in plan.forms.items():
+            depths[name] = max(depths[name], rank_of(chosen) or 0)
     return depths
 
 
@@ -135,7 +136,8 @@ class Calibration:
     recipe: Recipe
     analysis: Analysis
     depths: Mapping[str, int]  # target -> directions of its basis to keep
-    keeps_left_metrics: bool  # a sequential calibration reads them
+    narrows: bool  # whether MLPs may be narrowed
+    keeps_metrics: bool  # a sequential calibration reads them
     shared: SharedStatistics | None = None
     reporter: Reporter
 
@@ -186,11 +188,11 @@ class Calibration:
         if self.recipe.bias_correction:
             grams = {group: statistics[target.name] for group, target in leaders.items()}
             means = {group: gram.mean() for group, gram in grams.items() if isinstance(gram, Gram)}
-        if self.reverse:
+        if self.reverse or self.keeps_metrics:
             metrics = {group: metric_of(target) for group, target in leaders.items()}
             known = {group: metric for group, metric in metrics.items() if metric is not None}
             self.analysis.write_metrics(block.index, known, means, forward)
-        else:
+        if not self.reverse:
             self._decompose(block, targets, metric_of, means, forward)
 
     def _statistics(self, block: Block, targets: list[Target]) -> dict[str, Any]:
@@ -216,7 +218,7 @@ class Calibration:
             return
         started = time.perf_counter()
         lefts = self._left_metrics(block, targets)
-        if self.keeps_left_metrics:
+        if self.keeps_metrics:
             self.analysis.write_left_metrics(block.index, lefts)
         seconds = time.perf_counter() - started + self.analysis.seconds(block.index)[""]
         means = {}
@@ -240,8 +242,11 @@ class Calibration:
         walked: float,
         lefts: Mapping[str, Tensor] | None = None,
     ) -> None:
-        spectra, seconds = decompose(block, targets, metric_of, self.depths, lefts or {})
-        self.analysis.write(block.index, spectra, {"": walked, **seconds}, means)
+        consumers = [t for t in targets if self.narrows and t.inner is not None and t.inner.side == "in"]
+        spectra, narrowings, seconds = decompose(block, targets, metric_of, self.depths, lefts or {}, consumers)
+        self.analysis.write(
+            block.index, spectra, {"": walked, **seconds}, means, narrowings, keep_metrics=self.keeps_metrics
+        )
         self.reporter.block_done(block.index, len(self.walk.structure.blocks), walked, sum(seconds.values()))
 
     def _loss_gradient(self, windows: slice, logits: Tensor) -> Tensor:
@@ -256,42 +261,3 @@ class Calibration:
         steps = len(self.walk.structure.blocks) * batches
         self.walk.on_batch = lambda block, done, of: self.reporter.advance(block * of + done, steps)
         return self.reporter.stage(name, steps)
-
-
-def decompose(
-    block: Block,
-    targets: list[Target],
-    metric_of: Callable[[Target], Tensor | None],
-    depths: Mapping[str, int],
-    lefts: Mapping[str, Tensor],
-) -> tuple[dict[str, Spectrum], dict[str, float]]:
-    """Decomposes the weights of a block's targets.
-
-    Args:
-        metric_of: gives the right metric of a target; called once per group.
-        depths: target -> directions of its basis to keep.
-        lefts: target -> left metric; targets without one are measured in their outputs as they are.
-
-    Returns spectra and seconds, both by target.
-
-    Raises:
-        NumericalError: a spectrum does not converge; names the linear.
-    """
-    spectra, seconds = {}, {}
-    metrics: dict[str, Tensor | None] = {}
-    for target in targets:
-        started = time.perf_counter()
-        if target.group not in metrics:
-            metrics = {target.group: metric_of(target)}  # the previous group's is not needed again
-        weight_OI = weight_of(block.walk.skeleton, target)
-        metric = metrics[target.group]
-        metric = metric if metric is None else metric.to(weight_OI.device)
-        try:
-            left_OO = left_metric_of(target, weight_OI, metric, lefts.get(target.name))
-            spectrum = output_spectrum(weight_OI, metric, depths[target.name], left_gram_OO=left_OO)
-        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-            raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
-        stored_dtype = torch.float64 if block.walk.dtype == torch.float64 else torch.float32
-        spectra[target.name] = spectrum.to(dtype=stored_dtype)
-        seconds[target.name] = time.perf_counter() - started
-    return spectra, seconds

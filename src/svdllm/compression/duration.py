@@ -6,7 +6,8 @@ from collections import Counter
 
 from svdllm.checkpoint.tensors import file_bytes, tensor_bytes
 from svdllm.compression.machine_speed import MachineSpeed, busy_share, measure_speed
-from svdllm.compression.ranks.linear_times import SECONDS as SECONDS_PER_SHAPE
+from svdllm.compression.ranks.measure_linears import NUM_SIZES, ROUNDS
+from svdllm.compression.ranks.measure_linears import SECONDS as SECONDS_PER_SHAPE
 from svdllm.compression.workload import Workload
 from svdllm.models.structure import Target
 
@@ -26,6 +27,10 @@ FITS = 4
 CALL_TOKENS = 32
 # Share of a product's work that a symmetric product needs, computed panel by panel.
 SYMMETRIC = 0.65
+# Operations of an MLP's narrowing, in cubes of its width: an inverse, its downdates, and a Cholesky factor.
+NARROWING = 5
+# Time of a compressed linear, the mean over the sizes of all forms, as a share of its time dense.
+SHARE_OF_DENSE = 0.6
 MARGIN = 1.25  # of the longest time, for what shapes do not show
 
 
@@ -47,11 +52,10 @@ def _seconds_by_stage(work: Workload, speed: MachineSpeed, files: float = 1.0) -
     """``files`` is how many times as fast as assumed files are read, converted and written."""
     spectra = sum(_spectrum_seconds(target, work, speed) for target in work.structure.targets)
     walk = _forward_seconds(work, work.tokens, speed) + _gram_seconds(work, work.tokens, speed)
-    speedup = work.recipe.target_speedup
     return {
         "open": _gguf_seconds(work) / files if work.gguf_bytes else 0.0,
         "check weights": tensor_bytes(work.stored) / READ_BYTES / files,
-        "time linears": 0.0 if speedup is None else SECONDS_PER_SHAPE * len(work.linear_shapes),
+        "time linears": _timing_seconds(work, speed),
         "analyze": walk if work.gradient_tokens else walk + spectra,
         "gradients": _backward_seconds(work, speed) + spectra if work.gradient_tokens else 0.0,
         "probe": _probe_seconds(work, speed),
@@ -63,6 +67,21 @@ def _seconds_by_stage(work: Workload, speed: MachineSpeed, files: float = 1.0) -
 def _gguf_seconds(work: Workload) -> float:
     names = len(work.stored) * len(work.structure.blocks)
     return GGUF_TOKEN * work.vocab_size + GGUF_NAME * names + work.num_stored_weights / GGUF_WEIGHTS
+
+
+def _timing_seconds(work: Workload, speed: MachineSpeed) -> float:
+    """Seconds of timing the linears: the same for every shape, unless the least number of rounds takes longer."""
+    if work.recipe.target_speedup is None:
+        return 0.0
+    compressed = {(target.out_features, target.in_features) for target in work.structure.targets}
+    in_a_round = SHARE_OF_DENSE * NUM_SIZES * len(work.recipe.used_forms)
+    operations = 2 * (ROUNDS.start + 2) * (work.recipe.speedup_tokens + CALL_TOKENS)  # two more before the rounds
+
+    def seconds(rows: int, columns: int) -> float:
+        products = 1 + in_a_round if (rows, columns) in compressed else 1
+        return max(SECONDS_PER_SHAPE, products * operations * rows * columns / speed.multiply)
+
+    return sum(seconds(*shape) for shape in work.linear_shapes)
 
 
 def _forward_seconds(work: Workload, tokens: int, speed: MachineSpeed) -> float:
@@ -93,7 +112,8 @@ def _backward_seconds(work: Workload, speed: MachineSpeed) -> float:
 def _probe_seconds(work: Workload, speed: MachineSpeed) -> float:
     """Seconds of probing: every probe goes from its block to the end, and through the head."""
     depth = len(work.structure.blocks)
-    blocks = sum(work.num_probes[t.name] * (depth - t.block) / depth for t in work.structure.targets)
+    block_of = work.structure.block_of
+    blocks = sum(count * (depth - block_of[name]) / depth for name, count in work.num_probes.items())
     count = sum(work.num_probes.values())
     head = 2 * work.vocab_size * work.hidden_size / speed.multiply + 8 * work.vocab_size / speed.elements
     products = sum(work.num_probes[t.name] * 0.2 * t.break_even_rank * t.num_weights for t in work.structure.targets)
@@ -116,6 +136,7 @@ def _spectrum_seconds(target: Target, work: Workload, speed: MachineSpeed) -> fl
         operations += 2 * SYMMETRIC * columns * columns * rows + columns**3 + 2 * rows * columns * rank
     if work.gradient_tokens:
         operations += 2 * rows * rows * columns + rows * rows * (rank + rank) + rows**3 / 3
+    operations += NARROWING * work.narrowed_width(target) ** 3
     return operations / speed.multiply64 + rank**3 / speed.eigh
 
 
@@ -131,5 +152,5 @@ def _sequential_seconds(work: Workload, speed: MachineSpeed) -> float:
 
 
 def _write_seconds(work: Workload, speed: MachineSpeed, files: float) -> float:
-    factors = sum(2 * target.break_even_rank * target.num_weights for target in work.structure.targets)
+    factors = sum(2 * work.depth(target) * target.num_weights for target in work.structure.targets)
     return factors / speed.multiply64 + file_bytes(work.written) / WRITE_BYTES / files

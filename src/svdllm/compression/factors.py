@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -10,9 +10,13 @@ from torch import Tensor
 from svdllm.common.errors import NumericalError
 from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis, FinalFactors
+from svdllm.compression.forms import FORMS, Fitted
 from svdllm.compression.math.linalg import corrected_bias, factorise
 from svdllm.compression.subject import Subject
+from svdllm.models.chosen import Chosen, Forms
 from svdllm.models.structure import Target
+
+DENSE = Chosen("dense", 0)
 
 
 class TargetFactors:
@@ -24,18 +28,20 @@ class TargetFactors:
     def __init__(
         self,
         subject: Subject,
-        ranks: Mapping[str, int],
+        forms: Forms,
         analysis: Analysis,
         finals: FinalFactors | None,
         device: torch.device,
         reporter: Reporter,
     ):
         structure = subject.structure
-        self._weights, self._ranks, self._device = subject.weights, ranks, device
+        self._weights, self._forms, self._device = subject.weights, forms, device
         self._analysis, self._finals = analysis, finals
         self.targets = {target.name: target for target in structure.targets}
         self._owners = {name: target for target in structure.targets for name in target.linears}
-        self._made: tuple[str, dict[str, Tensor]] = ("", {})
+        self._mlps = structure.mlp_targets
+        self._made: dict[str, dict[str, dict[str, Tensor]]] = {}  # of one block, by target
+        self._orders: dict[str, Tensor] = {}  # of the inputs of one packed linear
         self._reporter, self._num_blocks = reporter, len(structure.blocks)
 
     def get(self, name: str) -> Tensor:
@@ -44,50 +50,101 @@ class TargetFactors:
         Raises:
             NumericalError: a factor overflows this dtype; names the linear.
         """
-        for leaf in ("svd_v.weight", "svd_u.weight", "svd_u.bias"):
-            if name.endswith(leaf):
-                linear = name.removesuffix(f".{leaf}")
-                target = self._owners[linear]
-                if leaf == "svd_u.bias" and not target.bias_corrected:
-                    return self._weights.get(f"{linear}.bias")
-                factor = self._factors_of(target)[leaf]
-                return factor if leaf == "svd_v.weight" else target.split(factor)[linear].contiguous()
-        return self._refitted(name) if self._finals is not None else self._weights.get(name)
+        linear = self._linear_of(name)
+        target = self._owners.get(linear)
+        return self._weights.get(name) if target is None else self._stored(target)[linear][name[len(linear) + 1 :]]
 
-    def _refitted(self, name: str) -> Tensor:
-        """A dense tensor: fitted to the compressed stream if it was, else as in the source."""
-        linear = name.removesuffix(".weight")
-        stored, target = self._weights.get(name), self._owners.get(linear)
-        if target is None or self._finals is None or "weight" not in (fitted := self._finals.of(target)):
-            return stored
-        weight_OI = target.split(fitted["weight"])[linear]
-        return _as(weight_OI.mT if target.is_conv1d else weight_OI, stored)
+    def _linear_of(self, name: str) -> str:
+        """The linear whose tensor this is, in whatever form; or the module."""
+        module = name.rpartition(".")[0]
+        return module if module in self._owners else module.rpartition(".")[0]
 
-    def _factors_of(self, target: Target) -> dict[str, Tensor]:
-        if self._made[0] != target.name:
-            stored = [self._weights.get(f"{name}.weight") for name in target.linears]
-            made = self._sliced(target, stored) if self._finals is None else self._finals.of(target)
-            self._made = (target.name, {leaf: _as(factor, stored[0]) for leaf, factor in made.items()})
-            for leaf, factor in self._made[1].items():
-                if not bool(torch.isfinite(factor).all()):
-                    raise NumericalError(
-                        f"{target.name}.{leaf} overflows {stored[0].dtype}; leave it dense with --ignore."
-                    )
-            self._reporter.advance(target.block + 1, self._num_blocks)
-        return self._made[1]
+    def _stored(self, target: Target) -> dict[str, dict[str, Tensor]]:
+        """Linear -> name -> tensor of a target in its form."""
+        if any(self.targets[name].block != target.block for name in self._made):
+            self._made.clear()
+        if target.name not in self._made:
+            made = self._in_form(target, self._in_order_of_consumer(target, self._fitted(target)))
+            if target.inner is not None and target.inner.side == "in":
+                made = {linear: _with_inputs_in_order(tensors) for linear, tensors in made.items()}
+            self._made[target.name] = made
+            if target.name in self._forms:
+                self._reporter.advance(target.block + 1, self._num_blocks)
+        return self._made[target.name]
 
-    def _sliced(self, target: Target, stored: Sequence[Tensor]) -> dict[str, Tensor]:
+    def _in_form(self, target: Target, fitted: Fitted) -> dict[str, dict[str, Tensor]]:
+        chosen = self._forms.get(target.name, DENSE)
+        order = self._analysis.inner_order(target) if FORMS[chosen.form].of_mlps else None
+        made = FORMS[chosen.form].store(target, fitted, chosen.size, order)
+        weight, bias = self._dtypes(target)
+        stored = {
+            linear: {leaf: _as(tensor, bias if leaf.endswith("bias") else weight) for leaf, tensor in own.items()}
+            for linear, own in made.items()
+        }
+        for linear, own in stored.items():
+            for leaf, tensor in own.items():
+                if not bool(torch.isfinite(tensor).all()):
+                    raise NumericalError(f"{linear}.{leaf} overflows {tensor.dtype}; leave it dense with --ignore.")
+        return stored
+
+    def _dtypes(self, target: Target) -> tuple[torch.dtype, torch.dtype]:
+        """The dtypes of the weight and the bias in the source; a bias that a correction adds has that of the weight."""
+        name = target.linears[0]
+        weight = self._weights.get(f"{name}.weight").dtype
+        return weight, self._weights.get(f"{name}.bias").dtype if target.has_bias else weight
+
+    def _in_order_of_consumer(self, target: Target, fitted: Fitted) -> Fitted:
+        """Makes the inner features of an MLP in the order in which the linear that reads them wants them.
+
+        That linear then gathers nothing, and the MLP computes the same.
+        """
+        if target.inner is None or target.inner.side == "in":
+            return fitted
+        (consumer,) = (t for t in self._mlps[target.inner.mlp] if t.inner is not None and t.inner.side == "in")
+        if not FORMS[self._forms.get(consumer.name, DENSE).form].orders_inputs:
+            return fitted
+        if consumer.name not in self._orders:
+            (stored,) = self._in_form(consumer, self._fitted(consumer)).values()
+            self._orders = {consumer.name: stored["order"].long()}
+        order = self._orders[consumer.name]
+        rows = torch.cat([order + copy * target.inner.width for copy in range(target.inner.copies)]).to(self._device)
+        by_row = ("weight", "svd_u.weight", "bias")
+        return {leaf: tensor[rows] if leaf in by_row else tensor for leaf, tensor in fitted.items()}
+
+    def _fitted(self, target: Target) -> Fitted:
+        """The factors or the matrix of a target, and its bias; fitted to the compressed stream if it was."""
+        biases = [self._weights.get(f"{name}.bias").to(self._device) for name in target.linears if target.has_bias]
+        bias = {"bias": torch.cat(biases)} if biases else {}
+        if self._finals is not None and (fitted := self._finals.of(target)):
+            return bias | {leaf: tensor.to(self._device) for leaf, tensor in fitted.items()}
+        stored = [self._weights.get(f"{name}.weight") for name in target.linears]
         weight_OI = target.stacked(stored).to(self._device)
+        return bias | self._sliced(target, weight_OI, bias.get("bias"))
+
+    def _sliced(self, target: Target, weight_OI: Tensor, bias_O: Tensor | None) -> dict[str, Tensor]:
+        """What the analysis makes of a target: its factors, or the matrix of a narrower MLP, whose width is not cut."""
+        chosen = self._forms.get(target.name, DENSE)
+        if chosen is DENSE:
+            return {"weight": weight_OI}
+        if FORMS[chosen.form].of_mlps:
+            assert target.inner is not None
+            if target.inner.side == "out":
+                return {"weight": weight_OI}
+            narrowing = self._analysis.narrowing(target.block, target.inner.mlp).to(self._device)
+            return {"weight": narrowing.consumer(weight_OI, chosen.size)}
         spectrum = self._analysis.spectrum(target).to(self._device)
-        u_OR, v_RI = factorise(weight_OI, spectrum, self._ranks[target.name])
+        u_OR, v_RI = factorise(weight_OI, spectrum, chosen.size)
         factors = {"svd_u.weight": u_OR, "svd_v.weight": v_RI}
         if target.bias_corrected:
             mean_I = self._analysis.mean(target).to(self._device)
-            biases = [self._weights.get(f"{name}.bias") for name in target.linears if target.has_bias]
-            bias_O = torch.cat(biases).to(self._device) if biases else None
-            factors["svd_u.bias"] = corrected_bias(weight_OI, u_OR, v_RI, mean_I, mean_I, bias_O)
+            factors["bias"] = corrected_bias(weight_OI, u_OR, v_RI, mean_I, mean_I, bias_O)
         return factors
 
 
-def _as(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor.to("cpu", like.dtype).contiguous()
+def _with_inputs_in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a packed linear whose inputs come in its own order."""
+    return {leaf: torch.arange(len(t), dtype=t.dtype) if leaf == "order" else t for leaf, t in tensors.items()}
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to("cpu", dtype if tensor.is_floating_point() else None).contiguous()

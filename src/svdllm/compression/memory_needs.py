@@ -5,7 +5,7 @@ from __future__ import annotations
 from svdllm.checkpoint.tensors import SHARD_BYTES, shard_names, tensor_bytes
 from svdllm.common.memory import resident_bytes
 from svdllm.compression.probe import WINDOW as PROBE_WINDOW
-from svdllm.compression.ranks.linear_times import work_bytes
+from svdllm.compression.ranks.measure_linears import work_bytes
 from svdllm.compression.workload import Workload
 from svdllm.models.structure import Target
 
@@ -47,7 +47,9 @@ def _computed_bytes(work: Workload) -> dict[str, int]:
     if work.probe_tokens:
         stages["probe"] = max(_head(work, PROBE_WINDOW), work.block_bytes)
     if recipe.target_speedup is not None:
-        stages["time linears"] = work_bytes(work.linear_shapes, recipe.speedup_tokens, work.dtype)
+        stages["time linears"] = work_bytes(
+            work.structure.targets, work.linear_shapes, recipe.speedup_tokens, work.dtype
+        )
     if work.sequential_tokens:
         stages["sequential"] = _sequential_block(work)
     return stages
@@ -105,7 +107,8 @@ def _decomposition(work: Workload) -> int:
 
     def workspace(target: Target) -> int:
         metric = 2 * target.in_features**2 if work.takes_grams else 0
-        return 8 * (2 * target.num_weights + 4 * target.full_rank**2 + metric)
+        narrowing = 3 * work.narrowed_width(target) ** 2
+        return 8 * (2 * target.num_weights + max(4 * target.full_rank**2, narrowing) + metric)
 
     return max(workspace(target) for target in work.structure.targets)
 
@@ -114,5 +117,6 @@ def _bases(work: Workload) -> int:
     """The bases of a block's targets, as they are kept until the block is written."""
     sizes = [0] * len(work.structure.blocks)
     for target in work.structure.targets:
-        sizes[target.block] += 4 * target.out_features * target.break_even_rank
+        sizes[target.block] += 4 * target.out_features * work.depth(target)
+        sizes[target.block] += 4 * work.narrowed_width(target) ** 2
     return max(sizes)

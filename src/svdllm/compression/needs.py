@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from svdllm.checkpoint.tensors import compressed_tensors, file_bytes, tensor_bytes
+from svdllm.checkpoint.tensors import file_bytes, tensor_bytes
 from svdllm.common.memory import available_bytes
 from svdllm.compression.duration import predicted_seconds
+from svdllm.compression.forms.layout import compressed_tensors
 from svdllm.compression.memory_needs import device_bytes, ram_by_stage
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.subject import Subject
 from svdllm.compression.workload import Workload
+from svdllm.models.chosen import Forms
 
 # Share of the free memory that hidden states may take before they go to disk.
 HIDDEN_STATES_SHARE = 0.5
@@ -43,18 +44,18 @@ class RunNeeds:
 def needs_of(
     subject: Subject,
     recipe: Recipe,
-    ranks: Mapping[str, int],
+    forms: Forms,
     *,
-    ranks_known: bool,
+    forms_known: bool,
     elastic_bytes: int,
     num_outputs: int,
     hidden_states_limit: int | None,
 ) -> RunNeeds:
-    """Predicts what a run of the recipe needs for ``num_outputs`` checkpoints of about these ranks."""
+    """Predicts what a run of the recipe needs for ``num_outputs`` checkpoints of about these forms."""
     stored = subject.stored
     device, dtype = subject.placement(recipe)
-    written = compressed_tensors(stored, subject.structure.targets, ranks)
-    if recipe.target_speedup is not None and not ranks_known:
+    written = compressed_tensors(stored, subject.structure.targets, forms)
+    if recipe.target_speedup is not None and not forms_known:
         written = stored  # the one limit that is known then: the model is not larger than the dense one
     work = Workload(
         subject=subject, recipe=recipe, device=device, dtype=dtype, written=written, num_outputs=num_outputs
@@ -87,7 +88,8 @@ def _disk_bytes(work: Workload, hidden_states_on_disk: bool) -> int:
     targets, recipe = work.structure.targets, work.recipe
     is_sequential = work.sequential_tokens > 0
     sides = 2 if recipe.needs_gradients else 1
-    needed = sum(8 * t.full_rank + 4 * sides * t.out_features * t.break_even_rank for t in targets)
+    needed = sum(8 * t.full_rank + 4 * sides * t.out_features * work.depth(t) for t in targets)
+    needed += sum(4 * work.narrowed_width(t) ** 2 for t in targets)
     if (
         recipe.needs_gradients
     ):  # metrics and inputs that wait for the reverse walk, metrics for a sequential calibration
@@ -95,7 +97,9 @@ def _disk_bytes(work: Workload, hidden_states_on_disk: bool) -> int:
         needed += work.gradient_tokens * work.hidden_size * work.dtype.itemsize * len(work.structure.blocks)
         needed += is_sequential * sum(4 * t.out_features**2 for t in targets)
     if is_sequential:
-        needed += work.num_outputs * sum(4 * t.factor_params(t.break_even_rank) for t in targets)
+        needed += work.num_outputs * sum(
+            4 * max(t.num_weights, (t.in_features + t.out_features) * work.depth(t)) for t in targets
+        )
     if work.gguf_bytes:
         needed += tensor_bytes(work.stored)
     if hidden_states_on_disk:

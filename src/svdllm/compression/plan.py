@@ -8,15 +8,18 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from svdllm.compression.forms import rank_of
+from svdllm.compression.forms.layout import params
 from svdllm.compression.math.metrics import METHODS
 from svdllm.compression.needs import RunNeeds, needs_of
-from svdllm.compression.probe import probe_ranks, probe_tokens
+from svdllm.compression.probe import probe_sizes, probe_tokens
 from svdllm.compression.ranks import ALLOCATIONS, Allocation, Evidence
-from svdllm.compression.ranks.budget import choose_ranks
+from svdllm.compression.ranks.budget import choose_forms, require_places
 from svdllm.compression.ranks.linear_times import LinearTimes, Speed
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.sizes import Sizes, files_for, sizes_of
 from svdllm.compression.subject import Subject, discover_subject
+from svdllm.models.chosen import Forms
 from svdllm.models.limits import context_length, require_context
 from svdllm.models.open import open_config
 from svdllm.models.structure import Structure
@@ -25,11 +28,13 @@ from svdllm.models.unused_tensors import UnusedTensors
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTarget:
-    """One linear of the plan; ``rank`` is None where it stays dense."""
+    """One linear of the plan; ``size`` is None where it stays dense, ``rank`` also where its MLP is narrowed."""
 
     name: str
     out_features: int
     in_features: int
+    form: str
+    size: int | None
     rank: int | None
     params: int
 
@@ -39,7 +44,7 @@ class Plan:
     """The plan of one checkpoint.
 
     It is made from shapes. An allocation that needs an analysis is planned with uniform ranks of the same size
-    (``ranks_known`` is False), and ``refine`` puts in its ranks once the analysis is done.
+    (``forms_known`` is False), and ``refine`` puts in its forms once the analysis is done.
     """
 
     model: str
@@ -49,7 +54,7 @@ class Plan:
     recipe: Recipe  # with one budget
     structure: Structure
     allocation: Allocation
-    ranks_known: bool
+    forms_known: bool
     sizes: Sizes
     needs: RunNeeds
     speed: Speed | None = None  # predicted, where time is the budget and the linears were timed
@@ -61,9 +66,9 @@ class Plan:
         return "ranks" if self.recipe.ranks else self.recipe.allocation
 
     @property
-    def ranks(self) -> dict[str, int]:
-        """Target -> rank; targets that stay dense are not in it."""
-        return dict(self.allocation.ranks)
+    def forms(self) -> Forms:
+        """Target -> form and size; targets that stay dense are not in it."""
+        return self.allocation.forms
 
     @property
     def achieved_ratio(self) -> float:
@@ -88,17 +93,21 @@ class Plan:
 
     @property
     def targets(self) -> list[PlannedTarget]:
-        ranks = self.allocation.ranks
-        return [
-            PlannedTarget(
-                name=target.name,
-                out_features=target.out_features,
-                in_features=target.in_features,
-                rank=ranks.get(target.name),
-                params=target.params(ranks.get(target.name)),
+        planned = []
+        for target in self.structure.targets:
+            chosen = self.forms.get(target.name)
+            planned.append(
+                PlannedTarget(
+                    name=target.name,
+                    out_features=target.out_features,
+                    in_features=target.in_features,
+                    form="dense" if chosen is None else chosen.form,
+                    size=None if chosen is None else chosen.size,
+                    rank=rank_of(chosen),
+                    params=params(target, chosen),
+                )
             )
-            for target in self.structure.targets
-        ]
+        return planned
 
     @property
     def num_groups(self) -> int:
@@ -113,7 +122,7 @@ class Plan:
             "dtype": self.dtype,
             "method": self.recipe.method,
             "allocation": self.allocation_name,
-            "ranks_known": self.ranks_known,
+            "ranks_known": self.forms_known,
             "predicted_loss": self.allocation.predicted_loss,
             "allocation_gap": self.allocation.gap,
             "allocation_threshold": self.allocation.threshold,
@@ -183,8 +192,9 @@ def make_plan(
     source, structure = subject.source, subject.structure
     if recipe.needs_tokens:
         require_context(source.config, recipe.seqlen, "--seqlen")
+    require_places(recipe, structure)
     known = not ALLOCATIONS[recipe.allocation].needs_spectra
-    allocation, sizes = _allocate(subject, recipe, None, ranks_known=known)
+    allocation, sizes = _allocate(subject, recipe, None, forms_known=known)
     return Plan(
         model=source.name,
         model_type=source.config.model_type,
@@ -193,13 +203,13 @@ def make_plan(
         recipe=recipe,
         structure=structure,
         allocation=allocation,
-        ranks_known=known,
+        forms_known=known,
         sizes=sizes,
         needs=needs_of(
             subject,
             recipe,
-            allocation.ranks,
-            ranks_known=known,
+            allocation.forms,
+            forms_known=known,
             elastic_bytes=sizes.elastic_bytes,
             num_outputs=num_outputs,
             hidden_states_limit=hidden_states_limit,
@@ -209,28 +219,28 @@ def make_plan(
 
 
 def refine(plan: Plan, subject: Subject, evidence: Evidence) -> Plan:
-    """Puts the ranks that follow from the evidence into a plan, and the sizes and the speed that follow from them.
+    """Puts the forms that follow from the evidence into a plan, and the sizes and the speed that follow from them.
 
     Needs stay as they were predicted before the work.
     """
-    allocation, sizes = _allocate(subject, plan.recipe, evidence, ranks_known=True)
+    allocation, sizes = _allocate(subject, plan.recipe, evidence, forms_known=True)
     times = evidence.times
     return replace(
         plan,
         allocation=allocation,
-        ranks_known=True,
+        forms_known=True,
         sizes=sizes,
-        speed=None if times is None else times.speed(subject.structure.targets, allocation.ranks),
+        speed=None if times is None else times.speed(subject.structure.targets, allocation.forms),
         linear_times=times,
     )
 
 
 def _allocate(
-    subject: Subject, recipe: Recipe, evidence: Evidence | None, *, ranks_known: bool
+    subject: Subject, recipe: Recipe, evidence: Evidence | None, *, forms_known: bool
 ) -> tuple[Allocation, Sizes]:
     files = files_for(subject, recipe)
-    allocation = choose_ranks(recipe, subject.structure, files, evidence)
-    return allocation, sizes_of(subject, recipe, files, allocation.ranks, ranks_known=ranks_known)
+    allocation = choose_forms(recipe, subject.structure, files, evidence)
+    return allocation, sizes_of(subject, recipe, files, allocation.forms, forms_known=forms_known)
 
 
 def calibration_warnings(subject: Subject, recipe: Recipe, num_tokens: int) -> list[str]:
@@ -246,7 +256,7 @@ def calibration_warnings(subject: Subject, recipe: Recipe, num_tokens: int) -> l
     structure, skeleton = subject.structure, subject.skeleton
     probing = ALLOCATIONS[recipe.allocation].probing
     if probing is not None and (probed := probe_tokens(recipe, structure, skeleton)) < probing.least_tokens:
-        tried = sum(map(len, probe_ranks(recipe, structure).values()))
+        tried = sum(map(len, probe_sizes(recipe, structure).values()))
         warnings.append(
             f"Allocation {recipe.allocation} measures the loss of {tried:,} truncations on {probed:,} tokens only: "
             "chance has a part in which it takes. Use more --samples or --probe-share (now "

@@ -1,8 +1,9 @@
-"""Probes linears: truncates one linear alone and measures the effect on the model's predictions.
+"""Probes linears and MLPs: changes one of them alone and measures the effect on the model's predictions.
 
-All probes are made in one forward walk. A linear of block ``k`` changes nothing before block ``k``, so the stream of
-its probe starts there, from the hidden states of the dense stream, and is carried to the end beside the other streams.
-The row of the allocation says at which ranks each linear is probed, and what is measured.
+A linear is truncated, an MLP is narrowed. All probes are made in one forward walk. A linear of block ``k`` changes
+nothing before block ``k``, so the stream of its probe starts there, from the hidden states of the dense stream, and is
+carried to the end beside the other streams. The row of the allocation says at which sizes each unit is probed, and what
+is measured.
 
 Legend: ``T`` tokens of a window, ``V`` vocabulary.
 """
@@ -21,29 +22,37 @@ from svdllm.checkpoint.elastic import Probes
 from svdllm.common.errors import NumericalError
 from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis
-from svdllm.compression.math.linalg import Spectrum
+from svdllm.compression.forms import FORMS
 from svdllm.compression.math.measures import Measure
 from svdllm.compression.math.metrics import METHODS
 from svdllm.compression.ranks import ALLOCATIONS
 from svdllm.compression.recipe import Recipe
 from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.shared_state import State, moved
-from svdllm.models.structure import Structure, weight_of, weights_by_name
+from svdllm.models.structure import Structure, Target, weight_of, weights_by_name
 from svdllm.models.stubs import Call
 from svdllm.models.walk import Walk
 
 WINDOW = 256
 MOST_TOKENS = 8192
 
-Ranks = Mapping[str, Sequence[int]]  # target -> the ranks that it is probed at, ascending
+Sizes = Mapping[str, Sequence[int]]  # target or MLP -> the sizes that it is probed at, ascending
 
 
-def probe_ranks(recipe: Recipe, structure: Structure) -> dict[str, list[int]]:
-    """Target -> the ranks at which it is probed, ascending; empty without probing."""
+def probe_sizes(recipe: Recipe, structure: Structure) -> dict[str, list[int]]:
+    """Target or MLP -> the sizes at which it is probed, ascending; none without probing."""
     probing = ALLOCATIONS[recipe.allocation].probing
     if probing is None:
         return {target.name: [] for target in structure.targets}
-    return {target.name: probing.ranks(target, recipe.round_to, recipe) for target in structure.targets}
+    sizes = {target.name: probing.ranks(target, recipe.round_to, recipe) for target in structure.targets}
+    if any(FORMS[name].of_mlps for name in recipe.used_forms):
+        inner = {name: members[0].inner for name, members in structure.mlp_targets.items()}
+        sizes |= {
+            name: probing.widths(side.width, recipe.round_to, recipe)
+            for name, side in inner.items()
+            if side is not None
+        }
+    return sizes
 
 
 def probe_ids(ids: Tensor, num_tokens: int) -> Tensor:
@@ -66,27 +75,27 @@ def probe_tokens(recipe: Recipe, structure: Structure, skeleton: PreTrainedModel
     forward = structure.num_target_params
     calibration = recipe.samples * recipe.seqlen * (forward + gram * sum(width**2 for width in widths.values()) / 2)
     num_blocks = len(structure.blocks)
-    ranks = probe_ranks(recipe, structure)
+    sizes, block_of = probe_sizes(recipe, structure), structure.block_of
     per_token = sum(
-        len(ranks[target.name]) * (forward * (num_blocks - target.block) / num_blocks + head.weight.numel())
-        for target in structure.targets
+        len(tried) * (forward * (num_blocks - block_of[name]) / num_blocks + head.weight.numel())
+        for name, tried in sizes.items()
     )
     wanted = recipe.probe_share / (1 - recipe.probe_share) * calibration / max(per_token, 1)
     return max(2, min(MOST_TOKENS, recipe.samples * min(recipe.seqlen, WINDOW), int(wanted)))
 
 
-def probe(walk: Walk, analysis: Analysis, ranks: Ranks, measure: Measure, reporter: Reporter) -> Probes:
-    """Probes every target at its ranks.
+def probe(walk: Walk, analysis: Analysis, sizes: Sizes, measure: Measure, reporter: Reporter) -> Probes:
+    """Probes every target and MLP at its sizes.
 
     Args:
         walk: carries the tokens of the probes, all in one batch.
 
     Raises:
-        NumericalError: a measured value is not finite; names the linear.
+        NumericalError: a measured value is not finite; names the linear or MLP.
     """
     assert len(walk.batches) == 1
     streams: dict[tuple[str, int], _Stream] = {}
-    num_streams = sum(map(len, ranks.values()))
+    num_streams = sum(map(len, sizes.values()))
     with reporter.stage("probe", num_streams), torch.no_grad():
         for block in walk.blocks():
             call = walk.calls[0][block.index]
@@ -94,22 +103,20 @@ def probe(walk: Walk, analysis: Analysis, ranks: Ranks, measure: Measure, report
             for key, stream in streams.items():
                 streams[key] = stream.through(call, block.module, walk.device)
             for target in walk.structure.block_targets(block.index):
-                weight_OI = weight_of(walk.skeleton, target)
-                products = _truncations(weight_OI, analysis.spectrum(target), ranks[target.name])
-                for rank, product_OI in products:
-                    with tensors_replaced(walk.skeleton, weights_by_name(target, product_OI)):
-                        streams[target.name, rank] = dense.through(call, block.module, walk.device)
+                for name, size, weight_OI in _trials(walk, analysis, target, sizes):
+                    with tensors_replaced(walk.skeleton, weights_by_name(target, weight_OI)):
+                        streams[name, size] = dense.through(call, block.module, walk.device)
                 reporter.advance(len(streams), num_streams)
             block.run()
         ends = [stream.hidden for stream in streams.values()]
         measured = dict(zip(streams, _measured(walk, ends, measure), strict=True))
-    for (name, rank), value in measured.items():
+    for (name, size), value in measured.items():
         if not isfinite(value):
             raise NumericalError(
-                f"With {name} truncated to rank {rank} the logits are not finite; leave it dense with --ignore, or "
-                "choose another --allocation."
+                f"With {name} truncated to {size} the logits are not finite; leave it dense with --ignore, or choose "
+                "another --allocation."
             )
-    return {name: {rank: measured[name, rank] for rank in ranks[name]} for name in ranks}
+    return {name: {size: measured[name, size] for size in sizes[name]} for name in sizes}
 
 
 class _Stream(NamedTuple):
@@ -123,13 +130,22 @@ class _Stream(NamedTuple):
         return _Stream(hidden.cpu(), {**self.shared, **moved(written, Tensor.cpu)})
 
 
-def _truncations(weight_OI: Tensor, spectrum: Spectrum, ranks: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """Yields each rank with the best weight of that rank, one at a time."""
-    spectrum = spectrum.to(weight_OI.device, weight_OI.dtype)
+def _trials(walk: Walk, analysis: Analysis, target: Target, sizes: Sizes) -> Iterator[tuple[str, int, Tensor]]:
+    """Yields what is tried on a target, its size, and the target's weight then, one at a time.
+
+    An MLP is narrowed in the weight of the linear that reads its inner features: the columns of the others are zero.
+    """
+    weight_OI = weight_of(walk.skeleton, target)
+    spectrum = analysis.spectrum(target).to(weight_OI.device, weight_OI.dtype)
     dual_DO = spectrum.basis_OD.mT if spectrum.dual_DO is None else spectrum.dual_DO
-    coefficients_RI = dual_DO[: max(ranks, default=0)] @ weight_OI
-    for rank in ranks:
-        yield rank, spectrum.basis_OD[:, :rank] @ coefficients_RI[:rank]
+    coefficients_RI = dual_DO[: max(sizes[target.name], default=0)] @ weight_OI
+    for rank in sizes[target.name]:
+        yield target.name, rank, spectrum.basis_OD[:, :rank] @ coefficients_RI[:rank]
+    if target.inner is None or target.inner.side == "out" or target.inner.mlp not in sizes:
+        return
+    narrowing = analysis.narrowing(target.block, target.inner.mlp).to(weight_OI.device)
+    for width in sizes[target.inner.mlp]:
+        yield target.inner.mlp, width, narrowing.consumer(weight_OI, width).to(weight_OI.dtype)
 
 
 def _measured(walk: Walk, streams: list[Tensor], measure: Measure) -> list[float]:

@@ -15,7 +15,8 @@ from svdllm.common.settings import DEVICE, setting
 from svdllm.compression.after_analysis import AfterAnalysis, settings_after_analysis
 from svdllm.compression.math.metrics import METHODS, METRICS, LeftMetric, MethodSettings, MetricSettings
 from svdllm.compression.ranks import ALLOCATIONS, AllocationSettings
-from svdllm.compression.recipe_parts import BUDGETS, Budget, MethodChoice, MetricChoice
+from svdllm.compression.recipe_forms import FormsChoice
+from svdllm.compression.recipe_parts import BUDGETS, MetricChoice
 
 # The settings that choose a row, and the table of the rows.
 TABLES: dict[str, Mapping[str, Any]] = {"metric": METRICS, "method": METHODS, "allocation": ALLOCATIONS}
@@ -23,7 +24,7 @@ TABLES: dict[str, Mapping[str, Any]] = {"metric": METRICS, "method": METHODS, "a
 PLAIN = {"metric": "input", "shrinkage": 0.0, "allocation": "uniform", "round_to": 1}
 
 
-class Recipe(AllocationSettings, Budget, MetricSettings, MetricChoice, MethodSettings, MethodChoice):
+class Recipe(AllocationSettings, FormsChoice, MetricSettings, MetricChoice, MethodSettings):
     """Settings that decide the numbers of a run; keyword-only, frozen, unknown keys are errors.
 
     The defaults are the preset ``balanced``; with another method than svd-llm, or explicit ranks, they are plain.
@@ -48,13 +49,10 @@ class Recipe(AllocationSettings, Budget, MetricSettings, MetricChoice, MethodSet
         reader="overrides",
     )
     round_to: AfterAnalysis[int] = setting(
-        8, "Ranks are multiples of this number, which kernels and group-wise quantisers want.", panel="Allocation", ge=1
-    )
-
-    elastic: AfterAnalysis[bool] = setting(
-        False,
-        "Also write what every smaller size needs: `svdllm slice` then makes it in seconds, without text.",
-        panel="Recipe",
+        8,
+        "Ranks and widths are multiples of this number, which kernels and group-wise quantisers want.",
+        panel="Allocation",
+        ge=1,
     )
 
     calibration: str = setting(
@@ -87,16 +85,20 @@ class Recipe(AllocationSettings, Budget, MetricSettings, MetricChoice, MethodSet
         only_with={"calibration_mode": ("sequential",)},
         ge=1,
     )
-    bias_correction: bool = setting(
-        False,
-        "Factor centred inputs, and give every low-rank linear a bias that corrects its mean output.",
-        panel="Method",
-    )
     joint_kv: bool = setting(
         False,
         "One first factor for k_proj and v_proj of a layer, as in multi-head latent attention: a latent cache then "
         "keeps one latent for both.",
         panel="Method",
+    )
+    sequential_shrinkage: AfterAnalysis[float] = setting(
+        0.5,
+        "Share of the dense model's Grams, over all calibration windows, mixed into those of the second walk "
+        "(sequential).",
+        panel="Calibration",
+        only_with={"calibration_mode": ("sequential",)},
+        ge=0,
+        lt=1,
     )
     seed: int = setting(3, "Seed of the random windows.", panel="Calibration", ge=0)
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from svdllm.common.errors import InputError
 from svdllm.common.settings import problems_of
+from svdllm.compression.forms import FORMS
 from svdllm.compression.ranks import ALLOCATIONS
 from svdllm.compression.recipe import Recipe
 
@@ -41,8 +42,8 @@ def load_settings(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def allocation_file(path: str | Path) -> dict[str, int | str]:
-    """Explicit ranks from a JSON or YAML file: linear (a regular expression) -> rank, ``full`` or ``dense``.
+def allocation_file(path: str | Path) -> dict[str, Any]:
+    """Explicit forms from a JSON or YAML file: a regular expression -> rank, ``full``, ``dense`` or ``{form: size}``.
 
     Raises:
         InputError: neither an allocation nor a file has this name, or the file is not such a map.
@@ -51,18 +52,22 @@ def allocation_file(path: str | Path) -> dict[str, int | str]:
     if not path.is_file():
         raise InputError(
             f"--allocation {str(path)!r} is neither one of {', '.join(ALLOCATIONS)} nor a file. A file is a JSON or "
-            "YAML map from linear to rank, like {'mlp.down_proj': 200, 'q_proj': dense}."
+            "YAML map from linear to rank or form, like {'mlp.down_proj': 200, 'o_proj': {packed: 96}, q_proj: dense}."
         )
     ranks = load_settings(path)
-    wrong = [
-        f"{name}: {rank!r}" for name, rank in ranks.items() if rank not in ("full", "dense") and not _is_rank(rank)
-    ]
+    wrong = [f"{name}: {rank!r}" for name, rank in ranks.items() if not _is_form(rank)]
     if wrong or not ranks:
         raise InputError(
-            f"Allocation {path}: expected a map from linear to a rank above zero, 'full' or 'dense', found "
-            f"{'; '.join(wrong[:5]) or 'nothing'}."
+            f"Allocation {path}: expected a map from linear to a rank above zero, 'full', 'dense' or a form with its "
+            f"size, found {'; '.join(wrong[:5]) or 'nothing'}."
         )
     return {str(name): rank for name, rank in ranks.items()}
+
+
+def _is_form(value: Any) -> bool:
+    if isinstance(value, dict):
+        return len(value) == 1 and all(name in FORMS and _is_rank(size) for name, size in value.items())
+    return value in ("full", "dense") or _is_rank(value)
 
 
 def _is_rank(value: Any) -> bool:

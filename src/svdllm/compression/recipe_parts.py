@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from svdllm.common.settings import setting
 from svdllm.compression.after_analysis import AfterAnalysis
+from svdllm.compression.forms import FORMS
 from svdllm.compression.math.metrics import METHODS, METRICS
 from svdllm.compression.ranks import ALLOCATIONS
 
@@ -91,20 +92,32 @@ class Budget(BaseModel):
         panel="Budget (exactly one)",
         ge=1,
     )
-    ranks: dict[str, int | Literal["full", "dense"]] | None = setting(
+    ranks: dict[str, int | Literal["full", "dense"] | dict[str, int]] | None = setting(
         None,
-        "Explicit ranks by regular expression; the first match wins, other linears stay dense. 'full' keeps full rank.",
+        "Explicit forms by regular expression; the first match wins, other linears stay dense. A number is the rank of "
+        "a pair, 'full' keeps full rank, {packed: 96} or {narrow: 1024} names a form.",
         panel="Allocation",
         flag="--allocation",
     )
     allocation: AfterAnalysis[str] = setting(
         "loss",
-        f"How the budget is spread over the linears: {rows_of(ALLOCATIONS)}. Or a JSON or YAML file of explicit ranks: "
-        "linear (a regular expression): rank, full or dense.",
+        f"How the budget is spread over the linears: {rows_of(ALLOCATIONS)}. Or a JSON or YAML file of explicit forms: "
+        "linear (a regular expression): rank, full, dense or {form: size}.",
         panel="Allocation",
         metavar="NAME|FILE",
         reader="allocation",
     )
+
+    @field_validator("ranks")
+    @classmethod
+    def _known_forms(cls, value: Any) -> Any:
+        for pattern, wanted in (value or {}).items():
+            if isinstance(wanted, dict) and (len(wanted) != 1 or not set(wanted) < set(FORMS)):
+                known = ", ".join(FORMS)
+                raise ValueError(
+                    f"{pattern!r}: expected a form of {known} with its size, as in {{packed: 96}}: {wanted}"
+                )
+        return value
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from svdllm.common.version import __version__
-from svdllm.compression.math.linalg import tail_energies
+from svdllm.compression.forms import rank_of
+from svdllm.compression.forms.layout import params
 from svdllm.compression.plan import Plan
 from svdllm.compression.recipe import Recipe
 from svdllm.data import TokenWindows
+from svdllm.models.chosen import Chosen
 from svdllm.models.low_rank import FORMAT_VERSION
-from svdllm.models.structure import Structure, Target, linear_ranks, shared_factors
+from svdllm.models.structure import Target
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearRecord:
     """One linear after compression.
 
+    ``size`` is the rank, or the width of a narrower MLP; its loss is that of the linear that reads the inner features.
     ``loss`` is ``||(W - W') X||_F`` and ``relative_loss`` its share of ``||W X||_F``, in the metric of the method (for
     svd-llm, over the calibration tokens). ``kept_energy`` is ``1 - relative_loss^2``. A linear that stays dense has
-    rank None and no loss.
+    size None and no loss; ``rank`` is None where the form has none.
     """
 
     name: str
@@ -33,6 +36,8 @@ class LinearRecord:
     block: int
     out_features: int
     in_features: int
+    form: str
+    size: int | None
     rank: int | None
     params: int
     kept_energy: float
@@ -41,16 +46,15 @@ class LinearRecord:
     seconds: float
 
 
-def linear_record(target: Target, rank: int | None, energies_K: Any, seconds: float) -> LinearRecord:
-    """The record of a target that is truncated to ``rank``.
+def linear_record(target: Target, chosen: Chosen | None, tails: Tensor, seconds: float) -> LinearRecord:
+    """The record of a target in a form.
 
     Args:
-        energies_K: the spectrum of the target; float64, descending.
+        tails: squared error at every size, from 0 on.
         seconds: of its decomposition.
     """
-    tails = tail_energies(energies_K)
     total = float(tails[0])
-    squared_loss = 0.0 if rank is None else float(tails[min(rank, len(tails) - 1)])
+    squared_loss = 0.0 if chosen is None else float(tails[min(chosen.size, len(tails) - 1)])
     share = squared_loss / total if total > 0 else 0.0
     return LinearRecord(
         name=target.name,
@@ -58,8 +62,10 @@ def linear_record(target: Target, rank: int | None, energies_K: Any, seconds: fl
         block=target.block,
         out_features=target.out_features,
         in_features=target.in_features,
-        rank=rank,
-        params=target.params(rank),
+        form="dense" if chosen is None else chosen.form,
+        size=None if chosen is None else chosen.size,
+        rank=rank_of(chosen),
+        params=params(target, chosen),
         kept_energy=1 - share,
         loss=squared_loss**0.5,
         relative_loss=share**0.5,
@@ -120,7 +126,8 @@ class CompressionResult:
             "method": self.recipe.method,
             "ratio": self.recipe.ratio,
             **asdict(self.plan.sizes),
-            "ranks": self.plan.ranks,
+            "ranks": {name: rank for name, chosen in self.plan.forms.items() if (rank := rank_of(chosen)) is not None},
+            "forms": {name: asdict(chosen) for name, chosen in self.plan.forms.items()},
             "seconds": self.seconds,
             "peak_ram_bytes": self.peak_ram_bytes,
             "planned_ram_bytes": self.plan.peak_ram_bytes,
@@ -154,10 +161,3 @@ def report_of(plan: Plan, recipe: Recipe, provenance: Provenance, linears: list[
         "unused_tensors": None if plan.unused_tensors is None else asdict(plan.unused_tensors),
         "linears": [asdict(record) for record in linears],
     }
-
-
-def ranks_entry(structure: Structure, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The ranks as ``config.json`` holds them: by linear, with the linears that share a first factor."""
-    shared = shared_factors(structure.targets, ranks)
-    forms = {name: {"form": "pair", "rank": rank} for name, rank in linear_ranks(structure.targets, ranks).items()}
-    return {"forms": forms, **({"shared_factors": shared} if shared else {})}

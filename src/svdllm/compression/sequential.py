@@ -3,8 +3,9 @@
 Two streams of hidden states go through the blocks, one of the dense model and one of the compressed model. Within a
 block the groups are compressed in the order in which the model calls them: q, k, v; o; gate, up; down. Each linear is
 fitted to ``W* = W (beta K + (1 - beta) S') S'^-1`` in the metric of ``S'``, which corrects part of the error of the
-linears before it. A linear that stays dense becomes ``W*`` itself, which costs no parameters. The ranks must be known,
-so this walk follows a dense analysis and an allocation.
+linears before it. A linear that stays dense becomes ``W*`` itself, which costs no parameters. A narrower MLP reads the
+features that the dense analysis kept, by the regression on them. The forms must be known, so this walk follows a dense
+analysis and an allocation.
 
 Source: error-propagation aware (anchored) calibration, as in AA-SVD.
 """
@@ -22,13 +23,16 @@ from svdllm.common.errors import NumericalError
 from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.collect import left_metric_of
+from svdllm.compression.forms import FORMS
 from svdllm.compression.math.linalg import anchored, corrected_bias, factorise, output_spectrum
+from svdllm.compression.math.narrowing import narrowed_anchored, with_zeros
 from svdllm.compression.plan import Plan
 from svdllm.compression.products import Products, Sums, relative_error
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.session import Run
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
+from svdllm.models.chosen import Forms
 from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.structure import Target, bias_of, weight_of, weights_by_name
 from svdllm.models.walk import Block, Walk
@@ -57,7 +61,7 @@ def refit(
     finals = FinalFactors(run.analysis_folder / f"sequential-{plan.achieved_ratio:.6f}")
     Sequential(
         walk=walk,
-        ranks=plan.ranks,
+        forms=plan.forms,
         recipe=run.recipe,
         analysis=analysis,
         finals=finals,
@@ -71,7 +75,7 @@ class Sequential:
     """The walk of a sequential calibration for one allocation. Every finished block is a file in ``finals``."""
 
     walk: Walk
-    ranks: Mapping[str, int]
+    forms: Forms
     recipe: Recipe
     analysis: Analysis
     finals: FinalFactors
@@ -104,14 +108,14 @@ class Sequential:
             for target in group:
                 weight_OI = weight_of(self.walk.skeleton, target)
                 betas[target.name] = beta
-                if target.name not in self.ranks and beta == 0:
-                    continue  # keeps its weight
+                if self._keeps_weight(target) and beta == 0:
+                    continue
                 tensors = self._fit(target, weight_OI, products, beta)
-                if target.bias_corrected and target.name in self.ranks:
+                if self._corrects_bias(target):
                     means = [total / products.num_tokens for total in (products.dense_sum_I, products.compressed_sum_I)]
                     u_OR, v_RI = tensors["svd_u.weight"], tensors["svd_v.weight"]
                     bias_O = bias_of(self.walk.skeleton, target)
-                    tensors["svd_u.bias"] = corrected_bias(weight_OI, u_OR, v_RI, *means, bias_O=bias_O)
+                    tensors["bias"] = corrected_bias(weight_OI, u_OR, v_RI, *means, bias_O=bias_O)
                 factors[target.name] = tensors
                 replaced |= self._parameters(target, tensors)
         dtype = torch.float64 if self.walk.dtype == torch.float64 else torch.float32
@@ -159,32 +163,60 @@ class Sequential:
             raise NumericalError(f"The inputs of {leader.name} have NaN or infinite values over the calibration text.")
         return fitted, held_out
 
+    def _keeps_weight(self, target: Target) -> bool:
+        """Whether a target is a matrix of its own size: dense, or making the inner features of a narrower MLP."""
+        chosen = self.forms.get(target.name)
+        return chosen is None or (FORMS[chosen.form].of_mlps and not self._is_consumer(target))
+
+    def _corrects_bias(self, target: Target) -> bool:
+        return target.bias_corrected and target.name in self.forms
+
+    @staticmethod
+    def _is_consumer(target: Target) -> bool:
+        return target.inner is not None and target.inner.side == "in"
+
     def _fit(self, target: Target, weight_OI: Tensor, products: Products, beta: float) -> dict[str, Tensor]:
-        """Fits a target: ``svd_u`` and ``svd_v`` of its rank, or ``weight`` if it stays dense; float64."""
-        dense = target.name not in self.ranks
-        if target.bias_corrected and not dense:
+        """Fits a target: ``svd_u`` and ``svd_v``, or ``weight`` with zeros for inner features that go; float64."""
+        if self._corrects_bias(target):
             products = products.centred()
-        products = products.shrunk(self.recipe.shrinkage)
+        products = self._with_dense_grams(target, products).shrunk(self.recipe.shrinkage)
         left_OO = self.analysis.left_metric(target)
         left_OO = None if left_OO is None else left_OO.to(self.walk.device)
         try:
             star_OI = anchored(weight_OI, products.compressed_II, products.cross_II, beta)
-            if dense:
+            if self._keeps_weight(target):
                 return {"weight": star_OI}
-            rank = self.ranks[target.name]
+            chosen = self.forms[target.name]
+            if FORMS[chosen.form].of_mlps:
+                order_I = self.analysis.inner_order(target)
+                assert order_I is not None
+                kept_W = order_I[: chosen.size].to(weight_OI.device)
+                grams = products.compressed_II, products.cross_II
+                return {"weight": with_zeros(narrowed_anchored(weight_OI, *grams, beta, kept_W), kept_W, len(order_I))}
             left_OO = left_metric_of(target, star_OI, products.compressed_II, left_OO)
-            spectrum = output_spectrum(star_OI, products.compressed_II, rank, left_gram_OO=left_OO)
+            spectrum = output_spectrum(star_OI, products.compressed_II, chosen.size, left_gram_OO=left_OO)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
-        u_OR, v_RI = factorise(star_OI, spectrum, rank)
+        u_OR, v_RI = factorise(star_OI, spectrum, chosen.size)
         return {"svd_u.weight": u_OR, "svd_v.weight": v_RI}
+
+    def _with_dense_grams(self, target: Target, products: Products) -> Products:
+        """Mixes in the Gram of the dense calibration, which has seen more tokens: the fit adapts to few ones less."""
+        recipe, metric = self.recipe, self.analysis.metric(target)
+        if metric is None or recipe.shrinkage == 1 or recipe.bias_correction != self._corrects_bias(target):
+            return products
+        metric_II = metric.to(self.walk.device, torch.float64)
+        diagonal_II = torch.diag(metric_II.diagonal())
+        unshrunk_II = (metric_II - recipe.shrinkage * diagonal_II) / (1 - recipe.shrinkage)
+        scale = products.num_tokens / (recipe.samples * recipe.seqlen)
+        return products.mixed_with(scale * unshrunk_II, recipe.sequential_shrinkage)
 
     def _best_beta(self, targets: list[Target], fitted: Products, held_out: Products) -> float:
         """The candidate whose factors come nearest to the group's dense outputs on the held-out tokens."""
         errors = dict.fromkeys(BETAS, 0.0)
         for target in targets:
             weight_OI = weight_of(self.walk.skeleton, target).double()
-            judged = held_out.centred() if target.bias_corrected and target.name in self.ranks else held_out
+            judged = held_out.centred() if self._corrects_bias(target) else held_out
             for beta in BETAS:
                 product_OI = _product(self._fit(target, weight_OI, fitted, beta))
                 errors[beta] += relative_error(weight_OI, product_OI, judged)
@@ -194,7 +226,7 @@ class Sequential:
         """The parameters with which a dense linear computes what its factors, or its fitted weight, would."""
         device, dtype = self.walk.device, self.walk.dtype
         parameters = weights_by_name(target, _product(tensors).to(device, dtype))
-        if (bias_O := tensors.get("svd_u.bias")) is not None:
+        if (bias_O := tensors.get("bias")) is not None:
             parts = target.split(bias_O.to(device, dtype)).items()
             parameters |= {f"{name}.bias": values for name, values in parts}
         return parameters

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from svdllm.checkpoint.quantized import require_dtype
-from svdllm.checkpoint.tensors import compressed_tensors, file_bytes, num_params
+from svdllm.checkpoint.tensors import file_bytes, num_params
+from svdllm.compression.forms.layout import compressed_tensors, params
 from svdllm.compression.ranks.budget import elastic_bytes
 from svdllm.compression.ranks.predicted_sizes import QuantizedFiles, WrittenFiles
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.subject import Subject
+from svdllm.models.chosen import Forms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class Sizes:
     file_bytes: int
     dense_file_bytes: int
     quantized_file_bytes: int | None  # after `svdllm quantize`, where the budget counts factor_bits
-    elastic_bytes: int  # beside file_bytes; an upper limit while the ranks are not known
+    elastic_bytes: int  # beside file_bytes; an upper limit while the forms are not known
 
 
 def files_for(subject: Subject, recipe: Recipe) -> WrittenFiles:
@@ -35,19 +36,17 @@ def files_for(subject: Subject, recipe: Recipe) -> WrittenFiles:
     return QuantizedFiles.of(subject.skeleton, targets, source.dtype, recipe.factor_bits)
 
 
-def sizes_of(
-    subject: Subject, recipe: Recipe, files: WrittenFiles, ranks: Mapping[str, int], *, ranks_known: bool
-) -> Sizes:
-    """The size of a subject with given ranks; ``files`` are those of ``files_for``."""
+def sizes_of(subject: Subject, recipe: Recipe, files: WrittenFiles, forms: Forms, *, forms_known: bool) -> Sizes:
+    """The size of a subject in given forms; ``files`` are those of ``files_for``."""
     stored, buffers, structure = subject.stored, subject.buffers, subject.structure
-    written = compressed_tensors(stored, structure.targets, ranks)
-    kept = sum(target.params(ranks.get(target.name)) for target in structure.targets)
+    written = compressed_tensors(stored, structure.targets, forms)
+    kept = sum(params(target, forms.get(target.name)) for target in structure.targets)
     return Sizes(
         achieved_ratio=(structure.num_target_params - kept) / structure.num_target_params,
         params=num_params(written, buffers),
         dense_params=num_params(stored, buffers),
         file_bytes=file_bytes(written),
         dense_file_bytes=file_bytes(stored),
-        quantized_file_bytes=None if recipe.factor_bits is None else files.num_bytes(ranks),
-        elastic_bytes=elastic_bytes(recipe, structure, stored, ranks, ranks_known),
+        quantized_file_bytes=None if recipe.factor_bits is None else files.num_bytes(forms),
+        elastic_bytes=elastic_bytes(recipe, structure, stored, forms, forms_known),
     )

@@ -26,17 +26,20 @@ def slice_checkpoint(
     ratio: float,
     output_dir: str | Path,
     *,
+    forms: tuple[str, ...] = ("pair",),
     device: str | None = None,
     reporter: Reporter | None = None,
 ) -> CompressionResult:
     """Writes a smaller size of an elastic checkpoint as a checkpoint of its own.
 
-    All files but the report equal those that ``compress`` writes at this ratio, with the same options but ``elastic``.
+    As pairs, all files but the report equal those that ``compress`` writes at this ratio, with the same options but
+    ``elastic``. Packed, the ranks are larger, as far as the elastic checkpoint has them.
 
     Args:
         folder: an elastic checkpoint.
         ratio: share of the compressed linears' parameters that is removed; at least the checkpoint's own.
         output_dir: made by this call; must not exist, or be empty.
+        forms: ``pair``, or also ``packed``.
         device: computes the reference logits; by default the device of the recipe.
         reporter: is told about stages and progress.
 
@@ -48,7 +51,7 @@ def slice_checkpoint(
     reporter = reporter or Reporter()
     with new_folder(output_dir, "a slice") as (output, partial):
         with reporter.stage("check", 1):
-            size = find_size(folder, ratio, device)
+            size = find_size(folder, ratio, device, forms=forms)
             require_room(output, size.plan)
         linears = size.linears()
         with reporter.stage("write", 1):

@@ -10,12 +10,13 @@ import torch
 from transformers import PreTrainedModel
 
 from svdllm.checkpoint.tensors import Tensors, tensor_bytes
+from svdllm.compression.forms import FORMS, most_rank
 from svdllm.compression.math.metrics import METHODS, Method
-from svdllm.compression.probe import probe_ranks, probe_tokens
+from svdllm.compression.probe import probe_sizes, probe_tokens
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.subject import Subject
 from svdllm.models.linears import linear_shape, linears_of
-from svdllm.models.structure import Structure
+from svdllm.models.structure import Structure, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +124,18 @@ class Workload:
 
     @cached_property
     def num_probes(self) -> dict[str, int]:
-        """Ranks that every target is probed at."""
-        return {name: len(ranks) for name, ranks in probe_ranks(self.recipe, self.structure).items()}
+        """Sizes that every target and MLP is probed at."""
+        return {name: len(sizes) for name, sizes in probe_sizes(self.recipe, self.structure).items()}
+
+    def depth(self, target: Target) -> int:
+        """Directions of a target's spectrum that the analysis keeps."""
+        return max(target.break_even_rank, most_rank(target, self.recipe.analysed_forms))
+
+    def narrowed_width(self, target: Target) -> int:
+        """Inner features of the MLP that a target reads, if it may be narrowed; else 0."""
+        inner = target.inner
+        narrows = any(FORMS[name].of_mlps for name in self.recipe.analysed_forms)
+        return inner.width if narrows and inner is not None and inner.side == "in" else 0
 
     @property
     def batch_tokens(self) -> int:

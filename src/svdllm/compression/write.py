@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,32 @@ from svdllm.checkpoint.finish import finish_checkpoint
 from svdllm.checkpoint.output import FINISHED
 from svdllm.checkpoint.report import REPORT_FILE
 from svdllm.checkpoint.shards import write_shards
-from svdllm.checkpoint.tensors import compressed_tensors, elastic_tensors
 from svdllm.common.device import resolve_device
 from svdllm.common.memory import device_peak_bytes, peak_bytes
 from svdllm.common.version import __version__
 from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.factors import TargetFactors
+from svdllm.compression.forms import FORMS
+from svdllm.compression.forms.layout import compressed_tensors, elastic_tensors, forms_entry
+from svdllm.compression.math.linalg import tail_energies
 from svdllm.compression.plan import Plan
-from svdllm.compression.ranks.budget import spare_ranks
+from svdllm.compression.ranks.budget import spare_forms
 from svdllm.compression.records import (
     CompressionResult,
     LinearRecord,
     Provenance,
     linear_record,
-    ranks_entry,
     report_of,
 )
 from svdllm.compression.session import Run
 from svdllm.compression.subject import Subject
+from svdllm.models.chosen import Forms
 from svdllm.models.companions import GENERATION_CONFIG, copy_companion_files
 from svdllm.models.low_rank import FORMAT_VERSION, family_classes, low_rank_config
 from svdllm.models.low_rank.lowrank import sha256_of
 from svdllm.models.open import Source
 from svdllm.models.safetensors_files import weight_files
+from svdllm.models.structure import Target
 
 
 def write(
@@ -88,12 +90,12 @@ def _write_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "svdllm").mkdir(parents=True)
     device = resolve_device(plan.recipe.device)
-    factors = TargetFactors(subject, plan.ranks, analysis, finals, device, run.reporter)
-    write_shards(partial, factors, compressed_tensors(subject.stored, subject.structure.targets, plan.ranks))
+    factors = TargetFactors(subject, plan.forms, analysis, finals, device, run.reporter)
+    write_shards(partial, factors, compressed_tensors(subject.stored, subject.structure.targets, plan.forms))
     _write_config(partial, subject, plan, provenance)
     _copy_companions(partial, subject.source, run.tokenizer)
     if plan.recipe.elastic:
-        spare = spare_ranks(plan.recipe, subject.structure, plan.ranks)
+        spare = spare_forms(plan.recipe, subject.structure, plan.forms)
         factors = TargetFactors(subject, spare, analysis, None, device, run.reporter)
         _write_elastic(partial, subject, factors, spare, analysis, plan.recipe.allocation)
     report = report_of(plan, plan.recipe, provenance, linears)
@@ -107,12 +109,21 @@ def _linear_records(subject: Subject, plan: Plan, analysis: Analysis) -> list[Li
     return [
         linear_record(
             target,
-            plan.ranks.get(target.name),
-            analysis.energies(target),
+            plan.forms.get(target.name),
+            _curve(target, plan, analysis),
             analysis.seconds(target.block).get(target.name, 0.0),
         )
         for target in subject.structure.targets
     ]
+
+
+def _curve(target: Target, plan: Plan, analysis: Analysis) -> Tensor:
+    """The squared error of a target at every size of its form."""
+    chosen = plan.forms.get(target.name)
+    if chosen is not None and FORMS[chosen.form].of_mlps and target.inner is not None:
+        tails = analysis.narrowing_tails(target.block, target.inner.mlp)
+        return tails if target.inner.side == "in" else tails * 0  # the rows that stay are as they were
+    return tail_energies(analysis.energies(target))
 
 
 def _write_config(folder: Path, subject: Subject, plan: Plan, provenance: Provenance) -> None:
@@ -129,7 +140,7 @@ def _write_elastic(
     folder: Path,
     subject: Subject,
     factors: TargetFactors,
-    spare: Mapping[str, int],
+    spare: Forms,
     analysis: Analysis,
     allocation: str,
 ) -> None:
@@ -157,7 +168,7 @@ def _config_entry(subject: Subject, plan: Plan, provenance: Provenance) -> dict[
     return {
         "format_version": FORMAT_VERSION,
         "base_model_type": source.config.model_type,
-        **ranks_entry(subject.structure, plan.ranks),
+        **forms_entry(subject.structure.targets, plan.forms),
         **({"bias_correction": True} if plan.recipe.bias_correction else {}),
         "library_version": __version__,
         "source": {"id": source.name, "revision": source.revision, "fingerprint": provenance.weights_fingerprint},

@@ -1,28 +1,43 @@
-"""Multiplies the factors of a checkpoint out to a plain model."""
+"""Multiplies the factors of a checkpoint out to a plain model, and fills narrower MLPs up to one width."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedConfig
 
 from svdllm.checkpoint.output import new_folder
 from svdllm.checkpoint.shards import write_shards
-from svdllm.checkpoint.tensors import Tensors, tensor_bytes
-from svdllm.common.errors import CheckpointError, InputError, UnsupportedModelError
+from svdllm.checkpoint.tensors import tensor_bytes
+from svdllm.common.errors import InputError
+from svdllm.export.copies import config_to_export, require_intact
+from svdllm.export.mlp_widths import Plain
+from svdllm.export.rewritten import Rewritten
+from svdllm.export.stored_linears import StoredLinears
 from svdllm.models.companions import copy_companion_files
-from svdllm.models.config_files import load_config
-from svdllm.models.low_rank import HASHES_FILE, compare_hashes
+from svdllm.models.discover import discover
 from svdllm.models.low_rank.factory import dense_config
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.weights import SafetensorsWeights
 
 
-def export_dense(folder: str | Path, output_dir: str | Path) -> None:
-    """Writes a plain model of the base family, which loads everywhere and is as large as the original.
+class PlainMlps(NamedTuple):
+    """The MLPs of a plain model: their width where it is less than the original's, and how many zeros fill up to it."""
+
+    width: int | None
+    filled_up: int
+
+
+def export_dense(folder: str | Path, output_dir: str | Path) -> PlainMlps:
+    """Writes a plain model of the base family, which loads everywhere.
+
+    It is as large as the original, except where all MLPs are narrower: these get the width of the widest, if a config
+    of the family can say so. Narrower ones are filled up with zeros, which change no output.
+
+    Returns:
+        The width of the MLPs, and how many of them were filled up.
 
     Raises:
         InputError: ``folder`` is not a checkpoint, or ``output_dir`` is not empty.
@@ -36,64 +51,27 @@ def export_dense(folder: str | Path, output_dir: str | Path) -> None:
         raise InputError(f"{folder} is already a dense model ({config.model_type}); it has no factors to multiply out.")
     with new_folder(output_dir, "an export") as (output, partial):
         require_intact(folder)
-        base = dense_config(config)
-        dense = _Products(SafetensorsWeights(folder, build_skeleton(config)), build_skeleton(base), info)
-        dense.require_places()
-        output.require_disk(tensor_bytes(dense.tensors), "the weights need")
-        write_shards(partial, dense, dense.tensors)
-        base.save_pretrained(partial)
+        original = _plain(dense_config(config), info)
+        plain = original.as_wide_as(info.forms)
+        skeleton = build_skeleton(config)
+        weights = SafetensorsWeights(folder, skeleton)
+        tensors = Rewritten(weights, StoredLinears(weights, skeleton, info), plain.skeleton, info.forms, original.parts)
+        tensors.require_places()
+        output.require_disk(tensor_bytes(tensors.layout), "the weights need")
+        write_shards(partial, tensors, tensors.layout)
+        plain.config.save_pretrained(partial)
         copy_companion_files(folder, partial)
+    return _mlps_of(original, plain, info)
 
 
-def config_to_export(folder: Path) -> PreTrainedConfig:
-    """Reads the config in a model's folder. Raises InputError if there is none."""
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not an svdllm checkpoint: it has no config.json.")
-    return load_config(folder, str(folder))
+def _plain(config: PreTrainedConfig, info: LowRankInfo) -> Plain:
+    """The original model; its MLPs are looked for only if some linears of the checkpoint are smaller."""
+    skeleton = build_skeleton(config)
+    is_narrower = any({"in_features", "out_features"} & entry.keys() for entry in info.forms.values())
+    return Plain(config, skeleton, discover(skeleton).mlps if is_narrower else ())
 
 
-def require_intact(folder: Path) -> None:
-    """Raises CheckpointError if the weights differ from the hashes in the folder."""
-    problems = compare_hashes(folder, weights_only=True) if (folder / HASHES_FILE).is_file() else []
-    if problems:
-        raise CheckpointError(f"{folder} is not as it was written: {' '.join(problems)}")
-
-
-class _Products:
-    """The tensors of the dense model, made one at a time from those of a low-rank model."""
-
-    def __init__(self, weights: SafetensorsWeights, skeleton: PreTrainedModel, info: LowRankInfo):
-        self._weights, self._skeleton, self._info = weights, skeleton, info
-        self.tensors: Tensors = {}
-        for name in weights.names():
-            shape, dtype = weights.shape_and_dtype(name)
-            owner = name.rpartition(".")[0].removesuffix(".svd_u").removesuffix(".svd_v")
-            if owner not in info.ranks:
-                self.tensors[name] = (shape, dtype)
-            elif name.endswith(".svd_u.weight"):
-                shape = tuple(skeleton.get_parameter(f"{owner}.weight").shape)
-                self.tensors[f"{owner}.weight"] = (shape, dtype)
-            elif name.endswith(".svd_u.bias"):
-                self.tensors[f"{owner}.bias"] = (shape, dtype)
-
-    def require_places(self) -> None:
-        """Raises UnsupportedModelError if the base family has no tensor of a name: transformers would drop it."""
-        dropped = sorted(self.tensors.keys() - self._skeleton.state_dict().keys())
-        if dropped:
-            raise UnsupportedModelError(
-                f"{type(self._skeleton).__name__} has no place for {len(dropped)} biases that --bias-correction added, "
-                f"such as {dropped[0]}: a plain model would compute without them. Use the checkpoint as it is, or "
-                "compress without --bias-correction."
-            )
-
-    def get(self, name: str) -> Tensor:
-        owner, _, leaf = name.rpartition(".")
-        if owner not in self._info.ranks:
-            return self._weights.get(name)
-        if leaf == "bias":
-            return self._weights.get(f"{owner}.svd_u.bias")
-        u_OR = self._weights.get(f"{owner}.svd_u.weight")
-        v_RI = self._weights.get(f"{self._info.shared_factors.get(owner, owner)}.svd_v.weight")
-        product_OI = u_OR.double() @ v_RI.double()
-        is_conv1d = isinstance(self._skeleton.get_submodule(owner), Conv1D)  # its weight is stored as (in, out)
-        return (product_OI.mT if is_conv1d else product_OI).to(u_OR.dtype)
+def _mlps_of(original: Plain, plain: Plain, info: LowRankInfo) -> PlainMlps:
+    widths = zip(original.stored_widths(info.forms), plain.mlps, strict=True)
+    filled_up = sum(width < mlp.width for width, mlp in widths)
+    return PlainMlps(None if plain is original else plain.mlps[0].width, filled_up)

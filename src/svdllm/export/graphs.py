@@ -22,7 +22,7 @@ from svdllm.checkpoint.output import new_folder
 from svdllm.common.errors import InputError, NumericalError, UnsupportedModelError, first_line
 from svdllm.common.extras import require_extra
 from svdllm.common.memory import parameter_bytes
-from svdllm.export.dense import config_to_export
+from svdllm.export.copies import config_to_export
 from svdllm.inference.cache_names import cache_name, cache_of
 from svdllm.models.companions import copy_companion_files
 from svdllm.models.logits import compare_logits

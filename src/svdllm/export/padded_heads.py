@@ -12,21 +12,16 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from svdllm.checkpoint.output import new_folder
-from svdllm.checkpoint.reference import reference_logits
-from svdllm.checkpoint.shards import write_shards
 from svdllm.checkpoint.tensors import Tensors, tensor_bytes
 from svdllm.common.errors import InputError, UnsupportedModelError, first_line
-from svdllm.export.dense import config_to_export, require_intact
-from svdllm.models.companions import copy_companion_files
+from svdllm.export.copies import config_to_export, logits_of_both, packed_linears, require_intact, write_model
 from svdllm.models.linears import is_linear, linear_shape
 from svdllm.models.logits import compare_logits
-from svdllm.models.low_rank import family_classes, write_hashes
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.weights import SafetensorsWeights
@@ -70,6 +65,8 @@ def export_padded(folder: str | Path, output_dir: str | Path, processes: int) ->
     if processes < 2:
         raise InputError(f"Heads are padded for two processes or more, found {processes}.")
     config = config_to_export(folder)
+    info = LowRankInfo.of(config)
+    _refuse_packed(folder, info)
     with new_folder(output_dir, "an export") as (output, partial):
         before = _heads(config)
         after = before.for_processes(processes)
@@ -85,19 +82,20 @@ def export_padded(folder: str | Path, output_dir: str | Path, processes: int) ->
         require_intact(folder)
         tensors = _Padded(SafetensorsWeights(folder, skeleton), shapes)
         output.require_disk(tensor_bytes(tensors.layout), "the weights need")
-        _write(tensors, fields, folder, config, partial)
-        difference = _difference(folder, config, partial)
+        write_model(partial, tensors, tensors.layout, fields, folder, info)
+        difference = compare_logits(
+            *logits_of_both(folder, config, partial), lambda how: _refused(config, f"with them, {how}.")
+        )
     return Padding(before, after, difference)
 
 
-def _write(tensors: _Padded, fields: dict[str, Any], folder: Path, config: PreTrainedConfig, partial: Path) -> None:
-    write_shards(partial, tensors, tensors.layout)
-    (partial / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    copy_companion_files(folder, partial)
-    if info := LowRankInfo.of(config):
-        for name, text in family_classes(info.base_model_type).causal_lm.code_files().items():
-            (partial / name).write_text(text, encoding="utf-8", newline="\n")
-        write_hashes(partial)
+def _refuse_packed(folder: Path, info: LowRankInfo | None) -> None:
+    """Raises InputError for packed linears, which tensor parallelism cannot split."""
+    if packed := packed_linears(info):
+        raise InputError(
+            f"{folder} has {len(packed)} packed linears, such as {packed[0]}, and processes cannot share these. Run "
+            f"`svdllm export {folder} -o PAIRS --format pairs` first, and pad PAIRS."
+        )
 
 
 def _heads(config: PreTrainedConfig) -> Heads:
@@ -176,13 +174,6 @@ class _Padded:
         padded = tensor.new_zeros(self.layout[name][0])
         padded[tuple(slice(size) for size in tensor.shape)] = tensor
         return padded
-
-
-def _difference(folder: Path, config: PreTrainedConfig, partial: Path) -> float:
-    cpu = torch.device("cpu")
-    _, expected = reference_logits(folder, config, cpu)
-    _, found = reference_logits(partial, config_to_export(partial), cpu)
-    return compare_logits(found, expected, lambda how: _refused(config, f"with them, {how}."))
 
 
 def _refused(config: PreTrainedConfig, why: str) -> UnsupportedModelError:

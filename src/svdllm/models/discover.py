@@ -18,8 +18,9 @@ from svdllm.common.errors import InputError, UnsupportedModelError
 from svdllm.models.hooks import input_groups, replaced, to_device
 from svdllm.models.linears import find_blocks, is_linear, linear_shape, linears_of, listing, matches
 from svdllm.models.loaded_weights import tensors_replaced
+from svdllm.models.mlps import Arguments, find_mlps
 from svdllm.models.shared_state import WrittenArguments
-from svdllm.models.structure import Structure, Target
+from svdllm.models.structure import Structure, Target, with_mlps
 from svdllm.models.stubs import BlockStub
 
 OBSERVED_TOKENS = 8
@@ -50,7 +51,7 @@ def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure
             f"{len(unused)} linears are never called by the forward pass of {type(skeleton).__name__}, so there is "
             f"nothing to calibrate them on: {listing(unused)}. Leave them dense with --ignore."
         )
-    return Structure(
+    structure = Structure(
         blocks=tuple(blocks),
         targets=tuple(_as_target(name, index, module, groups[name]) for name, index, module in kept),
         ignored=tuple(ignored),
@@ -58,16 +59,20 @@ def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure
         shared_arguments=arguments.names,
         shared_features=arguments.num_features,
     )
+    return with_mlps(structure, find_mlps(skeleton, structure, [probe.given for probe in probes]))
 
 
 class _MetaProbe(BlockStub):
-    """Runs its block on the meta device and returns the hidden states unchanged."""
+    """Runs its block on the meta device and returns the hidden states unchanged. Keeps the arguments of the call."""
+
+    given: Arguments
 
     def __init__(self, name: str, block: nn.Module, arguments: WrittenArguments):
         super().__init__(block, returns_tuple=False)
         self.name, self.arguments = name, arguments
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.given = args, kwargs
         block: nn.Module = self.block
         buffers = {name: buffer.to("meta") for name, buffer in block.named_buffers()}
 

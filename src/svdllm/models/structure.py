@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,23 @@ from torch import Tensor, nn
 from svdllm.common.errors import UnsupportedModelError
 from svdllm.models.linears import listing, matches
 from svdllm.models.shared_state import Argument
+
+
+@dataclass(frozen=True)
+class Inner:
+    """The side of a linear on which the inner features of an MLP lie.
+
+    Args:
+        mlp: name of the MLP.
+        side: ``out`` of a linear that makes them, ``in`` of the linear that reads them.
+        width: number of inner features.
+        copies: how many times the side holds them: twice for gate and up projection in one linear.
+    """
+
+    mlp: str
+    side: Literal["out", "in"]
+    width: int
+    copies: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +41,7 @@ class Target:
         group: name of the first target that reads the same tensor.
         bias_corrected: once factorised, it has a bias that makes its mean output equal the dense one.
         parts: name and out_features of each linear, where there are several; their rows follow each other.
+        inner: the side with the inner features of an MLP, if it belongs to one that can be narrowed.
     """
 
     name: str
@@ -35,6 +53,7 @@ class Target:
     group: str
     bias_corrected: bool = False
     parts: tuple[tuple[str, int], ...] = ()
+    inner: Inner | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -72,12 +91,30 @@ class Target:
         """Number of parameters that a bias correction adds: a bias, where the dense linear has none."""
         return self.out_features * (self.bias_corrected and not self.has_bias)
 
-    def factor_params(self, rank: int) -> int:
-        return rank * (self.in_features + self.out_features) + self.added_params
 
-    def params(self, rank: int | None) -> int:
-        """Number of parameters at a rank, with those that a bias correction adds; None stands for the dense matrix."""
-        return self.num_weights if rank is None else self.factor_params(rank)
+@dataclass(frozen=True, kw_only=True)
+class Mlp:
+    """Linears whose outputs, feature by feature, make the input of one linear: its inner features can be removed.
+
+    Args:
+        name: names of its linears, without repeating the module that they are in.
+        block: index of the block that it is in.
+        producers: names of the targets whose outputs are the inner features. ``out_features`` of each is a multiple of
+            ``width``: a fused ``gate_up_proj`` has feature ``j`` in the rows ``j`` and ``j + width``.
+        consumer: name of the target that reads the inner features.
+        width: number of inner features, the ``in_features`` of the consumer.
+    """
+
+    name: str
+    block: int
+    producers: tuple[str, ...]
+    consumer: str
+    width: int
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of its linears, the consumer last."""
+        return (*self.producers, self.consumer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +128,7 @@ class Structure:
         returns_tuple: for each block, whether it returns a tuple that begins with the hidden states.
         shared_arguments: arguments that are mappings, which blocks write into for later blocks.
         shared_features: number of values per token in these mappings.
+        mlps: the MLPs whose inner features can be removed.
     """
 
     blocks: tuple[str, ...]
@@ -99,14 +137,37 @@ class Structure:
     returns_tuple: tuple[bool, ...]
     shared_arguments: tuple[Argument, ...] = ()
     shared_features: int = 0
+    mlps: tuple[Mlp, ...] = ()
 
     def block_targets(self, block: int) -> list[Target]:
         return [target for target in self.targets if target.block == block]
 
     @property
+    def mlp_targets(self) -> dict[str, list[Target]]:
+        """Name of an MLP that can be narrowed -> its targets, the consumer last."""
+        by_name = {target.name: target for target in self.targets}
+        return {mlp.name: [by_name[name] for name in mlp.linears] for mlp in self.mlps}
+
+    @property
+    def block_of(self) -> dict[str, int]:
+        """Target or MLP -> index of its block."""
+        return {target.name: target.block for target in self.targets} | {mlp.name: mlp.block for mlp in self.mlps}
+
+    @property
     def num_target_params(self) -> int:
         """Number of weights of the targets, without biases: the whole that ``ratio`` is a share of."""
         return sum(target.num_weights for target in self.targets)
+
+
+def with_mlps(structure: Structure, mlps: Sequence[Mlp]) -> Structure:
+    """Puts MLPs that can be narrowed into a structure, and tells their targets on which side the inner features lie."""
+    sides: dict[str, Inner] = {}
+    outs = {target.name: target.out_features for target in structure.targets}
+    for mlp in mlps:
+        sides |= {name: Inner(mlp.name, "out", mlp.width, outs[name] // mlp.width) for name in mlp.producers}
+        sides[mlp.consumer] = Inner(mlp.name, "in", mlp.width)
+    targets = tuple(replace(target, inner=sides.get(target.name)) for target in structure.targets)
+    return replace(structure, targets=targets, mlps=tuple(mlps))
 
 
 def with_joint_keys_and_values(structure: Structure) -> Structure:
@@ -132,7 +193,8 @@ def with_joint_keys_and_values(structure: Structure) -> Structure:
     targets = dict.fromkeys(joint.get(target.name, target) for target in structure.targets)
     renamed = {name: target.name for name, target in joint.items()}
     groups = (replace(target, group=renamed.get(target.group, target.group)) for target in targets)
-    return replace(structure, targets=tuple(groups))
+    mlps = (mlp for mlp in structure.mlps if joint.keys().isdisjoint(mlp.linears))
+    return replace(structure, targets=tuple(groups), mlps=tuple(mlps))
 
 
 def _joint(keys: Target, values: Target) -> Target:
@@ -142,17 +204,6 @@ def _joint(keys: Target, values: Target) -> Target:
         out_features=keys.out_features + values.out_features,
         parts=((keys.name, keys.out_features), (values.name, values.out_features)),
     )
-
-
-def linear_ranks(targets: Sequence[Target], ranks: Mapping[str, int]) -> dict[str, int]:
-    """Turns ranks by target into ranks by linear."""
-    return {name: ranks[target.name] for target in targets if target.name in ranks for name in target.linears}
-
-
-def shared_factors(targets: Sequence[Target], ranks: Mapping[str, int]) -> dict[str, str]:
-    """Maps each factorised linear that uses the first factor of another linear to that linear."""
-    factorised = (target.linears for target in targets if target.name in ranks)
-    return {name: first for first, *others in factorised for name in others}
 
 
 def weight_of(model: nn.Module, target: Target) -> Tensor:

@@ -15,6 +15,7 @@ from svdllm.data import check_source
 from svdllm.data.examples import refuse_mixture
 from svdllm.evaluation.windows import check_protocol
 from svdllm.models.limits import require_context, require_known_ids
+from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.recovery.distributed import num_processes
 from svdllm.recovery.memory import require_memory_of_methods
 from svdllm.recovery.method import Method
@@ -38,6 +39,7 @@ def check_cheaply(
             )
     for method in (METHODS[name] for name in settings.methods):
         method.check_extra(f"--method {method.name}")
+        _check_factors(models, method)
         _check_processes(method)
         _check_teacher(models, method)
     for name in settings.methods:
@@ -77,6 +79,15 @@ def check_data(settings: Recovery, texts: Sequence[str]) -> None:
         refuse_mixture(held_out)
     for name in settings.methods:
         METHODS[name].check_data(settings)
+
+
+def _check_factors(models: Models, method: Method) -> None:
+    info = LowRankInfo.of(models.config)
+    if method.trains_factors_only and not (info and info.ranks):
+        raise InputError(
+            f"--method {method.name} trains factors, and {models.folder} has none: its linears are dense or narrower. "
+            "Use --method distill or blockwise."
+        )
 
 
 def _check_processes(method: Method) -> None:

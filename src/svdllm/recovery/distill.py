@@ -15,6 +15,7 @@ from svdllm.common.memory import skeleton_bytes
 from svdllm.common.settings import setting
 from svdllm.data.examples import NO_LABEL
 from svdllm.models.linears import find_blocks, is_linear
+from svdllm.models.low_rank import PackedLinear
 from svdllm.recovery.memory import logits_bytes
 from svdllm.recovery.method import Method
 from svdllm.recovery.models import Models
@@ -97,7 +98,7 @@ def open_for_training(model: nn.Module, train_norms: bool) -> None:
     blocks = [model.get_submodule(name) for name in find_blocks(model)]
     for block in blocks:
         for module in block.modules():
-            if is_linear(module):
+            if is_linear(module) or isinstance(module, PackedLinear):  # which has a bias of its own
                 module.requires_grad_(True)
     if train_norms:
         inside = {id(parameter) for block in blocks for parameter in block.parameters()}

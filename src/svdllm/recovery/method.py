@@ -30,6 +30,7 @@ class Method(ABC):
     same_as_teacher: ClassVar[Mapping[str, str]] = {}  # fields of the config, and what they count
     takes_mixtures: ClassVar[bool] = False
     whole_epochs: ClassVar[bool] = False  # whether it can only make whole passes over its data
+    trains_factors_only: ClassVar[bool] = False  # so that a checkpoint must have some, in pairs or packed
     extra: ClassVar[tuple[str, str] | None] = None  # a module that it imports, and the extra that installs it
     memory_advice: ClassVar[str] = ""  # what needs less memory, as the beginning of a sentence that ends with "; "
 

@@ -1,4 +1,4 @@
-"""Algorithm 3, the sequential low-rank update: LoRA on one factor of every pair, merged, then on the other."""
+"""Algorithm 3, the sequential low-rank update: LoRA on one factor of all linears, merged, then on the other."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ class SequentialLora(Method):
     """The paper's update. Its batch, rank and learning rate are the paper's."""
 
     name = "sequential-lora"
-    summary = "the paper's update: LoRA on one factor of every pair, then on the other"
+    summary = "the paper's update: LoRA on one factor of all linears, then on the other"
     defaults = Schedule(lr=1e-4, batch=64, seqlen=256, epochs=1)
     Settings = LoraSettings
+    trains_factors_only = True
     extra = ("peft", "recover")
 
     def stages(self, settings: TrainingSettings) -> Iterable[Stage]:

@@ -1,4 +1,4 @@
-"""Allocations: the knapsack and STRS against brute force, SVD-LLM V2 and D-Rank against a few lines of numpy."""
+"""Allocations: STRS against brute force, SVD-LLM V2 and D-Rank against a few lines of numpy."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from runs import target
+from runs import pair_params, pairs, target
 from svdllm.common.errors import InputError
+from svdllm.compression.forms.layout import params as form_params
 from svdllm.compression.ranks.effective_rank import SHIFT, effective_rank, effective_ranks
-from svdllm.compression.ranks.knapsack import Choice, Solution, solve
-from svdllm.compression.ranks.loss import loss_choices, loss_ranks
+from svdllm.compression.ranks.knapsack import Choice
+from svdllm.compression.ranks.loss import least_loss, units_of
+from svdllm.compression.ranks.question import Question, RankCost
+from svdllm.compression.ranks.question import Unit as Budget
 from svdllm.compression.ranks.strs import candidate_ranks, strs_ranks
-from svdllm.compression.ranks.uniform import Cost, uniform_ranks
+from svdllm.compression.ranks.uniform import pair_params as cost_of_pair
+from svdllm.compression.ranks.uniform import uniform_ranks
 from svdllm.compression.ranks.v2 import spread_ratio, v2_ranks
+from svdllm.models.chosen import Chosen
 from svdllm.models.structure import Target
-
-Choices = dict[str, list[Choice]]
 
 
 def size(linear: Target) -> int:
@@ -30,166 +33,15 @@ def size(linear: Target) -> int:
 
 
 def params(targets: list[Target], ranks: dict[str, int]) -> int:
-    return sum(t.factor_params(ranks[t.name]) if t.name in ranks else t.num_weights for t in targets)
+    return sum(pair_params(t, ranks[t.name]) if t.name in ranks else t.num_weights for t in targets)
 
 
-def in_units_of(size: int) -> Cost:
-    return lambda linear, rank: size * linear.params(rank)
+def in_units_of(size: int) -> RankCost:
+    return lambda linear, rank: size * cost_of_pair(linear, rank)
 
 
 def spectrum(generator: np.random.Generator, length: int) -> Tensor:
     return torch.tensor(np.exp(-generator.uniform(0, 3) * np.arange(length)) * generator.lognormal(3, 3))
-
-
-# --- knapsack ---
-
-
-def made_up(seed: int, num_targets: int, num_choices: int, kind: str) -> Choices:
-    """Choices in random order: of convex losses, of losses that need not fall with cost, or of many equal numbers."""
-    generator = np.random.default_rng(seed)
-    choices: Choices = {}
-    for index in range(num_targets):
-        count = int(generator.integers(1, num_choices + 1))
-        if kind == "ties":
-            costs, losses = generator.integers(0, 4, count), generator.integers(0, 4, count).astype(float)
-        else:
-            costs, losses = generator.integers(0, 60, count), generator.exponential(size=count)
-        if kind == "convex":
-            costs = np.sort(costs)
-            losses = np.sort(losses)[::-1].cumsum()[::-1]
-        order = generator.permutation(count)
-        choices[f"t{index}"] = [Choice(int(i), int(costs[i]), float(losses[i])) for i in order]
-    return choices
-
-
-def brute_force(choices: Choices, budget: int) -> float | None:
-    """The least loss by trying everything."""
-    fitting = [picks for picks in itertools.product(*choices.values()) if sum(c.cost for c in picks) <= budget]
-    return min((math.fsum(c.loss for c in picks) for picks in fitting), default=None)
-
-
-def by_table(choices: Choices, budget: int) -> float | None:
-    """The least loss by dynamic programming over every cost: for more targets than can be tried out."""
-    least = np.zeros(budget + 1)
-    for options in choices.values():
-        table = np.full(budget + 1, np.inf)
-        for option in options:
-            if option.cost <= budget:
-                table[option.cost :] = np.minimum(table[option.cost :], least[: budget + 1 - option.cost] + option.loss)
-        least = table
-    return None if math.isinf(least[budget]) else float(least[budget])
-
-
-def check(choices: Choices, budget: int, solution: Solution | None, optimum: float | None, exact: bool = True) -> None:
-    assert (solution is None) == (optimum is None)
-    if solution is None or optimum is None:
-        return
-    rounding = 1e-11 * max(1.0, optimum)
-    assert list(solution.choices) == list(choices)
-    assert all(solution.choices[name] in choices[name] for name in choices)
-    assert solution.cost == sum(choice.cost for choice in solution.choices.values()) <= budget
-    assert solution.loss == math.fsum(choice.loss for choice in solution.choices.values())
-    assert solution.lower_bound <= min(solution.loss, optimum + rounding)
-    assert optimum - rounding <= solution.loss
-    if exact:
-        assert solution.loss <= optimum + rounding
-        assert solution.gap == 0
-
-
-@pytest.mark.parametrize("kind", ["convex", "any", "ties"])
-def test_the_knapsack_finds_what_brute_force_finds(kind: str):
-    infeasible = 0
-    for seed in range(150):
-        choices = made_up(seed, 1 + seed % 5, 5, kind)
-        for share in (0.1, 0.4, 0.8):
-            budget = int(share * sum(max(c.cost for c in options) for options in choices.values()))
-            optimum = brute_force(choices, budget)
-            infeasible += optimum is None
-            check(choices, budget, solve(choices, budget), optimum)
-    assert 10 < infeasible < 300
-
-
-@pytest.mark.parametrize("kind", ["convex", "any", "ties"])
-@pytest.mark.parametrize("seed", range(6))
-def test_the_knapsack_finds_the_optimum_of_many_targets(kind: str, seed: int):
-    choices = made_up(seed, 40, 12, kind)
-    for share in (0.25, 0.5, 0.75):
-        budget = int(share * sum(max(c.cost for c in options) for options in choices.values()))
-        check(choices, budget, solve(choices, budget), by_table(choices, budget))
-
-
-@pytest.mark.parametrize("max_states", [1, 5, 30])
-def test_a_search_that_is_cut_short_says_by_how_much_at_most_it_is_off(max_states: int):
-    gaps = []
-    for seed in range(40):
-        choices = made_up(seed, 25, 8, "any")
-        budget = sum(max(c.cost for c in options) for options in choices.values()) // 3
-        solution = solve(choices, budget, max_states=max_states)
-        check(choices, budget, solution, by_table(choices, budget), exact=False)
-        if solution is not None:
-            assert solution.gap == (solution.loss - solution.lower_bound) / solution.loss
-            gaps.append(solution.gap)
-    assert 0 <= min(gaps) <= max(gaps) < 0.3
-    assert (max(gaps) > 1e-6) or max_states > 1
-
-
-def test_more_budget_never_loses_more():
-    choices = made_up(3, 12, 8, "any")
-    cheapest = sum(min(c.cost for c in options) for options in choices.values())
-    assert solve(choices, cheapest - 1) is None
-    losses = [s.loss for budget in range(cheapest, cheapest + 400, 2) if (s := solve(choices, budget)) is not None]
-    assert len(losses) == 200
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] == pytest.approx(sum(min(c.loss for c in options) for options in choices.values()))
-
-
-def test_the_knapsack_by_hand():
-    """Rank 2 of a and dense b cost 9 and lose 1; for 8, b falls back to rank 1, and a has nothing to spend 2 on."""
-    choices = {
-        "a": [Choice(1, 1, 3.0), Choice(2, 3, 1.0)],
-        "b": [Choice(1, 2, 1.0), Choice(3, 4, 1.0), Choice(None, 6, 0.0)],
-    }
-    assert solve(choices, 9) == Solution({"a": Choice(2, 3, 1.0), "b": Choice(None, 6, 0.0)}, 9, 1.0, 1.0)
-    assert solve(choices, 8) == Solution({"a": Choice(2, 3, 1.0), "b": Choice(1, 2, 1.0)}, 5, 2.0, 2.0)
-    assert solve(choices, 3) == Solution({"a": Choice(1, 1, 3.0), "b": Choice(1, 2, 1.0)}, 3, 4.0, 4.0)
-    assert solve(choices, 2) is None
-
-
-def test_without_any_loss_the_cheapest_is_taken():
-    options = [Choice(None, 7, 0.0), Choice(1, 3, 0.0), Choice(2, 3, 0.0)]
-    solution = solve({"a": options, "b": options}, 100)
-    assert solution == Solution({"a": options[1], "b": options[1]}, 6, 0.0, 0.0)
-    assert solution.gap == 0
-    assert solve({}, 0) == Solution({}, 0, 0.0, 0.0)
-
-
-def test_costs_of_a_large_model():
-    """Ten times the parameters of a 7B model in bytes: far above 2^32, and a slack of one part of it decides."""
-    unit = 10**10
-    choices = {name: [Choice(1, unit, 2.0), Choice(2, 2 * unit + at, 1.0)] for at, name in enumerate("abc")}
-    for budget, loss in ((4 * unit - 1, 6.0), (4 * unit, 5.0), (5 * unit, 5.0), (5 * unit + 1, 4.0)):
-        solution = solve(choices, budget)
-        assert solution is not None
-        assert solution.loss == loss
-    assert solve(choices, 3 * unit - 1) is None
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_the_order_of_the_targets_changes_nothing(seed: int):
-    choices = made_up(seed, 12, 6, "ties")
-    budget = sum(max(c.cost for c in options) for options in choices.values()) // 2
-    first = solve(choices, budget)
-    shuffled = [f"t{index}" for index in np.random.default_rng(seed).permutation(len(choices))]
-    assert first == solve({name: choices[name] for name in shuffled}, budget)
-    assert first == solve(choices, budget)
-
-
-def test_losses_that_are_not_numbers_and_targets_without_choices_are_refused():
-    with pytest.raises(ValueError, match="b has no choice: give at least one rank, or dense"):
-        solve({"a": [Choice(1, 1, 1.0)], "b": []}, 5)
-    for bad in (math.nan, math.inf):
-        with pytest.raises(ValueError, match=r"a: losses must be finite, got \[0\.0, (nan|inf)\]"):
-            solve({"a": [Choice(1, 1, 0.0), Choice(2, 2, bad)]}, 5)
 
 
 # --- loss ---
@@ -198,14 +50,20 @@ def test_losses_that_are_not_numbers_and_targets_without_choices_are_refused():
 def test_every_rank_below_break_even_is_offered_and_dense():
     """A 10 x 10 linear has 20 parameters a rank and 100 dense: rank 4 is smaller, rank 5 is not."""
     linear, losses = target(10, 10), torch.arange(11.0).flip(0)
-    offered = [Choice(1, 20, 9.0), Choice(2, 40, 8.0), Choice(3, 60, 7.0), Choice(4, 80, 6.0), Choice(None, 100, 0.0)]
-    assert loss_choices(linear, losses, Target.params, 1) == offered
-    assert loss_choices(linear, losses, Target.params, 2) == [offered[1], offered[3], offered[4]]
+    offered = [Choice(Chosen("pair", rank), 20 * rank, 10.0 - rank) for rank in (1, 2, 3, 4)]
+    dense = Choice(None, 100, 0.0)
+
+    def asked(*targets: Target, round_to: int = 1) -> Question:
+        return Question(targets, Budget("--target-params", 100, 0, form_params), ("pair",), round_to=round_to)
+
+    for round_to, ranks in ((1, offered), (2, offered[1::2])):
+        (unit,) = units_of(asked(linear, round_to=round_to), {"linear": losses})
+        assert unit.alternatives == [{"linear": [dense, *ranks]}]
     # A budget for break-even of one and rank 1 of the other buys that.
-    targets = [target(10, 10, "a"), target(10, 10, "b")]
-    solution = loss_ranks(targets, {"a": 100 * losses, "b": losses}, Target.params, 100, 1)
+    question = asked(target(10, 10, "a"), target(10, 10, "b"))
+    solution = least_loss(question, {"a": 100 * losses, "b": losses})
     assert solution is not None
-    assert {name: choice.rank for name, choice in solution.choices.items()} == {"a": 4, "b": 1}
+    assert {name: choice.what for name, choice in solution.choices.items()} == pairs({"a": 4, "b": 1})
 
 
 # --- STRS ---
@@ -442,7 +300,7 @@ def test_effective_ranks_fit_every_budget_and_use_it(seed: int):
     itemsize = int(generator.choice([1, 2]))
     cost = in_units_of(itemsize)
     dense = itemsize * sum(t.num_weights for t in targets)
-    least = itemsize * sum(min(t.factor_params(round_to), t.num_weights) for t in targets)
+    least = itemsize * sum(min(pair_params(t, round_to), t.num_weights) for t in targets)
     assert effective_ranks(targets, energies, dense, round_to, cost) == {}
     with pytest.raises(InputError, match="does not pay for the least ranks"):
         effective_ranks(targets, energies, least - 1, round_to, cost)
@@ -490,8 +348,8 @@ def test_the_shift_is_counted_in_parameters(names: tuple[str, str, str]):
     plain = effective_ranks(targets, energies, budget, shift=0.0)
     shifted = effective_ranks(targets, energies, budget)
     q, k, v, o = targets
-    given = SHIFT * (q.factor_params(plain[q.name]) + k.factor_params(plain[k.name]))
-    assert v.factor_params(shifted[v.name] - plain[v.name]) == pytest.approx(given, abs=2 * size(v))
+    given = SHIFT * (pair_params(q, plain[q.name]) + pair_params(k, plain[k.name]))
+    assert pair_params(v, shifted[v.name] - plain[v.name]) == pytest.approx(given, abs=2 * size(v))
     for t in (q, k):
         assert shifted[t.name] == pytest.approx((1 - SHIFT) * plain[t.name], abs=1.5)
     assert abs(shifted[o.name] - plain[o.name]) <= 1

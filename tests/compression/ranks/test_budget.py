@@ -16,9 +16,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from families import tiny_config, tiny_model
-from runs import target
+from runs import pair_params, pairs, ranks_in, target
 from svdllm.checkpoint.tensors import (
-    compressed_tensors,
     file_bytes,
     num_params,
     shard_names,
@@ -26,8 +25,9 @@ from svdllm.checkpoint.tensors import (
     tensor_bytes,
 )
 from svdllm.common.errors import InputError
+from svdllm.compression.forms.layout import compressed_tensors
 from svdllm.compression.ranks import Evidence
-from svdllm.compression.ranks.budget import choose_ranks
+from svdllm.compression.ranks.budget import choose_forms
 from svdllm.compression.ranks.predicted_sizes import WrittenFiles
 from svdllm.compression.ranks.strs import candidate_ranks
 from svdllm.compression.ranks.uniform import exact_floor, fill_budget, uniform_rank, uniform_ranks
@@ -42,11 +42,11 @@ register_all()
 
 
 def plain(**settings: Any) -> Recipe:
-    return Recipe(**(PLAIN | settings))
+    return Recipe(**(PLAIN | {"forms": None if "ranks" in settings else ("pair",)} | settings))
 
 
 def ranks_of(recipe: Recipe, structure: Structure, stored: Any, evidence: Evidence | None = None) -> dict[str, int]:
-    return choose_ranks(recipe, structure, WrittenFiles(stored, structure.targets), evidence).ranks
+    return ranks_in(choose_forms(recipe, structure, WrittenFiles(stored, structure.targets), evidence).forms)
 
 
 def made_up(
@@ -123,7 +123,7 @@ def test_break_even_is_never_reached():
     for shape in ((8, 8), (7, 9), (1, 50), (50, 1), (2, 2), (576, 1536), (3, 5)):
         linear = target(*shape)
         rank = linear.break_even_rank
-        assert linear.factor_params(rank) < linear.num_weights <= linear.factor_params(rank + 1)
+        assert pair_params(linear, rank) < linear.num_weights <= pair_params(linear, rank + 1)
         for round_to in (1, 2, 8):
             for ratio in (1e-12, 1e-9, 1e-3):
                 assert uniform_rank(linear, ratio, round_to) <= rank
@@ -170,7 +170,7 @@ def test_the_ranks_of_a_filled_budget_are_uniform(ratio: float):
     shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
     targets = [target(*shape, name=str(index)) for index, shape in enumerate(shapes)]
     uniform = uniform_ranks(targets, ratio)
-    filled = fill_budget(targets, sum(t.factor_params(uniform[t.name]) for t in targets))
+    filled = fill_budget(targets, sum(pair_params(t, uniform[t.name]) for t in targets))
     assert filled is not None
     assert max(abs(filled[name] - uniform[name]) for name in uniform) <= 1
 
@@ -184,21 +184,21 @@ def check_budget(recipe: Recipe, structure: Structure, stored: Any) -> bool:
         if not re.search("cannot be met|nothing to compress|leaves rank 0|nothing is left", str(error)):
             raise
         return False
-    written = compressed_tensors(stored, structure.targets, ranks)
+    written = compressed_tensors(stored, structure.targets, pairs(ranks))
     for name, rank in ranks.items():
         assert 1 <= rank <= by_name[name].break_even_rank
         assert rank % recipe.round_to == 0
     size, budget, slack = num_params, recipe.target_params, 0
     if recipe.target_size is not None:
         size, budget = file_bytes, recipe.target_size
-        slack = WrittenFiles(stored, structure.targets).most_bytes(ranks, budget) - file_bytes(written)
+        slack = WrittenFiles(stored, structure.targets).most_bytes(pairs(ranks), budget) - file_bytes(written)
         assert 0 <= slack < 60 + 16 * len(written)  # the digits of a few offsets
     assert budget is not None
     assert size(written) <= budget
     for name, rank in ranks.items():
         overridden = any(re.search(pattern, name) for pattern in recipe.overrides)
         if not overridden and rank + recipe.round_to <= by_name[name].break_even_rank:
-            larger = compressed_tensors(stored, structure.targets, {**ranks, name: rank + recipe.round_to})
+            larger = compressed_tensors(stored, structure.targets, pairs({**ranks, name: rank + recipe.round_to}))
             assert size(larger) + slack > budget, f"{name} could have had {rank + recipe.round_to}"
     return True
 
@@ -347,13 +347,13 @@ def test_overrides_that_leave_everything_dense_are_an_error(llama):
 
 
 def test_compressed_tensors_by_hand():
-    linear = target(4, 6, "m.q")
+    linear = replace(target(4, 6, "m.q"), has_bias=True)
     stored = {
         "m.q.bias": ((4,), torch.float32),
         "m.q.weight": ((4, 6), torch.bfloat16),
         "m.k.weight": ((4, 6), torch.bfloat16),
     }
-    assert compressed_tensors(stored, [linear], {"m.q": 2}) == {
+    assert compressed_tensors(stored, [linear], pairs({"m.q": 2})) == {
         "m.q.svd_u.bias": ((4,), torch.float32),
         "m.q.svd_v.weight": ((2, 6), torch.bfloat16),
         "m.q.svd_u.weight": ((4, 2), torch.bfloat16),
@@ -394,7 +394,7 @@ def test_file_bytes_of_mixed_dtypes_is_exact(tmp_path: Path):
 def test_file_bytes_of_a_compressed_model_in_shards_is_exact(tmp_path: Path):
     structure, stored = tiny("qwen2")
     ranks = ranks_of(plain(ratio=0.4), structure, stored)
-    written = compressed_tensors(stored, structure.targets, ranks)
+    written = compressed_tensors(stored, structure.targets, pairs(ranks))
     for limit in (1, 3_000, 10_000, 10**9):
         sizes = [
             write({name: written[name] for name in names}, tmp_path / f"{number}.safetensors")
@@ -405,7 +405,7 @@ def test_file_bytes_of_a_compressed_model_in_shards_is_exact(tmp_path: Path):
 
 def test_shards_keep_pairs_together_and_their_limit(llama):
     structure, stored = llama
-    written = compressed_tensors(stored, structure.targets, ranks_of(plain(ratio=0.2), structure, stored))
+    written = compressed_tensors(stored, structure.targets, pairs(ranks_of(plain(ratio=0.2), structure, stored)))
     for limit in (1, 2_000, 7_000, 20_000, 10**9):
         shards = shard_names(written, limit)
         assert [name for shard in shards for name in shard] == list(written)
@@ -432,7 +432,7 @@ def test_num_params_is_what_transformers_counts(family: str):
     ranks = ranks_of(plain(ratio=0.3), structure, stored)
     settings = {"format_version": 1, "base_model_type": family, "ranks": ranks}
     model = AutoModelForCausalLM.from_config(low_rank_config(tiny_config(family), settings))
-    written = compressed_tensors(stored, structure.targets, ranks)
+    written = compressed_tensors(stored, structure.targets, pairs(ranks))
     assert num_params(written) == model.num_parameters()
     assert set(written) <= set(model.state_dict())
 
@@ -473,7 +473,7 @@ def test_chosen_ranks_keep_every_budget(allocation: str, seed: int):
     for budget in budgets:
         recipe = plain(**budget, allocation=allocation)
         evidence = evidence_for(structure, recipe, seed)
-        written = compressed_tensors(stored, structure.targets, ranks_of(recipe, structure, stored, evidence))
+        written = compressed_tensors(stored, structure.targets, pairs(ranks_of(recipe, structure, stored, evidence)))
         if "ratio" in budget:
             limit = num_params(stored) - budget["ratio"] * structure.num_target_params
             assert num_params(written) <= limit + 1e-6
@@ -488,8 +488,8 @@ def test_allocation_by_loss_spends_where_it_hurts_and_says_how_sure_it_is():
     flat = torch.ones(16, dtype=torch.float64)
     evidence = Evidence({"b.0": flat, "b.1": flat}, {"b.0": {1: 9.0}, "b.1": {1: 0.1}})
     recipe = plain(ratio=0.4, allocation="loss")
-    found = choose_ranks(recipe, structure, WrittenFiles(stored, structure.targets), evidence)
-    assert found.ranks == {"b.1": 1}  # 16 * 16 + 32 of 307: the other stays dense
+    found = choose_forms(recipe, structure, WrittenFiles(stored, structure.targets), evidence)
+    assert ranks_in(found.forms) == {"b.1": 1}  # 16 * 16 + 32 of 307: the other stays dense
     assert found.predicted_loss == pytest.approx(0.1)
     assert found.gap == 0.0
 
@@ -500,7 +500,7 @@ def test_added_biases_count_against_the_budget():
     for allocation in ("uniform", "v2", "effective-rank", "loss", "strs"):
         recipe = plain(ratio=0.3, allocation=allocation)
         ranks = ranks_of(recipe, structure, stored, evidence_for(structure, recipe))
-        written = compressed_tensors(stored, structure.targets, ranks)
+        written = compressed_tensors(stored, structure.targets, pairs(ranks))
         assert num_params(written) <= num_params(stored) - 0.3 * structure.num_target_params
         assert all(f"{name}.svd_u.bias" in written for name in ranks)
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import svdllm
 from families import tiny_model
-from runs import run, save_dense, small_recipe
+from runs import pairs, ranks_in, run, save_dense, small_recipe
 from svdllm.checkpoint.quantized import ENTRY_BYTES, NOTE_BYTES
 from svdllm.checkpoint.report import read_report
 from svdllm.checkpoint.tensors import (
@@ -30,12 +30,15 @@ from svdllm.checkpoint.weight_sizes import weight_bytes
 from svdllm.cli import main
 from svdllm.common.errors import InputError
 from svdllm.comparison.variants import variants_of
+from svdllm.compression.forms import FORMS
 from svdllm.compression.ranks.predicted_sizes import EMPTY_QUANTIZED_BYTES, QuantizedFiles
 from svdllm.compression.recipe_files import load_settings, make_recipe
 from svdllm.compression.subject import structure_for
 from svdllm.export.quantize import quantize
+from svdllm.models.chosen import Chosen, Forms
 from svdllm.models.open import open_config
 from svdllm.models.skeleton import build_skeleton
+from svdllm.models.structure import Target
 
 WIDE: dict[str, Any] = {"hidden_size": 160, "intermediate_size": 240}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -62,7 +65,7 @@ def size(folder: Path) -> int:
 
 def budget_of(files: QuantizedFiles, least: int) -> int:
     """Half-way between the dense model and the least ranks, once quantised."""
-    return (files.num_bytes({}) + files.num_bytes({target.name: least for target in files.targets})) // 2
+    return (files.num_bytes({}) + files.num_bytes(pairs({target.name: least for target in files.targets}))) // 2
 
 
 def check(dense: Path, work: Path, bits: int, **settings: Any) -> None:
@@ -72,27 +75,36 @@ def check(dense: Path, work: Path, bits: int, **settings: Any) -> None:
     budget = budget_of(files, settings["round_to"])
     recipe = small_recipe(**settings, target_size=budget, factor_bits=bits)
     result = run(dense, work / "small", recipe=recipe)
-    ranks = result.plan.ranks
+    forms = result.plan.forms
     quantize(work / "small", work / "few", bits=bits)
     predicted = result.plan.sizes.quantized_file_bytes
     assert predicted is not None
     assert predicted <= budget
-    assert_close_from_above(predicted, files, ranks, work / "few")
+    assert_close_from_above(predicted, files, forms, work / "few")
     assert result.plan.file_bytes == size(work / "small")
     if recipe.allocation == "strs":
         return  # which takes the ranks of one threshold and no more
-    for target in files.targets:
-        raised = ranks.get(target.name, target.full_rank) + recipe.round_to
-        if raised <= target.break_even_rank and not any(re.search(fixed, target.name) for fixed in recipe.overrides):
-            assert files.num_bytes({**ranks, target.name: raised}) > budget, target.name
+    targets = {target.name: target for target in files.targets}
+    for name, chosen in forms.items():
+        raised = replace(chosen, size=chosen.size + recipe.round_to)
+        may_rise = raised.size in FORMS[chosen.form].sizes(targets[name], recipe.round_to)
+        if may_rise and not any(re.search(fixed, name) for fixed in recipe.overrides):
+            assert files.num_bytes({**forms, **dict.fromkeys(together(targets[name], files, chosen), raised)}) > budget
 
 
-def assert_close_from_above(predicted: int, files: QuantizedFiles, ranks: dict[str, int], folder: Path) -> None:
+def together(target: Target, files: QuantizedFiles, chosen: Chosen) -> list[str]:
+    """Names of the targets that have the same size in any case: those of an MLP that is narrowed."""
+    if not FORMS[chosen.form].of_mlps or target.inner is None:
+        return [target.name]
+    return [other.name for other in files.targets if other.inner is not None and other.inner.mlp == target.inner.mlp]
+
+
+def assert_close_from_above(predicted: int, files: QuantizedFiles, forms: Forms, folder: Path) -> None:
     """The bytes of weights are exact; of headers there may be less, by the margin of a few hundred bytes a tensor."""
     found = weight_bytes(folder)
     assert found.files == size(folder) <= predicted
     margin = predicted - found.files
-    tensors = files.tensors(ranks)
+    tensors = files.tensors(forms)
     count = len(list(folder.glob("*.safetensors")))
     assert margin < (count + 1) * (EMPTY_QUANTIZED_BYTES + (ENTRY_BYTES + NOTE_BYTES) * len(tensors))
 
@@ -137,8 +149,8 @@ def test_a_second_factor_of_rank_one_is_left_as_it_is(bits: int, tmp_path: Path)
     name = "model.layers.0.self_attn.q_proj.svd_u"
     assert result.left[name] == "a linear of one input, of which torchao has no form"
     files = files_of(dense, bits)
-    ranks = {t.name: 1 for t in files.targets if t.name.endswith("q_proj")}
-    assert_close_from_above(files.num_bytes(ranks), files, ranks, tmp_path / "few")
+    forms = pairs({t.name: 1 for t in files.targets if t.name.endswith("q_proj")})
+    assert_close_from_above(files.num_bytes(forms), files, forms, tmp_path / "few")
     assert svdllm.verify(tmp_path / "few")
 
 
@@ -159,9 +171,9 @@ def test_several_files(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys.modules["svdllm.export.quantize"], "SHARD_BYTES", 60_000)
     quantize(tmp_path / "small", tmp_path / "few", bits=bits)
     assert len(list((tmp_path / "few").glob("*.safetensors"))) > 2
-    assert files_of(dense, bits).num_bytes(ranks) < size(tmp_path / "few")  # which counts on one file
+    assert files_of(dense, bits).num_bytes(pairs(ranks)) < size(tmp_path / "few")  # which counts on one file
     monkeypatch.setattr("svdllm.checkpoint.tensors.SHARD_BYTES", 60_000)
-    assert files_of(dense, bits).num_bytes(ranks) >= size(tmp_path / "few")
+    assert files_of(dense, bits).num_bytes(pairs(ranks)) >= size(tmp_path / "few")
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -192,28 +204,28 @@ def test_of_a_model_of_real_size_the_margin_is_below_half_a_percent(bits: int) -
     skeleton = build_skeleton(config)
     structure = structure_for(skeleton, small_recipe())
     files = QuantizedFiles.of(skeleton, structure.targets, torch.bfloat16, bits)
-    ranks = {target.name: target.break_even_rank // 32 * 16 for target in structure.targets}
-    headers = sum(ENTRY_BYTES + NOTE_BYTES + 5 * len(name) for name in files.tensors(ranks)) + EMPTY_QUANTIZED_BYTES
-    assert 0.65 * headers < 0.005 * files.num_bytes(ranks)
+    forms = pairs({target.name: target.break_even_rank // 32 * 16 for target in structure.targets})
+    headers = sum(ENTRY_BYTES + NOTE_BYTES + 5 * len(name) for name in files.tensors(forms)) + EMPTY_QUANTIZED_BYTES
+    assert 0.65 * headers < 0.005 * files.num_bytes(forms)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_shares_add_up(bits: int, tmp_path: Path) -> None:
     files = files_of(save_dense(tmp_path / "dense", "qwen2", **WIDE), bits)
-    ranks = {target.name: 16 for target in files.targets[::2]}
-    total = files.num_bytes(ranks)
-    tensors = files.tensors(ranks)
+    forms = pairs({target.name: 16 for target in files.targets[::2]})
+    total = files.num_bytes(forms)
+    tensors = files.tensors(forms)
     for part in (files.part(target) for target in files.targets):
-        found = part.tensors({name: rank for name, rank in ranks.items() if name == part.targets[0].name})
+        found = part.tensors({name: chosen for name, chosen in forms.items() if name == part.targets[0].name})
         assert found == {name: tensors[name] for name in found}
     inside = sum(
-        files.part(target).share({name: rank for name, rank in ranks.items() if name == target.name}, total)
+        files.part(target).share({name: chosen for name, chosen in forms.items() if name == target.name}, total)
         for target in files.targets
     )
     whole = {target.name for target in files.targets}
     others = {name: entry for name, entry in files.dense.items() if name.rpartition(".")[0] not in whole}
     outside = replace(files, dense=others, targets=[]).share({}, total)
-    assert EMPTY_QUANTIZED_BYTES + inside + outside == files.most_bytes(ranks, total)
+    assert EMPTY_QUANTIZED_BYTES + inside + outside == files.most_bytes(forms, total)
 
 
 # what is said
@@ -274,7 +286,7 @@ def test_one_analysis_serves_every_number_of_bits(tmp_path: Path) -> None:
     for bits, budget in ((None, 600_000), (8, 430_000), (4, 430_000)):
         recipe = small_recipe(target_size=budget, factor_bits=bits, round_to=16)
         result = run(dense, tmp_path / f"{bits}", recipe=recipe, analysis_dir=tmp_path / "analysis")
-        ranks.append(sum(result.plan.ranks.values()))
+        ranks.append(sum(ranks_in(result.plan.forms).values()))
     assert ranks == sorted(set(ranks))
 
 
@@ -285,11 +297,11 @@ def test_before_the_analysis_ranks_of_the_same_size_stand_in(tmp_path: Path) -> 
     budget = budget_of(files, 16)
     recipe = small_recipe(target_size=budget, factor_bits=4, round_to=16, allocation="loss")
     (planned,) = svdllm.plan(dense, recipe)
-    assert not planned.ranks_known
+    assert not planned.forms_known
     assert planned.sizes.quantized_file_bytes is not None
     assert 0.97 * budget < planned.sizes.quantized_file_bytes <= budget
-    assert {rank % 16 for rank in planned.ranks.values()} == {0}
-    assert set(planned.ranks) == {target.name for target in files.targets}
+    assert {rank % 16 for rank in ranks_in(planned.forms).values()} == {0}
+    assert set(planned.forms) == {target.name for target in files.targets}
     check(dense, tmp_path, 4, allocation="loss", ignore=("k_proj", "v_proj"))
 
 

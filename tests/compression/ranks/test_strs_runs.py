@@ -12,8 +12,8 @@ from torch import Tensor
 
 import svdllm
 from families import tiny_model
-from runs import digests, run, small_recipe, token_windows
-from svdllm.compression.probe import probe_ids, probe_ranks, probe_tokens
+from runs import digests, pair_params, ranks_in, run, small_recipe, token_windows
+from svdllm.compression.probe import probe_ids, probe_sizes, probe_tokens
 from svdllm.models.discover import discover
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.structure import Structure
@@ -42,7 +42,7 @@ def scanned(structure: Structure, losses: dict[str, dict[int, float]], budget: f
         passing = {name: [r for r, loss in measured.items() if loss <= threshold] for name, measured in losses.items()}
         ranks = {name: min(found) for name, found in passing.items() if found}
         kept = sum(
-            t.factor_params(ranks[t.name]) if t.name in ranks else t.num_weights
+            pair_params(t, ranks[t.name]) if t.name in ranks else t.num_weights
             for t in structure.targets
             if t.name in losses
         )
@@ -69,11 +69,12 @@ def test_losses_are_those_of_compressed_models_and_ranks_those_of_a_scan(
     folder = tmp_path / "analysis"
     results = svdllm.compress_many(model, recipe, tmp_path / "out", calibration=ids, analysis_dir=folder)
     losses = probes_of(folder)
-    assert {name: list(measured) for name, measured in losses.items()} == probe_ranks(recipe, structure)
+    assert {name: list(measured) for name, measured in losses.items()} == probe_sizes(recipe, structure)
     for result, ratio in zip(results, (0.2, 0.35, 0.6), strict=True):
-        assert result.plan.ranks == scanned(structure, losses, (1 - ratio) * structure.num_target_params)
+        ranks = ranks_in(result.plan.forms)
+        assert ranks == scanned(structure, losses, (1 - ratio) * structure.num_target_params)
         assert result.plan.achieved_ratio >= ratio
-        assert result.plan.allocation.threshold == max(losses[name][rank] for name, rank in result.plan.ranks.items())
+        assert result.plan.allocation.threshold == max(losses[name][rank] for name, rank in ranks.items())
 
     probed = probe_ids(ids, probe_tokens(recipe, structure, build_skeleton(model.config)))
     assert probed.numel() > 32
@@ -90,7 +91,7 @@ def test_budgets_of_the_whole_model_overrides_and_what_is_ignored(budget: dict[s
     overrides = {r"0\.mlp\.down_proj": 0.5, r"1\.mlp\.down_proj": 0.0}
     recipe = small_recipe(method="asvd", ignore=["q_proj"], overrides=overrides, **budget, **STRS)
     result = run(model, tmp_path / "out", ids=ids, recipe=recipe, analysis_dir=folder)
-    losses, ranks = probes_of(folder), dict(result.plan.ranks)
+    losses, ranks = probes_of(folder), ranks_in(result.plan.forms)
     assert ranks.pop("model.layers.0.mlp.down_proj") == 9  # 0.5 * 32 * 48 / 80 = 9.6
     free = {name: measured for name, measured in losses.items() if "down_proj" not in name}
     assert ranks
@@ -116,7 +117,7 @@ def test_plain_svd_reads_text_for_the_probes_only(tmp_path: Path) -> None:
     assert len({report["source"]["calibration_fingerprint"] for report in reports}) == 2
     assert results[0].plan.allocation.threshold != results[1].plan.allocation.threshold
     kept = [{row["name"]: row["kept_energy"] for row in report["linears"]} for report in reports]
-    same = [name for name, rank in results[0].plan.ranks.items() if results[1].plan.ranks.get(name) == rank]
+    same = [name for name, chosen in results[0].plan.forms.items() if results[1].plan.forms.get(name) == chosen]
     assert same
     assert [kept[0][name] for name in same] == [kept[1][name] for name in same]
     with pytest.raises(svdllm.InputError, match="nowhere"):
@@ -127,7 +128,7 @@ def test_a_shared_analysis_keeps_the_probes_of_each_allocation_apart(tmp_path: P
     model, ids, folder = tiny_model("llama"), token_windows(), tmp_path / "analysis"
     for name, settings in {
         "strs": STRS,
-        "loss": STRS | {"allocation": "loss"},
+        "loss": STRS | {"allocation": "loss", "forms": ("pair",)},
         "other ranks": STRS | {"strs_ratios": (0.3, 0.6), "round_to": 4},
     }.items():
         recipe = small_recipe(method="asvd", **settings)
@@ -142,7 +143,9 @@ def test_a_shared_analysis_keeps_the_probes_of_each_allocation_apart(tmp_path: P
 
 def test_a_budget_below_the_highest_ratio_is_refused_before_work(tmp_path: Path) -> None:
     recipe = small_recipe(ratio=0.7, method="asvd", allocation="strs", strs_ratios=(0.6, 0.2))
-    with pytest.raises(svdllm.InputError, match=r"every rank at its least \(that of ratio 0\.6\).*in --strs-ratios\.$"):
+    with pytest.raises(
+        svdllm.InputError, match=r"every linear at its least \(that of ratio 0\.6\).*in --strs-ratios\.$"
+    ):
         run(tiny_model("llama"), tmp_path / "out", recipe=recipe)
     assert list(tmp_path.iterdir()) == []
 

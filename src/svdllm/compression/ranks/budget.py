@@ -1,38 +1,40 @@
-"""From a budget to ranks."""
+"""From a budget to forms and sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from svdllm.checkpoint.quantized import NVFP4_GROUP
-from svdllm.checkpoint.tensors import Tensors, elastic_tensors, file_bytes, tensor_bytes
+from svdllm.checkpoint.tensors import Tensors, file_bytes, tensor_bytes
 from svdllm.common.errors import InputError
+from svdllm.compression.forms import FORMS
+from svdllm.compression.forms.layout import elastic_tensors
 from svdllm.compression.ranks import ALLOCATIONS
-from svdllm.compression.ranks.given import explicit_ranks, free_and_fixed, overridden, require_ranks_above_zero
+from svdllm.compression.ranks.given import explicit_forms, free_and_fixed, overridden, require_sizes_above_zero
 from svdllm.compression.ranks.linear_times import LinearTimes
 from svdllm.compression.ranks.predicted_sizes import WrittenFiles
-from svdllm.compression.ranks.question import Allocation, Evidence, Question, Ranks
+from svdllm.compression.ranks.question import Allocation, Evidence, Question, Unit
 from svdllm.compression.ranks.uniform import exact_floor, fill_budget, uniform_rank, uniform_ranks
 from svdllm.compression.ranks.units import unit_of_size, unit_of_time
 from svdllm.compression.recipe import Recipe
+from svdllm.models.chosen import Chosen, Forms
 from svdllm.models.structure import Structure, Target
 
 
-def choose_ranks(
+def choose_forms(
     recipe: Recipe, structure: Structure, files: WrittenFiles, evidence: Evidence | None = None
 ) -> Allocation:
-    """The rank of every factorised target; the others stay dense.
+    """The form and size of every compressed target; the others stay dense.
 
-    ``files`` compute the size of the weight files for given ranks: as written, or quantised. Without ``evidence``,
-    uniform ranks stand in for the ranks of an allocation that needs spectra.
+    ``files`` compute the size of the weight files for given forms: as written, or quantised. Without ``evidence``,
+    uniform ranks stand in for the forms of an allocation that needs spectra.
 
     Raises:
         InputError: a pattern matches nothing, a rank would be 0, or the budget cannot be met; says what can.
     """
     targets = structure.targets
     if recipe.ranks is not None:
-        return Allocation(explicit_ranks(recipe.ranks, targets))
+        return Allocation(explicit_forms(recipe.ranks, structure))
     free, fixed = free_and_fixed(recipe, targets)
     row = ALLOCATIONS[recipe.allocation]
     known = evidence is not None or not row.needs_spectra
@@ -43,47 +45,60 @@ def choose_ranks(
         if row.leaves_dense:
             question.require_met(row.least(question, recipe))
         chosen = row.allocate(question, evidence or Evidence(), recipe) if known else _stand_in(question, recipe)
-    ranks = fixed | chosen.ranks
-    require_ranks_above_zero(ranks, targets, recipe)
-    if not ranks:
+    forms = fixed | dict(chosen.forms)
+    require_sizes_above_zero(forms, targets, recipe)
+    if not forms:
         raise InputError(
             f"The overrides leave all {len(targets)} linears dense: nothing is left to compress. Drop one of "
             f"{', '.join(map(repr, recipe.overrides))}."
         )
-    ordered = {target.name: ranks[target.name] for target in targets if target.name in ranks}
-    return replace(chosen, ranks=ordered)
+    return replace(chosen, forms={target.name: forms[target.name] for target in targets if target.name in forms})
+
+
+def require_places(recipe: Recipe, structure: Structure) -> None:
+    """Raises InputError if a form that the recipe names has no place in the model; one by default is left out."""
+    for name in recipe.forms or ():
+        if FORMS[name].of_mlps and not structure.mlp_targets:
+            raise InputError(
+                f"--forms {name} needs MLPs whose inner features are an elementwise function of linears and feed one "
+                f"linear alone; this model has none that may be compressed whole. Leave {name} out."
+            )
 
 
 def require_fast_enough(recipe: Recipe, structure: Structure, times: LinearTimes) -> None:
-    """Raises InputError if not even the least ranks are as fast as ``target_speedup``; says what is."""
+    """Raises InputError if not even the least sizes are as fast as ``target_speedup``; says what is."""
     free, fixed = free_and_fixed(recipe, structure.targets)
-    question = Question(free, unit_of_time(recipe, structure, free, fixed, times), recipe.round_to)
+    question = _asked(recipe, structure, free, unit_of_time(recipe, structure, free, fixed, times))
     question.require_met(ALLOCATIONS[recipe.allocation].least(question, recipe))
 
 
-def spare_ranks(recipe: Recipe, structure: Structure, ranks: Mapping[str, int]) -> Ranks:
-    """The largest rank that an allocation may give, at a higher ratio, to each linear that it leaves dense here.
+def spare_forms(recipe: Recipe, structure: Structure, forms: Forms) -> dict[str, Chosen]:
+    """The largest pair that an allocation may give, at a higher ratio, to each linear that it leaves dense here.
 
     Linears that an override leaves dense are dense at every ratio, and not in the result.
     """
     by_override = overridden(recipe, structure.targets)
     spare = {t.name: t.break_even_rank // recipe.round_to * recipe.round_to for t in structure.targets}
-    return {name: rank for name, rank in spare.items() if rank and name not in ranks and name not in by_override}
+    return {
+        name: Chosen("pair", rank)
+        for name, rank in spare.items()
+        if rank and name not in forms and name not in by_override
+    }
 
 
-def elastic_bytes(recipe: Recipe, structure: Structure, stored: Tensors, ranks: Mapping[str, int], known: bool) -> int:
+def elastic_bytes(recipe: Recipe, structure: Structure, stored: Tensors, forms: Forms, known: bool) -> int:
     """Exact size of the elastic files; 0 without any.
 
-    If the ranks are not ``known`` yet, an upper bound: the linears that stay dense take no more than the budget.
+    If the forms are not ``known`` yet, an upper bound: the linears that stay dense take no more than the budget.
     """
     if not recipe.elastic:
         return 0
     if known:
-        return file_bytes(elastic_tensors(structure, stored, spare_ranks(recipe, structure, ranks)))
+        return file_bytes(elastic_tensors(structure, stored, spare_forms(recipe, structure, forms)))
     if not ALLOCATIONS[recipe.allocation].leaves_dense:
         return file_bytes(elastic_tensors(structure, stored, {}))
     assert isinstance(recipe.ratio, float)
-    most = elastic_tensors(structure, stored, spare_ranks(recipe, structure, {}))
+    most = elastic_tensors(structure, stored, spare_forms(recipe, structure, {}))
     itemsize = max(stored[f"{target.linears[0]}.weight"][1].itemsize for target in structure.targets)
     budget = exact_floor((1 - recipe.ratio) * structure.num_target_params) * itemsize
     factors = tensor_bytes(most) - tensor_bytes(elastic_tensors(structure, stored, {}))
@@ -95,21 +110,30 @@ def _question(
     structure: Structure,
     files: WrittenFiles,
     free: list[Target],
-    fixed: Ranks,
+    fixed: Forms,
     evidence: Evidence | None,
 ) -> Question:
     if evidence is not None and evidence.times is not None:
         unit = unit_of_time(recipe, structure, free, fixed, evidence.times)
     else:
         unit = unit_of_size(recipe, files, free, fixed)
+    return _asked(recipe, structure, free, unit)
+
+
+def _asked(recipe: Recipe, structure: Structure, free: list[Target], unit: Unit) -> Question:
+    """The question of a recipe; an MLP of which an override fixes a linear is not narrowed."""
     assert not isinstance(recipe.ratio, tuple)
-    return Question(free, unit, recipe.round_to, recipe.ratio)
+    names = {target.name for target in free}
+    mlps = {
+        name: members for name, members in structure.mlp_targets.items() if names.issuperset(t.name for t in members)
+    }
+    return Question(free, unit, recipe.used_forms, mlps, recipe.round_to, recipe.ratio)
 
 
-def _about(free: list[Target], speedup: float) -> Ranks:
+def _about(free: list[Target], speedup: float) -> dict[str, Chosen]:
     """Uniform ranks of about the size that a speed-up needs: as if time were parameters."""
     ratio = 1 - 1 / speedup
-    return {t.name: max(1, uniform_rank(t, ratio)) for t in free if t.break_even_rank > 0}
+    return {t.name: Chosen("pair", max(1, uniform_rank(t, ratio))) for t in free if t.break_even_rank > 0}
 
 
 def _stand_in(question: Question, recipe: Recipe) -> Allocation:
@@ -118,10 +142,12 @@ def _stand_in(question: Question, recipe: Recipe) -> Allocation:
     if not row.leaves_dense:
         return ALLOCATIONS["uniform"].allocate(question, Evidence(), recipe)
     if question.ratio is not None:
-        return Allocation(uniform_ranks(free, question.ratio))
-    able = row.least(question, recipe).ranks
+        return Allocation(question.in_forms(uniform_ranks(free, question.ratio, forms=question.forms)))
+    able = row.least(question, recipe).forms
     dense = sum(unit.cost(target, None) for target in free if target.name not in able)
     step = NVFP4_GROUP if recipe.factor_bits == 4 else 1
-    ranks = fill_budget([target for target in free if target.name in able], unit.left - dense, step, unit.cost)
-    assert ranks is not None  # the least ranks fit
-    return Allocation(ranks)
+    free = [target for target in free if target.name in able]
+    ranks = fill_budget(free, unit.left - dense, step, question.cost, question.forms)
+    if ranks is None:  # the least sizes fit, but not as factors
+        return Allocation(able)
+    return Allocation(question.in_forms(ranks))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from svdllm.common.errors import InputError
-from svdllm.compression.ranks.question import Allocation, Cost, Evidence, Question, Ranks
+from svdllm.compression.ranks.question import Allocation, Evidence, Question, RankCost, Ranks
 from svdllm.compression.ranks.rows import Row
+from svdllm.compression.ranks.uniform import pair_params
 from svdllm.models.structure import Target
 
 # Share of the parameters of a block's q and k that goes to its v.
@@ -26,7 +27,7 @@ def effective_ranks(
     energies: Mapping[str, Tensor],
     budget: int,
     round_to: int = 1,
-    cost: Cost = Target.params,
+    cost: RankCost = pair_params,
     *,
     shift: float = SHIFT,
 ) -> Ranks:
@@ -122,7 +123,7 @@ def _role(name: str) -> str | None:
     return next((role for ending, role in ROLES.items() if name.endswith(ending)), None)
 
 
-def _prices(target: Target, round_to: int, cost: Cost) -> list[int]:
+def _prices(target: Target, round_to: int, cost: RankCost) -> list[int]:
     """The prices of the ranks that are cheaper than the dense matrix, ascending, then the price of the dense matrix."""
     dense = cost(target, None)
     factors = [cost(target, rank) for rank in range(round_to, target.break_even_rank + 1, round_to)]
@@ -156,7 +157,8 @@ def _rounded(
 
 def _allocate(question: Question, evidence: Evidence, settings: Any) -> Allocation:
     unit = question.unit
-    return Allocation(effective_ranks(question.targets, evidence.energies, unit.left, question.round_to, unit.cost))
+    ranks = effective_ranks(question.targets, evidence.energies, unit.left, question.round_to, question.cost)
+    return Allocation(question.in_forms(ranks))
 
 
 EFFECTIVE_RANK = Row(

@@ -1,47 +1,88 @@
-"""The multiple-choice knapsack: one choice per target, total cost within a budget, least total loss.
+"""The multiple-choice knapsack: what to do with every unit, total cost within a budget, least total loss.
+
+A unit has alternatives, of which exactly one is taken. In an alternative, each part takes one of its choices, whatever
+the others take, and their costs and losses add up. A linear is a unit with one alternative of one part; an MLP has two:
+its linears apart, or the whole at a smaller width.
 
 Three steps, after Pisinger ("A minimal algorithm for the multiple-choice knapsack problem", 1995):
 
-1. The linear relaxation is a walk down the lower convex hulls of all targets, steepest segment first. The slope at
+1. The linear relaxation is a walk down the lower convex hulls of all units, steepest segment first. The hull of a sum
+   of parts is made of the segments of their hulls; that of a unit is the hull of its alternatives' hulls. The slope at
    which the budget is spent prices cost, and gives a lower bound on the loss and a first solution.
-2. A choice whose loss plus priced cost exceeds the best of its target by more than the first solution exceeds the
-   bound is in no better solution, and is dropped.
-3. What is left is searched target by target, those that are nearest to a change of choice first. A state is a cost and
-   a loss; it is dropped if another state costs and loses no more, or if the linear relaxation of the targets still to
-   come shows that it cannot lead to a better solution.
+2. A choice whose loss plus priced cost exceeds the best of its unit by more than the first solution exceeds the bound
+   is in no better solution, and is dropped; so are sums of parts, which are few by then.
+3. What is left is searched unit by unit, those that are nearest to a change first. A state is a cost and a loss; it is
+   dropped if another state costs and loses no more, or if the linear relaxation of the units still to come shows that
+   it cannot lead to a better solution.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import fsum, gcd, inf, isfinite
 from sys import float_info
+from typing import Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-# Losses that differ by less than this share count as equal: sums in another order differ by as much.
-ROUNDING = 1e-12
+from svdllm.compression.ranks.knapsack_items import (
+    NOT_TAKEN,
+    Integers,
+    Item,
+    hull_segments,
+    outline,
+    pareto,
+    sums_within,
+    union,
+)
+from svdllm.compression.ranks.knapsack_search import ROUNDING, Incumbent, Stage, search
 
-Integers = NDArray[np.int64]
-Floats = NDArray[np.float64]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One thing that may be done with a target; ``rank`` is None where it stays dense."""
+class Choice(Generic[T]):
+    """One thing that may be done with a part, such as a form and a size."""
 
-    rank: int | None
+    what: T
     cost: int  # in the unit of the budget
-    loss: float  # finite; in any unit that adds up over targets
+    loss: float  # finite; in any unit that adds up over parts
 
 
 @dataclass(frozen=True)
-class Solution:
-    """One choice per target. No solution within the budget loses less than ``lower_bound``."""
+class Unit(Generic[T]):
+    """What may be done with a linear or an MLP: one of its alternatives, part name -> choices of this part.
 
-    choices: dict[str, Choice]  # in the order of the question
+    Raises:
+        ValueError: there is no alternative, an alternative has no part, a part has no choice, or a loss is not finite;
+            names the part.
+    """
+
+    alternatives: Sequence[Mapping[str, Sequence[Choice[T]]]]
+
+    def __post_init__(self) -> None:
+        if not self.alternatives or not all(self.alternatives):
+            raise ValueError(f"A unit needs an alternative, and each of them a part, got {self.alternatives}.")
+        for name, choices in chain.from_iterable(parts.items() for parts in self.alternatives):
+            if not choices:
+                raise ValueError(f"{name} has no choice: give at least one rank, or dense.")
+            if not all(isfinite(choice.loss) for choice in choices):
+                raise ValueError(f"{name}: losses must be finite, got {[choice.loss for choice in choices]}.")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parts of all alternatives, sorted."""
+        return sorted(set(chain.from_iterable(self.alternatives)))
+
+
+@dataclass(frozen=True)
+class Solution(Generic[T]):
+    """One choice for every part of the alternatives taken. None within the budget loses less than ``lower_bound``."""
+
+    choices: dict[str, Choice[T]]  # in the order of the units
     cost: int
     loss: float
     lower_bound: float
@@ -52,16 +93,16 @@ class Solution:
         return (self.loss - self.lower_bound) / max(abs(self.loss), float_info.min)
 
 
-def solve(choices: Mapping[str, Sequence[Choice]], budget: int, *, max_states: int = 100_000) -> Solution | None:
-    """The least total loss of one choice per target whose total cost is at most ``budget``.
+def solve(units: Sequence[Unit[T]], budget: int, *, max_states: int = 300_000) -> Solution[T] | None:
+    """The least total loss of one alternative per unit, one choice per part of it, within the budget.
 
-    Losses may take any course in cost. The answer does not depend on the order of the targets in the mapping; of
-    choices that are equal in cost and loss the first is taken.
+    Losses may take any course in cost. The answer does not depend on the order of the units; of choices that are equal
+    in cost and loss the first is taken.
 
     Args:
-        choices: what can be done with each target; at least one choice each.
+        units: what can be done with each unit. A name may be in several alternatives of one unit, but not in two units.
         budget: what may be spent, in the unit of the costs.
-        max_states: how many partial solutions are looked at for one target. Where there are more, those of the best
+        max_states: how many partial solutions are looked at for one unit. Where there are more, those of the best
             bounds are, and ``lower_bound`` falls to the least bound of the others.
 
     Returns:
@@ -69,141 +110,149 @@ def solve(choices: Mapping[str, Sequence[Choice]], budget: int, *, max_states: i
         the optimum; its gap then tells by how much at most. Otherwise the gap is 0.
 
     Raises:
-        ValueError: a target has no choice, or a loss is not finite; names the target.
+        ValueError: a name is in two units.
     """
-    names = sorted(choices)
-    items = [_undominated(name, choices[name]) for name in names]
-    capacity = budget - sum(int(item.costs[0]) for item in items)
+    _require_distinct(units)
+    order = sorted(range(len(units)), key=lambda at: units[at].names)
+    problems = [_parts_of(units[at]) for at in order]
+    capacity = budget - sum(_least_cost(alternatives) for alternatives in problems)
     if capacity < 0:
         return None
-    positions, bound = _optimise(*_in_common_units(items, capacity), max_states)
-    picked = {name: choices[name][item.origins[at]] for name, item, at in zip(names, items, positions, strict=True)}
-    loss = fsum(choice.loss for choice in picked.values())
+    picks, bound = _optimise(*_above_the_least(problems, capacity), max_states)
+    taken = {at: _taken(units[at], row) for at, row in zip(order, picks, strict=True)}
+    choices = {name: choice for at in range(len(units)) for name, choice in taken[at].items()}
+    loss = fsum(choice.loss for choice in choices.values())
     return Solution(
-        choices={name: picked[name] for name in choices},
-        cost=sum(choice.cost for choice in picked.values()),
+        choices=choices,
+        cost=sum(choice.cost for choice in choices.values()),
         loss=loss,
         lower_bound=bound if bound < loss - ROUNDING * abs(loss) else loss,
     )
 
 
-@dataclass(frozen=True)
-class _Item:
-    """The choices of one target that are not dominated: costs rise, losses fall, both strictly."""
-
-    costs: Integers
-    losses: Floats
-    origins: Integers  # where each choice is in a longer list
-
-    def only(self, kept: Integers) -> _Item:
-        return _Item(self.costs[kept], self.losses[kept], kept)
+_Alternatives = list[list[Item]]  # the parts of each
 
 
-@dataclass(frozen=True)
-class _Segments:
-    """The edges of the lower convex hulls of several items, steepest first."""
-
-    owners: Integers  # index of the item
-    ends: Integers  # the choice of the item that the edge leads to
-    costs: Integers  # what the edge adds
-    losses: Floats  # what the edge adds: negative
+def _require_distinct(units: Sequence[Unit[T]]) -> None:
+    uses = Counter(chain.from_iterable(unit.names for unit in units))
+    if twice := sorted(name for name, count in uses.items() if count > 1):
+        raise ValueError(f"Every name must be in one unit only, found in more: {', '.join(twice)}.")
 
 
-@dataclass
-class _Incumbent:
-    """The best solution so far, and the least bound of the states that were left out without proof."""
-
-    positions: list[int]
-    loss: float
-    left_out: float = inf
-
-    def promising(self, bounds: Floats) -> Integers:
-        """Positions of the bounds that leave room for a better solution."""
-        return np.flatnonzero(bounds < self.loss - ROUNDING * abs(self.loss))
+def _parts_of(unit: Unit[T]) -> _Alternatives:
+    """The undominated choices of every part; within an alternative in the order of the names."""
+    places = {place: column for column, place in enumerate(_places(unit))}
+    return [
+        [_undominated(parts[name], places[number, name], len(places)) for name in sorted(parts)]
+        for number, parts in enumerate(unit.alternatives)
+    ]
 
 
-def _undominated(name: str, choices: Sequence[Choice]) -> _Item:
-    if not choices:
-        raise ValueError(f"{name} has no choice: give at least one rank, or dense.")
-    if not all(isfinite(choice.loss) for choice in choices):
-        raise ValueError(f"{name}: losses must be finite, got {[choice.loss for choice in choices]}.")
+def _places(unit: Unit[T]) -> list[tuple[int, str]]:
+    """Number of the alternative and name, of every part."""
+    return [(number, name) for number, parts in enumerate(unit.alternatives) for name in parts]
+
+
+def _undominated(choices: Sequence[Choice[T]], column: int, num_columns: int) -> Item:
     costs = np.array([choice.cost for choice in choices], dtype=np.int64)
     losses = np.array([choice.loss for choice in choices], dtype=np.float64)
-    kept = _pareto(costs, losses)
-    return _Item(costs, losses, kept).only(kept)
+    kept = pareto(costs, losses)
+    picks = np.full((len(kept), num_columns), NOT_TAKEN)
+    picks[:, column] = kept
+    return Item(costs[kept], losses[kept], picks)
 
 
-def _in_common_units(items: list[_Item], capacity: int) -> tuple[list[_Item], int]:
-    """Costs above the cheapest choice, divided by their greatest common divisor; the capacity is rounded down."""
-    shifted = [item.costs - item.costs[0] for item in items]
-    unit = gcd(*(int(np.gcd.reduce(costs)) for costs in shifted)) or 1
-    scaled = [_Item(costs // unit, item.losses, item.origins) for item, costs in zip(items, shifted, strict=True)]
+def _taken(unit: Unit[T], picks: Integers) -> dict[str, Choice[T]]:
+    places = zip(_places(unit), picks.tolist(), strict=True)
+    return {name: unit.alternatives[number][name][at] for (number, name), at in places if at != NOT_TAKEN}
+
+
+def _least_cost(alternatives: _Alternatives) -> int:
+    return min(_cost_of_cheapest(parts) for parts in alternatives)
+
+
+def _cost_of_cheapest(parts: Sequence[Item]) -> int:
+    return sum(int(part.costs[0]) for part in parts)
+
+
+def _above_the_least(problems: Sequence[_Alternatives], capacity: int) -> tuple[list[_Alternatives], int]:
+    """Costs above the cheapest of each unit, divided by their greatest common divisor; the capacity is rounded down."""
+    shifted: list[_Alternatives] = []
+    for alternatives in problems:
+        least = _least_cost(alternatives)
+        above = [_cost_of_cheapest(parts) - least for parts in alternatives]
+        shifted.append([_shifted(parts, extra) for parts, extra in zip(alternatives, above, strict=True)])
+    costs = [part.costs for alternatives in shifted for parts in alternatives for part in parts]
+    unit = gcd(*(int(np.gcd.reduce(each)) for each in costs)) or 1
+    scaled = [
+        [[Item(part.costs // unit, part.losses, part.picks) for part in parts] for parts in alternatives]
+        for alternatives in shifted
+    ]
     return scaled, capacity // unit
 
 
-def _optimise(items: list[_Item], capacity: int, max_states: int) -> tuple[list[int], float]:
-    """The chosen position within each item, and a lower bound on the loss of any solution."""
-    if not items:
+def _shifted(parts: Sequence[Item], extra: int) -> list[Item]:
+    """The parts with costs from 0 on; those of the first from ``extra`` on."""
+    starts = [extra] + [0] * (len(parts) - 1)
+    return [Item(p.costs - p.costs[0] + start, p.losses, p.picks) for p, start in zip(parts, starts, strict=True)]
+
+
+def _optimise(problems: list[_Alternatives], capacity: int, max_states: int) -> tuple[list[Integers], float]:
+    """The choices of every unit's parts, and a lower bound on the loss of any solution."""
+    if not problems:
         return [], inf
-    segments = _hull_segments(items)
+    items = [union([outline(parts) for parts in alternatives]) for alternatives in problems]
+    segments = hull_segments(items)
     spent = np.cumsum(segments.costs)
     num_taken = int(np.searchsorted(spent, capacity, side="right"))
     start = [0] * len(items)
     for owner, end in zip(segments.owners[:num_taken].tolist(), segments.ends[:num_taken].tolist(), strict=True):
         start[owner] = end
     if num_taken == len(segments.costs):
-        return start, inf  # every target at its least loss
+        return _picks_at(items, start), inf  # every unit at its least loss
     price = float(-segments.losses[num_taken] / segments.costs[num_taken])
-    priced = [item.losses + price * item.costs for item in items]
-    relaxed = fsum(float(values.min()) for values in priced) - price * capacity
+    relaxed = fsum(float(item.priced(price).min()) for item in items) - price * capacity
 
     filled = _fill(items, capacity, start)
-    incumbent = _Incumbent(filled, fsum(float(i.losses[at]) for i, at in zip(items, filled, strict=True)))
-    regrets = [values - values[at] for values, at in zip(priced, start, strict=True)]
-    kept = [incumbent.promising(relaxed + regret) for regret in regrets]
-    if all(len(positions) for positions in kept):
-        # A second choice that costs little regret is likely to change: such targets come first.
-        nearest = [float(np.sort(regret[k])[1]) if len(k) > 1 else inf for regret, k in zip(regrets, kept, strict=True)]
-        order = sorted(range(len(items)), key=nearest.__getitem__)
-        _search([_Stage(i, items[i].only(kept[i]), start[i]) for i in order], capacity, incumbent, max_states)
-    return incumbent.positions, max(relaxed, min(incumbent.left_out, incumbent.loss))
+    loss = fsum(float(item.losses[at]) for item, at in zip(items, filled, strict=True))
+    incumbent = Incumbent(_picks_at(items, filled), loss)
+    if relaxed < incumbent.to_beat:
+        starts = [int(item.costs[at]) for item, at in zip(items, start, strict=True)]
+        near = [_near(alternatives, price, relaxed, incumbent, max_states) for alternatives in problems]
+        search(_stages(near, starts, price), capacity, incumbent, max_states)
+    return incumbent.picks, max(relaxed, min(incumbent.left_out, incumbent.loss))
 
 
-def _hull_segments(items: Sequence[_Item]) -> _Segments:
-    hulls = [_lower_hull(item.costs, item.losses) for item in items]
-    owners = np.concatenate([np.full(len(hull) - 1, owner, dtype=np.int64) for owner, hull in enumerate(hulls)])
-    ends = np.concatenate([hull[1:] for hull in hulls])
-    costs = np.concatenate([np.diff(item.costs[hull]) for item, hull in zip(items, hulls, strict=True)])
-    losses = np.concatenate([np.diff(item.losses[hull]) for item, hull in zip(items, hulls, strict=True)])
-    order = np.argsort(losses / costs, kind="stable")
-    return _Segments(owners[order], ends[order], costs[order], losses[order])
+def _picks_at(items: Sequence[Item], positions: Sequence[int]) -> list[Integers]:
+    return [item.picks[at] for item, at in zip(items, positions, strict=True)]
 
 
-def _lower_hull(costs: Integers, losses: Floats) -> Integers:
-    """The points of the lower convex hull: slopes rise strictly."""
-    hull: list[int] = []
-    slopes: list[float] = []  # of the edge that leads to each point but the first
-    for point, (cost, loss) in enumerate(zip(costs.tolist(), losses.tolist(), strict=True)):
-        while hull:
-            slope = (loss - losses[hull[-1]]) / (cost - costs[hull[-1]])
-            if not slopes or slopes[-1] < slope:
-                slopes.append(slope)
-                break
-            hull.pop()
-            slopes.pop()
-        hull.append(point)
-    return np.array(hull, dtype=np.int64)
+def _near(alternatives: _Alternatives, price: float, relaxed: float, incumbent: Incumbent, max_states: int) -> Item:
+    """What may be done with a unit in a solution that is better than the incumbent."""
+    least = [fsum(float(part.priced(price).min()) for part in parts) for parts in alternatives]
+    found = []
+    for parts, own in zip(alternatives, least, strict=True):
+        bound = relaxed + own - min(least)
+        if bound < incumbent.to_beat:
+            sums, regret = sums_within(parts, price, incumbent.to_beat - bound, max_states)
+            incumbent.left_out = min(incumbent.left_out, bound + regret)
+            found.append(sums)
+    return union(found)
 
 
-def _pareto(costs: Integers, losses: Floats) -> Integers:
-    """Positions of the choices that no other choice dominates, by rising cost; of equal choices the first."""
-    order = np.lexsort((losses, costs))
-    sorted_losses = losses[order]
-    best_before = np.concatenate([[inf], np.minimum.accumulate(sorted_losses)[:-1]])
-    return order[sorted_losses < best_before]
+def _stages(items: Sequence[Item], starts: Sequence[int], price: float) -> list[Stage]:
+    """Units in the order of the search: a second choice of little regret is likely to be taken, and comes first.
+
+    ``starts`` are the costs at which the linear relaxation has the units.
+    """
+    regrets = [np.sort(item.regrets(price)) for item in items]
+    nearest = [float(regret[1]) if len(regret) > 1 else inf for regret in regrets]
+    order = sorted(range(len(items)), key=nearest.__getitem__)
+    at = [max(0, int(np.searchsorted(i.costs, cost, side="right")) - 1) for i, cost in zip(items, starts, strict=True)]
+    return [Stage(owner, items[owner], at[owner]) for owner in order]
 
 
-def _fill(items: Sequence[_Item], capacity: int, start: Sequence[int]) -> list[int]:
+def _fill(items: Sequence[Item], capacity: int, start: Sequence[int]) -> list[int]:
     """Improves a solution by single changes: each time the change that gains most among those that still fit."""
     owners = np.repeat(np.arange(len(items)), [len(item.costs) for item in items])
     first = np.cumsum([0] + [len(item.costs) for item in items[:-1]])
@@ -216,70 +265,3 @@ def _fill(items: Sequence[_Item], capacity: int, start: Sequence[int]) -> list[i
         if gains[best] <= 0:
             return (chosen - first).tolist()
         chosen[owners[best]] = best
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """One target of the search."""
-
-    owner: int  # its index among all items
-    item: _Item  # the choices that reduced costs kept
-    start: int  # the choice at which the relaxation has it, as a position in the unreduced item
-
-    @property
-    def start_at(self) -> int:
-        return int(np.searchsorted(self.item.origins, self.start))
-
-
-def _search(stages: Sequence[_Stage], capacity: int, incumbent: _Incumbent, max_states: int) -> None:
-    """Improves the incumbent, and records in it the least bound of the states that are left out without proof."""
-    costs, losses, bounds = np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros(1)
-    history: list[tuple[Integers, Integers]] = []  # per stage and state: the state before, and the choice
-    segments = _hull_segments([stage.item for stage in stages])
-    for depth, stage in enumerate(stages):
-        rest = stages[depth + 1 :]
-        num_choices = len(stage.item.costs)
-        limit = max(1, max_states // num_choices)
-        by_bound = np.argsort(bounds, kind="stable")
-        incumbent.left_out = min(incumbent.left_out, float(bounds[by_bound[limit:]].min(initial=inf)))
-        before = np.sort(by_bound[:limit])
-        costs = (costs[before, None] + stage.item.costs).ravel()
-        losses = (losses[before, None] + stage.item.losses).ravel()
-        kept = _pareto(costs, losses)
-        costs, losses = costs[kept], losses[kept]
-        history.append((before[kept // num_choices], kept % num_choices))
-
-        # The rest at the choices of the relaxation makes whole solutions of the states.
-        loss_at_start = fsum(float(other.item.losses[other.start_at]) for other in rest)
-        cost_at_start = sum(int(other.item.costs[other.start_at]) for other in rest)
-        whole = np.where(costs + cost_at_start <= capacity, losses + loss_at_start, inf)
-        best = int(np.argmin(whole))
-        if whole[best] < incumbent.loss:
-            incumbent.loss = float(whole[best])
-            incumbent.positions = _positions(stages, history, best)
-
-        bounds = losses + _relaxed_rest(rest, segments, depth, capacity - costs)
-        kept = incumbent.promising(bounds)
-        if not len(kept):
-            return
-        costs, losses, bounds = costs[kept], losses[kept], bounds[kept]
-        history[-1] = (history[-1][0][kept], history[-1][1][kept])
-
-
-def _relaxed_rest(rest: Sequence[_Stage], segments: _Segments, depth: int, left: Integers) -> Floats:
-    """The least loss of the stages after ``depth`` in the linear relaxation, for each budget that may be left."""
-    later = segments.owners > depth
-    spent = np.concatenate([[0], np.cumsum(segments.costs[later])]) + sum(int(s.item.costs[0]) for s in rest)
-    losses = np.concatenate([[0.0], np.cumsum(segments.losses[later])])
-    losses += fsum(float(s.item.losses[0]) for s in rest)
-    return np.interp(left, spent, losses, left=inf)
-
-
-def _positions(stages: Sequence[_Stage], history: Sequence[tuple[Integers, Integers]], state: int) -> list[int]:
-    """The whole solution of a state of the last stage in ``history``, the rest at the choices of the relaxation."""
-    chosen = [stage.start_at for stage in stages]
-    for depth, (parents, picks) in reversed(list(enumerate(history))):
-        chosen[depth] = int(picks[state])
-        state = int(parents[state])
-    by_owner = {stage.owner: int(stage.item.origins[at]) for stage, at in zip(stages, chosen, strict=True)}
-    return [by_owner[owner] for owner in range(len(stages))]

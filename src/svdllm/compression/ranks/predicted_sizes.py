@@ -1,11 +1,11 @@
-"""Bytes of a compressed model's weight files for any ranks: as ``compress`` writes them, or once quantised.
+"""Bytes of a compressed model's weight files in any forms: as ``compress`` writes them, or once quantised.
 
 Budgets and plans take the size of a model that does not exist yet from here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,7 +15,6 @@ from svdllm.checkpoint.quantized import Scheme, can_quantize, linears_in_blocks,
 from svdllm.checkpoint.tensors import (
     Tensors,
     buffer_names,
-    compressed_tensors,
     empty_files_bytes,
     file_bytes,
     loaded_tensors,
@@ -23,6 +22,8 @@ from svdllm.checkpoint.tensors import (
     num_params,
     share_of_files,
 )
+from svdllm.compression.forms.layout import compressed_tensors
+from svdllm.models.chosen import Forms
 from svdllm.models.structure import Target
 
 # What torchao adds to the header of a file that names no tensor, and a few tied tensors that are named and in no file.
@@ -37,25 +38,25 @@ class WrittenFiles:
     targets: Sequence[Target]
     buffers: Collection[str] = field(default=(), kw_only=True)  # of the tensors: those that are not parameters
 
-    def tensors(self, ranks: Mapping[str, int]) -> Tensors:
-        """The tensors that ``compress`` writes; targets without a rank stay dense."""
-        return compressed_tensors(self.dense, self.targets, ranks)
+    def tensors(self, forms: Forms) -> Tensors:
+        """The tensors that ``compress`` writes; targets without a form stay dense."""
+        return compressed_tensors(self.dense, self.targets, forms)
 
-    def num_params(self, ranks: Mapping[str, int]) -> int:
+    def num_params(self, forms: Forms) -> int:
         """Parameters in all files."""
-        return num_params(self.tensors(ranks), self.buffers)
+        return num_params(self.tensors(forms), self.buffers)
 
-    def num_bytes(self, ranks: Mapping[str, int]) -> int:
+    def num_bytes(self, forms: Forms) -> int:
         """Size of all files, exact."""
-        return file_bytes(self.tensors(ranks))
+        return file_bytes(self.tensors(forms))
 
-    def most_bytes(self, ranks: Mapping[str, int], total: int) -> int:
+    def most_bytes(self, forms: Forms, total: int) -> int:
         """An upper limit on the bytes of all files, if it is at most ``total``: the ``share`` of every part, summed."""
-        return empty_files_bytes(total) + self.share(ranks, total)
+        return empty_files_bytes(total) + self.share(forms, total)
 
-    def share(self, ranks: Mapping[str, int], total: int) -> int:
+    def share(self, forms: Forms, total: int) -> int:
         """An upper limit on the bytes that this part of a model adds to files of ``total`` bytes."""
-        return share_of_files(self.tensors(ranks), total)
+        return share_of_files(self.tensors(forms), total)
 
     def part(self, target: Target) -> WrittenFiles:
         """The files of this target alone."""
@@ -82,15 +83,15 @@ class QuantizedFiles(WrittenFiles):
             buffers=buffer_names(skeleton),
         )
 
-    def num_bytes(self, ranks: Mapping[str, int]) -> int:
+    def num_bytes(self, forms: Forms) -> int:
         """An upper limit on the bytes of all files, at most 0.5 % above them for models of real size."""
-        return self.most_bytes(ranks, self.most_bytes(ranks, 0))
+        return self.most_bytes(forms, self.most_bytes(forms, 0))
 
-    def most_bytes(self, ranks: Mapping[str, int], total: int) -> int:
-        return most_files(total) * EMPTY_QUANTIZED_BYTES + self.share(ranks, total)
+    def most_bytes(self, forms: Forms, total: int) -> int:
+        return most_files(total) * EMPTY_QUANTIZED_BYTES + self.share(forms, total)
 
-    def share(self, ranks: Mapping[str, int], total: int) -> int:
-        tensors = self.tensors(ranks)
+    def share(self, forms: Forms, total: int) -> int:
+        tensors = self.tensors(forms)
         schemes = {
             name: self.scheme.for_shape(*shape)
             for name, (shape, _) in tensors.items()

@@ -8,38 +8,55 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from svdllm.compression.forms import FORMS
 from svdllm.compression.math.measures import Measure
 from svdllm.compression.ranks.question import Allocation, Evidence, Least, Question
+from svdllm.models.chosen import Chosen
 from svdllm.models.structure import Target
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probing:
-    """The truncations of single targets that are measured before an allocation, and the measure.
+    """The changes of single targets and MLPs that are measured before an allocation, and the measure.
 
-    ``ranks(target, round_to, settings)`` are the ranks to try, ascending.
+    ``ranks(target, round_to, settings)`` are the ranks to try, ascending. ``widths(width, round_to, settings)`` are
+    those to narrow an MLP of a width to; none by default.
     """
 
     measure: Measure
     ranks: Callable[[Target, int, Any], list[int]]
+    widths: Callable[[int, int, Any], list[int]] = lambda width, round_to, settings: []
     least_tokens: int = 0  # on fewer, chance has a part in what is measured, and a warning says so
     advice: str = ""  # what else to do then, from a comma on
 
 
 def multiples(question: Question, settings: Any) -> Least:
-    """``round_to`` for every target that is smaller by it; the others stay dense."""
-    least, cost = question.round_to, question.unit.cost
-    ranks = {t.name: least for t in question.targets if least <= t.break_even_rank and cost(t, least) < cost(t, None)}
-    return Least(ranks, str(least))
+    """Everything in its smallest form of size ``round_to``, where that is smaller than dense."""
+    size, cost = question.round_to, question.unit.cost
+    apart = [name for name in question.forms if not FORMS[name].of_mlps]
+    least: dict[str, Chosen] = {}
+    for target in question.targets:
+        options = [Chosen(name, size) for name in apart if size in FORMS[name].sizes(target, size)]
+        cheapest = min(options, key=lambda chosen: cost(target, chosen), default=None)
+        if cheapest is not None and cost(target, cheapest) < cost(target, None):
+            least[target.name] = cheapest
+    for name in question.forms:
+        for targets in question.mlps.values() if FORMS[name].of_mlps else ():
+            together = sum(cost(t, Chosen(name, size)) for t in targets)
+            if size in FORMS[name].sizes(targets[0], size) and together < sum(
+                cost(t, least.get(t.name)) for t in targets
+            ):
+                least |= {t.name: Chosen(name, size) for t in targets}
+    return Least(least, str(size))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """A row of ``ALLOCATIONS``: how a budget is spread over the targets.
 
-    ``allocate(question, evidence, settings)`` chooses the ranks. ``settings`` is the recipe, which has the fields of
-    the row's own ``settings``. A row that may leave targets dense is asked only for a budget that its least ranks fit.
-    ``least(question, settings)`` are the least ranks that it may choose.
+    ``allocate(question, evidence, settings)`` chooses forms and sizes. ``settings`` is the recipe, which has the fields
+    of the row's own ``settings``. ``least(question, settings)`` are the least sizes that it may choose. A row that may
+    leave targets dense is asked only for a budget that its least sizes fit.
     """
 
     name: str
@@ -48,6 +65,8 @@ class Row:
     allocate: Callable[[Question, Evidence, Any], Allocation]
     least: Callable[[Question, Any], Least] = multiples
     budgets: tuple[str, ...] = ("ratio", "target_params", "target_size")  # the settings that it takes as its budget
+    forms: tuple[str, ...] = ("pair",)  # that it uses if the recipe names none
+    other_forms: tuple[str, ...] = ()  # that it can use as well
     needs_spectra: bool = True  # False where shapes are enough, and the ranks are known before the analysis
     leaves_dense: bool = True  # whether it may leave a target dense
     probing: Probing | None = None

@@ -17,9 +17,9 @@ from svdllm.common.settings import setting
 from svdllm.compression.after_analysis import AfterAnalysis
 from svdllm.compression.math.measures import cross_entropy
 from svdllm.compression.ranks.probe_settings import ProbeSettings
-from svdllm.compression.ranks.question import Allocation, Cost, Evidence, Least, Question, Ranks
+from svdllm.compression.ranks.question import Allocation, Evidence, Least, Question, RankCost, Ranks
 from svdllm.compression.ranks.rows import Probing, Row
-from svdllm.compression.ranks.uniform import uniform_rank
+from svdllm.compression.ranks.uniform import pair_params, uniform_rank
 from svdllm.models.structure import Target
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
@@ -50,7 +50,7 @@ def candidate_ranks(target: Target, ratios: Iterable[float], round_to: int) -> l
 
 
 def strs_ranks(
-    targets: Sequence[Target], losses: Mapping[str, Mapping[int, float]], budget: int, cost: Cost = Target.params
+    targets: Sequence[Target], losses: Mapping[str, Mapping[int, float]], budget: int, cost: RankCost = pair_params
 ) -> tuple[Ranks, float | None] | None:
     """The ranks of the least threshold that fits a budget.
 
@@ -84,14 +84,14 @@ def _least(question: Question, settings: StrsSettings) -> Least:
     candidates = {t.name: candidate_ranks(t, settings.strs_ratios, question.round_to) for t in question.targets}
     ranks = {name: found[0] for name, found in candidates.items() if found}
     highest = max(settings.strs_ratios)
-    return Least(ranks, f"that of ratio {highest}", ", or give a higher ratio in --strs-ratios")
+    return Least(question.in_forms(ranks), f"that of ratio {highest}", ", or give a higher ratio in --strs-ratios")
 
 
 def _allocate(question: Question, evidence: Evidence, settings: StrsSettings) -> Allocation:
-    found = strs_ranks(question.targets, evidence.probes, question.unit.left, question.unit.cost)
+    found = strs_ranks(question.targets, evidence.probes, question.unit.left, question.cost)
     assert found is not None  # the least ranks fit
     ranks, threshold = found
-    return Allocation(ranks, threshold=threshold)
+    return Allocation(question.in_forms(ranks), threshold=threshold)
 
 
 STRS = Row(

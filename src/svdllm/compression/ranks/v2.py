@@ -12,7 +12,7 @@ from torch import Tensor
 from svdllm.compression.math.linalg import tail_energies
 from svdllm.compression.ranks.question import Allocation, Evidence, Question, Ranks
 from svdllm.compression.ranks.rows import Row
-from svdllm.compression.ranks.uniform import uniform_rank, uniform_ranks
+from svdllm.compression.ranks.uniform import pair_params, uniform_rank, uniform_ranks
 from svdllm.models.structure import Target
 
 # A loss of zero has no logarithm: losses count as at least this share of the greatest of their type.
@@ -41,7 +41,7 @@ def v2_ranks(targets: Sequence[Target], energies: Mapping[str, Tensor], ratio: f
     """
     uniform = uniform_ranks(targets, ratio, round_to)
     budget = floor((1 - Fraction(str(ratio))) * sum(target.num_weights for target in targets))
-    least = sum(target.factor_params(round_to) for target in targets)
+    least = sum(pair_params(target, round_to) for target in targets)
     if least > budget or any(round_to > target.break_even_rank for target in targets):
         return uniform
     types: dict[tuple[str, int, int], list[Target]] = {}
@@ -51,7 +51,7 @@ def v2_ranks(targets: Sequence[Target], energies: Mapping[str, Tensor], ratio: f
     ranks: Ranks = {}
     for members in types.values():
         losses = [float(tail_energies(energies[t.name])[uniform[t.name]]) ** 0.5 for t in members]
-        highest = 1 - members[0].factor_params(round_to) / members[0].num_weights
+        highest = 1 - pair_params(members[0], round_to) / members[0].num_weights
         ratios = spread_ratio(losses, ratio, highest)
         ranks |= {t.name: uniform_rank(t, own, round_to) for t, own in zip(members, ratios, strict=True)}
     _lower_to(budget, targets, ranks, round_to)
@@ -77,7 +77,7 @@ def spread_ratio(losses: Sequence[float], ratio: float, highest: float) -> list[
 
 def _lower_to(budget: int, targets: Sequence[Target], ranks: Ranks, round_to: int) -> None:
     """Takes one step at a time from the target that keeps the largest share of its break-even rank."""
-    cost = sum(target.factor_params(ranks[target.name]) for target in targets)
+    cost = sum(pair_params(target, ranks[target.name]) for target in targets)
     while cost > budget:
         able = [target for target in targets if ranks[target.name] > round_to]
         richest = max(able, key=lambda t: (ranks[t.name] / t.break_even_rank, t.name))
@@ -87,7 +87,8 @@ def _lower_to(budget: int, targets: Sequence[Target], ranks: Ranks, round_to: in
 
 def _allocate(question: Question, evidence: Evidence, settings: Any) -> Allocation:
     assert question.ratio is not None
-    return Allocation(v2_ranks(question.targets, evidence.energies, question.ratio, question.round_to))
+    ranks = v2_ranks(question.targets, evidence.energies, question.ratio, question.round_to)
+    return Allocation(question.in_forms(ranks))
 
 
 V2 = Row(

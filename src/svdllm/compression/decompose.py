@@ -1,0 +1,61 @@
+"""Decomposes the weights of a block: spectra of its linears, and how its MLPs are narrowed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from svdllm.common.errors import NumericalError
+from svdllm.compression.collect import left_metric_of
+from svdllm.compression.math.linalg import Spectrum, output_spectrum
+from svdllm.compression.math.narrowing import Narrowing
+from svdllm.models.structure import Target, weight_of
+from svdllm.models.walk import Block
+
+
+def decompose(
+    block: Block,
+    targets: list[Target],
+    metric_of: Callable[[Target], Tensor | None],
+    depths: Mapping[str, int],
+    lefts: Mapping[str, Tensor],
+    consumers: Sequence[Target] = (),
+) -> tuple[dict[str, Spectrum], dict[str, Narrowing], dict[str, float]]:
+    """Decomposes the weights of a block's targets.
+
+    Args:
+        metric_of: gives the right metric of a target; called once per group.
+        depths: target -> directions of its basis to keep.
+        lefts: target -> left metric; targets without one are measured in their outputs as they are.
+        consumers: of the targets, those that read the inner features of an MLP that may be narrowed.
+
+    Returns spectra by target, narrowings by MLP, and seconds by target.
+
+    Raises:
+        NumericalError: a spectrum does not converge; names the linear.
+    """
+    spectra: dict[str, Spectrum] = {}
+    narrowings: dict[str, Narrowing] = {}
+    seconds: dict[str, float] = {}
+    metrics: dict[str, Tensor | None] = {}
+    stored_dtype = torch.float64 if block.walk.dtype == torch.float64 else torch.float32
+    for target in targets:
+        started = time.perf_counter()
+        if target.group not in metrics:
+            metrics = {target.group: metric_of(target)}  # the previous group's is not needed again
+        weight_OI = weight_of(block.walk.skeleton, target)
+        metric = metrics[target.group]
+        metric = metric if metric is None else metric.to(weight_OI.device)
+        try:
+            left_OO = left_metric_of(target, weight_OI, metric, lefts.get(target.name))
+            spectrum = output_spectrum(weight_OI, metric, depths[target.name], left_gram_OO=left_OO)
+            if target in consumers and target.inner is not None and metric is not None:
+                narrowings[target.inner.mlp] = Narrowing.of(weight_OI, metric, left_OO).to(dtype=stored_dtype)
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+            raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
+        spectra[target.name] = spectrum.to(dtype=stored_dtype)
+        seconds[target.name] = time.perf_counter() - started
+    return spectra, narrowings, seconds

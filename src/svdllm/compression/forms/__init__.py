@@ -1,0 +1,35 @@
+"""The table of forms: what may take the place of a dense matrix.
+
+A new one is a file beside this one and a row.
+"""
+
+from collections.abc import Collection
+
+from svdllm.compression.forms.dense import DENSE
+from svdllm.compression.forms.narrow import NARROW
+from svdllm.compression.forms.packed import PACKED
+from svdllm.compression.forms.pair import PAIR
+from svdllm.compression.forms.rows import Fitted, Form
+from svdllm.models.chosen import Chosen
+from svdllm.models.structure import Target
+
+FORMS: dict[str, Form] = {row.name: row for row in (DENSE, PAIR, PACKED, NARROW)}
+
+
+def most_rank(target: Target, forms: Collection[str]) -> int:
+    """The largest rank that some forms can have for a target; 0 if they have none."""
+    rows = [FORMS[name] for name in forms if FORMS[name].exact_rank is not None]
+    return max((sizes[-1] for row in rows if (sizes := row.sizes(target, 1))), default=0)
+
+
+def factors_of(target: Target, forms: Collection[str]) -> Form:
+    """The form of a target that gets a rank: packed where that may be used and the target can have it, else a pair."""
+    return PACKED if "packed" in forms and (PACKED.sizes(target, 1) or "pair" not in forms) else PAIR
+
+
+def rank_of(chosen: Chosen | None) -> int | None:
+    """The rank of a target; None where it stays dense, or its MLP is narrowed."""
+    return None if chosen is None or FORMS[chosen.form].exact_rank is None else chosen.size
+
+
+__all__ = ["FORMS", "Fitted", "Form", "factors_of", "most_rank", "rank_of"]

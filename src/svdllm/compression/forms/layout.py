@@ -1,0 +1,72 @@
+"""The tensors of a compressed model by the forms of its targets, and what its config.json says about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+
+from svdllm.checkpoint.tensors import Tensors
+from svdllm.compression.forms import FORMS
+from svdllm.models.chosen import Chosen, Forms
+from svdllm.models.structure import Structure, Target
+
+
+@lru_cache(maxsize=2**17)
+def params(target: Target, chosen: Chosen | None) -> int:
+    """Number of weights of a target in a form, with those that a bias correction adds; None is the dense matrix."""
+    if chosen is None:
+        return target.num_weights
+    tensors = (FORMS[chosen.form].shapes(target, linear, chosen.size) for linear in target.linears)
+    weights = sum(prod(shape) for shapes in tensors for leaf, shape in shapes.items() if leaf.endswith("weight"))
+    return weights + target.added_params * FORMS[chosen.form].adds_bias
+
+
+@lru_cache(maxsize=2**17)
+def params_beside_biases(target: Target, chosen: Chosen | None) -> int:
+    """``params`` less the biases that a narrower MLP has no more: what a target adds to a model with all its biases."""
+    if chosen is None or not target.has_bias:
+        return params(target, chosen)
+    tensors = (FORMS[chosen.form].shapes(target, linear, chosen.size) for linear in target.linears)
+    biases = sum(prod(shape) for shapes in tensors for leaf, shape in shapes.items() if leaf.endswith("bias"))
+    return params(target, chosen) + biases - target.out_features
+
+
+def compressed_tensors(stored: Tensors, targets: Sequence[Target], forms: Forms) -> Tensors:
+    """The tensors in the compressed model's files; those of a form take the place of a target's weights and biases."""
+    owners = {name: target for target in targets if target.name in forms for name in target.linears}
+    result: Tensors = {}
+    for name, (shape, dtype) in stored.items():
+        owner, _, leaf = name.rpartition(".")
+        target = owners.get(owner)
+        if target is None:
+            result[name] = (shape, dtype)
+        elif leaf == "weight":
+            chosen = forms[target.name]
+            _, bias_dtype = stored.get(f"{owner}.bias", (shape, dtype if target.added_params else None))
+            dtypes = {"weight": dtype, "bias": bias_dtype, "order": torch.int32}
+            for part, own_shape in FORMS[chosen.form].shapes(target, owner, chosen.size).items():
+                if (own_dtype := dtypes[part.rpartition(".")[2]]) is not None:
+                    result[f"{owner}.{part}"] = (own_shape, own_dtype)
+    return result
+
+
+def elastic_tensors(structure: Structure, stored: Tensors, spare: Forms) -> Tensors:
+    """The tensors in the elastic files: the energies of every target, and factors of the ``spare`` sizes."""
+    energies: Tensors = {f"{t.name}.energies": ((t.full_rank,), torch.float64) for t in structure.targets}
+    dense = {f"{n}.weight": stored[f"{n}.weight"] for t in structure.targets if t.name in spare for n in t.linears}
+    return energies | compressed_tensors(dense, structure.targets, spare)
+
+
+def forms_entry(targets: Sequence[Target], forms: Forms) -> dict[str, Any]:
+    """The forms as ``config.json`` holds them: by linear, with the linears that share a first factor."""
+    entries: dict[str, Mapping[str, Any]] = {}
+    shared: dict[str, str] = {}
+    for target in targets:
+        if (chosen := forms.get(target.name)) is not None:
+            entries |= {name: FORMS[chosen.form].entry(target, name, chosen.size) for name in target.linears}
+            shared |= dict.fromkeys(target.linears[1:], target.linears[0])
+    return {"forms": entries, **({"shared_factors": shared} if shared else {})}

@@ -1,0 +1,187 @@
+"""Finds the MLPs whose inner features can be removed: linears whose outputs, feature by feature, feed one linear.
+
+Gated (``down(act(gate(x)) * up(x))``), plain (``fc2(act(fc1(x)))``) and fused (gate and up in one linear) MLPs are told
+by what the block does, not by its names. In a trial run every linear returns random outputs, so no weight is needed.
+The *producers* of a linear, its *consumer*, are the linears whose outputs its input depends on. Then the block is run
+again with producers that return a subset of these features, in another order. The input of the consumer must be the
+same subset, and nothing else may change. A norm over the inner features, attention and interleaved halves fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+
+from svdllm.models.hooks import replaced
+from svdllm.models.linears import linear_shape, linears_of
+from svdllm.models.structure import Mlp, Structure
+from svdllm.models.stubs import BlockStub
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block's call, by position and by keyword
+Found = tuple[tuple[str, ...], str]  # producers and consumer, by their names in the block
+SEED = 0
+TOLERANCE = 1e-4  # of float32 results of one elementwise function at other places of a tensor
+
+
+def find_mlps(skeleton: nn.Module, structure: Structure, arguments: Sequence[Arguments]) -> tuple[Mlp, ...]:
+    """Finds the MLPs of every block. Blocks of equal modules and shapes are tried once.
+
+    Args:
+        skeleton: the model on the meta device.
+        structure: its blocks and targets. An MLP with a linear that is not a target is left out.
+        arguments: what the model calls each block with; tensors on the meta device are replaced by random ones.
+    """
+    targets = {target.name for target in structure.targets}
+    known: dict[str, list[Found]] = {}
+    mlps = []
+    for index, (name, given) in enumerate(zip(structure.blocks, arguments, strict=True)):
+        block = skeleton.get_submodule(name)
+        key = _signature(block)
+        if key not in known:
+            known[key] = _find_in(block, given)
+        candidates = (_as_mlp(skeleton, name, index, found) for found in known[key])
+        mlps += [mlp for mlp in candidates if targets.issuperset(mlp.linears)]
+    return tuple(mlps)
+
+
+def _signature(block: nn.Module) -> str:
+    """Text that is equal for blocks of the same modules, settings that modules show, and shapes."""
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in block.named_parameters()]
+    return f"{block!r} {shapes}"
+
+
+def _as_mlp(skeleton: nn.Module, block_name: str, block: int, found: Found) -> Mlp:
+    producers, consumer = found
+    parents = [name.split(".")[:-1] for name in (*producers, consumer)]
+    same = takewhile(lambda level: len(set(level)) == 1, zip(*parents, strict=False))
+    shared = "".join(f"{level[0]}." for level in same)
+    leaves = "+".join(name.removeprefix(shared) for name in (*producers, consumer))
+    _, width = linear_shape(skeleton.get_submodule(f"{block_name}.{consumer}"))
+    return Mlp(
+        name=f"{block_name}.{shared}{leaves}",
+        block=block,
+        producers=tuple(f"{block_name}.{name}" for name in producers),
+        consumer=f"{block_name}.{consumer}",
+        width=width,
+    )
+
+
+def _find_in(block: nn.Module, given: Arguments) -> list[Found]:
+    """The MLPs of a block in the order of their consumers. No linear is in two of them."""
+    trial = _Trial(block, given)
+    taken: set[str] = set()
+    found = []
+    for producers, consumer in trial.candidates():
+        if taken.isdisjoint((*producers, consumer)) and trial.can_narrow(producers, consumer):
+            found.append((producers, consumer))
+            taken.update(producers, [consumer])
+    return found
+
+
+class _LinearStub(BlockStub):
+    """Takes the place of a linear. Keeps its inputs; the outputs of its calls are random, and the same in every run."""
+
+    def __init__(self, linear: nn.Module, generator: torch.Generator):
+        super().__init__(linear, returns_tuple=False)
+        self.shape = linear_shape(linear)
+        self.generator = generator
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self.kept: Tensor | None = None  # the features to return; all by default
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        if len(self.inputs) == len(self.outputs):
+            shape = (*inputs.shape[:-1], self.shape[0])
+            self.outputs.append(torch.randn(shape, generator=self.generator).requires_grad_())
+        outputs = self.outputs[len(self.inputs)]
+        self.inputs.append(inputs)
+        return outputs.clone() if self.kept is None else outputs[..., self.kept]
+
+
+class _Trial:
+    """Runs a block in float32 with stubs for its linears and random values for its other parameters."""
+
+    def __init__(self, block: nn.Module, given: Arguments):
+        self.block = block
+        self.generator = torch.Generator().manual_seed(SEED)
+        self.stubs = {name: _LinearStub(linear, self.generator) for name, linear in linears_of(block)}
+        inside = tuple(f"{name}." for name in self.stubs)
+        self.tensors = {name: self._real(buffer) for name, buffer in block.named_buffers()} | {
+            name: 0.5 + torch.rand(parameter.shape, generator=self.generator)
+            for name, parameter in block.named_parameters()
+            if not name.startswith(inside)
+        }
+        args, kwargs = tree_map(lambda leaf: self._real(leaf) if isinstance(leaf, Tensor) else leaf, given)
+        hidden = torch.randn((args[0] if args else kwargs["hidden_states"]).shape, generator=self.generator)
+        self.given: Arguments = ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+        self.results = self._run()
+        self.inputs = {name: stub.inputs for name, stub in self.stubs.items()}
+
+    def candidates(self) -> Iterator[Found]:
+        """Yields each linear with the linears that its input depends on, if it is called once and the widths fit."""
+        called_once = {name: inputs[0] for name, inputs in self.inputs.items() if len(inputs) == 1}
+        for consumer, inputs in called_once.items() if self.results is not None else ():
+            producers, width = self._sources(inputs), inputs.shape[-1]
+            widths_fit = width > 1 and all(self.stubs[name].shape[0] % width == 0 for name in producers)
+            if producers and widths_fit:
+                yield producers, consumer
+
+    def _sources(self, tensor: Tensor) -> tuple[str, ...]:
+        """The linears from whose outputs a tensor was computed."""
+        if not tensor.requires_grad:
+            return ()
+        names, outputs = zip(*((name, made) for name, stub in self.stubs.items() for made in stub.outputs), strict=True)
+        gradients = torch.autograd.grad(tensor.sum(), outputs, retain_graph=True, allow_unused=True)
+        found = (name for name, gradient in zip(names, gradients, strict=True) if gradient is not None)
+        return tuple(dict.fromkeys(found))
+
+    def can_narrow(self, producers: tuple[str, ...], consumer: str) -> bool:
+        """Whether fewer and reordered features of the producers give the same features of the consumer's input."""
+        width = self.inputs[consumer][0].shape[-1]
+        order = torch.randperm(width, generator=self.generator)[: width - width // 3]
+        for name in producers:
+            starts = torch.arange(0, self.stubs[name].shape[0], width)
+            self.stubs[name].kept = (starts[:, None] + order).flatten()
+        results = self._run()
+        for name in producers:
+            self.stubs[name].kept = None
+        expected = self.inputs | {consumer: [self.inputs[consumer][0][..., order]]}
+        return results is not None and _same(
+            [results, *(stub.inputs for stub in self.stubs.values())], [self.results, *expected.values()]
+        )
+
+    def _run(self) -> list[Tensor] | None:
+        """The tensors that the block returns and that its arguments hold afterwards; None if it fails."""
+        for stub in self.stubs.values():
+            stub.inputs = []
+        args, kwargs = tree_map(lambda leaf: leaf, self.given)  # containers of its own, which it may write into
+        try:
+            with replaced(self.block, dict(self.stubs)), torch.enable_grad():
+                output = functional_call(self.block, self.tensors, args, kwargs)
+        except Exception:  # of any kind, by the class: it does not take outputs of these shapes or values
+            return None
+        return [leaf for leaf in tree_leaves((output, args, kwargs)) if isinstance(leaf, Tensor)]
+
+    def _real(self, tensor: Tensor) -> Tensor:
+        """A tensor with values: its own, in float32 where they are floating; random or zero for one that has none."""
+        if not tensor.is_meta:
+            return tensor.float() if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            return torch.randn(tensor.shape, generator=self.generator)
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Whether nested lists hold equal tensors."""
+    pairs = list(zip(tree_leaves(ours), tree_leaves(theirs), strict=False))
+    return len(tree_leaves(ours)) == len(tree_leaves(theirs)) and all(
+        a.shape == b.shape and bool(torch.isclose(a.float(), b.float(), rtol=TOLERANCE, atol=TOLERANCE).all())
+        for a, b in pairs
+    )

@@ -234,12 +234,12 @@ def test_a_probe_of_an_mlp_is_the_effect_of_narrowing_it(family: str, tmp_path: 
     assert set(probes) == {target.name for target in structure.targets} | {mlp.name for mlp in structure.mlps}
     ids = probe_ids(IDS, probe_tokens(recipe, structure, build_skeleton(model.config)))
     assert ids.numel() > 32
-    dense = outputs_of(model, ids)[:, :-1].log_softmax(-1)
+    dense = outputs_of(model, ids).log_softmax(-1)
     for number, mlp in enumerate(structure.mlps):
         ((width, measured),) = probes[mlp.name].items()
         alone = recipe_of(ranks={f"^{re.escape(mlp.name)}$": {"narrow": width}}, dtype="float64")
         narrower = run(model, tmp_path / str(number), ids=IDS, recipe=alone).load(dtype=torch.float64).eval()
-        found = outputs_of(narrower, ids)[:, :-1].log_softmax(-1)
+        found = outputs_of(narrower, ids).log_softmax(-1)
         divergence = float((dense.exp() * (dense - found)).sum(-1).mean())
         assert measured == pytest.approx(divergence, rel=1e-3)
 

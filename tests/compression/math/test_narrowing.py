@@ -151,6 +151,20 @@ def test_a_gram_that_is_none_is_refused():
         inner_order(random(OUT, INNER, seed=0), -torch.eye(INNER))
 
 
+def test_a_gram_of_few_tokens_in_float32_has_an_order():
+    """Fewer tokens than features, of which one is large: rounding makes eigenvalues negative beyond the first ridge."""
+    inputs_IT = random(200, 20, seed=1).float() + 30
+    gram_II = inputs_IT @ inputs_IT.mT
+    gram_II = (gram_II + gram_II.mT) / 2
+    assert float(torch.linalg.eigvalsh(gram_II.double())[0]) < 0
+    weight_OI = random(OUT, 200, seed=0)
+    order = inner_order(weight_OI, gram_II)
+    assert sorted(order.tolist()) == list(range(200))
+    tails = narrowing_tails(weight_OI, gram_II, order)
+    assert bool((tails.diff() <= 0).all())
+    assert bool(torch.isfinite(refitted(weight_OI, gram_II, order[:50])).all())
+
+
 def test_kept_rows_of_one_and_of_two_copies():
     order = torch.tensor([3, 0, 2, 1])
     assert kept_rows(order, 2).tolist() == [3, 0]

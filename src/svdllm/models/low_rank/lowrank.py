@@ -265,6 +265,7 @@ class LowRankMixin(_Model):
             shared = {name.removeprefix(prefix): first.removeprefix(prefix) for name, first in shared.items()}
         swap_linears(self, forms, settings.get("bias_correction", False))
         share_first_factors(self, shared)
+        check_tensor_parallel(self, _processes_of_vllm())
         self.register_load_state_dict_post_hook(_expect_once)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -366,6 +367,8 @@ class LowRankMixin(_Model):
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
         """Distributes a model as transformers does. Up to 5.19 that hooks low-rank linears and knows no "replicate"."""
+        if distributed_config is not None:
+            check_tensor_parallel(model, distributed_config.tp_size or 1)
         if distributed_config is not None and model._tp_plan:  # without a rule, a weight is replicated
             model._tp_plan = {rule: style for rule, style in model._tp_plan.items() if style != "replicate"}
         model = super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
@@ -373,6 +376,32 @@ class LowRankMixin(_Model):
             if isinstance(module, LowRankLinear):
                 vars(module).pop("forward", None)
         return model
+
+
+_SIZES = ("in_features", "out_features")
+
+
+def check_tensor_parallel(model: Any, processes: int) -> None:
+    """Raises ``ValueError`` if the linears of a low-rank model cannot be split between processes."""
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    if packed and processes > 1:
+        raise ValueError(
+            f"Packed linears cannot be split between {processes} processes, and this model has {len(packed)}: "
+            f"{_some(packed, 3)}. Store pairs in place of them by `svdllm export MODEL -o OUT --format pairs`, or use "
+            "one process."
+        )
+    sizes = [(name, entry.get(key, 0)) for name, entry in model.config.svdllm_forms.items() for key in _SIZES]
+    if uneven := [f"{name} ({size})" for name, size in sizes if size % processes]:
+        raise ValueError(
+            f"Narrower linears can be split between {processes} processes if their width is a multiple of that. It is "
+            f"not in {_some(uneven, 3)}. Use another number of processes, or compress with `--round-to`."
+        )
+
+
+def _processes_of_vllm() -> int:
+    """The number of processes between which vLLM splits the model that is being built; 1 in other programs."""
+    state = sys.modules.get("vllm.distributed.parallel_state")
+    return state.get_tensor_model_parallel_world_size() if state and state.model_parallel_is_initialized() else 1
 
 
 def _is_bare(model: Any) -> bool:

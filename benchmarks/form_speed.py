@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,9 @@ def random_models(config: PreTrainedConfig, removed: float, dtype: torch.dtype, 
 
 def ratios(record: BenchmarkRecord, base: str) -> list[dict[str, Any]]:
     """Speed of every model over that of ``base`` in the same turns, by phase."""
-    seconds = {(cell.model, phase): found.seconds.values for cell in record.cells for phase, found in cell.phases.items()}
+    seconds = {
+        (cell.model, phase): found.seconds.values for cell in record.cells for phase, found in cell.phases.items()
+    }
     return [
         {"model": cell.model, "batch": cell.batch, "prompt": cell.prompt, "phase": phase, "over": base}
         | {"ratio": Spread.of([b / own for b, own in zip(seconds[base, phase], found.seconds.values, strict=True)])}
@@ -127,6 +130,10 @@ def show(records: list[BenchmarkRecord]) -> None:
                     row += [str(found.speed_up), f"{found.ideal.model:.2f}", f"{found.reached.model:.0%}"]
                 table.add_row(*row)
     Console(width=150).print(table)
+
+
+def _quotients(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(seconds, others, strict=True)]
 
 
 def _rounded(size: float, multiple: int) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from families import FAMILIES, low_rank_model, stored_ranks, tiny_config, tiny_model, tiny_tokens
+from mixed import COLUMNS, ROWS, mixed_model, model_with
 from runs import run, save_dense
 from svdllm.cli import main
 from svdllm.common.errors import InputError, ResourceError, UnsupportedModelError
@@ -86,7 +87,11 @@ def counted_operations(model: Any, ids: torch.Tensor) -> int:
     return counter.get_total_flops() - rotation
 
 
-@pytest.mark.parametrize("make", [tiny_model, low_rank_model])
+def mixed_with(family: str, **overrides: Any) -> Any:
+    return mixed_model(family, overrides=overrides)
+
+
+@pytest.mark.parametrize("make", [tiny_model, low_rank_model, mixed_with])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3", "qwen3"])
 def test_operations_are_those_that_torch_counts(family: str, make: Any) -> None:
     model = make(family, attn_implementation="eager")
@@ -496,6 +501,20 @@ def test_random_twins_of_a_config(script: Any, tmp_path: Path, capsys: pytest.Ca
     assert dense.linears * 0.8 >= twenty.linears > fifty.linears
     assert dense.linears * 0.5 >= fifty.linears
     assert (tmp_path / "out" / "memory.svg").is_file()
+
+
+def test_sizes_of_packed_linears_and_narrower_mlps() -> None:
+    """Weights of a packed linear: r (d + n - r), and 4 bytes for every entry of its order; of all forms by hand."""
+    forms = {
+        "model.layers.0.self_attn.q_proj": ROWS,  # 32 x 32
+        "model.layers.0.mlp.gate_proj": COLUMNS | {"out_features": 40},  # 48 x 32, of a narrower MLP
+        "model.layers.0.mlp.up_proj": {"form": "narrow", "out_features": 40},
+        "model.layers.0.mlp.down_proj": {"form": "narrow", "in_features": 40},
+    }
+    dense, model = shape_of(tiny_model("llama")), shape_of(model_with("llama", forms))
+    removed = 32 * 32 - 7 * (32 + 32 - 7) + 48 * 32 - 5 * (40 + 32 - 5) + 2 * 8 * 32
+    assert model.block_linears == dense.block_linears - removed
+    assert model.read_bytes == dense.read_bytes - 4 * removed + 4 * (32 + 32)
 
 
 def test_the_shapes_are_those_of_llama_7b(script: Any) -> None:

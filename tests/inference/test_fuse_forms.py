@@ -160,3 +160,18 @@ def test_narrower_mlps_take_part() -> None:
     model, plain = (model_with("llama", forms).double() for _ in range(2))
     assert fuse_factors(model) == 2
     assert_same(logits(model), logits(plain))
+
+
+def test_compiles_into_one_graph() -> None:
+    model, plain = (mixed_model("llama", overrides={"num_hidden_layers": 1}) for _ in range(2))
+    fuse_factors(model)
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend=backend, fullgraph=True)
+    torch.testing.assert_close(logits(model), logits(plain), atol=1e-5, rtol=1e-5)
+    assert len(graphs) == 1

@@ -18,6 +18,7 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 import svdllm
+from mixed import mixed_model
 from runs import run, save_dense, small_recipe
 from svdllm.cli import main
 from svdllm.common.errors import InputError
@@ -218,3 +219,22 @@ def test_a_model_without_a_template_is_warned_of(
     with pytest.raises(SystemExit):
         main(["serve", str(dense), "--port", str(free_port())])
     assert "has no chat template: only /v1/completions will answer" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [((), 1), (("--tensor-parallel-size", "2"), 2), (("--tensor-parallel-size=4", "--quick"), 4), (("-tp", "1"), 1)],
+)
+def test_packed_linears_are_not_divided_among_processes(
+    options: tuple[str, ...], size: int, tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "vllm_program", lambda: "/opt/vllm")
+    assert serving.tensor_parallel_size(options) == size
+    mixed_model("llama", overrides={"vocab_size": 300}).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    settings: dict[str, Any] = {"backend": "vllm", "port": free_port(), "vllm_options": options}
+    if size == 1:
+        assert prepare_service(str(tmp_path), **settings).backend == "vllm"
+        return
+    with pytest.raises(InputError, match=rf"packed linears .* for {size} processes.*svdllm export .* --format pairs"):
+        prepare_service(str(tmp_path), **settings)

@@ -138,6 +138,9 @@ class Block(nn.Module):
     def scaled_by_token(self, x: Tensor) -> Tensor:
         return self.c(gelu(self.a(x)) * x.mean(-1, keepdim=True).sigmoid())
 
+    def one_linear_twice(self, x: Tensor) -> Tensor:
+        return self.c(gelu(self.a(x)) + gelu(self.a(-x)))
+
     def interleaved(self, x: Tensor) -> Tensor:
         fused = self.fused(x)
         return self.c(fused[..., ::2] * silu(fused[..., 1::2]))
@@ -204,6 +207,7 @@ def found_in(block: nn.Module, ignored: tuple[str, ...] = ()) -> tuple[Mlp, ...]
         ("gated", ("block.a", "block.b")),
         ("halves", ("block.fused",)),
         ("scaled_by_token", ("block.a",)),
+        ("one_linear_twice", ("block.a",)),
     ],
 )
 def test_an_mlp_is_found_by_what_it_does(kind: str, producers: tuple[str, ...]):

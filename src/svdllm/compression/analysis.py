@@ -54,6 +54,8 @@ class Analysis:
         seconds: Mapping[str, float],
         means: Mapping[str, Tensor] | None = None,
         narrowings: Mapping[str, Narrowing] | None = None,
+        *,
+        keep_metrics: bool = False,
     ) -> None:
         """Writes the file of a finished block; it appears under its name when it is complete.
 
@@ -62,6 +64,7 @@ class Analysis:
             seconds: as ``seconds`` returns them.
             means: mean inputs by group, where biases are corrected.
             narrowings: by MLP, where MLPs may be narrowed.
+            keep_metrics: keeps the right metrics of the block, for a sequential calibration.
         """
         tensors = {f"{group}.mean": mean for group, mean in (means or {}).items()}
         for name, narrowing in (narrowings or {}).items():
@@ -73,7 +76,8 @@ class Analysis:
                 tensors[f"{name}.dual"] = spectrum.dual_DO
         write_atomically(self._file(block).with_suffix(".json"), json.dumps(dict(seconds)).encode())
         save_atomically(tensors, self._file(block))
-        self._metrics_file(block).unlink(missing_ok=True)
+        if not keep_metrics:
+            self._metrics_file(block).unlink(missing_ok=True)
 
     def spectrum(self, target: Target) -> Spectrum:
         with safe_open(self._file(target.block), framework="pt") as file:
@@ -121,7 +125,9 @@ class Analysis:
         save_atomically(kept | named_means, self._metrics_file(block))
 
     def metric(self, target: Target) -> Tensor | None:
-        """The right metric of a target whose block waits for the reverse walk; None for the identity."""
+        """The right metric of a target whose block waits for the reverse walk, or whose metrics are kept; else None."""
+        if not self._metrics_file(target.block).is_file():
+            return None
         with safe_open(self._metrics_file(target.block), framework="pt") as file:
             return file.get_tensor(target.group).clone() if target.group in file.keys() else None  # noqa: SIM118
 

@@ -85,7 +85,7 @@ def analyze(
         analysis=analysis,
         depths=_depths(subject.structure, plans),
         narrows=any(FORMS[name].of_mlps for name in recipe.analysed_forms),
-        keeps_left_metrics=recipe.calibration_mode == "sequential" or run.analysis_dir is not None,
+        keeps_metrics=recipe.calibration_mode == "sequential" or run.analysis_dir is not None,
         shared=_shared_statistics(run, analysis),
         reporter=run.reporter,
     ).run()
@@ -137,7 +137,7 @@ class Calibration:
     analysis: Analysis
     depths: Mapping[str, int]  # target -> directions of its basis to keep
     narrows: bool  # whether MLPs may be narrowed
-    keeps_left_metrics: bool  # a sequential calibration reads them
+    keeps_metrics: bool  # a sequential calibration reads them
     shared: SharedStatistics | None = None
     reporter: Reporter
 
@@ -188,11 +188,11 @@ class Calibration:
         if self.recipe.bias_correction:
             grams = {group: statistics[target.name] for group, target in leaders.items()}
             means = {group: gram.mean() for group, gram in grams.items() if isinstance(gram, Gram)}
-        if self.reverse:
+        if self.reverse or self.keeps_metrics:
             metrics = {group: metric_of(target) for group, target in leaders.items()}
             known = {group: metric for group, metric in metrics.items() if metric is not None}
             self.analysis.write_metrics(block.index, known, means, forward)
-        else:
+        if not self.reverse:
             self._decompose(block, targets, metric_of, means, forward)
 
     def _statistics(self, block: Block, targets: list[Target]) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class Calibration:
             return
         started = time.perf_counter()
         lefts = self._left_metrics(block, targets)
-        if self.keeps_left_metrics:
+        if self.keeps_metrics:
             self.analysis.write_left_metrics(block.index, lefts)
         seconds = time.perf_counter() - started + self.analysis.seconds(block.index)[""]
         means = {}
@@ -244,7 +244,9 @@ class Calibration:
     ) -> None:
         consumers = [t for t in targets if self.narrows and t.inner is not None and t.inner.side == "in"]
         spectra, narrowings, seconds = decompose(block, targets, metric_of, self.depths, lefts or {}, consumers)
-        self.analysis.write(block.index, spectra, {"": walked, **seconds}, means, narrowings)
+        self.analysis.write(
+            block.index, spectra, {"": walked, **seconds}, means, narrowings, keep_metrics=self.keeps_metrics
+        )
         self.reporter.block_done(block.index, len(self.walk.structure.blocks), walked, sum(seconds.values()))
 
     def _loss_gradient(self, windows: slice, logits: Tensor) -> Tensor:

@@ -36,6 +36,17 @@ class Products(NamedTuple):
             cross_II=self.cross_II - torch.outer(dense_I, compressed_I) / count,
         )
 
+    def mixed_with(self, gram_II: Tensor, share: float) -> Products:
+        """Mixes ``share`` of a dense Gram into ``S'`` and ``K`` alike: the weight is kept where the two streams agree.
+
+        Args:
+            gram_II: ``C`` over other tokens, scaled to the number of these.
+        """
+        return self._replace(
+            compressed_II=(1 - share) * self.compressed_II + share * gram_II,
+            cross_II=(1 - share) * self.cross_II + share * gram_II,
+        )
+
     def shrunk(self, amount: float) -> Products:
         """Mixes ``amount`` of the diagonal of ``S'`` into ``S'`` and ``K`` alike, and makes ``S'`` positive definite.
 

@@ -91,6 +91,15 @@ class Recipe(AllocationSettings, FormsChoice, MetricSettings, MetricChoice, Meth
         "keeps one latent for both.",
         panel="Method",
     )
+    sequential_shrinkage: AfterAnalysis[float] = setting(
+        0.5,
+        "Share of the dense model's Grams, over all calibration windows, mixed into those of the second walk "
+        "(sequential).",
+        panel="Calibration",
+        only_with={"calibration_mode": ("sequential",)},
+        ge=0,
+        lt=1,
+    )
     seed: int = setting(3, "Seed of the random windows.", panel="Calibration", ge=0)
 
     device: str = setting("auto", DEVICE, panel="Machine")

@@ -179,7 +179,7 @@ class Sequential:
         """Fits a target: ``svd_u`` and ``svd_v``, or ``weight`` with zeros for inner features that go; float64."""
         if self._corrects_bias(target):
             products = products.centred()
-        products = products.shrunk(self.recipe.shrinkage)
+        products = self._with_dense_grams(target, products).shrunk(self.recipe.shrinkage)
         left_OO = self.analysis.left_metric(target)
         left_OO = None if left_OO is None else left_OO.to(self.walk.device)
         try:
@@ -199,6 +199,17 @@ class Sequential:
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
         u_OR, v_RI = factorise(star_OI, spectrum, chosen.size)
         return {"svd_u.weight": u_OR, "svd_v.weight": v_RI}
+
+    def _with_dense_grams(self, target: Target, products: Products) -> Products:
+        """Mixes in the Gram of the dense calibration, which has seen more tokens: the fit adapts to few ones less."""
+        recipe, metric = self.recipe, self.analysis.metric(target)
+        if metric is None or recipe.shrinkage == 1 or recipe.bias_correction != self._corrects_bias(target):
+            return products
+        metric_II = metric.to(self.walk.device, torch.float64)
+        diagonal_II = torch.diag(metric_II.diagonal())
+        unshrunk_II = (metric_II - recipe.shrinkage * diagonal_II) / (1 - recipe.shrinkage)
+        scale = products.num_tokens / (recipe.samples * recipe.seqlen)
+        return products.mixed_with(scale * unshrunk_II, recipe.sequential_shrinkage)
 
     def _best_beta(self, targets: list[Target], fitted: Products, held_out: Products) -> float:
         """The candidate whose factors come nearest to the group's dense outputs on the held-out tokens."""

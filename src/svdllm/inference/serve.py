@@ -7,7 +7,9 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,13 @@ from svdllm.data.chat_template import has_chat_template
 from svdllm.inference.prepare import check_kv_cache, prepare
 from svdllm.models.companions import has_own_code
 from svdllm.models.limits import guard_embeddings
+from svdllm.models.linears import listing
 from svdllm.models.low_rank import family_classes
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.open import Source, open_config
 
 BACKENDS = ("auto", "vllm", "transformers")
+TENSOR_PARALLEL_OPTIONS = ("--tensor-parallel-size", "--tensor_parallel_size", "-tp")
 SERVER_PACKAGES = ("fastapi", "uvicorn", "openai")
 
 
@@ -108,6 +112,7 @@ def prepare_service(
     if backend == "vllm":
         if not_for_vllm is not None:
             raise InputError(f"{not_for_vllm} Use --backend transformers.")
+        _require_divisible(source, vllm_options)
         command = (_required(program), "serve", model, "--host", host, "--port", str(port), "--dtype", dtype)
         trust = ("--trust-remote-code",) if _runs_code(source, trust_remote_code) else ()
         return Service(**settings, device=device, dtype=dtype, vllm_command=(*command, *trust, *vllm_options))
@@ -130,6 +135,25 @@ def _not_for_vllm(source: Source, device: str, kv_cache: str) -> str | None:
     if (info := LowRankInfo.of(source.config)) and info.shared_factors:
         return f"{source.name} was made with --joint-kv, and vLLM needs a first factor for every linear in the files."
     return None
+
+
+def _require_divisible(source: Source, vllm_options: Sequence[str]) -> None:
+    """Raises InputError if packed linears would be divided among several processes."""
+    info, processes = LowRankInfo.of(source.config), tensor_parallel_size(vllm_options)
+    packed = [name for name, entry in info.forms.items() if entry["form"] == "packed"] if info else []
+    if packed and processes > 1:
+        raise InputError(
+            f"{source.name} has {len(packed)} packed linears ({listing(packed, 2)}), and vLLM was asked for "
+            f"{processes} processes: packed factors cannot be divided among processes. Serve it with one process, or "
+            f"write a checkpoint of pairs: svdllm export {source.name} -o DIR --format pairs."
+        )
+
+
+def tensor_parallel_size(vllm_options: Sequence[str]) -> int:
+    """The number of processes in options of ``vllm serve``; 1 if they have none."""
+    words = [part for option in vllm_options for part in option.split("=", 1)]
+    sizes = [value for word, value in pairwise(words) if word in TENSOR_PARALLEL_OPTIONS and value.isdigit()]
+    return int(sizes[-1]) if sizes else 1
 
 
 def vllm_program() -> str | None:

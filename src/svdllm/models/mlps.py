@@ -125,12 +125,12 @@ class _Trial:
         self.inputs = {name: stub.inputs for name, stub in self.stubs.items()}
 
     def candidates(self) -> Iterator[Found]:
-        """Yields each linear with the linears that its input depends on, if widths and numbers of calls fit."""
+        """Yields each linear with the linears that its input depends on, if it is called once and the widths fit."""
         called_once = {name: inputs[0] for name, inputs in self.inputs.items() if len(inputs) == 1}
         for consumer, inputs in called_once.items() if self.results is not None else ():
             producers, width = self._sources(inputs), inputs.shape[-1]
             widths_fit = width > 1 and all(self.stubs[name].shape[0] % width == 0 for name in producers)
-            if producers and widths_fit and called_once.keys() >= set(producers):
+            if producers and widths_fit:
                 yield producers, consumer
 
     def _sources(self, tensor: Tensor) -> tuple[str, ...]:
@@ -139,7 +139,8 @@ class _Trial:
             return ()
         names, outputs = zip(*((name, made) for name, stub in self.stubs.items() for made in stub.outputs), strict=True)
         gradients = torch.autograd.grad(tensor.sum(), outputs, retain_graph=True, allow_unused=True)
-        return tuple(name for name, gradient in zip(names, gradients, strict=True) if gradient is not None)
+        found = (name for name, gradient in zip(names, gradients, strict=True) if gradient is not None)
+        return tuple(dict.fromkeys(found))
 
     def can_narrow(self, producers: tuple[str, ...], consumer: str) -> bool:
         """Whether fewer and reordered features of the producers give the same features of the consumer's input."""

@@ -98,16 +98,18 @@ def test_the_order_is_that_of_greedy_elimination(two_sided: bool):
 
 
 def test_removing_several_features_together_costs_little(monkeypatch: pytest.MonkeyPatch):
-    """Of 200 inner features, eight at a time and fewer later, beside one at a time."""
+    """Of 200 inner features, eight at a time and fewer later, beside one at a time and all at once."""
     weight, inputs = random(60, 200, seed=0), correlated(200, 600)
     gram = inputs @ inputs.mT
-    together = inner_order(weight, gram)
-    monkeypatch.setattr(narrowing, "CHUNK", 200)
-    one_by_one = inner_order(weight, gram)
-    assert together.sort().values.tolist() == list(range(200))
-    assert not torch.equal(together, one_by_one)
-    losses = [narrowing_tails(weight, gram, order)[[160, 120, 80, 40]] for order in (together, one_by_one)]
-    assert_close(*losses, rtol=0.02, atol=0)
+
+    def losses(chunk: int) -> Tensor:
+        monkeypatch.setattr(narrowing, "CHUNK", chunk)
+        order = inner_order(weight, gram)
+        assert order.sort().values.tolist() == list(range(200))
+        return narrowing_tails(weight, gram, order)[[160, 120, 80, 40]]
+
+    one_by_one = losses(200)
+    assert bool((losses(24) / one_by_one - 1 < 0.25 * (losses(1) / one_by_one - 1)).all())
 
 
 def test_elimination_is_near_the_best_subset_and_better_than_the_largest_products():

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from svdllm.common.errors import UnsupportedModelError
 from svdllm.inference.cache_names import cache_of
 from svdllm.models.linears import find_blocks, linear_shape, linears_of
+from svdllm.models.low_rank import PackedLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,8 @@ class ModelShape:
 
     block_linears, other_linears: linears inside and outside the blocks, without the head.
     head: the matrix that makes logits.
-    read_bytes: parameters that a decode step reads: all but embeddings that are looked up.
+    read_bytes: what a decode step reads of the weights: parameters, except embeddings that are looked up, and the
+        orders of packed linears.
     widest_bytes: one token in the widest output of a linear in the blocks.
     last_logits: a prefill makes the logits of the last position only.
     """
@@ -114,11 +116,12 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
     head: Any = model.get_output_embeddings()
     others = [linear for _, linear in linears_of(model) if linear is not head and linear not in blocks]
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - {id(head.weight)}
+    orders = [module.order for module in model.modules() if isinstance(module, PackedLinear)]
     return ModelShape(
         block_linears=_weights(blocks),
         other_linears=_weights(others),
         head=head.weight.numel(),
-        read_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in looked_up),
+        read_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *orders) if id(tensor) not in looked_up),
         widest_bytes=max(linear_shape(linear)[0] for linear in blocks) * model.dtype.itemsize,
         last_logits=takes_logits_to_keep(type(model)),
         layers=_cached_layers(model),

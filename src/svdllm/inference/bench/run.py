@@ -34,7 +34,7 @@ from svdllm.inference.bench.records import BenchmarkRecord, CellRecord, ModelRec
 from svdllm.inference.bench.roofline import shape_of
 from svdllm.inference.bench.settings import BenchSettings
 from svdllm.inference.prepare import Prepared, prepare
-from svdllm.models.low_rank import LowRankLinear
+from svdllm.models.low_rank import FACTORED
 
 
 def benchmark(
@@ -145,8 +145,8 @@ def machine_facts(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _prepare(model: PreTrainedModel, settings: BenchSettings) -> Prepared:
-    is_low_rank = any(isinstance(module, LowRankLinear) for module in model.modules())
-    return prepare(model, fuse=settings.fuse, kv_cache=settings.kv_cache) if is_low_rank else Prepared(0, 0)
+    factored = any(isinstance(module, FACTORED) for module in model.modules())
+    return prepare(model, fuse=settings.fuse, kv_cache=settings.kv_cache) if factored else Prepared(0, 0)
 
 
 @contextmanager

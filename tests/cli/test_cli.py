@@ -557,12 +557,12 @@ def test_as_a_program(dense: Path) -> None:
     assert done.stderr.startswith("Error: --ratio '2' is not a ratio")
 
 
-def test_the_default_preset_compresses_and_says_how_ranks_were_chosen(
+def test_the_default_preset_compresses_and_says_how_forms_were_chosen(
     dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ("--ratio", "0.3", "--samples", "8", "--seqlen", "16", "--gradient-samples", "4")
     assert cli("plan", dense, *common) == 0
-    assert "loss: ranks follow from the analysis" in " ".join(capsys.readouterr().out.split())
+    assert "loss: forms follow from the analysis" in " ".join(capsys.readouterr().out.split())
     assert cli("compress", dense, "-o", tmp_path / "out", "--calib", text, *common, "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["recipe"]["metric"] == "two-sided"
@@ -579,7 +579,7 @@ def test_strs_of_asvd(dense: Path, text: Path, tmp_path: Path, capsys: pytest.Ca
     chosen = ("--method", "asvd", "--allocation", "strs", "--strs-ratios", "0.3,0.6", "--probe-share", "0.9")
     common = ("--ratio", "0.3", "--samples", "8", "--seqlen", "16", *chosen)
     assert cli("plan", dense, *common) == 0
-    assert "strs: ranks follow from the analysis" in " ".join(capsys.readouterr().out.split())
+    assert "strs: forms follow from the analysis" in " ".join(capsys.readouterr().out.split())
     assert cli("compress", dense, "-o", tmp_path / "out", "--calib", text, *common, "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["recipe"]["strs_ratios"] == [0.3, 0.6]

@@ -35,7 +35,7 @@ def said(text: str) -> str:
         (["--forms", "pair"], {"pair"}),
         (["--forms", "pair,narrow"], {"pair", "narrow"}),
     ],
-    ids=str,
+    ids=lambda value: " ".join(sorted(value)),
 )
 def test_the_forms_that_may_be_used(
     flags: list[str], used: set[str], dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -234,12 +234,12 @@ def test_a_probe_of_an_mlp_is_the_effect_of_narrowing_it(family: str, tmp_path: 
     assert set(probes) == {target.name for target in structure.targets} | {mlp.name for mlp in structure.mlps}
     ids = probe_ids(IDS, probe_tokens(recipe, structure, build_skeleton(model.config)))
     assert ids.numel() > 32
-    dense = outputs_of(model, ids)[:, :-1].log_softmax(-1)
+    dense = outputs_of(model, ids).log_softmax(-1)
     for number, mlp in enumerate(structure.mlps):
         ((width, measured),) = probes[mlp.name].items()
         alone = recipe_of(ranks={f"^{re.escape(mlp.name)}$": {"narrow": width}}, dtype="float64")
         narrower = run(model, tmp_path / str(number), ids=IDS, recipe=alone).load(dtype=torch.float64).eval()
-        found = outputs_of(narrower, ids)[:, :-1].log_softmax(-1)
+        found = outputs_of(narrower, ids).log_softmax(-1)
         divergence = float((dense.exp() * (dense - found)).sum(-1).mean())
         assert measured == pytest.approx(divergence, rel=1e-3)
 
@@ -282,13 +282,24 @@ def unexplained(wanted_OT: Tensor, seen_IT: Tensor, rank: int | None) -> float:
     return error if rank is None else error + float(torch.linalg.svdvals(best_OT)[rank:].square().sum())
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
-def test_every_form_is_fitted_to_the_compressed_stream(family: str, tmp_path: Path) -> None:
-    """With beta 1, every linear makes the dense outputs as well as its form can, of the inputs that it really gets."""
+def test_every_form_is_fitted_to_the_compressed_stream(family: str, share: float, tmp_path: Path) -> None:
+    """With beta 1, every linear makes the dense outputs as well as its form can, of the inputs that it really gets.
+
+    A share of the dense Gram counts as that share of dense inputs beside them.
+    """
     model = lively(family)
     structure = structure_of(model)
-    recipe = recipe_of(ranks=explicit(model, "mixed"), dtype="float64", calibration_mode="sequential", beta=1.0)
-    result = run(model, tmp_path / "out", ids=IDS, recipe=recipe)
+    recipe = recipe_of(
+        ranks=explicit(model, "mixed"),
+        dtype="float64",
+        calibration_mode="sequential",
+        beta=1.0,
+        sequential_shrinkage=share,
+    )
+    result = run(model, tmp_path / "out", ids=IDS, recipe=recipe, analysis_dir=tmp_path / "analysis")
+    first = load_file(tmp_path / "analysis" / "block-0000.safetensors")
     written = result.load(dtype=torch.float64).eval()
     dense_in, seen_in = inputs_of(model), inputs_of(written)
     checked, moved = set(), {name for mlp in structure.mlps[1:] for name in mlp.producers}
@@ -296,9 +307,16 @@ def test_every_form_is_fitted_to_the_compressed_stream(family: str, tmp_path: Pa
         chosen = result.plan.forms[target.name]
         if target.name in moved or (chosen.form == "narrow" and target.inner and target.inner.side == "out"):
             continue  # their outputs come in another order, or in part
-        wanted_OT = dense_weight(model.get_submodule(target.name)) @ dense_in[target.name]
+        if share and target.name == structure.mlps[1].consumer:
+            continue  # its inputs come in another order
+        dense_IT, seen_IT = dense_in[target.name], seen_in[target.name]
+        wanted_OT = dense_weight(model.get_submodule(target.name)) @ dense_IT
+        if chosen.form == "narrow":
+            dense_IT = dense_IT[first[f"{structure.mlps[0].name}.order"][:WIDTH]]
+        weights = (1 - share) ** 0.5, share**0.5
+        wanted_OT = torch.cat([weight * wanted_OT for weight in weights], 1)
+        seen_IT = torch.cat([weight * x_IT for weight, x_IT in zip(weights, (seen_IT, dense_IT), strict=True)], 1)
         layer: Any = written.get_submodule(target.name)
-        seen_IT = seen_in[target.name]
         made_OT = layer(seen_IT.mT).detach().mT - layer(torch.zeros_like(seen_IT.mT)).detach().mT
         error = float((wanted_OT - made_OT).square().sum())
         least = unexplained(wanted_OT, seen_IT, None if chosen.form == "narrow" else chosen.size)

@@ -242,6 +242,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "seqlen": {"seqlen": 15},
     "calibration_mode": {"calibration_mode": "sequential"},
     "beta": {"calibration_mode": "sequential", "beta": 0.5},
+    "sequential_shrinkage": {"calibration_mode": "sequential", "sequential_shrinkage": 0.25},
     "sequential_samples": {"sequential_samples": 4},
     "bias_correction": {"bias_correction": True},
     "joint_kv": {"joint_kv": True},

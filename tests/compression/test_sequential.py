@@ -119,7 +119,12 @@ def test_every_linear_is_fitted_to_the_inputs_of_the_compressed_model(
     dense = save_dense(tmp_path / "dense", family)
     ids = token_windows(samples=8, seqlen=12)
     recipe = small_recipe(
-        calibration_mode="sequential", beta=1.0, dtype="float64", bias_correction=bias_correction, seqlen=12
+        calibration_mode="sequential",
+        beta=1.0,
+        sequential_shrinkage=0.0,
+        dtype="float64",
+        bias_correction=bias_correction,
+        seqlen=12,
     )
     run(dense, tmp_path / "out", ids=ids, recipe=recipe)
     models = {name: load_model(tmp_path / name, dtype=torch.float64).eval() for name in ("dense", "out")}
@@ -174,8 +179,8 @@ def test_beta_is_the_best_on_the_last_eighth_of_the_batches(tmp_path: Path, monk
     dense, seqlen = save_dense(tmp_path / "dense"), 12
     ids = torch.cat([token_windows(14, seqlen, vocab=20, seed=1), token_windows(2, seqlen, vocab=20, seed=5)])
     recipe = small_recipe(
-        calibration_mode="sequential", samples=16, sequential_samples=16, seqlen=seqlen, batch_tokens=seqlen,
-        dtype="float64", ratio=0.5, bias_correction=False,
+        calibration_mode="sequential", sequential_shrinkage=0.0, samples=16, sequential_samples=16, seqlen=seqlen,
+        batch_tokens=seqlen, dtype="float64", ratio=0.5, bias_correction=False,
     )  # fmt: skip
     run(dense, tmp_path / "out", ids=ids, recipe=recipe)
     betas = json.loads((tmp_path / "out" / "svdllm" / "report.json").read_text())["betas"]
@@ -239,7 +244,13 @@ def test_a_linear_that_stays_dense_is_fitted_too(family: str, tmp_path: Path, mo
     ids = token_windows(samples=8, seqlen=12)
     first = {"llama": r"layers.0.*q_proj", "gpt2": r"h.0.*c_attn"}[family]
     recipe = small_recipe(
-        ranks={first: 3}, calibration_mode="sequential", beta=1.0, dtype="float64", seqlen=12, allocation="uniform"
+        ranks={first: 3},
+        calibration_mode="sequential",
+        beta=1.0,
+        sequential_shrinkage=0.0,
+        dtype="float64",
+        seqlen=12,
+        allocation="uniform",
     )
     run(dense, tmp_path / "out", ids=ids, recipe=recipe)
     before, after = (load_model(tmp_path / name, dtype=torch.float64).eval() for name in ("dense", "out"))

@@ -52,7 +52,9 @@ class TargetFactors:
         """
         linear = self._linear_of(name)
         target = self._owners.get(linear)
-        return self._weights.get(name) if target is None else self._stored(target)[linear][name[len(linear) + 1 :]]
+        if target is None or (target.name not in self._forms and self._finals is None and not self._packed_by(target)):
+            return self._weights.get(name)
+        return self._stored(target)[linear][name[len(linear) + 1 :]]
 
     def _linear_of(self, name: str) -> str:
         """The linear whose tensor this is, in whatever form; or the module."""
@@ -93,15 +95,20 @@ class TargetFactors:
         weight = self._weights.get(f"{name}.weight").dtype
         return weight, self._weights.get(f"{name}.bias").dtype if target.has_bias else weight
 
+    def _packed_by(self, target: Target) -> Target | None:
+        """The linear that reads the inner features that a target makes, if it wants them in an order of its own."""
+        if target.inner is None or target.inner.side == "in":
+            return None
+        consumer = self._mlps[target.inner.mlp][-1]
+        return consumer if FORMS[self._forms.get(consumer.name, DENSE).form].orders_inputs else None
+
     def _in_order_of_consumer(self, target: Target, fitted: Fitted) -> Fitted:
         """Makes the inner features of an MLP in the order in which the linear that reads them wants them.
 
         That linear then gathers nothing, and the MLP computes the same.
         """
-        if target.inner is None or target.inner.side == "in":
-            return fitted
-        (consumer,) = (t for t in self._mlps[target.inner.mlp] if t.inner is not None and t.inner.side == "in")
-        if not FORMS[self._forms.get(consumer.name, DENSE).form].orders_inputs:
+        consumer = self._packed_by(target)
+        if target.inner is None or consumer is None:
             return fitted
         if consumer.name not in self._orders:
             (stored,) = self._in_form(consumer, self._fitted(consumer)).values()

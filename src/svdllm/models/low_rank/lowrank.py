@@ -110,7 +110,7 @@ class PackedLinear(nn.Module):
         else:
             tokens = tokens.index_select(1, self.order)
             y = self.svd_u(tokens[:, : self.rank] + self.svd_v(tokens[:, self.rank :]))
-        y = y.view(*x.shape[:-1], -1)
+        y = y.view(*x.shape[:-1], y.shape[-1])
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

@@ -214,7 +214,7 @@ def test_the_plan_counts_the_elastic_files(allocation: str, dense: Path, tmp_pat
     predicted = planned.sizes.elastic_bytes
     assert result.plan.sizes.elastic_bytes == actual
     assert predicted == actual if allocation in ("uniform", "v2") else predicted >= actual
-    (plain,) = svdllm.plan(dense, recipe.model_copy(update={"elastic": False}))
+    (plain,) = svdllm.plan(dense, recipe.model_copy(update={"elastic": False, "forms": recipe.used_forms}))
     assert planned.needs.disk_bytes == plain.needs.disk_bytes + predicted
     assert plain.sizes.elastic_bytes == 0
 

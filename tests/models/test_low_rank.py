@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from families import FAMILIES, UNUSUAL, dense_weight, linear_targets, tiny_config, tiny_model, tiny_tokens
+from forms import model_in_forms
 from svdllm.common.errors import UnsupportedModelError
 from svdllm.models.low_rank import (
     LowRankLinear,
@@ -572,9 +573,14 @@ assert "svdllm" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "llama in every form"])
 def test_remote_code_without_the_library(family: str, tmp_path: Path):
+    family, _, other = family.partition(" ")
     folder, model = saved(tmp_path, family)
+    if other:
+        shutil.rmtree(folder)
+        model = model_in_forms(family)[1]
+        model.save_pretrained(folder)
     save_file({"ids": tiny_tokens(), "logits": logits(model)}, tmp_path / "expected.safetensors")
     command = [
         sys.executable,

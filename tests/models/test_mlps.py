@@ -260,3 +260,11 @@ def test_joint_keys_and_values_leave_the_mlps_of_other_linears():
     both = replace(structure, mlps=(of_joint, *structure.mlps))
     assert values.endswith("v_proj")
     assert with_joint_keys_and_values(both).mlps == structure.mlps
+
+
+def test_they_are_found_where_gradients_are_switched_off() -> None:
+    skeleton = build_skeleton(tiny_config("llama"))
+    with torch.no_grad():
+        found = discover(skeleton).mlps
+    assert found == discover(skeleton).mlps
+    assert found

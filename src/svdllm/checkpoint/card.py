@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from svdllm.checkpoint.report import form_of
+
 SHOWN_LINEARS = 5  # those that lost most
+FORMS = {
+    "pair": "as pairs of factors (`svd_u @ svd_v`)",
+    "packed": "packed (pivot rows or columns, and how the others are made of them)",
+    "narrow": "narrower (fewer inner features of an MLP)",
+}
 
 
 def model_card(report: dict[str, Any], config: PreTrainedConfig) -> str:
@@ -26,7 +34,8 @@ def model_card(report: dict[str, Any], config: PreTrainedConfig) -> str:
 
 
 def _overview(report: dict[str, Any]) -> str:
-    dense = sum(row["rank"] is None for row in report["linears"])
+    counts = Counter(map(form_of, report["linears"]))
+    forms = "; ".join(f"{counts[form]} {text}" for form, text in FORMS.items() if counts[form])
     removed = 1 - report["params"] / report["dense_params"]
     trained = "It was not trained after compression."
     if history := report.get("recovery"):
@@ -40,8 +49,9 @@ tags: [svdllm, low-rank, compression]
 
 # {model}, compressed by {report["achieved_ratio"]:.0%}
 
-{model} with {len(report["linears"]) - dense} of its linear layers replaced by low-rank pairs
-(`svd_u @ svd_v`, method `{report["method"]}`, [SVD-LLM](https://arxiv.org/abs/2403.07378)); {dense} stay dense.
+{model} with {len(report["linears"]) - counts["dense"]} of its linear layers made smaller
+(method `{report["method"]}`, [SVD-LLM](https://arxiv.org/abs/2403.07378)): {forms or "none"}.
+{counts["dense"]} stay dense.
 
 | | dense | this model |
 |---|---|---|
@@ -115,7 +125,7 @@ def _making(report: dict[str, Any]) -> str:
 - Metric: {recipe["metric"]}; ranks: {report["allocation"]["name"]}; inputs of the {streams} model
 - Versions: {made_with}
 - `svdllm/recipe.yaml` has the settings (`svdllm compress MODEL -o OUT --recipe svdllm/recipe.yaml` repeats a run whose
-  text was named, not handed over in Python); `svdllm/report.json` has every layer's rank, kept energy and loss.
+  text was named, not handed over in Python); `svdllm/report.json` has every layer's form, size, kept energy and loss.
 """
 
 
@@ -130,15 +140,16 @@ def _calibration(report: dict[str, Any]) -> str:
 
 
 def _worst_linears(report: dict[str, Any]) -> str:
-    factorised = [row for row in report["linears"] if row["rank"] is not None]
-    worst = sorted(factorised, key=lambda row: row["kept_energy"])[:SHOWN_LINEARS]
+    changed = [row for row in report["linears"] if form_of(row) != "dense"]
+    worst = sorted(changed, key=lambda row: row["kept_energy"])[:SHOWN_LINEARS]
     rows = "\n".join(
-        f"| `{row['name']}` | {row['out_features']} x {row['in_features']} | {row['rank']} | {row['kept_energy']:.4f} |"
+        f"| `{row['name']}` | {row['out_features']} x {row['in_features']} | {form_of(row)}, "
+        f"{row.get('size', row['rank'])} | {row['kept_energy']:.4f} |"
         for row in worst
     )
     return f"""The layers that lost most (share of the output's energy kept over the calibration tokens):
 
-| linear | shape | rank | kept energy |
+| linear | shape | form, and its rank or width | kept energy |
 |---|---|---|---|
 {rows}
 """

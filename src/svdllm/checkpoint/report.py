@@ -43,6 +43,11 @@ def ranks_of(report: Mapping[str, Any]) -> dict[str, int]:
     return {name: row["rank"] for row in rows for name in row.get("parts") or [row["name"]]}
 
 
+def form_of(row: Mapping[str, Any]) -> str:
+    """The form of a linear in a report; reports of 0.1 know pairs and dense linears."""
+    return row.get("form") or ("dense" if row["rank"] is None else "pair")
+
+
 def is_checkpoint(folder: str | Path) -> bool:
     """Whether a folder has a report, as every checkpoint of svdllm does."""
     return (Path(folder) / REPORT_FILE).is_file()

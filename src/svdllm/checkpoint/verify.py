@@ -15,7 +15,7 @@ from svdllm.common.device import resolve_device
 from svdllm.common.errors import CheckpointError, NumericalError
 from svdllm.models.config_files import load_config
 from svdllm.models.logits import compare_logits
-from svdllm.models.low_rank import HASHES_FILE, LowRankLinear, PackedLinear, compare_hashes
+from svdllm.models.low_rank import FACTORED, HASHES_FILE, compare_hashes
 
 
 def verify(folder: str | Path, device: str = "auto") -> list[tuple[str, str]]:
@@ -38,8 +38,7 @@ def verify(folder: str | Path, device: str = "auto") -> list[tuple[str, str]]:
     load_config(folder, str(folder), allow_quantized=True)
     checks = [("hashes", "every file is as it was written")]
     model = load_model(folder, dtype=torch.float32, check_integrity=False)
-    low_rank = (LowRankLinear, PackedLinear)
-    ranks = {name: m.svd_v.out_features for name, m in model.named_modules() if isinstance(m, low_rank)}
+    ranks = {name: m.svd_v.out_features for name, m in model.named_modules() if isinstance(m, FACTORED)}
     wanted = ranks_of(report)
     if ranks != wanted:
         different = sorted(name for name in {**ranks, **wanted} if ranks.get(name) != wanted.get(name))

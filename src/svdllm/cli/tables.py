@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
 from svdllm.checkpoint.card import quantization_text, recovery_text
+from svdllm.checkpoint.report import form_of
 from svdllm.cli.console import count, duration, size
 from svdllm.comparison.demo import DemoResult
 from svdllm.comparison.table import perplexity_text
@@ -204,11 +205,6 @@ def allocation_text(plan: Plan) -> str:
 def counts_text(forms: Iterable[str]) -> str:
     """The number of linears in each form, as in ``120 packed, 90 narrow linears``."""
     return ", ".join(f"{number} {form}" for form, number in Counter(forms).most_common()) + " linears"
-
-
-def form_of(row: Mapping[str, Any]) -> str:
-    """The form of a linear in a report; reports of 0.1 know pairs and dense linears."""
-    return row.get("form") or ("dense" if row["rank"] is None else "pair")
 
 
 def add_sizes(table: Table, plan: Plan) -> None:

@@ -44,7 +44,8 @@ def find_mlps(skeleton: nn.Module, structure: Structure, arguments: Sequence[Arg
         block = skeleton.get_submodule(name)
         key = _signature(block)
         if key not in known:
-            known[key] = _find_in(block, given)
+            with torch.enable_grad():  # also where the caller has switched gradients off
+                known[key] = _find_in(block, given)
         candidates = (_as_mlp(skeleton, name, index, found) for found in known[key])
         mlps += [mlp for mlp in candidates if targets.issuperset(mlp.linears)]
     return tuple(mlps)
@@ -163,7 +164,7 @@ class _Trial:
             stub.inputs = []
         args, kwargs = tree_map(lambda leaf: leaf, self.given)  # containers of its own, which it may write into
         try:
-            with replaced(self.block, dict(self.stubs)), torch.enable_grad():
+            with replaced(self.block, dict(self.stubs)):
                 output = functional_call(self.block, self.tensors, args, kwargs)
         except Exception:  # of any kind, by the class: it does not take outputs of these shapes or values
             return None

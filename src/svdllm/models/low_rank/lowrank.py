@@ -103,12 +103,14 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])  # on a CPU, a gather of columns is many times as fast in a matrix
         if self.side == "rows":
-            pivots = self.svd_v(x)
-            y = torch.cat((pivots, self.svd_u(pivots)), dim=-1).index_select(-1, self.order)
+            pivots = self.svd_v(tokens)
+            y = torch.cat((pivots, self.svd_u(pivots)), dim=-1).index_select(1, self.order)
         else:
-            x = x.index_select(-1, self.order)
-            y = self.svd_u(x[..., : self.rank] + self.svd_v(x[..., self.rank :]))
+            tokens = tokens.index_select(1, self.order)
+            y = self.svd_u(tokens[:, : self.rank] + self.svd_v(tokens[:, self.rank :]))
+        y = y.view(*x.shape[:-1], y.shape[-1])
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

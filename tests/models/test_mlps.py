@@ -66,6 +66,12 @@ def test_every_block_has_the_mlp_that_is_expected(family: str):
         assert rows == {mlp.width * (2 if expected in (FUSED, (("mlp.Wi",), "mlp.Wo")) else 1)}
 
 
+def test_they_are_found_where_the_caller_wants_no_gradients():
+    skeleton = skeleton_of("llama")
+    with torch.no_grad():
+        assert discover(skeleton).mlps == discover(skeleton_of("llama")).mlps != ()
+
+
 def test_names_join_the_linears():
     assert discover(skeleton_of("llama")).mlps[1].name == "model.layers.1.mlp.gate_proj+up_proj+down_proj"
     assert discover(skeleton_of("opt")).mlps[0].name == "model.decoder.layers.0.fc1+fc2"

@@ -139,7 +139,9 @@ class _Trial:
         if not tensor.requires_grad:
             return ()
         names, outputs = zip(*((name, made) for name, stub in self.stubs.items() for made in stub.outputs), strict=True)
-        gradients = torch.autograd.grad(tensor.sum(), outputs, retain_graph=True, allow_unused=True)
+        with torch.enable_grad():
+            total = tensor.sum()
+        gradients = torch.autograd.grad(total, outputs, retain_graph=True, allow_unused=True)
         found = (name for name, gradient in zip(names, gradients, strict=True) if gradient is not None)
         return tuple(dict.fromkeys(found))
 

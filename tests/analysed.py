@@ -45,7 +45,7 @@ def analysed(model: Any, folder: Path, ids: Tensor, **settings: Any) -> SimpleNa
         analysis=analysis,
         depths=depths,
         narrows="narrow" in recipe.analysed_forms,
-        keeps_left_metrics=False,
+        keeps_metrics=False,
         reporter=Reporter(),
     ).run()
     return SimpleNamespace(model=model, structure=structure, analysis=analysis, walk=walk, recipe=recipe)

@@ -147,7 +147,7 @@ def test_the_written_model_is_the_dense_one_with_the_best_matrices_put_in(
     )
     expected = put_in(model, written, dict(result.plan.forms))
     assert float((outputs_of(expected) - outputs_of(model)).norm()) > 1e-3
-    torch.testing.assert_close(outputs_of(written), outputs_of(expected), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(outputs_of(written), outputs_of(expected), rtol=1e-6, atol=1e-6)
     assert_sizes(planned, result, written)
     assert svdllm.verify(tmp_path / "out", "cpu")
 

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Share of the mean diagonal that is added to a Gram: inner features behind a ReLU may be zero on a whole text.
-RIDGE = 1e-6
+# Shares of the mean diagonal that are added to a Gram: inner features behind a ReLU may be zero on a whole text, and a
+# Gram of few tokens, kept in float32, has eigenvalues below zero.
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3)
 # The features left are removed a 24th at a time. One at a time takes 20 times as long; the loss is 0.1 % lower.
 CHUNK = 24
 
@@ -70,7 +71,7 @@ def inner_order(weight_OI: Tensor, gram_II: Tensor, left_gram_OO: Tensor | None 
         torch.linalg.LinAlgError: the Gram is not positive semi-definite, or the left metric not positive definite.
     """
     weight_ON = _in_left_metric(weight_OI.double(), left_gram_OO)
-    inverse_NN = torch.cholesky_inverse(torch.linalg.cholesky(_with_ridge(gram_II)))
+    inverse_NN = torch.cholesky_inverse(_root(gram_II))
     left_N = torch.arange(len(gram_II), device=gram_II.device)
     removed = []
     while len(left_N):
@@ -98,7 +99,7 @@ def narrowing_tails(weight_OI: Tensor, gram_II: Tensor, order_I: Tensor, left_gr
     Raises:
         torch.linalg.LinAlgError: the Gram is not positive semi-definite, or the left metric not positive definite.
     """
-    root_II = torch.linalg.cholesky(_with_ridge(gram_II[order_I][:, order_I]))
+    root_II = _root(gram_II[order_I][:, order_I])
     columns_OI = weight_OI.double()[:, order_I] @ root_II
     losses_I = _in_left_metric(columns_OI, left_gram_OO).square().sum(0)
     return torch.cat([losses_I.flip(0).cumsum(0).flip(0), losses_I.new_zeros(1)])
@@ -133,7 +134,7 @@ def narrowed_anchored(weight_OI: Tensor, gram_II: Tensor, cross_II: Tensor, beta
     gram_IW, kept_OW = gram_II[:, kept_W], weight_OI[:, kept_W]
     wanted_OW = weight_OI @ (gram_IW + beta * (cross_II.double()[:, kept_W] - gram_IW))
     gram_WW = gram_IW[kept_W]
-    root_WW = torch.linalg.cholesky(_with_ridge(gram_WW))
+    root_WW = _root(gram_WW)
     return kept_OW + torch.cholesky_solve((wanted_OW - kept_OW @ gram_WW).mT, root_WW).mT
 
 
@@ -148,9 +149,20 @@ def kept_rows(order_I: Tensor, width: int, copies: int = 1) -> Tensor:
     return (starts_C[:, None] + order_I[:width]).flatten()
 
 
-def _with_ridge(gram_NN: Tensor) -> Tensor:
-    ridge = RIDGE * gram_NN.diagonal().double().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    return gram_NN.double() + ridge * torch.eye(len(gram_NN), dtype=torch.float64, device=gram_NN.device)
+def _root(gram_NN: Tensor) -> Tensor:
+    """The Cholesky factor, float64, of a Gram with a ridge; of a larger one where rounding has left no positive matrix.
+
+    Raises:
+        torch.linalg.LinAlgError: the Gram is not positive semi-definite.
+    """
+    gram_NN = gram_NN.double()
+    mean = gram_NN.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    identity_NN = torch.eye(len(gram_NN), dtype=torch.float64, device=gram_NN.device)
+    for ridge in RIDGES:
+        root_NN, info = torch.linalg.cholesky_ex(gram_NN + ridge * mean * identity_NN)
+        if info.item() == 0:
+            return root_NN
+    return torch.linalg.cholesky(gram_NN + RIDGES[-1] * mean * identity_NN)
 
 
 def _in_left_metric(weight_OI: Tensor, left_gram_OO: Tensor | None) -> Tensor:

@@ -65,6 +65,7 @@ def refit(
         recipe=run.recipe,
         analysis=analysis,
         finals=finals,
+        num_dense_tokens=windows.num_tokens,
         reporter=run.reporter,
     ).run()
     return finals
@@ -79,6 +80,7 @@ class Sequential:
     recipe: Recipe
     analysis: Analysis
     finals: FinalFactors
+    num_dense_tokens: int  # of the dense calibration, whose Grams are mixed in
     reporter: Reporter
 
     def run(self) -> None:
@@ -208,7 +210,7 @@ class Sequential:
         metric_II = metric.to(self.walk.device, torch.float64)
         diagonal_II = torch.diag(metric_II.diagonal())
         unshrunk_II = (metric_II - recipe.shrinkage * diagonal_II) / (1 - recipe.shrinkage)
-        scale = products.num_tokens / (recipe.samples * recipe.seqlen)
+        scale = products.num_tokens / self.num_dense_tokens
         return products.mixed_with(scale * unshrunk_II, recipe.sequential_shrinkage)
 
     def _best_beta(self, targets: list[Target], fitted: Products, held_out: Products) -> float:

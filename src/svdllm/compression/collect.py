@@ -107,7 +107,8 @@ def _run_backward(block: Block, targets: list[Target], watch: Callable[[Target, 
 
         def after_forward(module: torch.nn.Module, args: Any, output: Tensor) -> None:
             inputs = args[0].detach()
-            output.register_hook(lambda gradients: after_backward(inputs, gradients))
+            if output.requires_grad:  # else it is judged by its inputs alone
+                output.register_hook(lambda gradients: after_backward(inputs, gradients))
 
         return block.walk.skeleton.get_submodule(linear).register_forward_hook(after_forward)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
 
 from svdllm.common.errors import UnsupportedModelError
 
@@ -57,6 +58,21 @@ def replaced(model: nn.Module, replacements: Mapping[str, nn.Module]):
     finally:
         for name, module in originals.items():
             model.set_submodule(name, module)
+
+
+@contextmanager
+def experts_computed(model: PreTrainedModel, implementation: str):
+    """Makes stacked experts compute by another implementation of transformers while the context lasts.
+
+    ``batched_mm`` reads no value and so runs without data; ``eager`` copies no weight.
+    """
+    config: Any = model.config
+    before = config._experts_implementation
+    config._experts_implementation = implementation
+    try:
+        yield
+    finally:
+        config._experts_implementation = before
 
 
 def to_device(tree: Any, device: torch.device | str) -> Any:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
 
-from svdllm.models.hooks import replaced
+from svdllm.models.hooks import experts_computed, replaced
 from svdllm.models.linears import linear_shape, linears_of
 from svdllm.models.structure import Mlp, Structure
 from svdllm.models.stubs import BlockStub
@@ -26,10 +27,11 @@ from svdllm.models.stubs import BlockStub
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block's call, by position and by keyword
 Found = tuple[tuple[str, ...], str]  # producers and consumer, by their names in the block
 SEED = 0
+LARGE = 2**24  # values of a tensor
 TOLERANCE = 1e-4  # of float32 results of one elementwise function at other places of a tensor
 
 
-def find_mlps(skeleton: nn.Module, structure: Structure, arguments: Sequence[Arguments]) -> tuple[Mlp, ...]:
+def find_mlps(skeleton: PreTrainedModel, structure: Structure, arguments: Sequence[Arguments]) -> tuple[Mlp, ...]:
     """Finds the MLPs of every block. Blocks of equal modules and shapes are tried once.
 
     Args:
@@ -39,12 +41,15 @@ def find_mlps(skeleton: nn.Module, structure: Structure, arguments: Sequence[Arg
     """
     targets = {target.name for target in structure.targets}
     known: dict[str, list[Found]] = {}
-    mlps = []
+    mlps: list[Mlp] = []
     for index, (name, given) in enumerate(zip(structure.blocks, arguments, strict=True)):
         block = skeleton.get_submodule(name)
         key = _signature(block)
         if key not in known:
-            with torch.enable_grad():  # also where the caller has switched gradients off
+            with (
+                torch.enable_grad(),
+                experts_computed(skeleton, "eager"),
+            ):  # also where the caller has switched gradients off
                 known[key] = _find_in(block, given)
         candidates = (_as_mlp(skeleton, name, index, found) for found in known[key])
         mlps += [mlp for mlp in candidates if targets.issuperset(mlp.linears)]
@@ -115,7 +120,7 @@ class _Trial:
         self.stubs = {name: _LinearStub(linear, self.generator) for name, linear in linears_of(block)}
         inside = tuple(f"{name}." for name in self.stubs)
         self.tensors = {name: self._real(buffer) for name, buffer in block.named_buffers()} | {
-            name: 0.5 + torch.rand(parameter.shape, generator=self.generator)
+            name: 0.5 + self._random(parameter.shape)
             for name, parameter in block.named_parameters()
             if not name.startswith(inside)
         }
@@ -171,6 +176,12 @@ class _Trial:
         except Exception:  # of any kind, by the class: it does not take outputs of these shapes or values
             return None
         return [leaf for leaf in tree_leaves((output, args, kwargs)) if isinstance(leaf, Tensor)]
+
+    def _random(self, shape: torch.Size) -> Tensor:
+        """Random values; large stacks of matrices hold one of them many times, which takes no memory."""
+        if len(shape) > 2 and shape.numel() > LARGE:
+            return torch.rand(shape[1:], generator=self.generator).expand(shape)
+        return torch.rand(shape, generator=self.generator)
 
     def _real(self, tensor: Tensor) -> Tensor:
         """A tensor with values: its own, in float32 where they are floating; random or zero for one that has none."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from svdllm.common.errors import UnsupportedModelError
 from svdllm.models.hooks import to_device
 from svdllm.models.shared_state import NOTHING, Argument, State, contents, moved, refilled, written
 
@@ -45,7 +46,7 @@ class Call:
         after: dict[Any, Any] = {}
         for argument, mapping in shared.items():
             after |= contents(argument, mapping)
-        return Ran(output[0] if isinstance(output, tuple) else output, written(found, after))
+        return Ran(output[0] if isinstance(output, tuple | list) else output, written(found, after))
 
     def same_as(self, other: Call) -> bool:
         """Whether two calls are equal by value, so that one copy can serve both."""
@@ -75,17 +76,36 @@ class BlockStub(nn.Module):
         return (hidden, None) if self.returns_tuple else hidden
 
 
+class Skip(BlockStub):
+    """Returns the hidden states unchanged."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.wrapped(args[0] if args else kwargs["hidden_states"])
+
+
 class Recorder(BlockStub):
-    """Records the call of its block and returns the hidden states unchanged."""
+    """Records the call of its block in one pass and returns the hidden states unchanged."""
 
     hidden: Tensor
-    call: Call
+    call: Call | None = None
 
     def __init__(self, block: nn.Module, returns_tuple: bool, shared_arguments: Iterable[Argument] = ()):
         super().__init__(block, returns_tuple)
         self.shared_arguments = tuple(shared_arguments)
 
+    def taken(self) -> Call:
+        """Hands over the call, so that the next pass can be recorded."""
+        call, self.call = self.call, None
+        if call is None:
+            raise UnsupportedModelError(f"A block ({type(self.block).__name__}) is not run with every text.")
+        return call
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.call is not None:
+            raise UnsupportedModelError(
+                f"A block ({type(self.block).__name__}) runs more than once in one pass; svdllm could tell its calls "
+                "apart neither in its statistics nor in its weights."
+            )
         by_name = not args
         self.hidden = kwargs.pop("hidden_states") if by_name else args[0]
         others = args[1:]

@@ -32,7 +32,7 @@ from svdllm.models.hooks import replaced
 from svdllm.models.loaded_weights import weights_loaded
 from svdllm.models.shared_state import StateGradients, differentiable
 from svdllm.models.structure import Structure
-from svdllm.models.stubs import Call, Ran, Recorder, Replay
+from svdllm.models.stubs import Call, Ran, Recorder, Replay, Skip
 from svdllm.models.weights import Weights
 
 
@@ -125,13 +125,15 @@ class Walk:
     def head(self) -> Iterator[Callable[[slice, Tensor], Tensor]]:
         """Loads what follows the blocks; yields a function from windows and their last hidden states to logits."""
         blocks = self.structure.blocks
-        last = Replay(self.skeleton.get_submodule(blocks[-1]), self.structure.returns_tuple[-1])
+        tuples = zip(blocks, self.structure.returns_tuple, strict=True)
+        stubs: dict[str, nn.Module] = {name: Skip(self.skeleton.get_submodule(name), told) for name, told in tuples}
+        stubs[blocks[-1]] = last = Replay(self.skeleton.get_submodule(blocks[-1]), self.structure.returns_tuple[-1])
 
         def logits_of(windows: slice, hidden: Tensor) -> Tensor:
             last.replay(hidden)
             return self.skeleton(input_ids=self.ids[windows].to(self.device), use_cache=False).logits
 
-        with self._outside_loaded(everything=True), replaced(self.skeleton, {**self._recorders(), blocks[-1]: last}):
+        with self._outside_loaded(everything=True), replaced(self.skeleton, stubs):
             yield logits_of
 
     def _finite_gradient(self, hidden: Tensor, where: str) -> Tensor:
@@ -152,19 +154,18 @@ class Walk:
                 recorded = list(recorders.values())
                 first = recorded[0].hidden
                 if not self.calls:
-                    self._make_room(first.shape[-1])
+                    self._make_room(first.shape[1:])
                 self.hidden.tensor[batch] = first.cpu()
                 if self.compressed is not None:
                     self.compressed.tensor[batch] = first.cpu()
-                self.calls.append(self._shared([recorder.call for recorder in recorded]))
+                self.calls.append(self._shared([recorder.taken() for recorder in recorded]))
 
     def _recorders(self) -> dict[str, Recorder]:
         blocks = zip(self.structure.blocks, self.structure.returns_tuple, strict=True)
         shared = self.structure.shared_arguments
         return {name: Recorder(self.skeleton.get_submodule(name), is_tuple, shared) for name, is_tuple in blocks}
 
-    def _make_room(self, hidden_size: int) -> None:
-        shape = (self.ids.shape[1], hidden_size)
+    def _make_room(self, shape: torch.Size) -> None:
         self.hidden = HiddenStates((len(self.ids), *shape), self.dtype, self.spill_file)
         if self.two_streams:
             spill = self.spill_file

@@ -15,7 +15,7 @@ from svdllm.checkpoint.tensors import Tensors, buffer_names, stored_tensors
 from svdllm.common.device import resolve_device, resolve_dtype
 from svdllm.common.errors import InputError, UnsupportedModelError
 from svdllm.common.run_options import RunOptions
-from svdllm.compression.forms import factors_of
+from svdllm.compression.forms import FORMS, factors_of
 from svdllm.compression.recipe import Recipe
 from svdllm.models.config_files import refuse_several_parts
 from svdllm.models.discover import discover
@@ -121,11 +121,10 @@ def structure_for(skeleton: PreTrainedModel, recipe: Recipe) -> Structure:
 
 def _too_small(structure: Structure, recipe: Recipe) -> list[str]:
     """Names of the targets that have no rank, a multiple of ``round_to``, at which their factors are smaller."""
-    return [
-        target.name
-        for target in structure.targets
-        if target.inner is None and not factors_of(target, recipe.used_forms).sizes(target, recipe.round_to)
-    ]
+    forms = recipe.used_forms
+    if all(FORMS[name].exact_rank is None for name in forms):
+        return []
+    return [t.name for t in structure.targets if not factors_of(t, forms).sizes(t, recipe.round_to)]
 
 
 def _require_most_of(structure: Structure, recipe: Recipe, model: str) -> None:

@@ -32,6 +32,8 @@ def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure
     """
     blocks = find_blocks(skeleton)
     linears = {name: module for block in blocks for name, module in _linears_in(skeleton, block)}
+    if not linears:
+        raise UnsupportedModelError(f"The blocks of {type(skeleton).__name__} hold no linear layer.")
     reasons = dict.fromkeys(_ignored(list(linears), ignore), IGNORED)
     reasons |= dict.fromkeys(shared_modules(skeleton) & linears.keys() - reasons.keys(), SHARED)
     candidates = {name: module for name, module in linears.items() if name not in reasons}
@@ -107,6 +109,6 @@ def _ignored(names: list[str], ignore: Sequence[str]) -> list[str]:
                 f"--ignore {pattern!r} matches none of the {len(names)} linears; they are named like {listing(names)}."
             )
     ignored = [name for name in names if any(matches(pattern, name) for pattern in ignore)]
-    if names and len(ignored) == len(names):
+    if len(ignored) == len(names):
         raise InputError(f"--ignore {' '.join(ignore)!r} matches every linear: nothing is left to compress.")
     return ignored

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from transformers import PreTrainedModel
 
 from svdllm.common.errors import UnsupportedModelError
 
@@ -61,13 +61,13 @@ def replaced(model: nn.Module, replacements: Mapping[str, nn.Module]):
 
 
 @contextmanager
-def experts_computed(model: PreTrainedModel, implementation: str):
+def experts_computed(model: nn.Module, implementation: str):
     """Makes stacked experts compute by another implementation of transformers while the context lasts.
 
     ``batched_mm`` reads no value and so runs without data; ``eager`` copies no weight.
     """
-    config: Any = model.config
-    before = config._experts_implementation
+    config: Any = getattr(model, "config", None) or SimpleNamespace()
+    before = getattr(config, "_experts_implementation", None)
     config._experts_implementation = implementation
     try:
         yield

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import PreTrainedModel
 
 from svdllm.models.hooks import experts_computed, replaced
 from svdllm.models.linears import linear_shape, linears_of
@@ -31,7 +30,7 @@ LARGE = 2**24  # values of a tensor
 TOLERANCE = 1e-4  # of float32 results of one elementwise function at other places of a tensor
 
 
-def find_mlps(skeleton: PreTrainedModel, structure: Structure, arguments: Sequence[Arguments]) -> tuple[Mlp, ...]:
+def find_mlps(skeleton: nn.Module, structure: Structure, arguments: Sequence[Arguments]) -> tuple[Mlp, ...]:
     """Finds the MLPs of every block. Blocks of equal modules and shapes are tried once.
 
     Args:
@@ -46,10 +45,7 @@ def find_mlps(skeleton: PreTrainedModel, structure: Structure, arguments: Sequen
         block = skeleton.get_submodule(name)
         key = _signature(block)
         if key not in known:
-            with (
-                torch.enable_grad(),
-                experts_computed(skeleton, "eager"),
-            ):  # also where the caller has switched gradients off
+            with torch.enable_grad(), experts_computed(skeleton, "eager"):  # also where gradients are switched off
                 known[key] = _find_in(block, given)
         candidates = (_as_mlp(skeleton, name, index, found) for found in known[key])
         mlps += [mlp for mlp in candidates if targets.issuperset(mlp.linears)]
@@ -196,6 +192,10 @@ def _same(ours: Any, theirs: Any) -> bool:
     """Whether nested lists hold equal tensors."""
     pairs = list(zip(tree_leaves(ours), tree_leaves(theirs), strict=False))
     return len(tree_leaves(ours)) == len(tree_leaves(theirs)) and all(
-        a.shape == b.shape and bool(torch.isclose(a.float(), b.float(), rtol=TOLERANCE, atol=TOLERANCE).all())
+        a.shape == b.shape and bool(torch.isclose(_wide(a), _wide(b), rtol=TOLERANCE, atol=TOLERANCE).all())
         for a, b in pairs
     )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_complex() else tensor.float()

@@ -226,14 +226,17 @@ def _joint(keys: Target, values: Target) -> Target:
 
 
 def left_dense(structure: Structure, reasons: Mapping[str, str]) -> Structure:
-    """Takes targets that are in no MLP out of a structure.
+    """Takes targets out of a structure, and the MLPs that they belong to.
 
     Args:
         reasons: target -> why it stays dense.
     """
     left = tuple(
         DenseModule(
-            name=name, kind="Conv1D" if t.is_conv1d else "Linear", reason=reasons[t.name], params=rows * t.in_features
+            name=name,
+            kind="Conv1D" if t.is_conv1d else "Linear",
+            reason=reasons[t.name],
+            params=rows * (t.in_features + t.has_bias),
         )
         for t in structure.targets
         if t.name in reasons
@@ -244,7 +247,8 @@ def left_dense(structure: Structure, reasons: Mapping[str, str]) -> Structure:
     for target in kept:
         leaders.setdefault(target.group, target.name)
     targets = tuple(replace(target, group=leaders[target.group]) for target in kept)
-    return replace(structure, targets=targets, dense=(*structure.dense, *left))
+    mlps = [mlp for mlp in structure.mlps if reasons.keys().isdisjoint(mlp.linears)]
+    return with_mlps(replace(structure, targets=targets, dense=(*structure.dense, *left)), mlps)
 
 
 def weight_of(model: nn.Module, target: Target) -> Tensor:

@@ -110,21 +110,20 @@ def structure_for(skeleton: PreTrainedModel, recipe: Recipe) -> Structure:
         structure = bias_corrected(structure)
     if recipe.ranks is None:  # the user has not named what becomes of each
         structure = left_dense(structure, dict.fromkeys(_too_small(structure, recipe), TOO_SMALL))
-    if not structure.targets:
-        raise UnsupportedModelError(
-            f"Every linear in the blocks of {type(skeleton).__name__} is too small to gain from factors of rank "
-            f"{recipe.round_to} or more. Lower --round-to."
-        )
     _require_most_of(structure, recipe, type(skeleton).__name__)
     return structure
 
 
 def _too_small(structure: Structure, recipe: Recipe) -> list[str]:
-    """Names of the targets that have no rank, a multiple of ``round_to``, at which their factors are smaller."""
-    forms = recipe.used_forms
+    """Names of the targets that have no rank, a multiple of ``round_to``, at which their factors are smaller.
+
+    None, if that is true of all: no budget can be met then, which says what to do.
+    """
+    forms, targets = recipe.used_forms, structure.targets
     if all(FORMS[name].exact_rank is None for name in forms):
         return []
-    return [t.name for t in structure.targets if not factors_of(t, forms).sizes(t, recipe.round_to)]
+    small = [target.name for target in targets if not factors_of(target, forms).sizes(target, recipe.round_to)]
+    return small if len(small) < len(targets) else []
 
 
 def _require_most_of(structure: Structure, recipe: Recipe, model: str) -> None:

@@ -138,7 +138,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "n_layers": 2,
         "n_heads": 4,
         "max_seq_len": 64,
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "jetmoe": {
@@ -211,6 +211,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "is_decoder": True,
         "is_encoder_decoder": False,
     },
+    "rwkv": {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
     "openai-gpt": {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
 }
 

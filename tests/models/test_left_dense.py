@@ -113,4 +113,4 @@ def test_a_walk_needs_no_targets() -> None:
     skeleton = build_skeleton(tiny_model("bart").config)
     blocks, whole = discover_blocks(skeleton), discover(skeleton)
     assert blocks.targets == ()
-    assert (blocks.blocks, blocks.returns_tuple) == (whole.blocks, whole.returns_tuple)
+    assert (blocks.blocks, blocks.num_outputs) == (whole.blocks, whole.num_outputs)

@@ -202,7 +202,7 @@ def found_in(block: nn.Module, ignored: tuple[str, ...] = ()) -> tuple[Mlp, ...]
         for o, i in [linear_shape(linear)]
         if name not in ignored
     )
-    structure = Structure(blocks=("block",), targets=targets, returns_tuple=(False,))
+    structure = Structure(blocks=("block",), targets=targets, num_outputs=(0,))
     return find_mlps(model, structure, [((torch.zeros(1, 5, 8),), {})])
 
 

@@ -106,9 +106,9 @@ def test_shapes_of_grouped_query_attention():
     assert (k_proj.num_weights, k_proj.full_rank, k_proj.break_even_rank, pair_params(k_proj, 5)) == (512, 16, 10, 240)
 
 
-@pytest.mark.parametrize(("family", "expected"), [("llama", False), ("falcon", True), ("gpt2", False)])
-def test_whether_blocks_return_tuples(family: str, expected: bool):
-    assert discover(skeleton_of(family)).returns_tuple == (expected, expected)
+@pytest.mark.parametrize(("family", "expected"), [("llama", 0), ("falcon", 2), ("gpt2", 0)])
+def test_how_many_outputs_blocks_have(family: str, expected: int):
+    assert discover(skeleton_of(family)).num_outputs == (expected, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

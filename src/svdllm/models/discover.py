@@ -66,9 +66,10 @@ def _structure(trial: Trial, targets: tuple[Target, ...]) -> Structure:
     return Structure(
         blocks=trial.blocks,
         targets=targets,
-        returns_tuple=trial.returns_tuple,
+        num_outputs=trial.num_outputs,
         shared_arguments=trial.written.names,
         shared_features=trial.written.num_features,
+        handed=tuple(trial.written.handed),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from svdllm.common.errors import InputError, UnsupportedModelError
@@ -69,6 +70,8 @@ def language_model(model: nn.Module) -> tuple[str, nn.Module]:
 def find_blocks(model: nn.Module) -> list[str]:
     """Names the decoder blocks: the items of the largest outermost ``ModuleList`` of the language model.
 
+    A list in a model inside it, such as an encoder of images, counts if there is no other.
+
     Raises:
         UnsupportedModelError: there is none with weights.
     """
@@ -79,7 +82,10 @@ def find_blocks(model: nn.Module) -> list[str]:
             f"{type(model).__name__} has no stack of decoder blocks (a ModuleList with weights). Its modules are: "
             f"{listing([name for name, _ in model.named_children()])}."
         )
-    stack = max(stacks, key=lambda name: stacks[name])
+    parts = [part for part, module in decoder.named_modules(prefix=name) if isinstance(module, PreTrainedModel)]
+    inner = tuple(f"{part}." for part in parts if part != name)
+    own = [stack for stack in stacks if not stack.startswith(inner)]
+    stack = max(own or stacks, key=lambda name: stacks[name])
     return [f"{stack}.{index}" for index in range(len(model.get_submodule(stack)))]  # type: ignore[arg-type]
 
 

@@ -90,7 +90,7 @@ class _LinearStub(BlockStub):
     """Takes the place of a linear. Keeps its inputs; the outputs of its calls are random, and the same in every run."""
 
     def __init__(self, linear: nn.Module, generator: torch.Generator):
-        super().__init__(linear, returns_tuple=False)
+        super().__init__(linear, num_outputs=0)
         self.shape = linear_shape(linear)
         self.generator = generator
         self.inputs: list[Tensor] = []

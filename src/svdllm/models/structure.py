@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from svdllm.common.errors import UnsupportedModelError
 from svdllm.models.left_dense import IGNORED, DenseModule, DensePart, dense_parts
 from svdllm.models.linears import listing, matches
-from svdllm.models.shared_state import Argument
+from svdllm.models.shared_state import Argument, Handed
 
 
 @dataclass(frozen=True)
@@ -127,18 +127,20 @@ class Structure:
         targets: the linears that may be compressed.
         dense: the modules with parameters inside the blocks that are not targets.
         num_block_params: parameters inside the blocks, of whatever kind.
-        returns_tuple: for each block, whether it returns a tuple that begins with the hidden states.
+        num_outputs: of each block, in a tuple that begins with the hidden states; 0 if it returns these alone.
         shared_arguments: arguments that are mappings, which blocks write into for later blocks.
-        shared_features: number of values per token in these mappings.
+        handed: outputs of blocks, beside the hidden states, that later blocks take.
+        shared_features: number of values per token in these mappings and outputs.
         mlps: the MLPs whose inner features can be removed.
     """
 
     blocks: tuple[str, ...]
     targets: tuple[Target, ...]
-    returns_tuple: tuple[bool, ...]
+    num_outputs: tuple[int, ...]
     dense: tuple[DenseModule, ...] = ()
     num_block_params: int = 0
     shared_arguments: tuple[Argument, ...] = ()
+    handed: tuple[Handed, ...] = ()
     shared_features: int = 0
     mlps: tuple[Mlp, ...] = ()
 

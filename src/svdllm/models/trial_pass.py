@@ -29,13 +29,13 @@ class Trial:
     blocks: the blocks that were run, in their order.
     groups: called linear -> the first linear that read the same tensor.
     read: linears of which something else was asked, such as their weight.
-    returns_tuple, arguments: of every block.
+    num_outputs, arguments: of every block; see ``Structure``.
     """
 
     blocks: tuple[str, ...]
     groups: dict[str, str]
     read: frozenset[str]
-    returns_tuple: tuple[bool, ...]
+    num_outputs: tuple[int, ...]
     arguments: list[Arguments]
     written: WrittenArguments
 
@@ -88,11 +88,13 @@ class _Probe(BlockStub):
     given: Arguments | None = None
 
     def __init__(self, name: str, block: nn.Module, written: WrittenArguments, device: str):
-        super().__init__(block, returns_tuple=False)
+        super().__init__(block, num_outputs=0)
         self.name, self.written, self.device = name, written, device
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.given = args, kwargs
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.written.enter(self.name, hidden)
         block: nn.Module = self.block
         tensors = {name: buffer.to(self.device) for name, buffer in block.named_buffers()}
         if self.device != "meta":
@@ -102,16 +104,15 @@ class _Probe(BlockStub):
             return functional_call(block, tensors, args, kwargs)
 
         output = self.written.watch(self.name, call, args, kwargs, lambda value: to_device(value, self.device))
-        self.returns_tuple = isinstance(output, tuple | list)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        first = output[0] if self.returns_tuple else output
+        self.num_outputs = len(output) if isinstance(output, tuple | list) else 0
+        first = output[0] if self.num_outputs else output
         if not isinstance(first, Tensor) or first.shape != hidden.shape:
             found = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
             raise UnsupportedModelError(
                 f"{self.name} takes hidden states of shape {tuple(hidden.shape)} and returns {found}; svdllm carries "
                 "hidden states of one shape from block to block."
             )
-        return (hidden, *output[1:]) if self.returns_tuple else hidden
+        return (hidden, *output[1:]) if self.num_outputs else hidden
 
 
 def _run(skeleton: PreTrainedModel, blocks: Sequence[str], linears: Mapping[str, nn.Module], device: str) -> Trial:
@@ -129,7 +130,7 @@ def _run(skeleton: PreTrainedModel, blocks: Sequence[str], linears: Mapping[str,
         blocks=tuple(probe.name for probe in run),
         groups=groups,
         read=frozenset(name for name, stub in watched.items() if stub.__dict__["read"]),
-        returns_tuple=tuple(probe.returns_tuple for probe in run),
+        num_outputs=tuple(probe.num_outputs for probe in run),
         arguments=[probe.given for probe in run if probe.given is not None],
         written=written,
     )

@@ -30,7 +30,7 @@ from svdllm.common.files import save_tensors
 from svdllm.models.hidden_states import HiddenStates
 from svdllm.models.hooks import replaced
 from svdllm.models.loaded_weights import weights_loaded
-from svdllm.models.shared_state import StateGradients, differentiable
+from svdllm.models.shared_state import Ports, StateGradients, differentiable
 from svdllm.models.structure import Structure
 from svdllm.models.stubs import Call, Ran, Recorder, Replay, Skip
 from svdllm.models.weights import Weights
@@ -125,9 +125,9 @@ class Walk:
     def head(self) -> Iterator[Callable[[slice, Tensor], Tensor]]:
         """Loads what follows the blocks; yields a function from windows and their last hidden states to logits."""
         blocks = self.structure.blocks
-        tuples = zip(blocks, self.structure.returns_tuple, strict=True)
-        stubs: dict[str, nn.Module] = {name: Skip(self.skeleton.get_submodule(name), told) for name, told in tuples}
-        stubs[blocks[-1]] = last = Replay(self.skeleton.get_submodule(blocks[-1]), self.structure.returns_tuple[-1])
+        counts = dict(zip(blocks, self.structure.num_outputs, strict=True))
+        stubs: dict[str, nn.Module] = {name: Skip(self.skeleton.get_submodule(name), counts[name]) for name in blocks}
+        stubs[blocks[-1]] = last = Replay(self.skeleton.get_submodule(blocks[-1]), counts[blocks[-1]])
 
         def logits_of(windows: slice, hidden: Tensor) -> Tensor:
             last.replay(hidden)
@@ -161,9 +161,17 @@ class Walk:
                 self.calls.append(self._shared([recorder.taken() for recorder in recorded]))
 
     def _recorders(self) -> dict[str, Recorder]:
-        blocks = zip(self.structure.blocks, self.structure.returns_tuple, strict=True)
-        shared = self.structure.shared_arguments
-        return {name: Recorder(self.skeleton.get_submodule(name), is_tuple, shared) for name, is_tuple in blocks}
+        structure = self.structure
+        markers = {link.key: torch.empty(0) for link in structure.handed}
+        return {
+            name: Recorder(
+                self.skeleton.get_submodule(name),
+                num_outputs,
+                Ports.of(name, structure.shared_arguments, structure.handed),
+                markers,
+            )
+            for name, num_outputs in zip(structure.blocks, structure.num_outputs, strict=True)
+        }
 
     def _make_room(self, shape: torch.Size) -> None:
         self.hidden = HiddenStates((len(self.ids), *shape), self.dtype, self.spill_file)

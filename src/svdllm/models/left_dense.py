@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from svdllm.models.linears import has_matrix, is_linear
+from svdllm.models.ties import other_names
 from svdllm.models.unused_tensors import grouped_names
 
 IGNORED = "left out by --ignore"
@@ -92,12 +93,7 @@ def num_block_params(model: nn.Module, blocks: Collection[str]) -> int:
 
 def shared_modules(model: nn.Module) -> set[str]:
     """Names of the modules with a parameter that another place of the model has too."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name.rpartition(".")[0])
-    shared = {owner for owners in names.values() if len(owners) > 1 for owner in owners}
-    ties = getattr(model, "all_tied_weights_keys", None) or {}
-    return shared | {name.rpartition(".")[0] for pair in ties.items() for name in pair}
+    return {name.rpartition(".")[0] for name in other_names(model)}
 
 
 def _owners(model: nn.Module, blocks: Collection[str]) -> Iterator[tuple[str, nn.Module, int]]:

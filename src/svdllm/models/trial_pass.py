@@ -12,7 +12,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from svdllm.common.errors import UnsupportedModelError, said_by
-from svdllm.models.hooks import experts_computed, input_groups, replaced, to_device
+from svdllm.models.hooks import experts_computed, replaced, to_device
 from svdllm.models.linears import linear_shape
 from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.mlps import Arguments
@@ -27,7 +27,7 @@ class Trial:
     """What a trial pass has shown.
 
     blocks: the blocks that were run, in their order.
-    groups: called linear -> the first linear that read the same tensor.
+    groups: called linear -> the first linear that read the same tensors.
     read: linears of which something else was asked, such as their weight.
     num_outputs, arguments: of every block; see ``Structure``.
     """
@@ -67,14 +67,15 @@ def trial_pass(skeleton: PreTrainedModel, blocks: Sequence[str], linears: Mappin
 
 
 class _Watched(nn.Module):
-    """Takes the place of a linear and returns zeros; notes what else is asked of it."""
+    """Takes the place of a linear and returns zeros; notes its inputs, and what else is asked of it."""
 
     def __init__(self, linear: nn.Module):
         super().__init__()
-        self.__dict__.update(linear=linear, read=set())
+        self.__dict__.update(linear=linear, read=set(), inputs=[])
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         inputs = args[0] if args else next(iter(kwargs.values()))
+        self.__dict__["inputs"].append(inputs)  # held, so that its identity is not another's later
         return inputs.new_zeros((*inputs.shape[:-1], linear_shape(self.__dict__["linear"])[0]))
 
     def __getattr__(self, name: str) -> Any:
@@ -95,6 +96,11 @@ class _Probe(BlockStub):
         self.given = args, kwargs
         hidden = args[0] if args else kwargs["hidden_states"]
         self.written.enter(self.name, hidden)
+        if hidden.shape[0] != 1:
+            raise UnsupportedModelError(
+                f"{self.name} is handed hidden states of shape {tuple(hidden.shape)} for one text of {TRIAL_TOKENS} "
+                "tokens; svdllm carries hidden states that have one row for each text."
+            )
         block: nn.Module = self.block
         tensors = {name: buffer.to(self.device) for name, buffer in block.named_buffers()}
         if self.device != "meta":
@@ -123,9 +129,14 @@ def _run(skeleton: PreTrainedModel, blocks: Sequence[str], linears: Mapping[str,
     ids = torch.zeros(1, TRIAL_TOKENS, dtype=torch.long)
     experts = experts_computed(skeleton, "batched_mm" if device == "meta" else "eager")
     stubs = replaced(skeleton, watched), replaced(skeleton, probes)
-    with zeros, experts, stubs[0], stubs[1], input_groups([*watched.items()]) as (groups, _), torch.no_grad():
+    with zeros, experts, stubs[0], stubs[1], torch.no_grad():
         skeleton.base_model(input_ids=ids, use_cache=False)
     run = [probe for probe in probes.values() if probe.given is not None]
+    groups: dict[str, str] = {}
+    first: dict[tuple[int, ...], str] = {}
+    for name, stub in watched.items():
+        if inputs := tuple(map(id, stub.__dict__["inputs"])):
+            groups[name] = first.setdefault(inputs, name)
     return Trial(
         blocks=tuple(probe.name for probe in run),
         groups=groups,

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from svdllm.models.loaded_weights import weights_loaded
 from svdllm.models.shared_state import Ports, StateGradients, differentiable
 from svdllm.models.structure import Structure
 from svdllm.models.stubs import Call, Ran, Recorder, Replay, Skip
+from svdllm.models.ties import other_names
 from svdllm.models.weights import Weights
 
 
@@ -71,6 +73,11 @@ class Walk:
         size = max(1, self.batch_tokens // self.ids.shape[1])
         return [slice(start, min(start + size, len(self.ids))) for start in range(0, len(self.ids), size)]
 
+    @cached_property
+    def ties(self) -> dict[str, tuple[str, ...]]:
+        """Parameter -> other names of the same tensor."""
+        return other_names(self.skeleton)
+
     def blocks(self) -> Iterator[Block]:
         """Runs the skeleton pass, then yields each block, loaded. Its memory is freed before the next block."""
         self._skeleton_pass()
@@ -80,7 +87,7 @@ class Walk:
         for index in indices:
             name = self.structure.blocks[index]
             module = self.skeleton.get_submodule(name)
-            with weights_loaded(module, name, self.weights, self.device, self.dtype):
+            with weights_loaded(module, name, self.weights, self.device, self.dtype, ties=self.ties):
                 yield Block(walk=self, index=index, name=name, module=module)
 
     @property
@@ -191,9 +198,7 @@ class Walk:
         inside = tuple(f"{name}." for name in self.structure.blocks)
         root = self.skeleton if everything else self.skeleton.base_model
         prefix = "" if root is self.skeleton else f"{self.skeleton.base_model_prefix}."
-        with weights_loaded(root, prefix[:-1], self.weights, self.device, self.dtype, skip=inside):
-            if everything:
-                self.skeleton.tie_weights()
+        with weights_loaded(root, prefix[:-1], self.weights, self.device, self.dtype, skip=inside, ties=self.ties):
             yield
 
 
@@ -206,7 +211,7 @@ class Block:
     name: str
     module: nn.Module
 
-    def run(self, after_batch: Callable[[], None] | None = None) -> None:
+    def run(self) -> None:
         """Runs every batch; the outputs replace the inputs.
 
         Raises:
@@ -220,8 +225,6 @@ class Block:
         for number, batch in enumerate(walk.batches):
             with torch.no_grad():
                 output, written = self.run_on(walk.hidden, number)
-            if after_batch is not None:
-                after_batch()
             if not bool(torch.isfinite(output).all()):
                 raise NumericalError(
                     f"The output of block {self.index} ({self.name}) has NaN or infinite values in batch {number} "

@@ -211,6 +211,20 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "is_decoder": True,
         "is_encoder_decoder": False,
     },
+    # Several streams of hidden states, in a dimension before that of texts; keys and values shared through a mapping.
+    "gemma3n_text": {
+        **_GQA,
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 128,
+        "altup_num_inputs": 2,
+        "laurel_rank": 8,
+    },
     "rwkv": {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
     "openai-gpt": {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
 }

@@ -108,7 +108,7 @@ def test_gradients_through_entries_that_are_read_and_written_over(mapping: type)
     hidden, gradient = torch.randn(2, 3, 4).double(), torch.randn(2, 3, 4).double()
     wanted = torch.autograd.grad(model(hidden), list(model.parameters()), gradient)
 
-    recorders = [Recorder(layer, 0, Ports(shared=(0,))) for layer in model.layers]
+    recorders = [Recorder(layer, 0, ports=Ports(shared=(0,))) for layer in model.layers]
     blocks, model.layers = list(model.layers), nn.ModuleList(recorders)
     model(hidden)
     states, inputs = SharedStates(), []

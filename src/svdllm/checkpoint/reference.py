@@ -59,4 +59,4 @@ def _walked_logits(folder: Path, config: PreTrainedConfig, ids: Tensor, device: 
 def _loaded_logits(folder: Path, config: PreTrainedConfig, ids: Tensor, device: torch.device) -> Tensor:
     """Computes the logits with a loaded model, the only way to read quantised weights."""
     model = load_model(folder, dtype=torch.float32).to(device)  # type: ignore[arg-type]
-    return model.eval()(input_ids=ids.to(device)).logits
+    return model.eval()(input_ids=ids.to(device), use_cache=False).logits

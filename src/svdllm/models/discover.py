@@ -67,6 +67,7 @@ def _structure(trial: Trial, targets: tuple[Target, ...]) -> Structure:
         blocks=trial.blocks,
         targets=targets,
         num_outputs=trial.num_outputs,
+        batch_dim=trial.batch_dim,
         shared_arguments=trial.written.names,
         shared_features=trial.written.num_features,
         handed=tuple(trial.written.handed),

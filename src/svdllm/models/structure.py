@@ -128,6 +128,7 @@ class Structure:
         dense: the modules with parameters inside the blocks that are not targets.
         num_block_params: parameters inside the blocks, of whatever kind.
         num_outputs: of each block, in a tuple that begins with the hidden states; 0 if it returns these alone.
+        batch_dim: the dimension of texts in the hidden states.
         shared_arguments: arguments that are mappings, which blocks write into for later blocks.
         handed: outputs of blocks, beside the hidden states, that later blocks take.
         shared_features: number of values per token in these mappings and outputs.
@@ -137,6 +138,7 @@ class Structure:
     blocks: tuple[str, ...]
     targets: tuple[Target, ...]
     num_outputs: tuple[int, ...]
+    batch_dim: int = 0
     dense: tuple[DenseModule, ...] = ()
     num_block_params: int = 0
     shared_arguments: tuple[Argument, ...] = ()

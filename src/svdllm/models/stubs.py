@@ -31,6 +31,7 @@ class Call:
 
     shared: the mappings that blocks write into, as they were before any block had run.
     takes, hands: see ``Ports``.
+    batch_dim: the dimension of texts in the hidden states as the block takes them; here it is the first.
     """
 
     args: tuple[Any, ...]
@@ -39,6 +40,7 @@ class Call:
     shared: dict[Argument, MutableMapping[Any, Any]] = field(default_factory=dict)
     takes: Mapping[Argument, Key] = field(default_factory=dict)
     hands: Mapping[int, Key] = field(default_factory=dict)
+    batch_dim: int = 0
 
     def run(self, block: nn.Module, hidden: Tensor, state: State = NOTHING) -> Ran:
         """Runs a block on hidden states and a shared state; ``state`` is not changed."""
@@ -49,11 +51,13 @@ class Call:
         args = tuple(filled.get(position, value) for position, value in enumerate(args))
         kwargs = to_device(self.kwargs, hidden.device)
         kwargs |= {argument: value for argument, value in filled.items() if isinstance(argument, str)}
-        output = block(hidden_states=hidden, **kwargs) if self.hidden_by_name else block(hidden, *args, **kwargs)
+        given = hidden.movedim(0, self.batch_dim)
+        output = block(hidden_states=given, **kwargs) if self.hidden_by_name else block(given, *args, **kwargs)
         after: dict[Any, Any] = {key: output[position] for position, key in self.hands.items()}
         for argument, mapping in shared.items():
             after |= contents(argument, mapping)
-        return Ran(output[0] if isinstance(output, tuple | list) else output, written(found, after))
+        made = output[0] if isinstance(output, tuple | list) else output
+        return Ran(made.movedim(self.batch_dim, 0), written(found, after))
 
     def same_as(self, other: Call) -> bool:
         """Whether two calls are equal by value, so that one copy can serve both."""
@@ -63,16 +67,16 @@ class Call:
 
     def _values(self) -> Any:
         shared = {argument: dict(mapping) for argument, mapping in self.shared.items()}
-        return self.args, self.kwargs, shared, dict(self.takes), dict(self.hands)
+        return self.args, self.kwargs, shared, dict(self.takes), dict(self.hands), self.batch_dim
 
 
 class BlockStub(nn.Module):
     """Takes the place of a block. Attributes that the model reads from the block come from the block."""
 
-    def __init__(self, block: nn.Module, num_outputs: int):
+    def __init__(self, block: nn.Module, num_outputs: int, batch_dim: int = 0):
         super().__init__()
         self.__dict__["block"] = block  # not a submodule, so that its weights are not the stub's
-        self.num_outputs = num_outputs
+        self.num_outputs, self.batch_dim = num_outputs, batch_dim
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -105,10 +109,11 @@ class Recorder(BlockStub):
         self,
         block: nn.Module,
         num_outputs: int,
+        batch_dim: int = 0,
         ports: Ports = UNCONNECTED,
         markers: Mapping[Key, Tensor] | None = None,
     ):
-        super().__init__(block, num_outputs)
+        super().__init__(block, num_outputs, batch_dim)
         self.ports, self.markers = ports, markers or {}
 
     def taken(self) -> Call:
@@ -125,7 +130,8 @@ class Recorder(BlockStub):
                 "apart neither in its statistics nor in its weights."
             )
         by_name = not args
-        self.hidden = kwargs.pop("hidden_states") if by_name else args[0]
+        given_hidden = kwargs.pop("hidden_states") if by_name else args[0]
+        self.hidden = given_hidden.movedim(self.batch_dim, 0)
         others = args[1:]
         given: dict[Any, Any] = {**dict(enumerate(others)), **kwargs}
         shared = {argument: given[argument] for argument in self.ports.shared if argument in given}
@@ -133,8 +139,8 @@ class Recorder(BlockStub):
         filled = {*shared, *takes}
         others = tuple(None if position in filled else value for position, value in enumerate(others))
         kwargs = {name: value for name, value in kwargs.items() if name not in filled}
-        self.call = Call(others, kwargs, by_name, shared, takes, self.ports.hands)
-        return self.wrapped(self.hidden, {place: self.markers[key] for place, key in self.ports.hands.items()})
+        self.call = Call(others, kwargs, by_name, shared, takes, self.ports.hands, self.batch_dim)
+        return self.wrapped(given_hidden, {place: self.markers[key] for place, key in self.ports.hands.items()})
 
 
 class Replay(BlockStub):
@@ -145,7 +151,7 @@ class Replay(BlockStub):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else kwargs["hidden_states"]
-        return self.wrapped(self.__dict__["replayed"].to(given.device))
+        return self.wrapped(self.__dict__["replayed"].movedim(0, self.batch_dim).to(given.device))
 
 
 def _same(ours: Any, theirs: Any) -> bool:

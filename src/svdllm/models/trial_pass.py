@@ -30,12 +30,14 @@ class Trial:
     groups: called linear -> the first linear that read the same tensors.
     read: linears of which something else was asked, such as their weight.
     num_outputs, arguments: of every block; see ``Structure``.
+    batch_dim: the dimension of texts in the hidden states.
     """
 
     blocks: tuple[str, ...]
     groups: dict[str, str]
     read: frozenset[str]
     num_outputs: tuple[int, ...]
+    batch_dim: int
     arguments: list[Arguments]
     written: WrittenArguments
 
@@ -96,11 +98,12 @@ class _Probe(BlockStub):
         self.given = args, kwargs
         hidden = args[0] if args else kwargs["hidden_states"]
         self.written.enter(self.name, hidden)
-        if hidden.shape[0] != 1:
+        if 1 not in hidden.shape[:-1]:
             raise UnsupportedModelError(
                 f"{self.name} is handed hidden states of shape {tuple(hidden.shape)} for one text of {TRIAL_TOKENS} "
-                "tokens; svdllm carries hidden states that have one row for each text."
+                "tokens, in which no dimension can be that of texts."
             )
+        self.batch_dim = list(hidden.shape).index(1)
         block: nn.Module = self.block
         tensors = {name: buffer.to(self.device) for name, buffer in block.named_buffers()}
         if self.device != "meta":
@@ -142,6 +145,7 @@ def _run(skeleton: PreTrainedModel, blocks: Sequence[str], linears: Mapping[str,
         groups=groups,
         read=frozenset(name for name, stub in watched.items() if stub.__dict__["read"]),
         num_outputs=tuple(probe.num_outputs for probe in run),
+        batch_dim=run[0].batch_dim if run else 0,
         arguments=[probe.given for probe in run if probe.given is not None],
         written=written,
     )

@@ -133,8 +133,9 @@ class Walk:
         """Loads what follows the blocks; yields a function from windows and their last hidden states to logits."""
         blocks = self.structure.blocks
         counts = dict(zip(blocks, self.structure.num_outputs, strict=True))
-        stubs: dict[str, nn.Module] = {name: Skip(self.skeleton.get_submodule(name), counts[name]) for name in blocks}
-        stubs[blocks[-1]] = last = Replay(self.skeleton.get_submodule(blocks[-1]), counts[blocks[-1]])
+        modules = {name: self.skeleton.get_submodule(name) for name in blocks}
+        stubs: dict[str, nn.Module] = {name: Skip(module, counts[name]) for name, module in modules.items()}
+        stubs[blocks[-1]] = last = Replay(modules[blocks[-1]], counts[blocks[-1]], self.structure.batch_dim)
 
         def logits_of(windows: slice, hidden: Tensor) -> Tensor:
             last.replay(hidden)
@@ -174,6 +175,7 @@ class Walk:
             name: Recorder(
                 self.skeleton.get_submodule(name),
                 num_outputs,
+                structure.batch_dim,
                 Ports.of(name, structure.shared_arguments, structure.handed),
                 markers,
             )

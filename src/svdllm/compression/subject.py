@@ -115,14 +115,19 @@ def structure_for(skeleton: PreTrainedModel, recipe: Recipe) -> Structure:
 
 
 def _too_small(structure: Structure, recipe: Recipe) -> list[str]:
-    """Names of the targets that have no rank, a multiple of ``round_to``, at which their factors are smaller.
+    """Names of the targets whose factors save less than half at rank 1, or nothing at any multiple of ``round_to``.
 
     None, if that is true of all: no budget can be met then, which says what to do.
     """
     forms, targets = recipe.used_forms, structure.targets
     if all(FORMS[name].exact_rank is None for name in forms):
         return []
-    small = [target.name for target in targets if not factors_of(target, forms).sizes(target, recipe.round_to)]
+    small = [
+        target.name
+        for target in targets
+        if 2 * (target.in_features + target.out_features) > target.num_weights
+        or not factors_of(target, forms).sizes(target, recipe.round_to)
+    ]
     return small if len(small) < len(targets) else []
 
 

@@ -189,13 +189,16 @@ class WrittenArguments:
         return (sum(self._sizes.values()) + handed) // self._num_tokens
 
     def enter(self, block: str, hidden: Tensor) -> None:
-        """Is told the hidden states that a block is called with, which are those that the block before has returned.
+        """Is told the hidden states that a block is called with.
 
         Raises:
-            UnsupportedModelError: they are others.
+            UnsupportedModelError: they are not those that the block before has returned.
         """
-        if self._last is not None and self._last[1] is not hidden and block not in self._called:
+        if self._last is not None and block not in self._called and not torch.equal(self._last[1], hidden):
             raise self._refusal(block, f"is not handed the hidden states as {self._last[0]} returned them")
+
+    def leave(self, block: str, hidden: Tensor) -> None:
+        """Is told the hidden states that a block returns."""
         self._last = block, hidden
 
     def watch(

@@ -86,13 +86,13 @@ class _Watched(nn.Module):
 
 
 class _Probe(BlockStub):
-    """Runs its block and returns the hidden states unchanged. Keeps the arguments of the call."""
+    """Runs its block and returns random hidden states. Keeps the arguments of the call."""
 
     given: Arguments | None = None
 
-    def __init__(self, name: str, block: nn.Module, written: WrittenArguments, device: str):
+    def __init__(self, name: str, block: nn.Module, written: WrittenArguments, device: str, generator: torch.Generator):
         super().__init__(block, num_outputs=0)
-        self.name, self.written, self.device = name, written, device
+        self.name, self.written, self.device, self.generator = name, written, device, generator
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.given = args, kwargs
@@ -121,12 +121,17 @@ class _Probe(BlockStub):
                 f"{self.name} takes hidden states of shape {tuple(hidden.shape)} and returns {found}; svdllm carries "
                 "hidden states of one shape from block to block."
             )
-        return (hidden, *output[1:]) if self.num_outputs else hidden
+        made = torch.rand(hidden.shape, generator=self.generator).to(
+            hidden
+        )  # told again where the next block is called
+        self.written.leave(self.name, made)
+        return (made, *output[1:]) if self.num_outputs else made
 
 
 def _run(skeleton: PreTrainedModel, blocks: Sequence[str], linears: Mapping[str, nn.Module], device: str) -> Trial:
     written = WrittenArguments(type(skeleton).__name__, TRIAL_TOKENS)
-    probes = {name: _Probe(name, skeleton.get_submodule(name), written, device) for name in blocks}
+    generator = torch.Generator().manual_seed(0)
+    probes = {name: _Probe(name, skeleton.get_submodule(name), written, device, generator) for name in blocks}
     watched = {name: _Watched(linear) for name, linear in linears.items()}
     zeros = tensors_replaced(skeleton, _zeros_outside(skeleton, blocks))
     ids = torch.zeros(1, TRIAL_TOKENS, dtype=torch.long)

@@ -30,6 +30,7 @@ TWO_SIDED = {
     key: preset_settings("balanced")[key] for key in ("metric", "gradient_samples", "gradient_shrinkage", "input_only")
 }
 LOSS = {key: preset_settings("balanced")[key] for key in ("allocation", "probe_share", "round_to")}
+DENSE = {"calibration_mode": "dense"}
 CALIBRATION = ("calibration", "samples", "seqlen", "seed")
 
 
@@ -46,6 +47,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shrinkage": {"shrinkage": preset_settings("balanced")["shrinkage"]},
     "bias": {"bias_correction": True},
     "two-sided and shrinkage": TWO_SIDED | {"shrinkage": preset_settings("balanced")["shrinkage"]},
+    "balanced, pairs": preset("balanced") | DENSE | {"forms": ["pair"]},
+    "balanced, packed": preset("balanced") | DENSE | {"forms": ["packed"]},
+    "balanced, packed or narrow": preset("balanced") | DENSE,
+    "balanced, residual stream left alone": preset("balanced") | {"residual_correction": 0.0},
     "balanced": preset("balanced"),
     "best": preset("best"),
 }
@@ -58,6 +63,7 @@ OF_THE_ANALYSIS = (
     "shrinkage",
     "bias_correction",
     "probe_share",
+    "used_forms",
 )
 
 
@@ -100,16 +106,18 @@ def main() -> None:
     parser.add_argument("--eval", action="append", required=True, metavar="NAME=TEXT", help="text for perplexity")
     parser.add_argument("--work", required=True, type=Path, help="folder for analyses and compressed models")
     parser.add_argument("--json", required=True, type=Path, help="results; finished variants in it are kept")
-    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by semicolons")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16, help="windows of each evaluation text")
     parser.add_argument("--ratios", default="0.2,0.4,0.6")
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="highest", choices=("highest", "high", "medium"), help="of products")
     args = parser.parse_args()
     args.ratios = tuple(float(ratio) for ratio in args.ratios.split(","))
-    names = args.variants.split(",")
+    torch.set_float32_matmul_precision(args.precision)
+    names = args.variants.split(";")
     if unknown := [name for name in names if name not in VARIANTS]:
         parser.error(f"unknown variants {', '.join(unknown)}; known are {', '.join(VARIANTS)}")
     tokenizer = open_config(args.model).load_tokenizer()
@@ -142,6 +150,7 @@ def main() -> None:
             "samples": args.samples,
             "seqlen": args.seqlen,
             "windows": args.windows,
+            "precision": args.precision,
             "seed": args.seed,
             "versions": {"svdllm": __version__, "torch": torch.__version__},
         }

@@ -297,6 +297,7 @@ def test_every_form_is_fitted_to_the_compressed_stream(family: str, share: float
         calibration_mode="sequential",
         beta=1.0,
         sequential_shrinkage=share,
+        residual_correction=0.0,
     )
     result = run(model, tmp_path / "out", ids=IDS, recipe=recipe, analysis_dir=tmp_path / "analysis")
     first = load_file(tmp_path / "analysis" / "block-0000.safetensors")
@@ -337,8 +338,6 @@ def test_sequential_calibration_over_all_forms_of_a_budget(tmp_path: Path) -> No
         dense, found = (outputs_of(m, IDS).log_softmax(-1) for m in (model, result.load().eval()))
         errors[mode] = float((dense.exp() * (dense - found)).sum(-1).mean())
     assert errors["sequential"] < errors["dense"]
-    report = read_report(tmp_path / "sequential")
-    assert set(report["betas"]) == {row["name"] for row in report["linears"]}
 
 
 # --- what is in the files ---

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from families import stored_ranks
 from runs import run, save_dense, small_recipe, token_windows
 from svdllm import load_model
 from svdllm.compression.math.linalg import anchored, corrected_bias, factorise, output_spectrum
-from svdllm.compression.products import Products, relative_error
+from svdllm.compression.products import Products, Sums
 from svdllm.compression.sequential import Sequential
 
 
@@ -28,7 +27,6 @@ def streams(seed: int = 0, features: int = 6, tokens: int = 40) -> tuple[Tensor,
 
 def products(dense_IT: Tensor, compressed_IT: Tensor) -> Products:
     return Products(
-        dense_IT @ dense_IT.T,
         compressed_IT @ compressed_IT.T,
         dense_IT @ compressed_IT.T,
         dense_IT.sum(1),
@@ -58,17 +56,36 @@ def test_anchored_factors_are_the_best_of_their_rank(rank: int):
     left, sigma, right = torch.linalg.svd(fitted_OT, full_matrices=False)
     best_OT = (left[:, :rank] * sigma[:rank]) @ right[:rank]
     torch.testing.assert_close(u_OR @ v_RI @ compressed_IT, best_OT)
-    loss = ((weight_OI @ dense_IT - u_OR @ v_RI @ compressed_IT) ** 2).sum() / ((weight_OI @ dense_IT) ** 2).sum()
-    assert relative_error(weight_OI, u_OR @ v_RI, found) == pytest.approx(float(loss))
 
 
 def test_products_are_centred_like_the_tokens():
     _, dense_IT, compressed_IT = streams()
     centred = products(dense_IT, compressed_IT).centred()
     dense_IT, compressed_IT = (x - x.mean(1, keepdim=True) for x in (dense_IT, compressed_IT))
-    torch.testing.assert_close(centred.dense_II, dense_IT @ dense_IT.T)
     torch.testing.assert_close(centred.compressed_II, compressed_IT @ compressed_IT.T)
     torch.testing.assert_close(centred.cross_II, dense_IT @ compressed_IT.T)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_residual_is_made_up_for_by_regression(beta: float):
+    """``W* X'`` comes nearest to the outputs and the residual together; where outputs go nowhere, to the outputs."""
+    weight_OI, dense_IT, compressed_IT = streams()
+    residual_OT = torch.randn(5, 40, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    sums = Sums(6, torch.device("cpu"))
+    for part in (slice(0, 13), slice(13, 40)):
+        sums.add(dense_IT[:, part].T, compressed_IT[:, part].T, residual_OT[:, part].T)
+    found = sums.value()
+    wanted_OT = weight_OI @ (beta * dense_IT + (1 - beta) * compressed_IT) + residual_OT
+    expected = torch.linalg.lstsq(compressed_IT.T, wanted_OT.T).solution.T
+    torch.testing.assert_close(
+        anchored(weight_OI, found.compressed_II, found.cross_II, beta, found.residual), expected, rtol=1e-6, atol=1e-8
+    )
+    centred = found.centred()
+    residual_sum_O = residual_OT.sum(1)
+    dense_IT, compressed_IT, residual_OT = (x - x.mean(1, keepdim=True) for x in (dense_IT, compressed_IT, residual_OT))
+    torch.testing.assert_close(centred.residual, residual_OT @ compressed_IT.T)
+    torch.testing.assert_close(found.residual_sum_O, residual_sum_O)
+    assert found.shrunk(0.2).residual.norm() == pytest.approx(0.8 * float(found.residual.norm()))
 
 
 def test_shrinking_keeps_the_weight_where_the_streams_agree():
@@ -76,14 +93,6 @@ def test_shrinking_keeps_the_weight_where_the_streams_agree():
     shrunk = products(dense_IT, dense_IT).shrunk(0.2)
     assert torch.equal(shrunk.compressed_II, shrunk.cross_II)
     torch.testing.assert_close(anchored(weight_OI, shrunk.compressed_II, shrunk.cross_II, 1.0), weight_OI)
-
-
-def test_parts_of_the_text_add_up():
-    _, dense_IT, compressed_IT = streams()
-    whole = products(dense_IT, compressed_IT)
-    parts = products(dense_IT[:, :13], compressed_IT[:, :13]).plus(products(dense_IT[:, 13:], compressed_IT[:, 13:]))
-    for ours, theirs in zip(parts, whole, strict=True):
-        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_corrected_bias_and_centred_factors_are_the_best_affine_map():
@@ -109,10 +118,30 @@ def inputs_in(model: Any, name: str, ids: Tensor) -> Tensor:
     return found[0].flatten(0, -2).T.double()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+# Norm that reads the residual stream -> linear whose output is added to it.
+WRITERS = {
+    "self_attn.o_proj": "input_layernorm",
+    "mlp.down_proj": "post_attention_layernorm",
+    "attn.c_proj": "ln_1",
+    "mlp.c_proj": "ln_2",
+}
+
+
+def lost_in(models: dict[str, Any], name: str, ids: Tensor) -> Tensor | float:
+    """What the residual stream of the written model lacks where a linear's output is added to it (``out x T``)."""
+    block, _, leaf = name.rpartition(".")
+    block, _, module = block.rpartition(".")
+    if (norm := WRITERS.get(f"{module}.{leaf}")) is None:
+        return 0.0
+    return inputs_in(models["dense"], f"{block}.{norm}", ids) - inputs_in(models["out"], f"{block}.{norm}", ids)
+
+
+@pytest.mark.parametrize(
+    ("family", "residual_correction"), [("llama", 0.0), ("gpt2", 0.0), ("gpt_neox", 0.0), ("llama", 1.0), ("gpt2", 0.6)]
+)
 @pytest.mark.parametrize("bias_correction", [False, True])
 def test_every_linear_is_fitted_to_the_inputs_of_the_compressed_model(
-    family: str, bias_correction: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, residual_correction: float, bias_correction: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The oracle runs the written model: each linear's inputs in it are those that it was fitted to."""
     monkeypatch.setattr("svdllm.compression.products.RIDGE", 1e-12)  # the oracle has none
@@ -122,6 +151,7 @@ def test_every_linear_is_fitted_to_the_inputs_of_the_compressed_model(
         calibration_mode="sequential",
         beta=1.0,
         sequential_shrinkage=0.0,
+        residual_correction=residual_correction,
         dtype="float64",
         bias_correction=bias_correction,
         seqlen=12,
@@ -135,72 +165,24 @@ def test_every_linear_is_fitted_to_the_inputs_of_the_compressed_model(
         original = models["dense"].get_submodule(name)
         weight_OI = original.weight.double().detach()
         weight_OI = weight_OI.T if family == "gpt2" else weight_OI
+        residual_OT = torch.zeros(len(weight_OI), compressed_IT.shape[1], dtype=torch.float64)
+        if residual_correction:
+            residual_OT += residual_correction * lost_in(models, name, ids)
         if bias_correction:
             bias_O = 0 if original.bias is None else original.bias.double().detach()
             outputs = layer.svd_u.weight @ (layer.svd_v.weight @ compressed_IT) + layer.svd_u.bias[:, None]
-            wanted = weight_OI @ dense_IT + (bias_O[:, None] if isinstance(bias_O, Tensor) else 0)
+            wanted = weight_OI @ dense_IT + residual_OT + (bias_O[:, None] if isinstance(bias_O, Tensor) else 0)
             torch.testing.assert_close(outputs.mean(1).detach(), wanted.mean(1), rtol=1e-4, atol=1e-5)
             dense_IT = dense_IT - dense_IT.mean(1, keepdim=True)
             compressed_IT = compressed_IT - compressed_IT.mean(1, keepdim=True)
-        target_OT = weight_OI @ dense_IT
+            residual_OT = residual_OT - residual_OT.mean(1, keepdim=True)
+        target_OT = weight_OI @ dense_IT + residual_OT
         regression = torch.linalg.lstsq(compressed_IT.T, target_OT.T, driver="gelsd").solution.T @ compressed_IT
         rank = layer.svd_v.weight.shape[0]
         left, sigma, right = torch.linalg.svd(regression, full_matrices=False)
         best = ((target_OT - (left[:, :rank] * sigma[:rank]) @ right[:rank]) ** 2).sum()
         ours = ((target_OT - layer.svd_u.weight @ (layer.svd_v.weight @ compressed_IT)) ** 2).sum()
         assert ours <= best * 1.01 + 1e-9, name
-
-
-def best_beta(
-    weights: list[Tensor], ranks: list[int], dense_IT: Tensor, compressed_IT: Tensor, fitted: slice, judged: slice
-) -> float:
-    """The beta whose factors, fitted to some tokens, come nearest to the dense outputs on others; without any Gram."""
-    errors = dict.fromkeys((0.0, 0.5, 1.0), 0.0)
-    for weight_OI, rank in zip(weights, ranks, strict=True):
-        x_IT, target_OT = compressed_IT[:, fitted], weight_OI @ dense_IT[:, fitted]
-        regression_OI = torch.linalg.lstsq(x_IT.T, target_OT.T, driver="gelsd").solution.T
-        for beta in errors:
-            star_OT = (beta * regression_OI + (1 - beta) * weight_OI) @ x_IT
-            left, _, _ = torch.linalg.svd(star_OT, full_matrices=False)
-            product_OI = left[:, :rank] @ left[:, :rank].T @ (beta * regression_OI + (1 - beta) * weight_OI)
-            wanted_OT = weight_OI @ dense_IT[:, judged]
-            lost = (wanted_OT - product_OI @ compressed_IT[:, judged]).square().sum() / wanted_OT.square().sum()
-            errors[beta] += float(lost)
-    return min(errors, key=errors.__getitem__)
-
-
-def test_beta_is_the_best_on_the_last_eighth_of_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Two of sixteen windows, a batch each, are held out; their tokens follow each other otherwise.
-    The oracle has no Grams.
-
-    Were the factors fitted to them as well, or more or fewer of them held out, some group would get another beta.
-    """
-    monkeypatch.setattr("svdllm.compression.products.RIDGE", 1e-12)  # the oracle has none
-    dense, seqlen = save_dense(tmp_path / "dense"), 12
-    ids = torch.cat([token_windows(14, seqlen, vocab=20, seed=1), token_windows(2, seqlen, vocab=20, seed=5)])
-    recipe = small_recipe(
-        calibration_mode="sequential", sequential_shrinkage=0.0, samples=16, sequential_samples=16, seqlen=seqlen,
-        batch_tokens=seqlen, dtype="float64", ratio=0.5, bias_correction=False,
-    )  # fmt: skip
-    run(dense, tmp_path / "out", ids=ids, recipe=recipe)
-    betas = json.loads((tmp_path / "out" / "svdllm" / "report.json").read_text())["betas"]
-    models = {name: load_model(tmp_path / name, dtype=torch.float64).eval() for name in ("dense", "out")}
-    ranks = stored_ranks(models["out"].config)
-    tokens, differs = 16 * seqlen, {"fitted to all": 0, "a quarter": 0, "one batch": 0}
-    for block in range(2):
-        for leaves in (("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)):
-            names = [f"model.layers.{block}.{leaf}" for leaf in leaves]
-            weights = [models["dense"].get_submodule(name).weight.detach() for name in names]
-            given = (weights, [ranks[name] for name in names])
-            given += tuple(inputs_in(models[name], names[0], ids) for name in ("dense", "out"))
-            last = {share: slice(tokens - share * seqlen, tokens) for share in (1, 2, 4)}
-            first = {share: slice(0, tokens - share * seqlen) for share in last}
-            chosen = best_beta(*given, first[2], last[2])
-            assert {betas[name] for name in names} == {chosen}, names
-            differs["fitted to all"] += best_beta(*given, slice(0, tokens), last[2]) != chosen
-            differs["a quarter"] += best_beta(*given, first[4], last[4]) != chosen
-            differs["one batch"] += best_beta(*given, first[1], last[1]) != chosen
-    assert all(differs.values()), differs
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -248,6 +230,7 @@ def test_a_linear_that_stays_dense_is_fitted_too(family: str, tmp_path: Path, mo
         calibration_mode="sequential",
         beta=1.0,
         sequential_shrinkage=0.0,
+        residual_correction=0.0,
         dtype="float64",
         seqlen=12,
         allocation="uniform",
@@ -274,10 +257,9 @@ def test_keys_that_layers_share_are_those_of_their_own_stream(tmp_path: Path, mo
     found: dict[str, Products] = {}
     products_of = Sequential._products
 
-    def spy(self: Any, block: Any, leader: Any, replaced: Any) -> Any:
-        fitted, held_out = products_of(self, block, leader, replaced)
-        found[leader.name] = fitted.plus(held_out)
-        return fitted, held_out
+    def spy(self: Any, block: Any, group: Any, replaced: Any) -> Any:
+        found[group[0].name] = products_of(self, block, group, replaced)
+        return found[group[0].name]
 
     monkeypatch.setattr(Sequential, "_products", spy)
     dense = save_dense(tmp_path / "dense", "gemma4_text")
@@ -289,7 +271,6 @@ def test_keys_that_layers_share_are_those_of_their_own_stream(tmp_path: Path, mo
     for name, sums in found.items():
         dense_IT, compressed_IT = inputs_in(before, name, ids), inputs_in(after, name, ids)
         expected = {
-            "dense_II": dense_IT @ dense_IT.T,
             "compressed_II": compressed_IT @ compressed_IT.T,
             "cross_II": dense_IT @ compressed_IT.T,
         }

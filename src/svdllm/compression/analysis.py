@@ -184,14 +184,8 @@ class FinalFactors:
     def is_done(self, block: int) -> bool:
         return self._file(block).is_file()
 
-    def write(self, block: int, factors: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]) -> None:
-        """Writes the file of a finished block.
-
-        Args:
-            factors: target -> name in its low-rank linear -> tensor.
-            record: betas by target under ``betas``, and ``seconds``.
-        """
-        write_atomically(self._file(block).with_suffix(".json"), json.dumps(record).encode())
+    def write(self, block: int, factors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Writes the file of a finished block: target -> name in its low-rank linear -> tensor."""
         tensors = {f"{name} {leaf}": tensor for name, leaves in factors.items() for leaf, tensor in leaves.items()}
         save_atomically(tensors, self._file(block))
 
@@ -207,11 +201,6 @@ class FinalFactors:
         with safe_open(self._file(target.block), framework="pt") as file:
             names = [name for name in file.keys() if name.split(" ")[0] == target.name]  # noqa: SIM118
             return {name.split(" ")[1]: file.get_tensor(name).clone() for name in names}
-
-    def betas(self) -> dict[str, float]:
-        """Target -> beta: how far its outputs were pulled to the dense model's."""
-        records = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(self.folder.glob("block-*.json")))
-        return {name: beta for record in records for name, beta in record["betas"].items()}
 
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:04d}.safetensors"

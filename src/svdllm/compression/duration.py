@@ -21,8 +21,6 @@ GGUF_TOKEN, GGUF_NAME, GGUF_WEIGHTS = 4e-4, 7e-4, 3e7
 PASSES = 16
 # Duration of a backward pass, with the forward pass that it repeats, in forward passes.
 BACKWARD = 2.5
-# Fits of a target in a sequential calibration that chooses beta: three candidates, and then the best of them.
-FITS = 4
 # A call of few tokens takes as long as with this many more, in which time the weights are read from memory.
 CALL_TOKENS = 32
 # Share of a product's work that a symmetric product needs, computed panel by panel.
@@ -141,14 +139,13 @@ def _spectrum_seconds(target: Target, work: Workload, speed: MachineSpeed) -> fl
 
 
 def _sequential_seconds(work: Workload, speed: MachineSpeed) -> float:
-    """Seconds of a sequential calibration: six passes, partial or whole, three products per group, and the fits."""
+    """Seconds of a sequential calibration: six passes, partial or whole, two products per group, and the fits."""
     if not work.sequential_tokens:
         return 0.0
     tokens, targets = work.sequential_tokens, work.structure.targets
-    fits = 1 if work.recipe.beta is not None else FITS
     fit = sum(_spectrum_seconds(target, work, speed) for target in targets)
     fit += sum(t.in_features**3 / 3 + 10 * t.num_weights * t.in_features for t in targets) / speed.multiply64
-    return 6 * _forward_seconds(work, tokens, speed) + 4 * _gram_seconds(work, tokens, speed) + fits * fit
+    return 6 * _forward_seconds(work, tokens, speed) + 3 * _gram_seconds(work, tokens, speed) + fit
 
 
 def _write_seconds(work: Workload, speed: MachineSpeed, files: float) -> float:

@@ -1,4 +1,8 @@
-"""The products of a group's inputs in the dense and in the compressed stream, from which linears are fitted."""
+"""The products of a group's inputs in the dense and in the compressed stream, from which linears are fitted.
+
+``R`` is what the output of a linear is added to, in the dense stream, less the same in the compressed stream: the error
+that the linears before it have left in the residual stream, of which this one can make up a part.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +17,37 @@ from svdllm.compression.math.statistics import CrossGram, Gram
 RIDGE = 1e-6
 
 
+# Where a linear's output is added to nothing: zero, whatever the shape.
+NOTHING = torch.zeros((), dtype=torch.float64)
+
+
 class Products(NamedTuple):
     """Sums over the tokens of a group's inputs ``X`` (dense stream) and ``X'`` (compressed stream); float64."""
 
-    dense_II: Tensor  # C = X X^T
     compressed_II: Tensor  # S' = X' X'^T
     cross_II: Tensor  # K = X X'^T
     dense_sum_I: Tensor
     compressed_sum_I: Tensor
     num_tokens: int
+    residual_OI: Tensor = NOTHING  # R X'^T
+    residual_sum_O: Tensor = NOTHING
 
-    def plus(self, other: Products) -> Products:
-        sums = {name: ours + theirs for name, ours, theirs in zip(self._fields, self, other, strict=True)}
-        return self._replace(**sums)
+    @property
+    def residual(self) -> Tensor | None:
+        """``R X'^T``, or None where the output is added to nothing."""
+        return self.residual_OI if self.residual_OI.ndim else None
 
     def centred(self) -> Products:
         """The products of the inputs less their means, for a weight whose bias corrects the means."""
         dense_I, compressed_I, count = self.dense_sum_I, self.compressed_sum_I, max(self.num_tokens, 1)
         return self._replace(
-            dense_II=self.dense_II - torch.outer(dense_I, dense_I) / count,
             compressed_II=self.compressed_II - torch.outer(compressed_I, compressed_I) / count,
             cross_II=self.cross_II - torch.outer(dense_I, compressed_I) / count,
+            residual_OI=self.residual_OI - self.residual_sum_O[..., None] * compressed_I / count,
         )
 
     def mixed_with(self, gram_II: Tensor, share: float) -> Products:
-        """Mixes ``share`` of a dense Gram into ``S'`` and ``K`` alike: the weight is kept where the two streams agree.
+        """Mixes ``share`` of a dense Gram into ``S'`` and ``K`` alike, as of tokens whose streams do not differ.
 
         Args:
             gram_II: ``C`` over other tokens, scaled to the number of these.
@@ -45,6 +55,7 @@ class Products(NamedTuple):
         return self._replace(
             compressed_II=(1 - share) * self.compressed_II + share * gram_II,
             cross_II=(1 - share) * self.cross_II + share * gram_II,
+            residual_OI=(1 - share) * self.residual_OI,
         )
 
     def shrunk(self, amount: float) -> Products:
@@ -58,6 +69,7 @@ class Products(NamedTuple):
         return self._replace(
             compressed_II=(1 - amount) * self.compressed_II + kept_II,
             cross_II=(1 - amount) * self.cross_II + kept_II,
+            residual_OI=(1 - amount) * self.residual_OI,
         )
 
 
@@ -65,29 +77,31 @@ class Sums:
     """Accumulates the products of a group batch by batch."""
 
     def __init__(self, in_features: int, device: torch.device):
-        self.dense, self.compressed = Gram(in_features, device), Gram(in_features, device)
-        self.cross = CrossGram(in_features, device)
+        self.compressed = Gram(in_features, device)
+        self.dense_sum_I = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.cross = CrossGram(in_features, in_features, device)
+        self.residual: CrossGram | None = None
+        self.residual_sum_O = NOTHING.to(device)
 
-    def add(self, dense: Tensor, compressed: Tensor) -> None:
-        self.dense.add(dense)
+    def add(self, dense: Tensor, compressed: Tensor, residual: Tensor | None = None) -> None:
+        """Adds the inputs (``..., in``) in both streams, and ``R`` (``..., out``) where the output is added to one."""
+        self.dense_sum_I += dense.flatten(0, -2).sum(0, dtype=torch.float64)
         self.compressed.add(compressed)
         self.cross.add(dense, compressed)
+        if residual is not None:
+            out_features, in_features = residual.shape[-1], compressed.shape[-1]
+            self.residual = self.residual or CrossGram(out_features, in_features, residual.device)
+            self.residual.add(residual, compressed)
+            self.residual_sum_O = self.residual_sum_O + residual.flatten(0, -2).sum(0, dtype=torch.float64)
 
     def value(self) -> Products:
-        count = self.dense.num_tokens
+        count = self.compressed.num_tokens
         return Products(
-            dense_II=self.dense.value(),
             compressed_II=self.compressed.value(),
             cross_II=self.cross.value(),
-            dense_sum_I=self.dense.mean() * count,
+            dense_sum_I=self.dense_sum_I,
             compressed_sum_I=self.compressed.mean() * count,
             num_tokens=count,
+            residual_OI=NOTHING.to(self.residual_sum_O.device) if self.residual is None else self.residual.value(),
+            residual_sum_O=self.residual_sum_O,
         )
-
-
-def relative_error(weight_OI: Tensor, product_OI: Tensor, products: Products) -> float:
-    """``||W X - W' X'||_F^2 / ||W X||_F^2``, computed from the products."""
-    dense = (weight_OI @ products.dense_II * weight_OI).sum()
-    cross = (weight_OI @ products.cross_II * product_OI).sum()
-    compressed = (product_OI @ products.compressed_II * product_OI).sum()
-    return float((dense - 2 * cross + compressed) / dense.clamp_min(torch.finfo(torch.float64).tiny))

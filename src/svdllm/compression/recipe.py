@@ -17,17 +17,19 @@ from svdllm.compression.math.metrics import METHODS, METRICS, LeftMetric, Method
 from svdllm.compression.ranks import ALLOCATIONS, AllocationSettings
 from svdllm.compression.recipe_forms import FormsChoice
 from svdllm.compression.recipe_parts import BUDGETS, MetricChoice
+from svdllm.compression.recipe_sequential import SequentialSettings
 
 # The settings that choose a row, and the table of the rows.
 TABLES: dict[str, Mapping[str, Any]] = {"metric": METRICS, "method": METHODS, "allocation": ALLOCATIONS}
 # Defaults of a method without a Gram, which cannot use the others.
-PLAIN = {"metric": "input", "shrinkage": 0.0, "allocation": "uniform", "round_to": 1}
+PLAIN = {"metric": "input", "shrinkage": 0.0, "allocation": "uniform", "round_to": 1, "calibration_mode": "dense"}
 
 
-class Recipe(AllocationSettings, FormsChoice, MetricSettings, MetricChoice, MethodSettings):
+class Recipe(AllocationSettings, FormsChoice, SequentialSettings, MetricSettings, MetricChoice, MethodSettings):
     """Settings that decide the numbers of a run; keyword-only, frozen, unknown keys are errors.
 
-    The defaults are the preset ``balanced``; with another method than svd-llm, or explicit ranks, they are plain.
+    The defaults are the preset ``balanced``; with another method than svd-llm, or explicit ranks, they are plain. Those
+    of an elastic checkpoint have no sequential calibration.
     Exactly one budget is needed to compress: ``ratio``, ``target_params``, ``target_size``, ``target_speedup`` or
     explicit ``ranks``.
     """
@@ -69,41 +71,11 @@ class Recipe(AllocationSettings, FormsChoice, MetricSettings, MetricChoice, Meth
     )
     samples: int = setting(256, "Calibration windows.", panel="Calibration", ge=1)
     seqlen: int = setting(2048, "Tokens of a calibration window.", panel="Calibration", ge=2)
-    calibration_mode: AfterAnalysis[Literal["dense", "sequential"]] = setting(
-        "dense",
-        "Whose inputs a linear is fitted to: those of the dense model, or those of the model as far as it is "
-        "compressed (sequential; several forward passes more).",
-        panel="Calibration",
-    )
-    beta: AfterAnalysis[float | None] = setting(
-        None,
-        "How far outputs are pulled to those of the dense model, 0 to 1 (sequential).",
-        panel="Calibration",
-        shown_default="chosen for each group of linears on held-out text",
-        ge=0,
-        le=1,
-    )
-    sequential_samples: AfterAnalysis[int] = setting(
-        32,
-        "Calibration windows of the second walk (sequential).",
-        panel="Calibration",
-        only_with={"calibration_mode": ("sequential",)},
-        ge=1,
-    )
     joint_kv: bool = setting(
         False,
         "One first factor for k_proj and v_proj of a layer, as in multi-head latent attention: a latent cache then "
         "keeps one latent for both.",
         panel="Method",
-    )
-    sequential_shrinkage: AfterAnalysis[float] = setting(
-        0.5,
-        "Share of the dense model's Grams, over all calibration windows, mixed into those of the second walk "
-        "(sequential).",
-        panel="Calibration",
-        only_with={"calibration_mode": ("sequential",)},
-        ge=0,
-        lt=1,
     )
     seed: int = setting(3, "Seed of the random windows.", panel="Calibration", ge=0)
 
@@ -128,6 +100,8 @@ class Recipe(AllocationSettings, FormsChoice, MetricSettings, MetricChoice, Meth
             plain = PLAIN
         elif settings.get("ranks") is not None:
             plain = {"allocation": "uniform", "round_to": 1}
+        if settings.get("elastic"):
+            plain = {"calibration_mode": "dense"} | plain
         if settings.get("factor_bits") == 4:
             plain = plain | {"round_to": NVFP4_GROUP}
         return plain | settings
@@ -172,18 +146,6 @@ class Recipe(AllocationSettings, FormsChoice, MetricSettings, MetricChoice, Meth
             raise ValueError(
                 f"calibration_mode sequential fits to Grams of the compressed stream; method {method.name} uses none"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _fits_the_calibration(self) -> Recipe:
-        sequential = self.calibration_mode == "sequential"
-        if sequential and self.beta is None and min(self.samples, self.sequential_samples) < 2:
-            raise ValueError(
-                "calibration_mode sequential holds windows out to choose beta by; give at least 2 samples and "
-                "sequential_samples, or a beta"
-            )
-        if self.beta is not None and not sequential:
-            raise ValueError("beta does nothing to a dense calibration; use calibration_mode sequential")
         return self
 
     @model_validator(mode="after")

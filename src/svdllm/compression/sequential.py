@@ -3,16 +3,18 @@
 Two streams of hidden states go through the blocks, one of the dense model and one of the compressed model. Within a
 block the groups are compressed in the order in which the model calls them: q, k, v; o; gate, up; down. Each linear is
 fitted to ``W* = W (beta K + (1 - beta) S') S'^-1`` in the metric of ``S'``, which corrects part of the error of the
-linears before it. A linear that stays dense becomes ``W*`` itself, which costs no parameters. A narrower MLP reads the
-features that the dense analysis kept, by the regression on them. The forms must be known, so this walk follows a dense
-analysis and an allocation.
+linears before it. A linear whose output is added to the residual stream is fitted to ``W X + R``: ``R`` is what the
+dense stream has there and the compressed one lacks. A linear that stays dense becomes ``W*`` itself, which costs no
+parameters. A narrower MLP reads the features that the dense analysis kept, by the regression on them. The forms must be
+known, so this walk follows a dense analysis and an allocation.
 
-Source: error-propagation aware (anchored) calibration, as in AA-SVD.
+Source: error-propagation aware (anchored) calibration, as in AA-SVD; the fit to the residual stream is our own.
 """
 
 from __future__ import annotations
 
-import time
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -27,7 +29,7 @@ from svdllm.compression.forms import FORMS
 from svdllm.compression.math.linalg import anchored, corrected_bias, factorise, output_spectrum
 from svdllm.compression.math.narrowing import narrowed_anchored, with_zeros
 from svdllm.compression.plan import Plan
-from svdllm.compression.products import Products, Sums, relative_error
+from svdllm.compression.products import Products, Sums
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.session import Run
 from svdllm.compression.subject import Subject
@@ -35,13 +37,9 @@ from svdllm.data import TokenWindows
 from svdllm.models.chosen import Forms
 from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.structure import Target, bias_of, weight_of, weights_by_name
-from svdllm.models.walk import Block, Walk
+from svdllm.models.walk import Block, Read, Walk
 
-# Candidates for the beta of a group; the one with the least error on held-out tokens is taken.
-BETAS = (0.0, 0.5, 1.0)
-HELD_OUT_SHARE = 0.125
-# Batches are made small enough for so many of them, because some are held out.
-LEAST_BATCHES = 8
+SETTINGS = ("beta", "sequential_samples", "sequential_shrinkage", "residual_correction")
 
 
 def refit(
@@ -57,8 +55,7 @@ def refit(
     ids = windows.ids[: run.recipe.sequential_samples]
     walk = subject.walk(ids, run.recipe, run.spill_file(plan))
     walk.two_streams = True
-    walk.batch_tokens = min(walk.batch_tokens, max(1, ids.numel() // LEAST_BATCHES))
-    finals = FinalFactors(run.analysis_folder / f"sequential-{plan.achieved_ratio:.6f}")
+    finals = FinalFactors(run.analysis_folder / f"sequential-{_digest(run.recipe, plan.forms)}")
     Sequential(
         walk=walk,
         forms=plan.forms,
@@ -69,6 +66,13 @@ def refit(
         reporter=run.reporter,
     ).run()
     return finals
+
+
+def _digest(recipe: Recipe, forms: Forms) -> str:
+    """Names a sequential calibration by all that decides it beside the analysis, which runs may share."""
+    settings = [getattr(recipe, name) for name in SETTINGS]
+    decisions = sorted((name, chosen.form, chosen.size) for name, chosen in forms.items())
+    return hashlib.sha256(json.dumps([settings, decisions]).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,30 +103,24 @@ class Sequential:
     def _compress(self, block: Block) -> None:
         factors: dict[str, dict[str, Tensor]] = {}
         replaced: dict[str, Tensor] = {}  # parameters of the targets that are compressed already
-        betas: dict[str, float] = {}
-        started = time.perf_counter()
         for group in self._groups_in_order(block):
-            fitted, held_out = self._products(block, group[0], replaced)
-            beta = self.recipe.beta
-            if beta is None:
-                beta = self._best_beta(group, fitted, held_out)
-            products = fitted.plus(held_out)
+            products = self._products(block, group, replaced)
             for target in group:
                 weight_OI = weight_of(self.walk.skeleton, target)
-                betas[target.name] = beta
-                if self._keeps_weight(target) and beta == 0:
+                if self._keeps_weight(target) and self.recipe.beta == 0 and products.residual is None:
                     continue
-                tensors = self._fit(target, weight_OI, products, beta)
+                tensors = self._fit(target, weight_OI, products)
                 if self._corrects_bias(target):
                     means = [total / products.num_tokens for total in (products.dense_sum_I, products.compressed_sum_I)]
                     u_OR, v_RI = tensors["svd_u.weight"], tensors["svd_v.weight"]
                     bias_O = bias_of(self.walk.skeleton, target)
-                    tensors["bias"] = corrected_bias(weight_OI, u_OR, v_RI, *means, bias_O=bias_O)
+                    corrected_O = corrected_bias(weight_OI, u_OR, v_RI, *means, bias_O=bias_O)
+                    tensors["bias"] = corrected_O + products.residual_sum_O / products.num_tokens
                 factors[target.name] = tensors
                 replaced |= self._parameters(target, tensors)
         dtype = torch.float64 if self.walk.dtype == torch.float64 else torch.float32
         stored = {name: {leaf: t.to(dtype) for leaf, t in tensors.items()} for name, tensors in factors.items()}
-        self.finals.write(block.index, stored, {"betas": betas, "seconds": time.perf_counter() - started})
+        self.finals.write(block.index, stored)
 
     def _groups_in_order(self, block: Block) -> list[list[Target]]:
         """The groups of a block in the order in which the model calls them."""
@@ -145,25 +143,29 @@ class Sequential:
             groups.setdefault(targets[name].group, []).append(targets[name])
         return list(groups.values())
 
-    def _products(self, block: Block, leader: Target, replaced: Mapping[str, Tensor]) -> tuple[Products, Products]:
-        """The products of a group over the tokens to fit to, and over those held out to choose beta by.
-
-        About every eighth batch is held out; none if the recipe gives beta.
-        """
+    def _products(self, block: Block, group: list[Target], replaced: Mapping[str, Tensor]) -> Products:
+        """The products of a group over all batches of the two streams."""
         assert self.walk.compressed is not None
+        leader = group[0]
         module = self.walk.skeleton.get_submodule(leader.linears[0])
-        num_batches = len(self.walk.batches)
-        num_held = 0 if self.recipe.beta is not None else max(1, round(HELD_OUT_SHARE * num_batches))
-        sums = [Sums(leader.in_features, self.walk.device) for _ in range(2)]
-        for number in range(num_batches):
-            dense = block.inputs_of(module, self.walk.hidden, number)
+        sums = Sums(leader.in_features, self.walk.device)
+        for number in range(len(self.walk.batches)):
+            dense = block.read(module, self.walk.hidden, number)
             with tensors_replaced(self.walk.skeleton, replaced):
-                compressed = block.inputs_of(module, self.walk.compressed, number)
-            sums[number >= num_batches - num_held].add(dense, compressed)
-        fitted, held_out = (part.value() for part in sums)
-        if not all(bool(torch.isfinite(product).all()) for product in fitted.plus(held_out)[:3]):
+                compressed = block.read(module, self.walk.compressed, number)
+            residual = self._residual(dense, compressed) if len(group) == 1 else None
+            sums.add(dense.inputs, compressed.inputs, residual)
+        products = sums.value()
+        if not all(bool(torch.isfinite(product).all()) for product in (products.compressed_II, products.cross_II)):
             raise NumericalError(f"The inputs of {leader.name} have NaN or infinite values over the calibration text.")
-        return fitted, held_out
+        return products
+
+    def _residual(self, dense: Read, compressed: Read) -> Tensor | None:
+        """``R``: the part, by the recipe, of what the compressed stream lacks where the output is added to it."""
+        share = self.recipe.residual_correction
+        if not share or dense.added is None or compressed.added is None:
+            return None
+        return share * (dense.added - compressed.added)
 
     def _keeps_weight(self, target: Target) -> bool:
         """Whether a target is a matrix of its own size: dense, or making the inner features of a narrower MLP."""
@@ -177,7 +179,7 @@ class Sequential:
     def _is_consumer(target: Target) -> bool:
         return target.inner is not None and target.inner.side == "in"
 
-    def _fit(self, target: Target, weight_OI: Tensor, products: Products, beta: float) -> dict[str, Tensor]:
+    def _fit(self, target: Target, weight_OI: Tensor, products: Products) -> dict[str, Tensor]:
         """Fits a target: ``svd_u`` and ``svd_v``, or ``weight`` with zeros for inner features that go; float64."""
         if self._corrects_bias(target):
             products = products.centred()
@@ -185,7 +187,8 @@ class Sequential:
         left_OO = self.analysis.left_metric(target)
         left_OO = None if left_OO is None else left_OO.to(self.walk.device)
         try:
-            star_OI = anchored(weight_OI, products.compressed_II, products.cross_II, beta)
+            grams = products.compressed_II, products.cross_II, self.recipe.beta
+            star_OI = anchored(weight_OI, *grams, products.residual)
             if self._keeps_weight(target):
                 return {"weight": star_OI}
             chosen = self.forms[target.name]
@@ -193,8 +196,8 @@ class Sequential:
                 order_I = self.analysis.inner_order(target)
                 assert order_I is not None
                 kept_W = order_I[: chosen.size].to(weight_OI.device)
-                grams = products.compressed_II, products.cross_II
-                return {"weight": with_zeros(narrowed_anchored(weight_OI, *grams, beta, kept_W), kept_W, len(order_I))}
+                kept_OW = narrowed_anchored(weight_OI, *grams, kept_W, products.residual)
+                return {"weight": with_zeros(kept_OW, kept_W, len(order_I))}
             left_OO = left_metric_of(target, star_OI, products.compressed_II, left_OO)
             spectrum = output_spectrum(star_OI, products.compressed_II, chosen.size, left_gram_OO=left_OO)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
@@ -212,17 +215,6 @@ class Sequential:
         unshrunk_II = (metric_II - recipe.shrinkage * diagonal_II) / (1 - recipe.shrinkage)
         scale = products.num_tokens / self.num_dense_tokens
         return products.mixed_with(scale * unshrunk_II, recipe.sequential_shrinkage)
-
-    def _best_beta(self, targets: list[Target], fitted: Products, held_out: Products) -> float:
-        """The candidate whose factors come nearest to the group's dense outputs on the held-out tokens."""
-        errors = dict.fromkeys(BETAS, 0.0)
-        for target in targets:
-            weight_OI = weight_of(self.walk.skeleton, target).double()
-            judged = held_out.centred() if self._corrects_bias(target) else held_out
-            for beta in BETAS:
-                product_OI = _product(self._fit(target, weight_OI, fitted, beta))
-                errors[beta] += relative_error(weight_OI, product_OI, judged)
-        return min(BETAS, key=errors.__getitem__)
 
     def _parameters(self, target: Target, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters with which a dense linear computes what its factors, or its fitted weight, would."""

@@ -99,8 +99,6 @@ def _write_checkpoint(
         factors = TargetFactors(subject, spare, analysis, None, device, run.reporter)
         _write_elastic(partial, subject, factors, spare, analysis, plan.recipe.allocation)
     report = report_of(plan, plan.recipe, provenance, linears)
-    if finals is not None:
-        report["betas"] = finals.betas()
     finish_checkpoint(partial, plan.recipe.to_yaml(), report, device, run.reporter)
     partial.replace(folder)
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from svdllm.common.errors import NumericalError, UnsupportedModelError
 from svdllm.common.files import save_tensors
+from svdllm.models.added import Added, Followed
 from svdllm.models.hidden_states import HiddenStates
 from svdllm.models.hooks import replaced
 from svdllm.models.loaded_weights import weights_loaded
@@ -204,6 +205,13 @@ class Walk:
             yield
 
 
+class Read(NamedTuple):
+    """The inputs of a module, and the tensors that its output is added to, summed; None if it is added to nothing."""
+
+    inputs: Tensor
+    added: Tensor | None
+
+
 @dataclass(frozen=True)
 class Block:
     """A loaded block of a walk."""
@@ -237,21 +245,28 @@ class Block:
             if walk.on_batch is not None:
                 walk.on_batch(self.index, number + 1, len(walk.batches))
 
-    def inputs_of(self, module: nn.Module, states: HiddenStates, number: int) -> Tensor:
-        """The input of a module of the block for a batch of a stream. The block is run up to that module only."""
+    def read(self, module: nn.Module, states: HiddenStates, number: int) -> Read:
+        """What a module of the block reads for a batch of a stream, and what its output is added to.
 
-        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Reached(args[0] if args else next(iter(kwargs.values())))
-
-        handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+        The block is run no further than that takes.
+        """
+        inputs: list[Tensor] = []
+        added = Added()
+        before = module.register_forward_pre_hook(
+            lambda _, args, kwargs: inputs.append(args[0] if args else next(iter(kwargs.values()))), with_kwargs=True
+        )
+        after = module.register_forward_hook(lambda _module, _args, output: added.follow(output))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), added:
                 self.run_on(states, number)
-        except _Reached as reached:
-            return reached.inputs
+        except Followed:
+            pass
         finally:
-            handle.remove()
-        raise UnsupportedModelError(f"{self.name} ran without calling one of its linears, which it called before.")
+            before.remove()
+            after.remove()
+        if not inputs:
+            raise UnsupportedModelError(f"{self.name} ran without calling one of its linears, which it called before.")
+        return Read(inputs[0], added.total)
 
     def run_on(self, states: HiddenStates, number: int) -> Ran:
         """Runs the block on a batch of a stream, which is not changed."""
@@ -285,10 +300,3 @@ class Block:
             if walk.on_batch is not None:
                 walk.on_batch(len(walk.structure.blocks) - 1 - self.index, number + 1, walk.kept_batches)
         walk.kept_file(self.index).unlink()
-
-
-class _Reached(Exception):
-    """Ends the run of a block early."""
-
-    def __init__(self, inputs: Tensor):
-        self.inputs = inputs

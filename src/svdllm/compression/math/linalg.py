@@ -136,22 +136,29 @@ def corrected_bias(
     return bias if bias_O is None else bias + bias_O.double()
 
 
-def anchored(weight_OI: Tensor, gram_II: Tensor, cross_II: Tensor, beta: float) -> Tensor:
-    """``W* = W (beta K + (1 - beta) S') S'^-1``, float64: the weight to approximate on the compressed stream.
+def anchored(
+    weight_OI: Tensor, gram_II: Tensor, cross_II: Tensor, beta: float, residual_OI: Tensor | None = None
+) -> Tensor:
+    """``W* = (W (beta K + (1 - beta) S') + R X'^T) S'^-1``, float64: what to approximate on the compressed stream.
 
     ``S' = X' X'^T`` is the Gram of the inputs that the compressed blocks before this one make of the text, and
     ``K = X X'^T`` their product with the inputs of the dense model. For ``beta`` 1, ``W* X'`` is the regression that
     comes nearest to the dense outputs ``W X`` (AA-SVD). For ``beta`` 0, ``W*`` is ``W``.
 
+    Args:
+        residual_OI: ``R X'^T``, where ``R`` is to be added to the outputs; nothing by default.
+
     Raises:
         torch.linalg.LinAlgError: ``S'`` is not positive definite; shrink it.
     """
     weight_OI = weight_OI.double()
-    if beta == 0:
+    if beta == 0 and residual_OI is None:
         return weight_OI
     root_II = torch.linalg.cholesky(gram_II)
-    difference_OI = weight_OI @ (cross_II - gram_II)
-    return weight_OI + beta * torch.cholesky_solve(difference_OI.mT, root_II).mT
+    difference_OI = beta * (weight_OI @ (cross_II - gram_II))
+    if residual_OI is not None:
+        difference_OI += residual_OI
+    return weight_OI + torch.cholesky_solve(difference_OI.mT, root_II).mT
 
 
 def _column_space(weight_OI: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

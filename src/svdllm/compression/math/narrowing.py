@@ -117,8 +117,15 @@ def refitted(weight_OI: Tensor, gram_II: Tensor, kept_W: Tensor) -> Tensor:
     return narrowed_anchored(weight_OI, gram_II, gram_II, 0.0, kept_W)
 
 
-def narrowed_anchored(weight_OI: Tensor, gram_II: Tensor, cross_II: Tensor, beta: float, kept_W: Tensor) -> Tensor:
-    """``W (beta K + (1 - beta) S')_:J S'_JJ^-1`` (``O x W``, float64): the consumer fitted to the compressed stream.
+def narrowed_anchored(
+    weight_OI: Tensor,
+    gram_II: Tensor,
+    cross_II: Tensor,
+    beta: float,
+    kept_W: Tensor,
+    residual_OI: Tensor | None = None,
+) -> Tensor:
+    """``(W (beta K + (1 - beta) S') + R X'^T)_:J S'_JJ^-1`` (``O x W``, float64): the consumer, fitted.
 
     ``S' = X' X'^T`` is the Gram of the inner features that the compressed model makes of the text, those to be removed
     included, and ``K = X X'^T`` their product with those of the dense model. For ``beta`` 1, ``W' X'_J`` comes nearest
@@ -126,6 +133,7 @@ def narrowed_anchored(weight_OI: Tensor, gram_II: Tensor, cross_II: Tensor, beta
 
     Args:
         kept_W: the features kept, ``order[:width]``; the columns of the result have this order.
+        residual_OI: ``R X'^T``, where ``R`` is to be added to the outputs; nothing by default.
 
     Raises:
         torch.linalg.LinAlgError: ``S'`` is not positive semi-definite.
@@ -133,6 +141,8 @@ def narrowed_anchored(weight_OI: Tensor, gram_II: Tensor, cross_II: Tensor, beta
     weight_OI, gram_II = weight_OI.double(), gram_II.double()
     gram_IW, kept_OW = gram_II[:, kept_W], weight_OI[:, kept_W]
     wanted_OW = weight_OI @ (gram_IW + beta * (cross_II.double()[:, kept_W] - gram_IW))
+    if residual_OI is not None:
+        wanted_OW += residual_OI[:, kept_W]
     gram_WW = gram_IW[kept_W]
     root_WW = _root(gram_WW)
     return kept_OW + torch.cholesky_solve((wanted_OW - kept_OW @ gram_WW).mT, root_WW).mT

@@ -75,23 +75,23 @@ class Gram:
 
 
 class CrossGram:
-    """``K = X X'^T`` (``in x in``) of the tokens ``X`` of the dense model and ``X'`` of the compressed model."""
+    """``X Y^T`` (``first x second``) of two features of the same tokens."""
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu"):
-        self._sum_II = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+    def __init__(self, first_features: int, second_features: int, device: torch.device | str = "cpu"):
+        self._sum_FS = torch.zeros(first_features, second_features, dtype=torch.float64, device=device)
 
-    def add(self, dense: Tensor, compressed: Tensor) -> None:
-        """Adds the tokens of two inputs (``..., in``) of one text."""
-        dense_TI, compressed_TI = (inputs.reshape(-1, inputs.shape[-1]) for inputs in (dense, compressed))
-        if dense_TI.dtype != torch.float64:
-            dense_TI, compressed_TI = dense_TI.float(), compressed_TI.float()
-        chunks = zip(dense_TI.split(TOKENS_PER_PRODUCT), compressed_TI.split(TOKENS_PER_PRODUCT), strict=True)
-        for dense_chunk_TI, compressed_chunk_TI in chunks:
-            self._sum_II += dense_chunk_TI.mT @ compressed_chunk_TI
+    def add(self, first: Tensor, second: Tensor) -> None:
+        """Adds the tokens of ``first`` (``..., first``) and ``second`` (``..., second``)."""
+        first_TF, second_TS = (features.reshape(-1, features.shape[-1]) for features in (first, second))
+        if first_TF.dtype != torch.float64:
+            first_TF, second_TS = first_TF.float(), second_TS.float()
+        chunks = zip(first_TF.split(TOKENS_PER_PRODUCT), second_TS.split(TOKENS_PER_PRODUCT), strict=True)
+        for first_chunk_TF, second_chunk_TS in chunks:
+            self._sum_FS += first_chunk_TF.mT @ second_chunk_TS
 
     def value(self) -> Tensor:
         """The sum, float64; not symmetric."""
-        return self._sum_II
+        return self._sum_FS
 
 
 class MeanAbsolute:

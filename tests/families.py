@@ -118,11 +118,123 @@ FIXED_WIDTHS: dict[str, dict[str, Any]] = {
         "n_layer": 2,
     },
 }
+_MOE = {**_GQA, "moe_intermediate_size": 24}
+_LATENT = {"kv_lora_rank": 8, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+_LATENT_MOE = {**_COMMON, **_LATENT, "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2}
+# Families with experts, which files keep one by one or stacked, and routers of several kinds.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**_MOE, "num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 24},
+    "qwen3_moe": {**_MOE, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "olmoe": {**_GQA, "num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v2": {**_LATENT_MOE, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "n_shared_experts": 1},
+    "deepseek_v3": {**_LATENT_MOE, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "n_shared_experts": 1},
+    "glm4_moe": {**_MOE, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "head_dim": 8},
+    "granitemoe": {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "dbrx": {
+        "vocab_size": 128,
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "jetmoe": {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "kv_channels": 16,
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+        "max_position_embeddings": 64,
+    },
+}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+_MIXED_LAYERS = {"layer_types": ["linear_attention", "full_attention"]}
+_DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+# Families with state spaces, convolutions, weights that are read and not called, or blocks of several kinds.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "mamba": {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "mamba2": {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "state_size": 8,
+        "num_heads": 4,
+        "head_dim": 16,
+        "n_groups": 1,
+        "chunk_size": 8,
+    },
+    "falcon_mamba": {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "bamba": {**_GQA, **_MAMBA, "attn_layer_indices": [1]},
+    "jamba": {
+        **_GQA,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_dt_rank": 4,
+        "mamba_d_state": 8,
+        "num_experts": 1,
+        "num_experts_per_tok": 1,
+    },
+    "granitemoehybrid": {
+        **_GQA,
+        **_MAMBA,
+        **_MIXED_LAYERS,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 48,
+    },
+    "lfm2": {**_GQA, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "qwen3_5_text": {**_GQA, **_DELTA, **_MIXED_LAYERS, "head_dim": 8},
+    "recurrent_gemma": {
+        **_COMMON,
+        "num_key_value_heads": 1,
+        "lru_width": 32,
+        "block_types": ("recurrent", "attention"),
+        "attention_window_size": 8,
+    },
+    "bart": {
+        "vocab_size": 128,
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 48,
+        "max_position_embeddings": 64,
+        "is_decoder": True,
+        "is_encoder_decoder": False,
+    },
+    # Several streams of hidden states, in a dimension before that of texts; keys and values shared through a mapping.
+    "gemma3n_text": {
+        **_GQA,
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 128,
+        "altup_num_inputs": 2,
+        "laurel_rank": 8,
+    },
+    "rwkv": {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
+    "openai-gpt": {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+}
+
+_ALL = FAMILIES | ATTENTIONS | UNUSUAL | SCORES | FIXED_WIDTHS | MIXTURES | HYBRIDS
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """A config of ``family`` with two layers of width 32 and 128 tokens."""
-    return CONFIG_MAPPING[family](**{**(FAMILIES | ATTENTIONS | UNUSUAL | SCORES | FIXED_WIDTHS)[family], **overrides})
+    return CONFIG_MAPPING[family](**{**_ALL[family], **overrides})
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:

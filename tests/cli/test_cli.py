@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import svdllm.cli
+from families import tiny_model
 from runs import TEXT
 from svdllm.cli import main
 from svdllm.common.errors import NumericalError
@@ -261,14 +262,13 @@ def test_bad_models(dense: Path, text: Path, tmp_path: Path, capsys: pytest.Capt
     assert code == 2
     assert "no config.json" in message
 
-    moe = AutoConfig.for_model(
-        "qwen3_moe", num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_experts=4
-    )
-    moe.architectures = ["Qwen3MoeForCausalLM"]
-    moe.save_pretrained(tmp_path / "moe")
-    code, message = failing(tmp_path / "moe")
+    moe = shutil.copytree(dense, tmp_path / "moe")
+    tiny_model("qwen3_moe").save_pretrained(moe)
+    code, message = failing(moe)
     assert code == 3
-    assert "mlp.experts" in message or "stacked" in message
+    assert "Only 39.4% of the 31,168 parameters in the blocks of Qwen3MoeForCausalLM are linears that can" in message
+    assert "Qwen3MoeExperts (model.layers.0-1.mlp.experts)" in message
+    assert "Pass --allow-partial" in message
 
     pickled = shutil.copytree(dense, tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")

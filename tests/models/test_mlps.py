@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from families import ATTENTIONS, FAMILIES, tiny_config, tiny_model, tiny_tokens
+from svdllm.common.memory import peak_bytes
 from svdllm.models.discover import discover
 from svdllm.models.linears import linear_shape, linears_of
 from svdllm.models.mlps import find_mlps
@@ -202,7 +203,7 @@ def found_in(block: nn.Module, ignored: tuple[str, ...] = ()) -> tuple[Mlp, ...]
         for o, i in [linear_shape(linear)]
         if name not in ignored
     )
-    structure = Structure(blocks=("block",), targets=targets, ignored=ignored, returns_tuple=(False,))
+    structure = Structure(blocks=("block",), targets=targets, num_outputs=(0,))
     return find_mlps(model, structure, [((torch.zeros(1, 5, 8),), {})])
 
 
@@ -274,3 +275,11 @@ def test_they_are_found_where_gradients_are_switched_off() -> None:
         found = discover(skeleton).mlps
     assert found == discover(skeleton).mlps
     assert found
+
+
+def test_stacks_of_large_experts_are_tried_without_their_memory():
+    skeleton = build_skeleton(tiny_config("mixtral", num_local_experts=64, hidden_size=512, intermediate_size=2048))
+    discover(build_skeleton(tiny_config("mixtral")))
+    before = peak_bytes()
+    discover(skeleton)
+    assert peak_bytes() - before < 2**28  # the experts of a layer have 2**28 bytes and more

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from families import tiny_model, tiny_tokens
 from svdllm import UnsupportedModelError
 from svdllm.models.discover import discover
-from svdllm.models.shared_state import SharedStates, StateGradients, WrittenArguments, differentiable
+from svdllm.models.shared_state import Handed, Ports, SharedStates, StateGradients, WrittenArguments, differentiable
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.stubs import Recorder
 from svdllm.models.walk import Walk
@@ -108,7 +108,7 @@ def test_gradients_through_entries_that_are_read_and_written_over(mapping: type)
     hidden, gradient = torch.randn(2, 3, 4).double(), torch.randn(2, 3, 4).double()
     wanted = torch.autograd.grad(model(hidden), list(model.parameters()), gradient)
 
-    recorders = [Recorder(layer, False, (0,)) for layer in model.layers]
+    recorders = [Recorder(layer, 0, ports=Ports(shared=(0,))) for layer in model.layers]
     blocks, model.layers = list(model.layers), nn.ModuleList(recorders)
     model(hidden)
     states, inputs = SharedStates(), []
@@ -191,11 +191,25 @@ def test_what_cannot_be_carried_is_refused(block: Any, argument: Any, message: s
         watched(block, argument=argument)
 
 
-def test_an_output_that_the_next_block_is_handed_is_refused() -> None:
-    arguments, hidden, extra = WrittenArguments("Toy", 3), torch.zeros(1, 3, 4), torch.zeros(1)
-    arguments.watch("layers.0", lambda x: (x, extra), (hidden,), {}, lambda value: value)
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1 is handed an output of an earlier block"):
-        arguments.watch("layers.1", lambda x, y: (x,), (hidden, extra), {}, lambda value: value)
+def test_an_output_that_a_later_block_takes_is_noted() -> None:
+    arguments, hidden, extra = WrittenArguments("Toy", 3), torch.zeros(1, 3, 4), torch.zeros(1, 3, 2)
+    arguments.watch("layers.0", lambda x: (x, None, extra), (hidden,), {}, lambda value: value)
+    arguments.watch("layers.1", lambda x, y: (x, y), (hidden, extra), {}, lambda value: value)
+    arguments.watch("layers.2", lambda x, z: (x,), (hidden,), {"z": extra}, lambda value: value)
+    assert arguments.handed == [Handed("layers.0", 2, "layers.1", 0), Handed("layers.1", 1, "layers.2", "z")]
+    assert arguments.num_features == 4  # both are kept
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers\.3 is handed an output of layers\.1 inside its argument 0"
+    ):
+        arguments.watch("layers.3", lambda x, y: (x,), (hidden, [extra]), {}, lambda value: value)
+
+
+def test_hidden_states_that_change_between_blocks_are_refused() -> None:
+    skeleton = build_skeleton(tiny_model("rwkv", rescale_every=0).config)
+    assert discover(skeleton).num_outputs == (3, 3)
+    skeleton.config.rescale_every = 1  # they are halved behind every block
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.1 is not handed the hidden states as .*0 returned them"):
+        discover(skeleton)
 
 
 def test_a_block_that_runs_twice_is_refused() -> None:

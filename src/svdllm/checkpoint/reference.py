@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from svdllm.checkpoint.load import load_model
 from svdllm.common.errors import NumericalError
 from svdllm.common.files import save_tensors
-from svdllm.models.discover import discover
+from svdllm.models.discover import discover_blocks
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.walk import Walk
 from svdllm.models.weights import SafetensorsWeights
@@ -48,9 +48,8 @@ def _walked_logits(folder: Path, config: PreTrainedConfig, ids: Tensor, device: 
     """Computes the logits with one block in memory at a time."""
     skeleton = build_skeleton(config)
     weights = SafetensorsWeights(folder, skeleton)
-    walk = Walk(
-        weights=weights, skeleton=skeleton, structure=discover(skeleton), ids=ids, device=device, dtype=torch.float32
-    )
+    structure = discover_blocks(skeleton)
+    walk = Walk(weights=weights, skeleton=skeleton, structure=structure, ids=ids, device=device, dtype=torch.float32)
     for block in walk.blocks():
         block.run()
     return walk.logits()
@@ -60,4 +59,4 @@ def _walked_logits(folder: Path, config: PreTrainedConfig, ids: Tensor, device: 
 def _loaded_logits(folder: Path, config: PreTrainedConfig, ids: Tensor, device: torch.device) -> Tensor:
     """Computes the logits with a loaded model, the only way to read quantised weights."""
     model = load_model(folder, dtype=torch.float32).to(device)  # type: ignore[arg-type]
-    return model.eval()(input_ids=ids.to(device)).logits
+    return model.eval()(input_ids=ids.to(device), use_cache=False).logits

@@ -62,7 +62,8 @@ def _reference_difference(folder: Path, model: PreTrainedModel, device: str) -> 
     place = resolve_device(device)
     model.to(place)  # type: ignore[arg-type]
     with torch.no_grad():
-        logits = model.eval()(input_ids=reference["token_ids"].to(place)).logits[:, -REFERENCE_POSITIONS:].float().cpu()
+        made = model.eval()(input_ids=reference["token_ids"].to(place), use_cache=False).logits
+        logits = made[:, -REFERENCE_POSITIONS:].float().cpu()
     if not bool(torch.isfinite(logits).all()):
         raise NumericalError(f"{folder}: the logits are not finite.")
     return compare_logits(

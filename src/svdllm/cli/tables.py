@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,9 +19,12 @@ from svdllm.compression.plan import Plan
 from svdllm.compression.records import CompressionResult
 from svdllm.evaluation.side_by_side import ModelPerplexity
 from svdllm.export.quantize import QuantizationResult
+from svdllm.models.left_dense import DensePart
 from svdllm.models.model_names import given_name
 from svdllm.models.unused_tensors import UnusedTensors
 from svdllm.recovery import RecoveryResult
+
+LEAST_SHOWN = 0.005  # share of the blocks' parameters
 
 Titled = tuple[str, list[Table]]  # a title, which is never cut or wrapped, and the tables below it
 
@@ -155,6 +158,7 @@ def report_table(report: dict[str, Any]) -> Titled:
     table.add_row("allocation", f"{chosen['name']}: {counts_text(map(form_of, report['linears']))}{loss}")
     if speed := report.get("speed"):
         table.add_row("linears, predicted", speed_text(speed))
+    add_dense_parts(table, [DensePart(**part) for part in report.get("dense_parts", [])])
     table.add_row("metric", f"{recipe['metric']}, {recipe['calibration_mode']} calibration")
     table.add_row("source weights", f"{source['weights_fingerprint'][:16]}, revision {source['revision'] or 'none'}")
     if source["calibration"]:
@@ -171,6 +175,15 @@ def report_table(report: dict[str, Any]) -> Titled:
     for entry in report.get("recovery", []):
         table.add_row("trained", recovery_text(entry))
     return f"{source['model']}, compressed", [table]
+
+
+def add_dense_parts(table: Table, parts: Sequence[DensePart]) -> None:
+    """Adds a row for what stays as it is inside the blocks; what is less than 0.5 % of them is summed up."""
+    large = [part for part in parts if part.share >= LEAST_SHOWN]
+    small = sum(part.share for part in parts if part.share < LEAST_SHOWN)
+    lines = [part.text for part in large] + ([f"{small:.2%} norms and other small parts"] if small else [])
+    if lines:
+        table.add_row("left as they are", "\n".join(lines))
 
 
 def linears_table(linears: list[dict[str, Any]], *, every: bool) -> Table:

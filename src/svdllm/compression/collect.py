@@ -16,7 +16,6 @@ from svdllm.compression.math.linalg import equal_energies
 from svdllm.compression.math.metrics import Method
 from svdllm.compression.math.statistics import BackwardStatistic, Gram, Statistic
 from svdllm.compression.recipe import Recipe
-from svdllm.models.hooks import input_groups
 from svdllm.models.structure import Target
 from svdllm.models.walk import Block
 
@@ -26,22 +25,29 @@ def collect_statistics(block: Block, targets: list[Target], method: Method) -> d
 
     Returns a dict target -> statistic; targets that read the same tensor share the object.
     """
-    linears = [(target.name, block.walk.skeleton.get_submodule(target.linears[0])) for target in targets]
-    in_features = {target.name: target.in_features for target in targets}
     statistics: dict[str, Statistic] = {}
-    assert method.statistic is not None
+    make = method.statistic
+    assert make is not None
 
-    def on_input(leader: str, inputs: Tensor) -> None:
-        if leader not in statistics:
-            statistics[leader] = method.statistic(in_features[leader], inputs.device)  # type: ignore[misc]
-        statistics[leader].add(inputs)
+    def on(leader: Target) -> Any:
+        def before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            if leader.group not in statistics:
+                statistics[leader.group] = make(leader.in_features, inputs.device)
+            statistics[leader.group].add(inputs)
 
-    with input_groups(linears, on_input) as (groups, release):
-        block.run(after_batch=release)
-    uncalled = [name for name, _ in linears if name not in groups]
-    if uncalled:
+        linear = block.walk.skeleton.get_submodule(leader.linears[0])
+        return linear.register_forward_pre_hook(before_forward, with_kwargs=True)
+
+    handles = [on(target) for target in targets if target.name == target.group]
+    try:
+        block.run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if uncalled := [target.name for target in targets if target.group not in statistics]:
         raise InputError(f"{', '.join(uncalled)} saw no token; leave them dense with --ignore.")
-    return {target.name: statistics[groups[target.name]] for target in targets}
+    return {target.name: statistics[target.group] for target in targets}
 
 
 def right_metric(target: Target, statistics: Mapping[str, Statistic], method: Method, recipe: Recipe) -> Tensor | None:
@@ -107,7 +113,8 @@ def _run_backward(block: Block, targets: list[Target], watch: Callable[[Target, 
 
         def after_forward(module: torch.nn.Module, args: Any, output: Tensor) -> None:
             inputs = args[0].detach()
-            output.register_hook(lambda gradients: after_backward(inputs, gradients))
+            if output.requires_grad:  # else it is judged by its inputs alone
+                output.register_hook(lambda gradients: after_backward(inputs, gradients))
 
         return block.walk.skeleton.get_submodule(linear).register_forward_hook(after_forward)
 

@@ -133,6 +133,8 @@ class Plan:
             "num_groups": self.num_groups,
             "targets": [asdict(target) for target in self.targets],
             "ignored": list(self.structure.ignored),
+            "num_block_params": self.structure.num_block_params,
+            "dense_parts": [asdict(part) for part in self.structure.dense_parts],
             "ratio": self.recipe.ratio,
             "factor_bits": self.recipe.factor_bits,
             **asdict(self.sizes),

@@ -42,6 +42,11 @@ class Recipe(AllocationSettings, FormsChoice, SequentialSettings, MetricSettings
         panel="Allocation",
         metavar="REGEX",
     )
+    allow_partial: bool = setting(
+        False,
+        "Compress a model of whose blocks less than half are linears that can be compressed.",
+        panel="Allocation",
+    )
     overrides: AfterAnalysis[dict[str, Annotated[float, Field(ge=0, lt=1)]]] = setting(
         {},
         "Another ratio for some linears; may be repeated. The first match wins; 0 leaves a linear dense.",

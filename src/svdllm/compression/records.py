@@ -159,5 +159,6 @@ def report_of(plan: Plan, recipe: Recipe, provenance: Provenance, linears: list[
         "versions": {"svdllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "warnings": plan.warnings,
         "unused_tensors": None if plan.unused_tensors is None else asdict(plan.unused_tensors),
+        "dense_parts": [asdict(part) for part in plan.structure.dense_parts],
         "linears": [asdict(record) for record in linears],
     }

@@ -15,16 +15,20 @@ from svdllm.checkpoint.tensors import Tensors, buffer_names, stored_tensors
 from svdllm.common.device import resolve_device, resolve_dtype
 from svdllm.common.errors import InputError, UnsupportedModelError
 from svdllm.common.run_options import RunOptions
+from svdllm.compression.forms import FORMS, factors_of
 from svdllm.compression.recipe import Recipe
 from svdllm.models.config_files import refuse_several_parts
 from svdllm.models.discover import discover
 from svdllm.models.hub import hub_folder
+from svdllm.models.left_dense import TOO_SMALL
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.open import Source
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import Structure, bias_corrected, with_joint_keys_and_values
+from svdllm.models.structure import Structure, bias_corrected, left_dense, with_joint_keys_and_values
 from svdllm.models.walk import Walk
 from svdllm.models.weights import SafetensorsWeights, Weights
+
+LEAST_SHARE = 0.5  # of the blocks' parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +106,41 @@ def structure_for(skeleton: PreTrainedModel, recipe: Recipe) -> Structure:
     structure = discover(skeleton, recipe.ignore)
     if recipe.joint_kv:
         structure = with_joint_keys_and_values(structure)
-    return bias_corrected(structure) if recipe.bias_correction else structure
+    if recipe.bias_correction:
+        structure = bias_corrected(structure)
+    if recipe.ranks is None:  # the user has not named what becomes of each
+        structure = left_dense(structure, dict.fromkeys(_too_small(structure, recipe), TOO_SMALL))
+    _require_most_of(structure, recipe, type(skeleton).__name__)
+    return structure
+
+
+def _too_small(structure: Structure, recipe: Recipe) -> list[str]:
+    """Names of the targets whose factors save less than half at rank 1, or nothing at any multiple of ``round_to``.
+
+    None, if that is true of all: no budget can be met then, which says what to do.
+    """
+    forms, targets = recipe.used_forms, structure.targets
+    if all(FORMS[name].exact_rank is None for name in forms):
+        return []
+    small = [
+        target.name
+        for target in targets
+        if 2 * (target.in_features + target.out_features) > target.num_weights
+        or not factors_of(target, forms).sizes(target, recipe.round_to)
+    ]
+    return small if len(small) < len(targets) else []
+
+
+def _require_most_of(structure: Structure, recipe: Recipe, model: str) -> None:
+    """Raises UnsupportedModelError if less than half of the blocks' weights can be compressed, unless allowed."""
+    share = structure.compressible_share
+    if share < LEAST_SHARE and not recipe.allow_partial:
+        parts = "; ".join(part.text for part in structure.dense_parts[:3])
+        raise UnsupportedModelError(
+            f"Only {share:.1%} of the {structure.num_block_params:,} parameters in the blocks of {model} are linears "
+            f"that can be compressed, at least {LEAST_SHARE:.0%} expected. The largest of the rest: {parts}. Pass "
+            "--allow-partial to compress these linears alone."
+        )
 
 
 def read_weights(subject: Subject, model: Any, options: RunOptions, gguf_folder: Path) -> Subject:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -57,6 +58,21 @@ def replaced(model: nn.Module, replacements: Mapping[str, nn.Module]):
     finally:
         for name, module in originals.items():
             model.set_submodule(name, module)
+
+
+@contextmanager
+def experts_computed(model: nn.Module, implementation: str):
+    """Makes stacked experts compute by another implementation of transformers while the context lasts.
+
+    ``batched_mm`` reads no value and so runs without data; ``eager`` copies no weight.
+    """
+    config: Any = getattr(model, "config", None) or SimpleNamespace()
+    before = getattr(config, "_experts_implementation", None)
+    config._experts_implementation = implementation
+    try:
+        yield
+    finally:
+        config._experts_implementation = before
 
 
 def to_device(tree: Any, device: torch.device | str) -> Any:

@@ -4,16 +4,44 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from svdllm.common.errors import InputError, UnsupportedModelError
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is an ``nn.Linear``, a subclass with a two-dimensional ``weight``, or GPT-2's ``Conv1D``."""
+def has_matrix(module: nn.Module) -> bool:
+    """Whether a module is made as a linear: ``nn.Linear``, GPT-2's ``Conv1D`` or a subclass, with a matrix."""
     return isinstance(module, nn.Linear | Conv1D) and module.weight.ndim == 2
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module has the matrix of a linear and computes no more than ``y = W x + b``.
+
+    Subclasses with a forward of their own are tried: some routers return their choices in place of the product.
+    """
+    plain = (nn.Linear.forward, Conv1D.forward)
+    return has_matrix(module) and (type(module).forward in plain or _multiplies(module))
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a linear returns the product with its weight, and its bias added: tried with three outputs of five."""
+    weight, bias, inputs = torch.linspace(-1, 1, 15).view(3, 5), torch.linspace(2, 4, 3), torch.eye(5)
+    tensors: dict[str, Tensor] = {"weight": weight.mT.contiguous() if isinstance(module, Conv1D) else weight}
+    if has_bias := module.bias is not None:
+        tensors["bias"] = bias
+    try:
+        with torch.no_grad():
+            output: Any = functional_call(module, tensors, (inputs,), strict=True)
+    except Exception:  # of any kind, by the class: it does something else
+        return False
+    expected = inputs @ weight.mT + (bias if has_bias else 0)
+    return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected, atol=1e-5)
 
 
 def linears_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -29,30 +57,47 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return (int(columns), int(rows)) if isinstance(module, Conv1D) else (int(rows), int(columns))
 
 
-def find_blocks(skeleton: nn.Module) -> list[str]:
-    """Names the decoder blocks: the items of the only outermost ``ModuleList`` with weights.
+def language_model(model: nn.Module) -> tuple[str, nn.Module]:
+    """The part of a model that reads text, with its name: the decoder that transformers finds; else the whole."""
+    find = getattr(model, "get_decoder", None)
+    decoder = None if find is None else find()
+    names = {id(module): name for name, module in model.named_modules()}
+    if id(decoder) not in names or not _stacks_of(decoder, ""):
+        return "", model
+    return names[id(decoder)], decoder
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Names the decoder blocks: the items of the largest outermost ``ModuleList`` of the language model.
+
+    A list in a model inside it, such as an encoder of images, counts if there is no other.
 
     Raises:
-        UnsupportedModelError: there is none, or more than one.
+        UnsupportedModelError: there is none with weights.
     """
-    stacks: dict[str, int] = {}
-    for name, module in skeleton.named_modules():
-        nested = any(name.startswith(f"{outer}.") for outer in stacks)
-        if isinstance(module, nn.ModuleList) and not nested:
-            size = sum(p.numel() for p in module.parameters())
-            if size:
-                stacks[name] = size
+    name, decoder = language_model(model)
+    stacks = _stacks_of(decoder, name)
     if not stacks:
         raise UnsupportedModelError(
-            f"{type(skeleton).__name__} has no stack of decoder blocks (a ModuleList with weights). Its modules are: "
-            f"{listing([name for name, _ in skeleton.named_children()])}."
+            f"{type(model).__name__} has no stack of decoder blocks (a ModuleList with weights). Its modules are: "
+            f"{listing([name for name, _ in model.named_children()])}."
         )
-    if len(stacks) > 1:
-        raise UnsupportedModelError(
-            f"{type(skeleton).__name__} has {len(stacks)} stacks of blocks, one was expected: {listing(list(stacks))}."
-        )
-    (stack,) = stacks
-    return [f"{stack}.{index}" for index in range(len(skeleton.get_submodule(stack)))]  # type: ignore[arg-type]
+    parts = [part for part, module in decoder.named_modules(prefix=name) if isinstance(module, PreTrainedModel)]
+    inner = tuple(f"{part}." for part in parts if part != name)
+    own = [stack for stack in stacks if not stack.startswith(inner)]
+    stack = max(own or stacks, key=lambda name: stacks[name])
+    return [f"{stack}.{index}" for index in range(len(model.get_submodule(stack)))]  # type: ignore[arg-type]
+
+
+def _stacks_of(model: Any, prefix: str) -> dict[str, int]:
+    """Outermost ``ModuleList`` with weights -> number of its weights."""
+    stacks: dict[str, int] = {}
+    for name, module in model.named_modules(prefix=prefix):
+        nested = any(name.startswith(f"{outer}.") for outer in stacks)
+        size = sum(p.numel() for p in module.parameters()) if isinstance(module, nn.ModuleList) and not nested else 0
+        if size:
+            stacks[name] = size
+    return stacks
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from svdllm.models.weights import Weights
+
+NO_TIES: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 @contextmanager
@@ -36,24 +39,31 @@ def weights_loaded(
     device: torch.device,
     dtype: torch.dtype,
     skip: tuple[str, ...] = (),
+    ties: Mapping[str, Sequence[str]] = NO_TIES,
 ) -> Iterator[None]:
     """Gives a module on the meta device its weights while the context lasts; floating ones are cast to ``dtype``.
 
     Args:
         prefix: name of the module in the model; "" for the whole model.
         skip: beginnings of names, in the model, of tensors that are left alone.
+        ties: name in the model -> other names of the same tensor, which is loaded once.
     """
     stored = set(weights.names())
     start = f"{prefix}." if prefix else ""
     values: dict[str, Tensor] = {}
+    loaded: dict[str, Tensor] = {}
     for name, tensor in _own_tensors(module):
-        if skip and f"{start}{name}".startswith(skip):
+        full = f"{start}{name}"
+        if skip and full.startswith(skip):
             continue
-        if f"{start}{name}" in stored:
-            value = weights.get(f"{start}{name}")
-            values[name] = value.to(device, dtype) if value.is_floating_point() else value.to(device)
-        else:  # a tied parameter stays on the meta device, a computed buffer is moved
+        found = next((known for known in (full, *ties.get(full, ())) if known in stored), None)
+        if found is None:  # a computed buffer
             values[name] = tensor if tensor.is_meta else tensor.to(device)
+            continue
+        if found not in loaded:
+            value = weights.get(found)
+            loaded[found] = value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        values[name] = loaded[found]
     with tensors_replaced(module, values):
         yield
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from svdllm.models.hooks import replaced
+from svdllm.models.hooks import experts_computed, replaced
 from svdllm.models.linears import linear_shape, linears_of
 from svdllm.models.structure import Mlp, Structure
 from svdllm.models.stubs import BlockStub
@@ -26,6 +26,7 @@ from svdllm.models.stubs import BlockStub
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block's call, by position and by keyword
 Found = tuple[tuple[str, ...], str]  # producers and consumer, by their names in the block
 SEED = 0
+LARGE = 2**24  # values of a tensor
 TOLERANCE = 1e-4  # of float32 results of one elementwise function at other places of a tensor
 
 
@@ -39,12 +40,12 @@ def find_mlps(skeleton: nn.Module, structure: Structure, arguments: Sequence[Arg
     """
     targets = {target.name for target in structure.targets}
     known: dict[str, list[Found]] = {}
-    mlps = []
+    mlps: list[Mlp] = []
     for index, (name, given) in enumerate(zip(structure.blocks, arguments, strict=True)):
         block = skeleton.get_submodule(name)
         key = _signature(block)
         if key not in known:
-            with torch.enable_grad():  # also where the caller has switched gradients off
+            with torch.enable_grad(), experts_computed(skeleton, "eager"):  # also where gradients are switched off
                 known[key] = _find_in(block, given)
         candidates = (_as_mlp(skeleton, name, index, found) for found in known[key])
         mlps += [mlp for mlp in candidates if targets.issuperset(mlp.linears)]
@@ -89,7 +90,7 @@ class _LinearStub(BlockStub):
     """Takes the place of a linear. Keeps its inputs; the outputs of its calls are random, and the same in every run."""
 
     def __init__(self, linear: nn.Module, generator: torch.Generator):
-        super().__init__(linear, returns_tuple=False)
+        super().__init__(linear, num_outputs=0)
         self.shape = linear_shape(linear)
         self.generator = generator
         self.inputs: list[Tensor] = []
@@ -115,7 +116,7 @@ class _Trial:
         self.stubs = {name: _LinearStub(linear, self.generator) for name, linear in linears_of(block)}
         inside = tuple(f"{name}." for name in self.stubs)
         self.tensors = {name: self._real(buffer) for name, buffer in block.named_buffers()} | {
-            name: 0.5 + torch.rand(parameter.shape, generator=self.generator)
+            name: self._random(parameter.shape)
             for name, parameter in block.named_parameters()
             if not name.startswith(inside)
         }
@@ -172,6 +173,11 @@ class _Trial:
             return None
         return [leaf for leaf in tree_leaves((output, args, kwargs)) if isinstance(leaf, Tensor)]
 
+    def _random(self, shape: torch.Size) -> Tensor:
+        """Values from 0.5 to 1.5; large stacks of matrices hold one of them many times, which takes no memory."""
+        own = shape[1:] if len(shape) > 2 and shape.numel() > LARGE else shape
+        return (0.5 + torch.rand(own, generator=self.generator)).expand(shape)
+
     def _real(self, tensor: Tensor) -> Tensor:
         """A tensor with values: its own, in float32 where they are floating; random or zero for one that has none."""
         if not tensor.is_meta:
@@ -185,6 +191,10 @@ def _same(ours: Any, theirs: Any) -> bool:
     """Whether nested lists hold equal tensors."""
     pairs = list(zip(tree_leaves(ours), tree_leaves(theirs), strict=False))
     return len(tree_leaves(ours)) == len(tree_leaves(theirs)) and all(
-        a.shape == b.shape and bool(torch.isclose(a.float(), b.float(), rtol=TOLERANCE, atol=TOLERANCE).all())
+        a.shape == b.shape and bool(torch.isclose(_wide(a), _wide(b), rtol=TOLERANCE, atol=TOLERANCE).all())
         for a, b in pairs
     )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_complex() else tensor.float()

@@ -1,14 +1,16 @@
-"""Carries what blocks write for later blocks beside the hidden states: keys and values that layers share.
+"""Carries what blocks make for later blocks beside the hidden states: keys and values, or chosen tokens.
 
-Such a model passes one mapping to all of its blocks (``shared_kv_states`` in Gemma 3n and Gemma 4). Some blocks write
-tensors into it, later blocks read them. Like the hidden states, the mapping is an output of each block: every stream
-(dense, compressed, one probe) needs its own mapping for every batch, and gradients flow back through it.
+Some models pass one mapping to all of their blocks (``shared_kv_states`` in Gemma 3n and Gemma 4). Some blocks write
+tensors into it, later blocks read them. Others hand a second output of a block to a later one (the tokens that an
+indexer chose, in GLM-5). Like the hidden states, these are outputs of each block: every stream (dense, compressed, one
+probe) needs its own for every batch, and gradients flow back through them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from copy import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +23,44 @@ Argument = str | int  # of a block's call: its keyword, or its position behind t
 Key = tuple[Argument, Hashable]  # argument and the key in its mapping
 State = Mapping[Key, Any]  # nested tuples of tensors
 NOTHING: State = {}
+RETURNED = "<returned>"  # stands for an argument in the keys of outputs that are handed on
+
+
+@dataclass(frozen=True)
+class Handed:
+    """An output of a block at a position behind the hidden states, and the argument of a later block that takes it."""
+
+    writer: str
+    position: int
+    reader: str
+    argument: Argument
+
+    @property
+    def key(self) -> Key:
+        return RETURNED, (self.writer, self.position)
+
+
+@dataclass(frozen=True)
+class Ports:
+    """How a block is connected to others beside its hidden states.
+
+    shared: its arguments that are mappings, which blocks write into.
+    takes: argument -> key of the output of an earlier block that it takes.
+    hands: position of an output that a later block takes -> its key.
+    """
+
+    shared: tuple[Argument, ...] = ()
+    takes: Mapping[Argument, Key] = field(default_factory=dict)
+    hands: Mapping[int, Key] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, block: str, shared: Iterable[Argument], handed: Iterable[Handed]) -> Ports:
+        handed = list(handed)
+        return cls(
+            shared=tuple(shared),
+            takes={link.argument: link.key for link in handed if link.reader == block},
+            hands={link.position: link.key for link in handed if link.writer == block},
+        )
 
 
 def contents(argument: Argument, mapping: Mapping[Any, Any]) -> dict[Key, Any]:
@@ -120,18 +160,21 @@ def _summed(first: list[Tensor | None], second: list[Tensor | None]) -> list[Ten
 
 
 class WrittenArguments:
-    """Finds the arguments that blocks write into, while they run one after the other.
+    """Finds the arguments that blocks write into or take from others, while they run one after the other.
 
-    Mappings of tensors can be carried as a shared state. Anything else that a block changes or hands on (a list, a
-    tensor changed in place, an output beside the hidden states) cannot, and is refused. A block that runs twice is
-    refused too, because its calls would have to be told apart.
+    Mappings of tensors, and tensors that a block returns beside the hidden states, can be carried as a shared state.
+    Anything else that a block changes or hands on (a list, a tensor changed in place) cannot, and is refused. So is a
+    block that runs twice, because its calls would have to be told apart, and a model that changes the hidden states
+    between two blocks.
     """
 
     def __init__(self, model: str, num_tokens: int):
         self._model, self._num_tokens = model, num_tokens
         self._mappings: dict[Argument, MutableMapping[Any, Any]] = {}
         self._sizes: dict[Key, int] = {}
-        self._returned: list[Tensor] = []  # beside the hidden states
+        self._returned: list[tuple[Tensor, str, int]] = []  # tensor, block, position beside the hidden states
+        self._last: tuple[str, Tensor] | None = None
+        self.handed: list[Handed] = []
         self._called: set[str] = set()
 
     @property
@@ -141,7 +184,22 @@ class WrittenArguments:
     @property
     def num_features(self) -> int:
         """Number of values per token in the shared state after the last block."""
-        return sum(self._sizes.values()) // self._num_tokens
+        taken = {link.key for link in self.handed}
+        handed = sum(t.numel() for t, block, position in self._returned if (RETURNED, (block, position)) in taken)
+        return (sum(self._sizes.values()) + handed) // self._num_tokens
+
+    def enter(self, block: str, hidden: Tensor) -> None:
+        """Is told the hidden states that a block is called with.
+
+        Raises:
+            UnsupportedModelError: they are not those that the block before has returned.
+        """
+        if self._last is not None and block not in self._called and not torch.equal(self._last[1], hidden):
+            raise self._refusal(block, f"is not handed the hidden states as {self._last[0]} returned them")
+
+    def leave(self, block: str, hidden: Tensor) -> None:
+        """Is told the hidden states that a block returns."""
+        self._last = block, hidden
 
     def watch(
         self,
@@ -161,8 +219,7 @@ class WrittenArguments:
             raise self._refusal(block, "runs more than once in one pass")
         self._called.add(block)
         given: dict[Argument, Any] = {**{position - 1: value for position, value in enumerate(args)}, **kwargs}
-        if any(leaf is tensor for leaf in tree_leaves(list(given.values())) for tensor in self._returned):
-            raise self._refusal(block, "is handed an output of an earlier block beside the hidden states")
+        self._note_taken(block, given)
         mappings = {name: value for name, value in given.items() if isinstance(value, MutableMapping)}
         ours = {name: move(value) for name, value in given.items() if name not in mappings}
         found = {name: moved(contents(name, mapping), move) for name, mapping in mappings.items()}
@@ -176,8 +233,18 @@ class WrittenArguments:
                 raise self._refusal(block, f"changes its {what} ({type(ours[name]).__name__}) in place")
         for name, mapping in mappings.items():
             self._note(block, name, mapping, found[name], contents(name, ours[name]))
-        self._returned += tensors_of(output[1:]) if isinstance(output, tuple) else []
+        others = enumerate(output[1:], 1) if isinstance(output, tuple | list) else ()
+        self._returned += [(tensor, block, position) for position, other in others for tensor in tensors_of(other)]
         return output
+
+    def _note_taken(self, block: str, given: Mapping[Argument, Any]) -> None:
+        """Notes which arguments of a block are outputs of earlier ones."""
+        for name, value in given.items():
+            leaves = tree_leaves(value)
+            found = [entry for entry in self._returned if any(leaf is entry[0] for leaf in leaves)]
+            if found and found[-1][0] is not value:
+                raise self._refusal(block, f"is handed an output of {found[-1][1]} inside its argument {name!r}")
+            self.handed += [Handed(writer, position, block, name) for _, writer, position in found[-1:]]
 
     def _note(self, block: str, name: Argument, mapping: Any, found: State, after: State) -> None:
         entries = written(found, after)
@@ -196,8 +263,8 @@ class WrittenArguments:
 
     def _refusal(self, block: str, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{self._model} is not supported: {block} {what}. svdllm carries only hidden states, and mappings of "
-            "tensors that blocks write into, from block to block."
+            f"{self._model} is not supported: {block} {what}. svdllm carries hidden states, mappings of tensors "
+            "that blocks write into, and tensors that they return, from block to block."
         )
 
 

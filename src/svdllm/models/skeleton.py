@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
+from math import prod
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from svdllm.common.errors import UnsupportedModelError, first_line
+
+LARGE = 2**24  # values of a tensor
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """Makes large tensors on the meta device, whatever fills them: constructors fill experts only to be overwritten."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn):
+            shape = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+            if prod(shape) > LARGE:
+                kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -21,8 +39,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32)
     if "flash" in (getattr(config, "_attn_implementation", None) or ""):
         config._attn_implementation = "sdpa"  # the same function, on any device and in any dtype
     try:
-        with init_empty_weights(include_buffers=False):
-            skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        skeleton = _built(config, dtype)
     except MemoryError:
         raise
     except Exception as error:  # of any kind, by the class and what is wrong in the config
@@ -31,3 +48,16 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32)
             f"{first_line(error)}"
         ) from error
     return skeleton.eval().requires_grad_(False)
+
+
+def _built(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    def build(mode: AbstractContextManager[Any]) -> PreTrainedModel:
+        with init_empty_weights(include_buffers=False), mode:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+
+    try:
+        skeleton = build(_WithoutMemory())
+        computed = not any(buffer.is_meta for buffer in skeleton.buffers())
+    except Exception:  # of any kind, by what the constructor does with a large table
+        computed = False
+    return skeleton if computed else build(nullcontext())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from svdllm.common.errors import UnsupportedModelError
+from svdllm.models.left_dense import IGNORED, DenseModule, DensePart, dense_parts
 from svdllm.models.linears import listing, matches
-from svdllm.models.shared_state import Argument
+from svdllm.models.shared_state import Argument, Handed
 
 
 @dataclass(frozen=True)
@@ -124,18 +125,24 @@ class Structure:
     Args:
         blocks: names of the decoder blocks.
         targets: the linears that may be compressed.
-        ignored: names of the linears inside the blocks that ``--ignore`` leaves alone.
-        returns_tuple: for each block, whether it returns a tuple that begins with the hidden states.
+        dense: the modules with parameters inside the blocks that are not targets.
+        num_block_params: parameters inside the blocks, of whatever kind.
+        num_outputs: of each block, in a tuple that begins with the hidden states; 0 if it returns these alone.
+        batch_dim: the dimension of texts in the hidden states.
         shared_arguments: arguments that are mappings, which blocks write into for later blocks.
-        shared_features: number of values per token in these mappings.
+        handed: outputs of blocks, beside the hidden states, that later blocks take.
+        shared_features: number of values per token in these mappings and outputs.
         mlps: the MLPs whose inner features can be removed.
     """
 
     blocks: tuple[str, ...]
     targets: tuple[Target, ...]
-    ignored: tuple[str, ...]
-    returns_tuple: tuple[bool, ...]
+    num_outputs: tuple[int, ...]
+    batch_dim: int = 0
+    dense: tuple[DenseModule, ...] = ()
+    num_block_params: int = 0
     shared_arguments: tuple[Argument, ...] = ()
+    handed: tuple[Handed, ...] = ()
     shared_features: int = 0
     mlps: tuple[Mlp, ...] = ()
 
@@ -157,6 +164,22 @@ class Structure:
     def num_target_params(self) -> int:
         """Number of weights of the targets, without biases: the whole that ``ratio`` is a share of."""
         return sum(target.num_weights for target in self.targets)
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names of the linears that ``--ignore`` leaves alone."""
+        return tuple(module.name for module in self.dense if module.reason == IGNORED)
+
+    @property
+    def dense_parts(self) -> list[DensePart]:
+        """What stays as it is inside the blocks, by class and reason."""
+        return dense_parts(self.dense, self.num_block_params)
+
+    @property
+    def compressible_share(self) -> float:
+        """Share of the blocks' parameters that are weights of linears that can be compressed, ignored ones included."""
+        ignored = sum(module.params for module in self.dense if module.reason == IGNORED)
+        return (self.num_target_params + ignored) / max(self.num_block_params, 1)
 
 
 def with_mlps(structure: Structure, mlps: Sequence[Mlp]) -> Structure:
@@ -204,6 +227,32 @@ def _joint(keys: Target, values: Target) -> Target:
         out_features=keys.out_features + values.out_features,
         parts=((keys.name, keys.out_features), (values.name, values.out_features)),
     )
+
+
+def left_dense(structure: Structure, reasons: Mapping[str, str]) -> Structure:
+    """Takes targets out of a structure, and the MLPs that they belong to.
+
+    Args:
+        reasons: target -> why it stays dense.
+    """
+    left = tuple(
+        DenseModule(
+            name=name,
+            kind="Conv1D" if t.is_conv1d else "Linear",
+            reason=reasons[t.name],
+            params=rows * (t.in_features + t.has_bias),
+        )
+        for t in structure.targets
+        if t.name in reasons
+        for name, rows in (t.parts or ((t.name, t.out_features),))
+    )
+    kept = [target for target in structure.targets if target.name not in reasons]
+    leaders: dict[str, str] = {}
+    for target in kept:
+        leaders.setdefault(target.group, target.name)
+    targets = tuple(replace(target, group=leaders[target.group]) for target in kept)
+    mlps = [mlp for mlp in structure.mlps if reasons.keys().isdisjoint(mlp.linears)]
+    return with_mlps(replace(structure, targets=targets, dense=(*structure.dense, *left)), mlps)
 
 
 def weight_of(model: nn.Module, target: Target) -> Tensor:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,9 +32,10 @@ from svdllm.models.added import Added, Followed
 from svdllm.models.hidden_states import HiddenStates
 from svdllm.models.hooks import replaced
 from svdllm.models.loaded_weights import weights_loaded
-from svdllm.models.shared_state import StateGradients, differentiable
+from svdllm.models.shared_state import Ports, StateGradients, differentiable
 from svdllm.models.structure import Structure
-from svdllm.models.stubs import Call, Ran, Recorder, Replay
+from svdllm.models.stubs import Call, Ran, Recorder, Replay, Skip
+from svdllm.models.ties import other_names
 from svdllm.models.weights import Weights
 
 
@@ -72,6 +74,11 @@ class Walk:
         size = max(1, self.batch_tokens // self.ids.shape[1])
         return [slice(start, min(start + size, len(self.ids))) for start in range(0, len(self.ids), size)]
 
+    @cached_property
+    def ties(self) -> dict[str, tuple[str, ...]]:
+        """Parameter -> other names of the same tensor."""
+        return other_names(self.skeleton)
+
     def blocks(self) -> Iterator[Block]:
         """Runs the skeleton pass, then yields each block, loaded. Its memory is freed before the next block."""
         self._skeleton_pass()
@@ -81,7 +88,7 @@ class Walk:
         for index in indices:
             name = self.structure.blocks[index]
             module = self.skeleton.get_submodule(name)
-            with weights_loaded(module, name, self.weights, self.device, self.dtype):
+            with weights_loaded(module, name, self.weights, self.device, self.dtype, ties=self.ties):
                 yield Block(walk=self, index=index, name=name, module=module)
 
     @property
@@ -126,13 +133,16 @@ class Walk:
     def head(self) -> Iterator[Callable[[slice, Tensor], Tensor]]:
         """Loads what follows the blocks; yields a function from windows and their last hidden states to logits."""
         blocks = self.structure.blocks
-        last = Replay(self.skeleton.get_submodule(blocks[-1]), self.structure.returns_tuple[-1])
+        counts = dict(zip(blocks, self.structure.num_outputs, strict=True))
+        modules = {name: self.skeleton.get_submodule(name) for name in blocks}
+        stubs: dict[str, nn.Module] = {name: Skip(module, counts[name]) for name, module in modules.items()}
+        stubs[blocks[-1]] = last = Replay(modules[blocks[-1]], counts[blocks[-1]], self.structure.batch_dim)
 
         def logits_of(windows: slice, hidden: Tensor) -> Tensor:
             last.replay(hidden)
             return self.skeleton(input_ids=self.ids[windows].to(self.device), use_cache=False).logits
 
-        with self._outside_loaded(everything=True), replaced(self.skeleton, {**self._recorders(), blocks[-1]: last}):
+        with self._outside_loaded(everything=True), replaced(self.skeleton, stubs):
             yield logits_of
 
     def _finite_gradient(self, hidden: Tensor, where: str) -> Tensor:
@@ -153,19 +163,27 @@ class Walk:
                 recorded = list(recorders.values())
                 first = recorded[0].hidden
                 if not self.calls:
-                    self._make_room(first.shape[-1])
+                    self._make_room(first.shape[1:])
                 self.hidden.tensor[batch] = first.cpu()
                 if self.compressed is not None:
                     self.compressed.tensor[batch] = first.cpu()
-                self.calls.append(self._shared([recorder.call for recorder in recorded]))
+                self.calls.append(self._shared([recorder.taken() for recorder in recorded]))
 
     def _recorders(self) -> dict[str, Recorder]:
-        blocks = zip(self.structure.blocks, self.structure.returns_tuple, strict=True)
-        shared = self.structure.shared_arguments
-        return {name: Recorder(self.skeleton.get_submodule(name), is_tuple, shared) for name, is_tuple in blocks}
+        structure = self.structure
+        markers = {link.key: torch.empty(0) for link in structure.handed}
+        return {
+            name: Recorder(
+                self.skeleton.get_submodule(name),
+                num_outputs,
+                structure.batch_dim,
+                Ports.of(name, structure.shared_arguments, structure.handed),
+                markers,
+            )
+            for name, num_outputs in zip(structure.blocks, structure.num_outputs, strict=True)
+        }
 
-    def _make_room(self, hidden_size: int) -> None:
-        shape = (self.ids.shape[1], hidden_size)
+    def _make_room(self, shape: torch.Size) -> None:
         self.hidden = HiddenStates((len(self.ids), *shape), self.dtype, self.spill_file)
         if self.two_streams:
             spill = self.spill_file
@@ -183,9 +201,7 @@ class Walk:
         inside = tuple(f"{name}." for name in self.structure.blocks)
         root = self.skeleton if everything else self.skeleton.base_model
         prefix = "" if root is self.skeleton else f"{self.skeleton.base_model_prefix}."
-        with weights_loaded(root, prefix[:-1], self.weights, self.device, self.dtype, skip=inside):
-            if everything:
-                self.skeleton.tie_weights()
+        with weights_loaded(root, prefix[:-1], self.weights, self.device, self.dtype, skip=inside, ties=self.ties):
             yield
 
 
@@ -205,7 +221,7 @@ class Block:
     name: str
     module: nn.Module
 
-    def run(self, after_batch: Callable[[], None] | None = None) -> None:
+    def run(self) -> None:
         """Runs every batch; the outputs replace the inputs.
 
         Raises:
@@ -219,8 +235,6 @@ class Block:
         for number, batch in enumerate(walk.batches):
             with torch.no_grad():
                 output, written = self.run_on(walk.hidden, number)
-            if after_batch is not None:
-                after_batch()
             if not bool(torch.isfinite(output).all()):
                 raise NumericalError(
                     f"The output of block {self.index} ({self.name}) has NaN or infinite values in batch {number} "

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from svdllm.common.errors import CheckpointError, InputError, NumericalError, UnsupportedModelError
+from svdllm.common.errors import CheckpointError, InputError, NumericalError, UnsupportedModelError, first_line
+from svdllm.models.converted import Conversion, Stored, StoredTensor, converted_tensors
 from svdllm.models.model_names import display_name
 from svdllm.models.safetensors_files import dtype_of, read_header, weight_files
 from svdllm.models.unused_tensors import UnusedTensors, unused_tensors, warn_of_unused
@@ -58,43 +58,50 @@ def survey(weights: Weights, buffers: Collection[str] = (), progress: Callable[[
 class SafetensorsWeights:
     """The tensors in the safetensors files of a folder. No file stays open, and nothing stays in memory, between reads.
 
+    Tensors that transformers joins or splits while it loads a model are joined or split when they are read.
+
     Raises:
         CheckpointError: a file is missing or truncated, or a tensor of the model is in none of them.
-        UnsupportedModelError: the weights are pickled, or in a layout that transformers converts.
+        UnsupportedModelError: the weights are pickled, or they do not fit the rules by which transformers joins them.
     """
 
     def __init__(self, folder: Path, skeleton: PreTrainedModel):
-        self._place: dict[str, tuple[Path, str, tuple[int, ...], torch.dtype]] = {}
-        if _converters(skeleton):
-            raise UnsupportedModelError(
-                f"transformers converts the weights of {type(skeleton).__name__} while it loads them (stacked or split "
-                "tensors); such models are not supported yet."
-            )
-        headers = {path: read_header(path) for path in weight_files(folder)}
-        shapes = {key: tensor.shape for header in headers.values() for key, tensor in header.tensors.items()}
-        names = _names_in(skeleton, shapes)
+        stored = {
+            key: StoredTensor(path, key, tensor.shape, dtype_of(path, key, tensor.code))
+            for path in weight_files(folder)
+            for key, tensor in read_header(path).tensors.items()
+        }
+        shapes = {key: tensor.shape for key, tensor in stored.items()}
+        places = _places_in(skeleton, shapes)
         expected = skeleton.state_dict()
-        for path, header in headers.items():
-            for key, tensor in header.tensors.items():
-                if names[key] in expected:
-                    self._place[names[key]] = (path, key, tensor.shape, dtype_of(path, key, tensor.code))
+        self._tensors: dict[str, Stored] = {
+            name: stored[key] for key, (name, rule, _) in places.items() if rule is None and name in expected
+        }
+        conversions = _conversions(
+            skeleton, {key: place for key, place in places.items() if place[0] in expected}, stored
+        )
+        try:
+            self._tensors |= converted_tensors(conversions)
+        except Exception as error:  # of any kind, by what is wrong with the tensors
+            raise UnsupportedModelError(
+                f"The weights in {display_name(folder)} do not fit the rules by which transformers joins those of "
+                f"{type(skeleton).__name__}: {first_line(error)}"
+            ) from error
         self._settle_ties(skeleton)
+        names = {key: name for key, (name, _, _) in places.items()}
         unknown = [key for key in shapes if names[key] not in expected]
         _require_all(self, skeleton, display_name(folder), unknown)
         self.unused = unused_tensors(shapes, names, skeleton)
         warn_of_unused(display_name(folder), self.unused)
 
     def names(self) -> list[str]:
-        return list(self._place)
+        return list(self._tensors)
 
     def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        return self._place[name][2:]
+        return self._tensors[name].shape, self._tensors[name].dtype
 
     def get(self, name: str) -> Tensor:
-        path, key, *_ = self._place[name]
-        # A copy, so that the file is mapped only during this call: its pages count as resident memory.
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(key).clone()
+        return self._tensors[name].read()
 
     def _settle_ties(self, skeleton: PreTrainedModel) -> None:
         """Keeps a tied tensor once, under the name that the others are tied to.
@@ -103,16 +110,16 @@ class SafetensorsWeights:
             UnsupportedModelError: the files hold several of its names, with different values.
         """
         for name, origin in (getattr(skeleton, "all_tied_weights_keys", None) or {}).items():
-            if name not in self._place:
+            if name not in self._tensors:
                 continue
-            if origin not in self._place:
-                self._place[origin] = self._place[name]
+            if origin not in self._tensors:
+                self._tensors[origin] = self._tensors[name]
             elif not torch.equal(self.get(name), self.get(origin)):
                 raise UnsupportedModelError(
                     f"The config ties {name} to {origin}, but the files hold different values for them. Set "
                     "tie_word_embeddings to false in config.json if both are meant."
                 )
-            del self._place[name]
+            del self._tensors[name]
 
 
 class MemoryWeights:
@@ -171,22 +178,38 @@ def unused_in(folder: Path, model: PreTrainedModel) -> UnusedTensors | None:
     """The tensors in a folder's files that a model loaded from it does not use; None if it uses all."""
     headers = map(read_header, weight_files(folder))
     shapes = {key: tensor.shape for header in headers for key, tensor in header.tensors.items()}
-    return unused_tensors(shapes, _names_in(model, shapes), model)
+    names = {key: name for key, (name, _, _) in _places_in(model, shapes).items()}
+    return unused_tensors(shapes, names, model)
 
 
-def _converters(model: PreTrainedModel) -> list[WeightConverter]:
-    """The rules by which transformers joins or splits the tensors in files while it loads a model."""
-    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
+Place = tuple[str, WeightConverter | None, str | None]  # name in the model, the rule that makes it, its pattern
 
 
-def _names_in(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Maps names in files to names in the model, by the rules of transformers in its order: one may enable another."""
-    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    converters = _converters(model)
+def _places_in(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, Place]:
+    """Maps names in files to places in the model, by the rules of transformers in its order: one may enable another.
+
+    Of a rule that makes several tensors, the name is that of the first.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     expected, prefix = model.state_dict(), model.base_model_prefix
-    names = {}
+    places: dict[str, Place] = {}
     for key in sorted(keys, key=dot_natural_key):
-        names[key] = rename_source_key(key, renamings, converters, prefix, expected)[0]
-        if names[key] not in expected and key in expected:
-            names[key] = rename_source_key(key, [], [], prefix, expected)[0]
-    return names
+        name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
+        if name not in expected and key in expected:
+            name, pattern = rename_source_key(key, [], [], prefix, expected)
+        places[key] = (name, None if pattern is None else by_pattern[pattern], pattern)
+    return places
+
+
+def _conversions(
+    model: PreTrainedModel, places: Mapping[str, Place], stored: Mapping[str, StoredTensor]
+) -> list[Conversion]:
+    """Gathers the stored tensors that one use of a rule needs."""
+    gathered: dict[str, tuple[WeightConverter, list[tuple[str, StoredTensor]]]] = {}
+    for key, (name, rule, pattern) in places.items():
+        if rule is not None and pattern is not None:
+            gathered.setdefault(name, (rule, []))[1].append((pattern, stored[key]))
+    return [Conversion(model, rule, name, sources) for name, (rule, sources) in gathered.items()]

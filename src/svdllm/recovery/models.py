@@ -16,7 +16,7 @@ from svdllm.common.device import resolve_dtype
 from svdllm.common.memory import skeleton_bytes
 from svdllm.common.progress import Reporter
 from svdllm.models.config_files import load_config
-from svdllm.models.discover import discover
+from svdllm.models.discover import discover_blocks
 from svdllm.models.low_rank.lowrank import sha256_of
 from svdllm.models.open import Source, open_config, open_source
 from svdllm.models.safetensors_files import weight_files
@@ -124,7 +124,7 @@ class Models:
         return Walk(
             weights=weights,
             skeleton=skeleton,
-            structure=discover(skeleton),
+            structure=discover_blocks(skeleton),
             ids=ids,
             device=self.device,
             dtype=torch.float32,

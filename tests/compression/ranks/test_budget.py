@@ -54,7 +54,7 @@ def made_up(
 ) -> tuple[Structure, Any]:
     """A structure of targets ``b.0``, ``b.1``, ... of some shapes, and its stored tensors."""
     targets = [target(*shape, name=f"b.{index}") for index, shape in enumerate(shapes)]
-    structure = Structure(blocks=("b",), targets=tuple(targets), ignored=(), returns_tuple=(False,))
+    structure = Structure(blocks=("b",), targets=tuple(targets), num_outputs=(0,))
     stored = {"embedding.weight": ((others,), dtype)}
     return structure, stored | {f"{t.name}.weight": ((t.out_features, t.in_features), dtype) for t in targets}
 

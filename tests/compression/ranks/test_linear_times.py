@@ -65,7 +65,7 @@ def by_parameters(shape: Shape, chosen: Chosen | None) -> int:
 
 def structure_of(*shapes: tuple[int, int]) -> Structure:
     targets = [target(*shape, name=f"b.{index}") for index, shape in enumerate(shapes)]
-    return Structure(blocks=("b",), targets=tuple(targets), ignored=(), returns_tuple=(False,))
+    return Structure(blocks=("b",), targets=tuple(targets), num_outputs=(0,))
 
 
 def times_of(

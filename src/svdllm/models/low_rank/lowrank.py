@@ -292,11 +292,13 @@ class LowRankMixin(_Model):
     def initialize_weights(self) -> None:
         """Does what transformers does, except for loaded modules with factored linears.
 
-        ``_init_weights`` of some families would ask such modules for the weights of their linears.
+        ``_init_weights`` of some families would ask such modules for the weights of their linears, or take a factor for
+        the linear of its name.
         """
+        parts = {part for module in self.modules() if isinstance(module, FACTORED) for part in module.modules()}
         for module in self.modules():
             own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-            factored = any(isinstance(child, FACTORED) for child in module.children())
+            factored = module in parts or any(isinstance(child, FACTORED) for child in module.children())
             if factored and all(getattr(tensor, "_is_hf_initialized", False) for tensor in own):
                 module._is_hf_initialized = True  # type: ignore[assignment]
         super().initialize_weights()

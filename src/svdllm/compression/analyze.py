@@ -25,6 +25,7 @@ from svdllm.common.version import __version__
 from svdllm.compression.analysis import Analysis
 from svdllm.compression.collect import collect_backward, collect_statistics, right_metric
 from svdllm.compression.decompose import decompose
+from svdllm.compression.few_tokens import GroupStatistic
 from svdllm.compression.forms import FORMS, most_rank, rank_of
 from svdllm.compression.math.metrics import METHODS, Method
 from svdllm.compression.math.statistics import Gram, Statistic
@@ -187,7 +188,7 @@ class Calibration:
         means = {}
         if self.recipe.bias_correction:
             grams = {group: statistics[target.name] for group, target in leaders.items()}
-            means = {group: gram.mean() for group, gram in grams.items() if isinstance(gram, Gram)}
+            means = {group: gram.mean() for group, gram in grams.items() if isinstance(gram, Gram | GroupStatistic)}
         if self.reverse or self.keeps_metrics:
             metrics = {group: metric_of(target) for group, target in leaders.items()}
             known = {group: metric for group, metric in metrics.items() if metric is not None}

@@ -5,17 +5,20 @@ The right metric of a linear comes from its inputs, the left metric from the gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from svdllm.common.errors import InputError, NumericalError
+from svdllm.compression.few_tokens import GroupStatistic, with_group_statistics
 from svdllm.compression.math.linalg import equal_energies
 from svdllm.compression.math.metrics import Method
 from svdllm.compression.math.statistics import BackwardStatistic, Gram, Statistic
 from svdllm.compression.recipe import Recipe
+from svdllm.models.linears import listing
 from svdllm.models.structure import Target
 from svdllm.models.walk import Block
 
@@ -23,31 +26,68 @@ from svdllm.models.walk import Block
 def collect_statistics(block: Block, targets: list[Target], method: Method) -> dict[str, Statistic]:
     """Runs a block over all its batches and accumulates one statistic per distinct input.
 
+    Tokens of an expert count with the squares of their routing weights. An expert that few tokens are routed to takes
+    a part from the others of its layer.
+
     Returns a dict target -> statistic; targets that read the same tensor share the object.
+
+    Raises:
+        InputError: no token reaches a linear, or any expert of a layer.
     """
     statistics: dict[str, Statistic] = {}
     make = method.statistic
     assert make is not None
+    routed = RoutingWeights()
 
     def on(leader: Target) -> Any:
         def before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = args[0] if args else next(iter(kwargs.values()))
             if leader.group not in statistics:
                 statistics[leader.group] = make(leader.in_features, inputs.device)
-            statistics[leader.group].add(inputs)
+            statistics[leader.group].add(inputs, routed.of(leader))
 
         linear = block.walk.skeleton.get_submodule(leader.linears[0])
         return linear.register_forward_pre_hook(before_forward, with_kwargs=True)
 
     handles = [on(target) for target in targets if target.name == target.group]
     try:
-        block.run()
+        with routed.noted(block, targets):
+            block.run()
     finally:
         for handle in handles:
             handle.remove()
+    statistics = with_group_statistics(targets, statistics)
     if uncalled := [target.name for target in targets if target.group not in statistics]:
-        raise InputError(f"{', '.join(uncalled)} saw no token; leave them dense with --ignore.")
+        raise InputError(f"{listing(uncalled)} saw no token; leave them dense with --ignore.")
     return {target.name: statistics[target.group] for target in targets}
+
+
+class RoutingWeights:
+    """Notes the weights of the tokens that each expert of a block is handed, while it handles them."""
+
+    def __init__(self) -> None:
+        self._weights: dict[str, Tensor] = {}
+
+    def of(self, target: Target) -> Tensor | None:
+        """The weights of the tokens that a linear is handed; None outside experts."""
+        return None if target.expert is None else self._weights[target.expert]
+
+    @contextmanager
+    def noted(self, block: Block, targets: Iterable[Target]) -> Iterator[None]:
+        """Watches the experts of some targets while the context lasts."""
+
+        def on(expert: str) -> Any:
+            def note(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+                self._weights[expert] = args[1].detach()
+
+            return block.walk.skeleton.get_submodule(expert).register_forward_pre_hook(note)
+
+        handles = [on(expert) for expert in dict.fromkeys(t.expert for t in targets) if expert is not None]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def right_metric(target: Target, statistics: Mapping[str, Statistic], method: Method, recipe: Recipe) -> Tensor | None:
@@ -58,7 +98,7 @@ def right_metric(target: Target, statistics: Mapping[str, Statistic], method: Me
     """
     statistic = statistics.get(target.name)
     value = None if statistic is None else statistic.value()
-    if recipe.bias_correction and isinstance(statistic, Gram):
+    if recipe.bias_correction and isinstance(statistic, Gram | GroupStatistic):
         value = statistic.centred()
     metric = method.right(value, recipe)
     if metric is not None and not bool(torch.isfinite(metric).all()):
@@ -86,14 +126,16 @@ def collect_backward(
     def watch(target: Target, inputs: Tensor, gradients: Tensor) -> None:
         if target.name not in statistics:
             statistics[target.name] = statistic(target.out_features, gradients.device)
+        if target.pool is not None:  # the tokens of several windows, as one
+            inputs, gradients = inputs[None], gradients[None]
         statistics[target.name].add(_by_window(inputs, seqlen), _by_window(gradients, seqlen))
 
     _run_backward(block, targets, watch)
-    return statistics
+    return with_group_statistics(targets, statistics)
 
 
 def _by_window(tokens: Tensor, seqlen: int) -> Tensor:
-    """(windows, seqlen, features), also of what some models hand on as one row of tokens (experts: as one window)."""
+    """(windows, seqlen, features), also of what some models hand on as one row of tokens."""
     if tokens.ndim == 2:
         return tokens.unflatten(0, (-1, seqlen if len(tokens) % seqlen == 0 else len(tokens)))
     return tokens

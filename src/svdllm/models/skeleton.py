@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from svdllm.common.errors import UnsupportedModelError, first_line
+from svdllm.models.low_rank.lowrank import split_experts
 
 LARGE = 2**24  # values of a tensor
 
@@ -29,8 +30,13 @@ class _WithoutMemory(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build_skeleton(
+    config: PreTrainedConfig, dtype: torch.dtype = torch.float32, *, splits_experts: bool = True
+) -> PreTrainedModel:
     """Builds a model on the meta device, with real buffers (the constructor computes rotary tables).
+
+    Args:
+        splits_experts: makes stacked experts of a dense model modules of linears; see ``SplitExperts``.
 
     Raises:
         UnsupportedModelError: transformers cannot build a model with this config.
@@ -47,6 +53,8 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32)
             f"transformers cannot build a model of type {config.model_type!r} from its config: {type(error).__name__}: "
             f"{first_line(error)}"
         ) from error
+    if splits_experts and getattr(config, "svdllm", None) is None:
+        split_experts(skeleton)
     return skeleton.eval().requires_grad_(False)
 
 

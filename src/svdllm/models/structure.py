@@ -24,12 +24,14 @@ class Inner:
         side: ``out`` of a linear that makes them, ``in`` of the linear that reads them.
         width: number of inner features.
         copies: how many times the side holds them: twice for gate and up projection in one linear.
+        interleaved: whether the copies of a feature follow each other, and not all features in one copy each.
     """
 
     mlp: str
     side: Literal["out", "in"]
     width: int
     copies: int = 1
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class Target:
         bias_corrected: once factorised, it has a bias that makes its mean output equal the dense one.
         parts: name and out_features of each linear, where there are several; their rows follow each other.
         inner: the side with the inner features of an MLP, if it belongs to one that can be narrowed.
+        pool: of a linear of an expert, the name of these linears of all experts of its layer.
     """
 
     name: str
@@ -55,6 +58,12 @@ class Target:
     bias_corrected: bool = False
     parts: tuple[tuple[str, int], ...] = ()
     inner: Inner | None = None
+    pool: str | None = None
+
+    @property
+    def expert(self) -> str | None:
+        """Name of the expert that it belongs to."""
+        return None if self.pool is None else self.name.rpartition(".")[0]
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -101,9 +110,11 @@ class Mlp:
         name: names of its linears, without repeating the module that they are in.
         block: index of the block that it is in.
         producers: names of the targets whose outputs are the inner features. ``out_features`` of each is a multiple of
-            ``width``: a fused ``gate_up_proj`` has feature ``j`` in the rows ``j`` and ``j + width``.
+            ``width``: a fused ``gate_up_proj`` has feature ``j`` in the rows ``j`` and ``j + width``, or in ``2 j`` and
+            ``2 j + 1`` if it is interleaved.
         consumer: name of the target that reads the inner features.
         width: number of inner features, the ``in_features`` of the consumer.
+        pool: of an expert, the name of all experts of its layer.
     """
 
     name: str
@@ -111,6 +122,8 @@ class Mlp:
     producers: tuple[str, ...]
     consumer: str
     width: int
+    interleaved: bool = False
+    pool: str | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -156,6 +169,15 @@ class Structure:
         return {mlp.name: [by_name[name] for name in mlp.linears] for mlp in self.mlps}
 
     @property
+    def pools(self) -> dict[str, list[str]]:
+        """Pool -> its targets or MLPs."""
+        pools: dict[str, list[str]] = {}
+        for member in (*self.targets, *self.mlps):
+            if member.pool is not None:
+                pools.setdefault(member.pool, []).append(member.name)
+        return pools
+
+    @property
     def block_of(self) -> dict[str, int]:
         """Target or MLP -> index of its block."""
         return {target.name: target.block for target in self.targets} | {mlp.name: mlp.block for mlp in self.mlps}
@@ -187,7 +209,7 @@ def with_mlps(structure: Structure, mlps: Sequence[Mlp]) -> Structure:
     sides: dict[str, Inner] = {}
     outs = {target.name: target.out_features for target in structure.targets}
     for mlp in mlps:
-        sides |= {name: Inner(mlp.name, "out", mlp.width, outs[name] // mlp.width) for name in mlp.producers}
+        sides |= {name: Inner(mlp.name, "out", mlp.width, outs[name] // mlp.width, mlp.interleaved) for name in mlp.producers}
         sides[mlp.consumer] = Inner(mlp.name, "in", mlp.width)
     targets = tuple(replace(target, inner=sides.get(target.name)) for target in structure.targets)
     return replace(structure, targets=targets, mlps=tuple(mlps))

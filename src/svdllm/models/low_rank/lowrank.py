@@ -14,7 +14,7 @@ import re
 import struct
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,6 +118,124 @@ class PackedLinear(nn.Module):
 
 
 FACTORED = (LowRankLinear, PackedLinear)
+
+
+class Expert(nn.Module):
+    """One expert as an MLP of linears: ``gate_up_proj``, or ``up_proj`` without a gate, and ``down_proj``."""
+
+    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        for name, linear in linears.items():
+            self.add_module(name, linear)
+
+    def forward(self, x_TI: Tensor, weights_T: Tensor, experts: SplitExperts) -> Tensor:
+        """Computes the expert's share of the output for the tokens that are routed to it, with their weights."""
+        made_TF, consumer = self._modules.values()
+        output_TO = consumer(experts.activated(made_TF(x_TI)))  # type: ignore[misc]
+        return experts.normalised(output_TO) * weights_T.unsqueeze(-1).to(output_TO.dtype)
+
+
+class SplitExperts(nn.Module):
+    """The experts of a layer one by one, where transformers stacks their weights: children ``0``, ``1``, ...
+
+    It takes over the attributes of the module that it replaces, and calls the methods of its class.
+
+    Attributes:
+        stacked_class: class of the module that it replaces.
+        linear_names: of the linears of each expert.
+        split_count: number of experts.
+        tried: number of experts that are handed every token, and no others, in a trial without data; 0 in use.
+    """
+
+    tried = 0
+
+    def __init__(self, stacked: Any) -> None:
+        super().__init__()
+        names = stacked_names(stacked)
+        assert names is not None
+        own = vars(nn.Module())
+        self.__dict__.update({name: value for name, value in vars(stacked).items() if name not in own})
+        self.stacked_class, self.linear_names = type(stacked), names
+        self.has_post_expert_norm = getattr(stacked, "has_post_expert_norm", False)
+        self.split_count = len(getattr(stacked, names[0]))
+        for name, child in stacked.named_children():
+            self.add_module(name, child)
+        for index in range(self.split_count):
+            linears = {name: _linear_of_expert(stacked, name, index) for name in names}
+            self.add_module(str(index), Expert(linears).train(stacked.training))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            member = getattr(self.__dict__.get("stacked_class"), name)
+            return types.MethodType(member, self) if callable(member) else member
+
+    @property
+    def experts(self) -> list[Any]:
+        return [self._modules[str(index)] for index in range(self.split_count)]
+
+    def activated(self, made: Tensor) -> Tensor:
+        """The inner features of an expert."""
+        return self._apply_gate(made) if self.has_gate else self.act_fn(made)
+
+    def normalised(self, output: Tensor) -> Tensor:
+        return self.post_expert_norm(output) if self.has_post_expert_norm else output
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Adds up the outputs of the experts that each token is routed to.
+
+        Shapes: ``hidden_states`` ``(tokens, features)``; ``top_k_index`` and ``top_k_weights`` ``(tokens, k)``.
+        """
+        if self.tried:
+            return self._of_all(hidden_states, top_k_index, top_k_weights)
+        result = torch.zeros_like(hidden_states)
+        for index in top_k_index.unique().tolist():
+            if index < self.split_count:  # more marks tokens of other processes
+                token, place = torch.where(top_k_index == index)
+                expert: Any = self._modules[str(index)]
+                output = expert(hidden_states[token], top_k_weights[token, place], self)
+                result.index_add_(0, token, output.to(result.dtype))
+        return result
+
+    def _of_all(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        result = torch.zeros_like(hidden_states)
+        for index, expert in enumerate(self.experts[: self.tried]):
+            weights_T = (top_k_weights * (top_k_index == index)).sum(-1)
+            result = result + expert(hidden_states[:], weights_T, self).to(result.dtype)
+        return result
+
+
+def stacked_names(module: Any) -> tuple[str, str] | None:
+    """Names of the weights of a module of stacked experts, the last that of the second linear; None for any other.
+
+    Such modules are those of classes that transformers decorates by ``use_experts_implementation``.
+    """
+    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+    if isinstance(module, SplitExperts) or not all(name in vars(module) for name in flags):
+        return None
+    names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    weights = [module._parameters.get(name) for name in names]
+    return names if all(weight is not None and weight.ndim == 3 for weight in weights) else None
+
+
+def split_experts(model: nn.Module, names: Collection[str] | None = None) -> None:
+    """Replaces modules of stacked experts (all, or the named ones) by ``SplitExperts`` with the same weights."""
+    for name, module in list(model.named_modules()):
+        if stacked_names(module) is not None and (names is None or name in names):
+            model.set_submodule(name, SplitExperts(module))
+
+
+def _linear_of_expert(stacked: Any, name: str, index: int) -> nn.Linear:
+    weight = getattr(stacked, name)[index].detach()
+    weight = weight.mT.contiguous() if stacked.is_transposed else weight
+    linear = nn.Linear(1, 1, bias=stacked.has_bias, device="meta")
+    linear.out_features, linear.in_features = weight.shape
+    needs_grad = getattr(stacked, name).requires_grad
+    linear.weight = nn.Parameter(weight, needs_grad)
+    if stacked.has_bias:
+        linear.bias = nn.Parameter(getattr(stacked, f"{name}_bias")[index].detach(), needs_grad)
+    return linear
 
 
 def swap_linears(model: nn.Module, forms: Mapping[str, Mapping[str, Any]], add_biases: bool = False) -> None:
@@ -265,6 +383,7 @@ class LowRankMixin(_Model):
             prefix = f"{self.base_model_prefix}."
             forms = {name.removeprefix(prefix): entry for name, entry in forms.items() if name.startswith(prefix)}
             shared = {name.removeprefix(prefix): first.removeprefix(prefix) for name, first in shared.items()}
+        split_experts(self, {name.rpartition(".")[0].rpartition(".")[0] for name in forms})
         swap_linears(self, forms, settings.get("bias_correction", False))
         share_first_factors(self, shared)
         check_tensor_parallel(self, _processes_of_vllm())

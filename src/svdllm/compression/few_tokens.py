@@ -1,0 +1,125 @@
+"""Statistics of experts that few tokens are routed to: a part comes from all experts of the layer.
+
+The statistic of expert ``e`` becomes ``C_e + k C / n``: ``C`` is the sum over the experts, ``n`` the number of their
+tokens. These ``k`` tokens of the mean expert are a share ``k / (n_e + k)`` of the whole, which falls with the number
+``n_e`` of the expert's own tokens, as the best shrinkage of a covariance does (Ledoit and Wolf, 2004).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from svdllm.compression.math.statistics import MeanAbsolute
+from svdllm.models.structure import Target
+
+# Tokens of the mean expert, as a share of the features.
+GROUP_TOKENS = 1 / 8
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class GroupStatistic:
+    """The statistic of an expert with a part of that of its group.
+
+    own: of the expert; None if no token was routed to it.
+    group: sum over the group, divided by its number of tokens.
+    tokens: number of tokens of the mean expert that are added.
+    """
+
+    own: Any
+    group: GroupMean
+    tokens: float
+
+    @property
+    def num_tokens(self) -> int:
+        return 0 if self.own is None else self.own.num_tokens
+
+    @property
+    def group_share(self) -> float:
+        """Share of the group in the tokens."""
+        return self.tokens / (self.num_tokens + self.tokens)
+
+    def value(self) -> Tensor:
+        part = self.tokens * self.group.value
+        total = part if self.own is None else _summed(self.own) + part
+        return total / (self.num_tokens + self.tokens) if self.group.is_mean else total
+
+    def mean(self) -> Tensor:
+        """The mean input, by weight."""
+        return self._sum() / self._weight()
+
+    def centred(self) -> Tensor:
+        return self.value() - torch.outer(self._sum(), self._sum()) / self._weight()
+
+    def _sum(self) -> Tensor:
+        part = self.tokens * self.group.sum
+        return part if self.own is None else self.own.total() + part
+
+    def _weight(self) -> float:
+        return (0.0 if self.own is None else self.own.total_weight) + self.tokens * self.group.weight
+
+
+@dataclass(frozen=True)
+class GroupMean:
+    """The mean over the tokens of a group: of the statistic, and for a Gram of the weighted inputs and the weights.
+
+    is_mean: the statistic is a mean over the tokens itself, and not a sum.
+    """
+
+    value: Tensor
+    sum: Tensor
+    weight: float
+    is_mean: bool
+
+
+def with_group_statistics(targets: Sequence[Target], statistics: Mapping[str, S]) -> dict[str, Any]:
+    """Adds to the statistic of every expert a part of that of its group; other statistics stay as they are.
+
+    Args:
+        statistics: by target. Those of experts without tokens may be missing, and are in the result unless the whole
+            group is missing.
+    """
+    pools: dict[str, list[Target]] = {}
+    for target in targets:
+        if target.pool is not None:
+            pools.setdefault(target.pool, []).append(target)
+    result: dict[str, Any] = dict(statistics)
+    for members in pools.values():
+        known = [statistics[target.name] for target in members if target.name in statistics]
+        if known:
+            group = _mean(known)
+            for target in members:
+                own = statistics.get(target.name)
+                result[target.name] = GroupStatistic(own, group, group_tokens(len(group.value)))
+    return result
+
+
+def group_tokens(features: int) -> float:
+    """Number of tokens of the mean expert that are added to those of each expert."""
+    return GROUP_TOKENS * features
+
+
+def _mean(statistics: Sequence[Any]) -> GroupMean:
+    tokens = sum(statistic.num_tokens for statistic in statistics)
+    value = _summed(statistics[0]).clone()
+    for statistic in statistics[1:]:
+        value += _summed(statistic)
+    sums = [statistic.total() for statistic in statistics if hasattr(statistic, "total")]
+    weight = sum(getattr(statistic, "total_weight", 0.0) for statistic in statistics)
+    total = torch.stack(sums).sum(0) if sums else value.new_zeros(())
+    return GroupMean(value / tokens, total / tokens, weight / tokens, _is_mean(statistics[0]))
+
+
+def _summed(statistic: Any) -> Tensor:
+    """The statistic as a sum over its tokens."""
+    return statistic.value() * statistic.num_tokens if _is_mean(statistic) else statistic.value()
+
+
+def _is_mean(statistic: Any) -> bool:
+    return isinstance(statistic, MeanAbsolute)

@@ -19,6 +19,7 @@ from svdllm.compression.forms import FORMS, factors_of
 from svdllm.compression.recipe import Recipe
 from svdllm.models.config_files import refuse_several_parts
 from svdllm.models.discover import discover
+from svdllm.models.experts import ExpertTensor, expert_tensors
 from svdllm.models.hub import hub_folder
 from svdllm.models.left_dense import TOO_SMALL
 from svdllm.models.low_rank.info import LowRankInfo
@@ -49,6 +50,11 @@ class Subject:
     def stored(self) -> Tensors:
         """The tensors in the source's files, or those to be expected in them while only the config is known."""
         return stored_tensors(self.source, self.skeleton)
+
+    @cached_property
+    def expert_tensors(self) -> dict[str, ExpertTensor]:
+        """The tensors of single experts, which transformers stacks."""
+        return expert_tensors(self.skeleton)
 
     @cached_property
     def buffers(self) -> set[str]:

@@ -33,6 +33,7 @@ from svdllm.compression.records import (
 from svdllm.compression.session import Run
 from svdllm.compression.subject import Subject
 from svdllm.models.chosen import Forms
+from svdllm.models.experts import Stacked, stacked_layout, untouched
 from svdllm.models.companions import GENERATION_CONFIG, copy_companion_files
 from svdllm.models.low_rank import FORMAT_VERSION, family_classes, low_rank_config
 from svdllm.models.low_rank.lowrank import sha256_of
@@ -91,7 +92,9 @@ def _write_checkpoint(
     (partial / "svdllm").mkdir(parents=True)
     device = resolve_device(plan.recipe.device)
     factors = TargetFactors(subject, plan.forms, analysis, finals, device, run.reporter)
-    write_shards(partial, factors, compressed_tensors(subject.stored, subject.structure.targets, plan.forms))
+    layout = compressed_tensors(subject.stored, subject.structure.targets, plan.forms)
+    stacked = untouched(subject.expert_tensors, plan.forms)
+    write_shards(partial, Stacked(factors, stacked), stacked_layout(layout, stacked))
     _write_config(partial, subject, plan, provenance)
     _copy_companions(partial, subject.source, run.tokenizer)
     if plan.recipe.elastic:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any
@@ -31,12 +32,13 @@ class _WithoutMemory(TorchFunctionMode):
 
 
 def build_skeleton(
-    config: PreTrainedConfig, dtype: torch.dtype = torch.float32, *, splits_experts: bool = True
+    config: PreTrainedConfig, dtype: torch.dtype = torch.float32, *, split: Collection[str] | None = None
 ) -> PreTrainedModel:
     """Builds a model on the meta device, with real buffers (the constructor computes rotary tables).
 
     Args:
-        splits_experts: makes stacked experts of a dense model modules of linears; see ``SplitExperts``.
+        split: the stacked experts of a dense model that become modules of linears (``SplitExperts``), by the names of
+            their modules; by default all.
 
     Raises:
         UnsupportedModelError: transformers cannot build a model with this config.
@@ -53,8 +55,8 @@ def build_skeleton(
             f"transformers cannot build a model of type {config.model_type!r} from its config: {type(error).__name__}: "
             f"{first_line(error)}"
         ) from error
-    if splits_experts and getattr(config, "svdllm", None) is None:
-        split_experts(skeleton)
+    if getattr(config, "svdllm", None) is None:  # else its class has split those that have a form
+        split_experts(skeleton, split)
     return skeleton.eval().requires_grad_(False)
 
 

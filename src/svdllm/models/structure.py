@@ -25,6 +25,7 @@ class Inner:
         width: number of inner features.
         copies: how many times the side holds them: twice for gate and up projection in one linear.
         interleaved: whether the copies of a feature follow each other, and not all features in one copy each.
+        pool: of an expert, the name of all experts of its layer.
     """
 
     mlp: str
@@ -32,6 +33,12 @@ class Inner:
     width: int
     copies: int = 1
     interleaved: bool = False
+    pool: str | None = None
+
+    @property
+    def unit(self) -> str:
+        """The MLP, or all experts of its layer."""
+        return self.pool or self.mlp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +71,11 @@ class Target:
     def expert(self) -> str | None:
         """Name of the expert that it belongs to."""
         return None if self.pool is None else self.name.rpartition(".")[0]
+
+    @property
+    def unit(self) -> str:
+        """The target, or its pool: what is probed, and chosen for, as one."""
+        return self.pool or self.name
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -179,8 +191,9 @@ class Structure:
 
     @property
     def block_of(self) -> dict[str, int]:
-        """Target or MLP -> index of its block."""
-        return {target.name: target.block for target in self.targets} | {mlp.name: mlp.block for mlp in self.mlps}
+        """Target, MLP or pool -> index of its block."""
+        members = (*self.targets, *self.mlps)
+        return {name: member.block for member in members for name in (member.name, member.pool or member.name)}
 
     @property
     def num_target_params(self) -> int:
@@ -209,8 +222,8 @@ def with_mlps(structure: Structure, mlps: Sequence[Mlp]) -> Structure:
     sides: dict[str, Inner] = {}
     outs = {target.name: target.out_features for target in structure.targets}
     for mlp in mlps:
-        sides |= {name: Inner(mlp.name, "out", mlp.width, outs[name] // mlp.width, mlp.interleaved) for name in mlp.producers}
-        sides[mlp.consumer] = Inner(mlp.name, "in", mlp.width)
+        sides |= {name: Inner(mlp.name, "out", mlp.width, outs[name] // mlp.width, mlp.interleaved, mlp.pool) for name in mlp.producers}
+        sides[mlp.consumer] = Inner(mlp.name, "in", mlp.width, pool=mlp.pool)
     targets = tuple(replace(target, inner=sides.get(target.name)) for target in structure.targets)
     return replace(structure, targets=targets, mlps=tuple(mlps))
 

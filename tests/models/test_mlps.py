@@ -14,10 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from families import ATTENTIONS, FAMILIES, tiny_config, tiny_model, tiny_tokens
 from svdllm.models.discover import discover
+from svdllm.models.joint_keys_and_values import with_joint_keys_and_values
 from svdllm.models.linears import linear_shape, linears_of
 from svdllm.models.mlps import find_mlps
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import Mlp, Structure, Target, with_joint_keys_and_values
+from svdllm.models.structure import Mlp, Structure, Target
 
 GATED = (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 FUSED = (("mlp.gate_up_proj",), "mlp.down_proj")

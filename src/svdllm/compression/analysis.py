@@ -158,6 +158,17 @@ class Analysis:
             return {}
         return {name: dict(measured) for name, measured in json.loads(file.read_text(encoding="utf-8")).items()}
 
+    def write_expert_tokens(self, block: int, tokens: Mapping[str, int]) -> None:
+        """Keeps the number of tokens that were routed to each expert of a block."""
+        write_atomically(self._tokens_file(block), json.dumps(dict(tokens)).encode())
+
+    def expert_tokens(self) -> dict[str, int]:
+        """Expert -> number of tokens routed to it; empty for a model without experts, or where it was not counted."""
+        tokens: dict[str, int] = {}
+        for file in sorted(self.folder.glob("tokens-*.json")):
+            tokens |= json.loads(file.read_text(encoding="utf-8"))
+        return tokens
+
     def seconds(self, block: int) -> dict[str, float]:
         """Seconds of the decomposition by target, and under ``""`` of the block's walks and statistics."""
         return json.loads(self._file(block).with_suffix(".json").read_text(encoding="utf-8"))
@@ -170,6 +181,9 @@ class Analysis:
 
     def _left_file(self, block: int) -> Path:
         return self.folder / f"left-{block:04d}.safetensors"
+
+    def _tokens_file(self, block: int) -> Path:
+        return self.folder / f"tokens-{block:04d}.json"
 
     def _metrics_file(self, block: int) -> Path:
         return self.folder / f"metrics-{block:04d}.safetensors"

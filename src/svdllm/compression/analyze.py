@@ -25,7 +25,7 @@ from svdllm.common.version import __version__
 from svdllm.compression.analysis import Analysis
 from svdllm.compression.collect import collect_backward, collect_statistics, right_metric
 from svdllm.compression.decompose import decompose
-from svdllm.compression.few_tokens import GroupStatistic
+from svdllm.compression.few_tokens import ExpertTokens, GroupStatistic, expert_tokens
 from svdllm.compression.forms import FORMS, most_rank, rank_of
 from svdllm.compression.math.metrics import METHODS, Method
 from svdllm.compression.math.statistics import Gram, Statistic
@@ -90,6 +90,8 @@ def analyze(
         shared=_shared_statistics(run, analysis),
         reporter=run.reporter,
     ).run()
+    if known := ExpertTokens.of(analysis.expert_tokens(), subject.structure.targets):
+        known.warn(run.reporter)
 
 
 def _shared_statistics(run: Run, analysis: Analysis) -> SharedStatistics | None:
@@ -180,6 +182,8 @@ class Calibration:
         elif self.method.needs_tokens:
             block.run()
         forward = time.perf_counter() - started
+        if tokens := expert_tokens(targets, statistics):
+            self.analysis.write_expert_tokens(block.index, tokens)
 
         def metric_of(target: Target) -> Tensor | None:
             return right_metric(target, statistics, self.method, self.recipe)

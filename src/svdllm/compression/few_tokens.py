@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from svdllm.common.progress import Reporter
 from svdllm.compression.math.statistics import MeanAbsolute
 from svdllm.models.structure import Target
 
@@ -98,6 +99,49 @@ def with_group_statistics(targets: Sequence[Target], statistics: Mapping[str, S]
                 own = statistics.get(target.name)
                 result[target.name] = GroupStatistic(own, group, group_tokens(len(group.value)))
     return result
+
+
+def expert_tokens(targets: Sequence[Target], statistics: Mapping[str, Any]) -> dict[str, int]:
+    """Expert -> number of its tokens; of statistics that were read from a file it is not known."""
+    pooled = {target.expert: statistics.get(target.name) for target in targets}
+    return {name: s.num_tokens for name, s in pooled.items() if name is not None and isinstance(s, GroupStatistic)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertTokens:
+    """How many calibration tokens were routed to the experts of a model.
+
+    mostly_from_group: number of experts whose statistics are that of their group for more than half.
+    """
+
+    experts: int
+    without_tokens: list[str]
+    mostly_from_group: int
+    least: int
+    median: int
+
+    @classmethod
+    def of(cls, tokens: Mapping[str, int], targets: Sequence[Target]) -> ExpertTokens | None:
+        """Counts experts by their tokens; None if there are none."""
+        if not tokens:
+            return None
+        added = {target.expert: group_tokens(target.in_features) for target in reversed(targets)}
+        return cls(
+            experts=len(tokens),
+            without_tokens=[name for name, count in tokens.items() if count == 0],
+            mostly_from_group=sum(count < added.get(name, 0) for name, count in tokens.items()),
+            least=min(tokens.values()),
+            median=sorted(tokens.values())[len(tokens) // 2],
+        )
+
+    def warn(self, reporter: Reporter) -> None:
+        """Warns of experts without tokens."""
+        if self.without_tokens:
+            reporter.warn(
+                f"{len(self.without_tokens)} of {self.experts} experts saw no calibration token, for instance "
+                f"{self.without_tokens[0]}: they are fitted to the tokens of the other experts of their layer. Use "
+                "more --samples, or text of more kinds."
+            )
 
 
 def group_tokens(features: int) -> float:

@@ -56,9 +56,13 @@ def export_dense(folder: str | Path, output_dir: str | Path) -> PlainMlps:
         original = _plain(dense_config(config), info)
         plain = original.as_wide_as(info.forms)
         skeleton = build_skeleton(config)
-        split_experts(skeleton)  # those without a form, too: the tensors are those of single experts until they are written
+        split_experts(
+            skeleton
+        )  # those without a form, too: the tensors are those of single experts until they are written
         weights = SafetensorsWeights(folder, skeleton)
-        tensors = Rewritten(weights, StoredLinears(weights, skeleton, info), plain.skeleton, info.forms, original.filled_parts)
+        tensors = Rewritten(
+            weights, StoredLinears(weights, skeleton, info), plain.skeleton, info.forms, original.filled_parts
+        )
         tensors.require_places()
         output.require_disk(tensor_bytes(tensors.layout), "the weights need")
         places = expert_tensors(plain.skeleton)

@@ -27,7 +27,7 @@ Places = Mapping[str, ExpertTensor]  # tensor of one expert -> its place
 
 
 def expert_tensors(model: nn.Module) -> dict[str, ExpertTensor]:
-    """Finds the tensors of single experts in a model with split experts, by layer and linear in the order of experts."""
+    """Finds the tensors of single experts in a model with split experts, by layer and linear."""
     return {
         f"{name}.{index}.{leaf}.{kind}": ExpertTensor(f"{name}.{leaf}{suffix}", index, transposed)
         for name, module in model.named_modules()
@@ -126,3 +126,40 @@ def experts_tried(model: nn.Module, first_only: bool = False) -> Iterator[None]:
     finally:
         for module in modules:
             module.tried = 0
+
+
+class Routing:
+    """Routes the tokens of one run of a module as those of another run."""
+
+    def __init__(self, module: nn.Module):
+        self._experts = [child for child in module.modules() if isinstance(child, SplitExperts)]
+        self._given: dict[nn.Module, tuple[Any, ...]] = {}
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Notes how tokens are routed while the context lasts."""
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._given[module] = (*args, *kwargs.values())[1:]
+
+        with self._hooked(note):
+            yield
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Routes tokens as noted while the context lasts."""
+
+        def route(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return ((*args, *kwargs.values())[0], *self._given[module]), {}
+
+        with self._hooked(route):
+            yield
+
+    @contextmanager
+    def _hooked(self, hook: Callable[..., Any]) -> Iterator[None]:
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in self._experts]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

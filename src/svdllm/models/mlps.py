@@ -35,6 +35,7 @@ class Found(NamedTuple):
     consumer: str
     interleaved: bool = False
 
+
 SEED = 0
 LARGE = 2**24  # values of a tensor
 TOLERANCE = 1e-4  # of float32 results of one elementwise function at other places of a tensor

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from svdllm.common.errors import UnsupportedModelError, first_line
-from svdllm.models.low_rank.lowrank import split_experts
+from svdllm.models.low_rank.lowrank import SplitExperts, split_experts
 
 LARGE = 2**24  # values of a tensor
 
@@ -57,6 +57,9 @@ def build_skeleton(
         ) from error
     if getattr(config, "svdllm", None) is None:  # else its class has split those that have a form
         split_experts(skeleton, split)
+    for module in skeleton.modules():
+        if isinstance(module, SplitExperts):
+            module.grouped = False  # weights are put into single linears for a while
     return skeleton.eval().requires_grad_(False)
 
 

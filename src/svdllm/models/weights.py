@@ -90,7 +90,9 @@ class SafetensorsWeights:
             ) from error
         self._settle_ties(skeleton)
         self._tensors = split_tensors(
-            self._tensors, expert_tensors(skeleton), lambda stack, place: StoredPart(stack, place.index, place.transposed)
+            self._tensors,
+            expert_tensors(skeleton),
+            lambda stack, place: StoredPart(stack, place.index, place.transposed),
         )
         names = {key: name for key, (name, _, _) in places.items()}
         unknown = [key for key in shapes if names[key] not in expected]

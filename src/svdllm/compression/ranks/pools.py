@@ -48,7 +48,11 @@ class Pools:
 
         def cost(target: Target, chosen: Chosen | None) -> int:
             members = self.targets.get(target.name)
-            return cost_of_one(target, chosen) if members is None else len(members) * cost_of_one(largest[target.name], chosen)
+            return (
+                cost_of_one(target, chosen)
+                if members is None
+                else len(members) * cost_of_one(largest[target.name], chosen)
+            )
 
         def pooled(targets: Sequence[Target]) -> list[Target]:
             found = (single[pool_of[t.name]] if t.name in pool_of else t for t in targets)

@@ -145,9 +145,11 @@ class SplitExperts(nn.Module):
         linear_names: of the linears of each expert.
         split_count: number of experts.
         tried: number of experts that are handed every token, and no others, in a trial without data; 0 in use.
+        grouped: computes the linears of all experts by grouped products, where they are alike; None: except on a CPU.
     """
 
     tried = 0
+    grouped: bool | None = None
 
     def __init__(self, stacked: Any) -> None:
         super().__init__()
@@ -189,6 +191,9 @@ class SplitExperts(nn.Module):
         """
         if self.tried:
             return self._of_all(hidden_states, top_k_index, top_k_weights)
+        wanted = hidden_states.device.type != "cpu" if self.grouped is None else self.grouped
+        if wanted and (groups := self._groups()) is not None:
+            return self._in_groups(hidden_states, top_k_index, top_k_weights, groups)
         result = torch.zeros_like(hidden_states)
         for index in top_k_index.unique().tolist():
             if index < self.split_count:  # more marks tokens of other processes
@@ -198,12 +203,151 @@ class SplitExperts(nn.Module):
                 result.index_add_(0, token, output.to(result.dtype))
         return result
 
+    def _groups(self) -> list[LinearGroup] | None:
+        """The linears of all experts as groups, made when they are first needed; None if they cannot be."""
+        ends = [self._modules["0"], self._modules[str(self.split_count - 1)]]
+        if any(module._forward_hooks or module._forward_pre_hooks for end in ends for module in end.modules()):  # type: ignore[union-attr]
+            return None
+        known: Any = self.__dict__.get("linear_groups")
+        if known is None or any(group is None or not group.is_current() for group in known):
+            linears = [[expert._modules[name] for expert in self.experts] for name in self.linear_names]
+            known = [LinearGroup(of_each) if can_be_grouped(of_each) else None for of_each in linears]
+            self.__dict__["linear_groups"] = known
+        return None if None in known else known
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "linear_groups"}
+
+    def _in_groups(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, groups: list[LinearGroup]
+    ) -> Tensor:
+        tokens, k = top_k_index.shape
+        experts_S, places_S = top_k_index.reshape(-1).sort(stable=True)
+        bounds = torch.arange(self.split_count, device=experts_S.device, dtype=experts_S.dtype)
+        ends_E = torch.searchsorted(experts_S, bounds, right=True).to(torch.int32)
+        absent_S = (experts_S >= self.split_count).unsqueeze(-1)  # rows that a grouped product leaves unset
+        owners_S = experts_S.clamp(max=self.split_count - 1)
+        values = hidden_states[places_S // k].masked_fill(absent_S, 0)
+        values = self.activated(groups[0](values, owners_S, ends_E).masked_fill(absent_S, 0))
+        values = self.normalised(groups[1](values, owners_S, ends_E).masked_fill(absent_S, 0))
+        weighted = values * top_k_weights.reshape(-1)[places_S].unsqueeze(-1).to(values.dtype)
+        in_order = torch.empty_like(weighted).index_copy(0, places_S, weighted)
+        return in_order.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+
     def _of_all(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         result = torch.zeros_like(hidden_states)
         for index, expert in enumerate(self.experts[: self.tried]):
             weights_T = (top_k_weights * (top_k_index == index)).sum(-1)
             result = result + expert(hidden_states[:], weights_T, self).to(result.dtype)
         return result
+
+
+def can_be_grouped(linears: list[Any]) -> bool:
+    """Whether linears of one class, in plain memory, have sizes that one grouped product takes."""
+    kinds = {type(linear) for linear in linears}
+    parameters = [parameter for linear in linears for parameter in linear.parameters()]
+    if len(kinds) > 1 or not kinds < {nn.Linear, *FACTORED} or any(type(p.data) is not Tensor for p in parameters):
+        return False
+    first = linears[0]
+    if isinstance(first, LowRankLinear):  # ranks may differ
+        sizes = {(linear.svd_v.in_features, linear.svd_u.out_features) for linear in linears}
+    else:
+        sizes = {tuple(tuple(p.shape) for p in linear.parameters() if p.ndim == 2) for linear in linears}
+    if isinstance(first, PackedLinear) and len({linear.side for linear in linears}) > 1:
+        return False
+    shapes = [size for shape in next(iter(sizes)) for size in (shape if isinstance(shape, tuple) else (shape,))]
+    return len(sizes) == 1 and all(size % 8 == 0 for size in shapes)  # 16 bytes in two-byte dtypes
+
+
+class LinearGroup:
+    """The same linear of all experts of a layer, in one form: its matrices become views of one stack each.
+
+    Ranks are filled up with zeros to a multiple of 16, and to the largest. With gradients, stacks are made anew.
+    """
+
+    def __init__(self, linears: list[Any]) -> None:
+        self.linears = linears
+        first = linears[0]
+        self.leaves = ("svd_v", "svd_u") if isinstance(first, FACTORED) else ("",)
+        self.pads = isinstance(first, LowRankLinear)
+        self.stacks = {leaf: self._stack(leaf) for leaf in self.leaves}
+        for leaf, stack in self.stacks.items():
+            for weight, view in zip(self._weights(leaf), stack, strict=True):
+                weight.data = view[: weight.shape[0], : weight.shape[1]]
+        biases = [_bias_of(linear) for linear in linears]
+        self.bias = None if biases[0] is None else torch.stack([bias.detach() for bias in biases])
+        for bias, view in zip(biases, () if self.bias is None else self.bias, strict=self.bias is not None):
+            bias.data = view
+        self.order = (
+            torch.stack([linear.order for linear in linears]).long() if isinstance(first, PackedLinear) else None
+        )
+
+    def __call__(self, x_SI: Tensor, owners_S: Tensor, ends_E: Tensor) -> Tensor:
+        """Multiplies rows, sorted by expert, by the matrix of their expert; ``ends_E`` says where each expert ends."""
+        from transformers.integrations.moe import _grouped_linear
+
+        stacks = self._with_gradients() if torch.is_grad_enabled() and self._trained() else self.stacks
+        bias = (
+            None
+            if self.bias is None
+            else torch.stack([_bias_of(x) for x in self.linears])
+            if stacks is not self.stacks
+            else self.bias
+        )
+
+        def product(x: Tensor, leaf: str) -> Tensor:
+            return _grouped_linear(x, stacks[leaf], ends_E)
+
+        first = self.linears[0]
+        if not isinstance(first, PackedLinear):
+            for leaf in self.leaves:
+                x_SI = product(x_SI, leaf)
+            y_SO = x_SI
+        elif first.side == "rows":
+            pivots = product(x_SI, "svd_v")
+            y_SO = torch.cat((pivots, product(pivots, "svd_u")), dim=-1).gather(1, self.order[owners_S])  # type: ignore[index]
+        else:
+            x_SI = x_SI.gather(1, self.order[owners_S])  # type: ignore[index]
+            pivots, others = (part.contiguous() for part in x_SI.split((first.rank, x_SI.shape[1] - first.rank), 1))
+            y_SO = product(pivots + product(others, "svd_v"), "svd_u")
+        return y_SO if bias is None else y_SO + bias[owners_S]
+
+    def is_current(self) -> bool:
+        """Whether the linears still are views of the stacks: not moved, cast or replaced."""
+        ends = [(leaf, at) for leaf in self.leaves for at in (0, -1)]
+        return all(
+            self._weight(self.linears[at], leaf).data_ptr() == self.stacks[leaf][at].data_ptr() for leaf, at in ends
+        )
+
+    @staticmethod
+    def _weight(linear: Any, leaf: str) -> Any:
+        return (getattr(linear, leaf) if leaf else linear).weight
+
+    def _weights(self, leaf: str) -> list[Any]:
+        return [self._weight(linear, leaf) for linear in self.linears]
+
+    def _trained(self) -> bool:
+        return any(self._weight(self.linears[0], leaf).requires_grad for leaf in self.leaves)
+
+    def _padded(self, leaf: str) -> Iterator[Tensor]:
+        """The weights of a leaf, those of pairs filled up with zeros to one rank."""
+        weights = self._weights(leaf)
+        side = 1 if leaf == "svd_u" else 0
+        most = -(-max(weight.shape[side] for weight in weights) // 16) * 16
+        for weight in weights:
+            missing = (most - weight.shape[side]) if self.pads else 0
+            yield nn.functional.pad(weight, (0, missing, 0, 0) if side else (0, 0, 0, missing))
+
+    def _stack(self, leaf: str) -> Tensor:
+        with torch.no_grad():
+            return torch.stack(list(self._padded(leaf)))
+
+    def _with_gradients(self) -> dict[str, Tensor]:
+        return {leaf: torch.stack(list(self._padded(leaf))) for leaf in self.leaves}
+
+
+def _bias_of(linear: Any) -> Any:
+    return (linear.svd_u if isinstance(linear, LowRankLinear) else linear).bias
 
 
 def stacked_names(module: Any) -> tuple[str, str] | None:

@@ -215,17 +215,19 @@ def found_in(block: nn.Module, ignored: tuple[str, ...] = ()) -> tuple[Mlp, ...]
         ("halves", ("block.fused",)),
         ("scaled_by_token", ("block.a",)),
         ("one_linear_twice", ("block.a",)),
+        ("interleaved", ("block.fused",)),
     ],
 )
 def test_an_mlp_is_found_by_what_it_does(kind: str, producers: tuple[str, ...]):
     (mlp,) = found_in(Block(kind))
     assert (mlp.producers, mlp.consumer, mlp.width) == (producers, "block.c", 12)
+    assert mlp.interleaved == (kind == "interleaved")
 
 
 @pytest.mark.parametrize(
     "kind",
     [
-        *("interleaved", "fixed_split", "normed", "normalised", "own_scales", "other_reader", "sum_is_read"),
+        *("fixed_split", "normed", "normalised", "own_scales", "other_reader", "sum_is_read"),
         *("two_readers", "residual", "called_twice", "gate_of_one", "heads", "shift"),
     ],
 )

@@ -38,7 +38,7 @@ BYTES: Fields = SMALL_PART | {"num_attention_heads": 2, "vocab_size": 260, "max_
 BYTE_PATCHES: Fields = BYTES | {"hidden_size_global": HIDDEN, "cross_attn_k": 2}
 
 NEEDS: dict[str, Fields] = {
-    "bailing_hybrid": {"layer_types": LINEAR_FULL, "num_key_value_heads": 4},
+    "bailing_hybrid": {"layer_types": LINEAR_FULL, "num_key_value_heads": 4, "head_dim": HEAD_DIM},
     "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {
         "patcher_config": BYTES,
@@ -65,6 +65,7 @@ NEEDS: dict[str, Fields] = {
     "dots3_note": {"text_config": GENERIC, "vision_config": SMALL_PART, "audio_config": SOUND},
     "dots3_note_text": {
         "layer_types": ["indexed_attention", "indexed_attention", "sliding_attention", "sliding_attention"],
+        "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 4,
         "swa_q_lora_rank": 32,
         "swa_kv_lora_rank": 16,

@@ -638,7 +638,7 @@ def test_a_switch_of_another_method_is_refused_with_a_reason(
         (["--gradient-shrinkage", "0.2", "--metric", "input"], "--gradient-shrinkage does nothing here"),
         (["--input-only", "q_proj", "--metric", "input"], "--input-only does nothing here"),
         (
-            ["--sequential-samples", "4"],
+            ["--sequential-samples", "4", "--calibration-mode", "dense"],
             "--sequential-samples does nothing here: it is for calibration_mode sequential",
         ),
         (["--asvd-alpha", "0.2"], "--asvd-alpha does nothing here"),

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from families import ATTENTIONS, FAMILIES, tiny_config, tiny_model, tiny_tokens
+from svdllm.common.memory import peak_bytes
 from svdllm.models.discover import discover
 from svdllm.models.joint_keys_and_values import with_joint_keys_and_values
 from svdllm.models.linears import linear_shape, linears_of
@@ -277,3 +278,11 @@ def test_they_are_found_where_gradients_are_switched_off() -> None:
         found = discover(skeleton).mlps
     assert found == discover(skeleton).mlps
     assert found
+
+
+def test_stacks_of_large_experts_are_tried_without_their_memory():
+    skeleton = build_skeleton(tiny_config("mixtral", num_local_experts=64, hidden_size=512, intermediate_size=2048))
+    discover(build_skeleton(tiny_config("mixtral")))
+    before = peak_bytes()
+    discover(skeleton)
+    assert peak_bytes() - before < 2**28  # the experts of a layer have 2**28 bytes and more

@@ -42,7 +42,7 @@ class TargetFactors:
         self._owners = {name: target for target in structure.targets for name in target.linears}
         self._mlps = structure.mlp_targets
         self._made: dict[str, dict[str, dict[str, Tensor]]] = {}  # of one block, by target
-        self._orders: dict[str, Tensor] = {}  # of the inputs of one packed linear
+        self._orders: dict[str, Tensor] = {}  # of the inputs of the packed linears among them
         self._reporter, self._num_blocks = reporter, len(structure.blocks)
 
     def get(self, name: str) -> Tensor:
@@ -66,9 +66,11 @@ class TargetFactors:
         """Linear -> name -> tensor of a target in its form."""
         if any(self.targets[name].block != target.block for name in self._made):
             self._made.clear()
+            self._orders.clear()
         if target.name not in self._made:
             made = self._in_form(target, self._in_order_of_consumer(target, self._fitted(target)))
             if target.inner is not None and target.inner.side == "in":
+                self._orders |= {target.name: own["order"].long() for own in made.values() if "order" in own}
                 made = {linear: _with_inputs_in_order(tensors) for linear, tensors in made.items()}
             self._made[target.name] = made
             if target.name in self._forms:
@@ -111,9 +113,7 @@ class TargetFactors:
         consumer = self._packed_by(target)
         if target.inner is None or consumer is None:
             return fitted
-        if consumer.name not in self._orders:
-            (stored,) = self._in_form(consumer, self._fitted(consumer)).values()
-            self._orders = {consumer.name: stored["order"].long()}
+        self._stored(consumer)
         order = self._orders[consumer.name]
         rows = kept_rows(order, len(order), target.inner.copies, target.inner.interleaved).to(self._device)
         by_row = ("weight", "svd_u.weight", "bias")

@@ -151,7 +151,7 @@ class _Trial:
         self.stubs = {name: _LinearStub(linear, self.generator) for name, linear in linears_of(block)}
         inside = tuple(f"{name}." for name in self.stubs)
         self.tensors = {name: self._real(buffer) for name, buffer in block.named_buffers()} | {
-            name: 0.5 + self._random(parameter.shape)
+            name: self._random(parameter.shape)
             for name, parameter in block.named_parameters()
             if not name.startswith(inside)
         }
@@ -215,10 +215,9 @@ class _Trial:
         return [leaf for leaf in tree_leaves((output, args, kwargs)) if isinstance(leaf, Tensor)]
 
     def _random(self, shape: torch.Size) -> Tensor:
-        """Random values; large stacks of matrices hold one of them many times, which takes no memory."""
-        if len(shape) > 2 and shape.numel() > LARGE:
-            return torch.rand(shape[1:], generator=self.generator).expand(shape)
-        return torch.rand(shape, generator=self.generator)
+        """Values from 0.5 to 1.5; large stacks of matrices hold one of them many times, which takes no memory."""
+        own = shape[1:] if len(shape) > 2 and shape.numel() > LARGE else shape
+        return (0.5 + torch.rand(own, generator=self.generator)).expand(shape)
 
     def _real(self, tensor: Tensor) -> Tensor:
         """A tensor with values: its own, in float32 where they are floating; random or zero for one that has none."""

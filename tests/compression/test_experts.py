@@ -15,6 +15,7 @@ from families import tiny_model, tiny_tokens
 from runs import run, small_recipe, token_windows
 from svdllm import InputError, plan, verify
 from svdllm.checkpoint.report import read_report
+from svdllm.compression import parts
 from svdllm.compression.few_tokens import ExpertTokens, group_tokens, with_group_statistics
 from svdllm.compression.math.statistics import Gram, MeanAbsolute
 from svdllm.compression.ranks.pools import Pools, probed_members
@@ -192,6 +193,34 @@ def test_an_expert_without_tokens_is_fitted_to_those_of_its_layer(tmp_path: Path
     assert len(counted["without_tokens"]) == 4
     assert any("4 of 8 experts saw no calibration token" in warning for warning in result.warnings)
     verify(tmp_path / "out", "cpu")
+
+
+@pytest.mark.parametrize("mode", ["dense", "sequential"])
+def test_a_block_is_done_in_parts(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("qwen3_moe")
+    recipe = small_recipe(metric="two-sided", allocation="loss", ratio=0.4, calibration_mode=mode)
+    whole = run(model, tmp_path / "whole", recipe=recipe)
+    monkeypatch.setattr(parts, "PART_BYTES", 1)  # every expert by itself
+    made = run(model, tmp_path / "parts", recipe=recipe)
+    assert made.plan.forms == whole.plan.forms
+    assert made.plan.peak_ram_bytes < whole.plan.peak_ram_bytes + 2**24
+    torch.testing.assert_close(logits_of(made.load()), logits_of(whole.load()), atol=1e-4, rtol=1e-3)
+    verify(tmp_path / "parts", "cpu")
+
+
+def test_experts_are_divided_between_parts_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = structure_of("qwen3_moe").block_targets(0)
+    depths = {target.name: 8 for target in targets}
+    assert [part.targets for part in parts.parts_of(targets, depths)] == [targets]
+    expert = [target for target in targets if target.expert]
+    size = sum(parts.statistics_bytes(target, 8) for target in expert[:2])
+    monkeypatch.setattr(parts, "PART_BYTES", 2 * size)
+    found = parts.parts_of(targets, depths)
+    assert [target for part in found for target in part.targets] == targets
+    assert [part.is_last for part in found] == [False] * (len(found) - 1) + [True]
+    assert list(found[0].grouped) == expert
+    assert len({id(part.groups) for part in found}) == 1
+    assert all(len(part.targets) <= 4 for part in found[1:])
 
 
 def test_an_elastic_mixture_is_refused() -> None:

@@ -14,6 +14,7 @@ from svdllm.common.errors import UnsupportedModelError
 from svdllm.compression.collect import collect_statistics
 from svdllm.compression.few_tokens import GroupStatistic
 from svdllm.compression.math.metrics import METHODS
+from svdllm.compression.parts import Part
 from svdllm.models.discover import discover, discover_blocks
 from svdllm.models.low_rank.lowrank import split_experts
 from svdllm.models.skeleton import build_skeleton
@@ -91,7 +92,7 @@ def test_the_walk_computes_what_the_model_does(family: str) -> None:
         torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
     for block in walk.blocks():
         targets = walk.structure.block_targets(block.index)
-        statistics = collect_statistics(block, targets, METHODS["svd-llm"]) if targets else block.run() or {}
+        statistics = collect_statistics(block, Part(targets=targets), METHODS["svd-llm"])
         for name, gram in statistics.items():
             own = gram.own if isinstance(gram, GroupStatistic) else gram
             assert (own is None) == (name not in inputs)

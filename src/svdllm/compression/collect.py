@@ -17,13 +17,14 @@ from svdllm.compression.few_tokens import GroupStatistic, with_group_statistics
 from svdllm.compression.math.linalg import equal_energies
 from svdllm.compression.math.metrics import Method
 from svdllm.compression.math.statistics import BackwardStatistic, Gram, Statistic
+from svdllm.compression.parts import Part
 from svdllm.compression.recipe import Recipe
 from svdllm.models.linears import listing
 from svdllm.models.structure import Target
 from svdllm.models.walk import Block
 
 
-def collect_statistics(block: Block, targets: list[Target], method: Method) -> dict[str, Statistic]:
+def collect_statistics(block: Block, part: Part, method: Method) -> dict[str, Statistic]:
     """Runs a block over all its batches and accumulates one statistic per distinct input.
 
     Tokens of an expert count with the squares of their routing weights. An expert that few tokens are routed to takes
@@ -34,29 +35,35 @@ def collect_statistics(block: Block, targets: list[Target], method: Method) -> d
     Raises:
         InputError: no token reaches a linear, or any expert of a layer.
     """
+    targets, grouped = part.targets, {target.name for target in part.grouped}
     statistics: dict[str, Statistic] = {}
     make = method.statistic
     assert make is not None
     routed = RoutingWeights()
+    leaders = {target.name: target for target in (*targets, *part.grouped) if target.name == target.group}
+    collected = {target.name for target in targets}
 
     def on(leader: Target) -> Any:
         def before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = args[0] if args else next(iter(kwargs.values()))
-            if leader.group not in statistics:
-                statistics[leader.group] = make(leader.in_features, inputs.device)
-            statistics[leader.group].add(inputs, routed.of(leader))
+            sums = [(statistics, leader.group)] * (leader.name in collected)
+            sums += [(part.groups, str(leader.pool))] * (leader.name in grouped)
+            for kept, name in sums:
+                if name not in kept:
+                    kept[name] = make(leader.in_features, inputs.device)
+                kept[name].add(inputs, routed.of(leader))
 
         linear = block.walk.skeleton.get_submodule(leader.linears[0])
         return linear.register_forward_pre_hook(before_forward, with_kwargs=True)
 
-    handles = [on(target) for target in targets if target.name == target.group]
+    handles = [on(leader) for leader in leaders.values()]
     try:
-        with routed.noted(block, targets):
-            block.run()
+        with routed.noted(block, leaders.values()):
+            block.run(advance=part.is_last)
     finally:
         for handle in handles:
             handle.remove()
-    statistics = with_group_statistics(targets, statistics)
+    statistics = with_group_statistics(targets, statistics, part.groups)
     if uncalled := [target.name for target in targets if target.group not in statistics]:
         raise InputError(f"{listing(uncalled)} saw no token; leave them dense with --ignore.")
     return {target.name: statistics[target.group] for target in targets}
@@ -113,25 +120,28 @@ def left_metric_of(target: Target, weight_OI: Tensor, metric: Tensor | None, lef
     return equal_energies(list(target.split(weight_OI).values()), metric)
 
 
-def collect_backward(
-    block: Block, targets: list[Target], statistic: type[BackwardStatistic]
-) -> dict[str, BackwardStatistic]:
+def collect_backward(block: Block, part: Part, statistic: type[BackwardStatistic]) -> dict[str, BackwardStatistic]:
     """Runs a block backward over the kept batches and accumulates one statistic per target, by its name.
 
     A target that the loss does not reach is not in it.
     """
     statistics: dict[str, BackwardStatistic] = {}
+    collected, grouped = ({target.name for target in targets} for targets in (part.targets, part.grouped))
     seqlen = block.walk.ids.shape[1]
 
     def watch(target: Target, inputs: Tensor, gradients: Tensor) -> None:
-        if target.name not in statistics:
-            statistics[target.name] = statistic(target.out_features, gradients.device)
         if target.pool is not None:  # the tokens of several windows, as one
             inputs, gradients = inputs[None], gradients[None]
-        statistics[target.name].add(_by_window(inputs, seqlen), _by_window(gradients, seqlen))
+        sums = [(statistics, target.name)] * (target.name in collected)
+        sums += [(part.groups, str(target.pool))] * (target.name in grouped)
+        for kept, name in sums:
+            if name not in kept:
+                kept[name] = statistic(target.out_features, gradients.device)
+            kept[name].add(_by_window(inputs, seqlen), _by_window(gradients, seqlen))
 
-    _run_backward(block, targets, watch)
-    return with_group_statistics(targets, statistics)
+    watched = {target.name: target for target in (*part.targets, *part.grouped)}
+    _run_backward(block, list(watched.values()), watch, advance=part.is_last)
+    return with_group_statistics(part.targets, statistics, part.groups)
 
 
 def _by_window(tokens: Tensor, seqlen: int) -> Tensor:
@@ -141,7 +151,9 @@ def _by_window(tokens: Tensor, seqlen: int) -> Tensor:
     return tokens
 
 
-def _run_backward(block: Block, targets: list[Target], watch: Callable[[Target, Tensor, Tensor], None]) -> None:
+def _run_backward(
+    block: Block, targets: list[Target], watch: Callable[[Target, Tensor, Tensor], None], *, advance: bool
+) -> None:
     """``watch(target, inputs, gradients of the outputs)`` is called for every target and batch."""
     arrived: dict[str, dict[str, Tensor]] = {}
 
@@ -162,7 +174,7 @@ def _run_backward(block: Block, targets: list[Target], watch: Callable[[Target, 
 
     handles = [on(target, linear) for target in targets for linear in target.linears]
     try:
-        block.run_backward()
+        block.run_backward(advance=advance)
     finally:
         for handle in handles:
             handle.remove()

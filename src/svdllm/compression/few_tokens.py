@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from svdllm.models.structure import Target
 GROUP_TOKENS = 1 / 8
 
 S = TypeVar("S")
+NO_GROUPS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -79,20 +81,24 @@ class GroupMean:
     is_mean: bool
 
 
-def with_group_statistics(targets: Sequence[Target], statistics: Mapping[str, S]) -> dict[str, Any]:
+def with_group_statistics(
+    targets: Sequence[Target], statistics: Mapping[str, S], groups: Mapping[str, Any] = NO_GROUPS
+) -> dict[str, Any]:
     """Adds to the statistic of every expert a part of that of its group; other statistics stay as they are.
 
     Args:
         statistics: by target. Those of experts without tokens may be missing, and are in the result unless the whole
             group is missing.
+        groups: pool -> the statistic of all its members, where some of them are not among the targets.
     """
     pools: dict[str, list[Target]] = {}
     for target in targets:
         if target.pool is not None:
             pools.setdefault(target.pool, []).append(target)
     result: dict[str, Any] = dict(statistics)
-    for members in pools.values():
-        known = [statistics[target.name] for target in members if target.name in statistics]
+    for pool, members in pools.items():
+        own_statistics = [statistics[target.name] for target in members if target.name in statistics]
+        known = [groups[pool]] if pool in groups else own_statistics
         if known:
             group = _mean(known)
             for target in members:

@@ -30,6 +30,7 @@ from svdllm.compression.few_tokens import group_tokens
 from svdllm.compression.forms import FORMS
 from svdllm.compression.math.linalg import anchored, corrected_bias, factorise, output_spectrum
 from svdllm.compression.math.narrowing import narrowed_anchored, with_zeros
+from svdllm.compression.parts import parts_of
 from svdllm.compression.plan import Plan
 from svdllm.compression.products import Products, Sums
 from svdllm.compression.recipe import Recipe
@@ -157,8 +158,9 @@ class Sequential:
             products = self._products(block, stage, replaced)
             yield from ((target, products) for target in stage)
             return
-        of_experts = expert_products(block, stage, replaced)
-        yield from ((target, of_experts[target.name]) for target in stage if target.name in of_experts)
+        for part in parts_of(stage, {target.name: target.full_rank for target in stage}):
+            of_experts = expert_products(block, part.targets, replaced)
+            yield from ((target, of_experts[target.name]) for target in part.targets if target.name in of_experts)
 
     def _products(self, block: Block, group: list[Target], replaced: Mapping[str, Tensor]) -> Products:
         """The products of a group over all batches of the two streams."""

@@ -144,10 +144,12 @@ class SplitExperts(nn.Module):
         stacked_class: class of the module that it replaces.
         linear_names: of the linears of each expert.
         split_count: number of experts.
+        top_k: number of experts that a token is routed to; known after a trial.
         tried: number of experts that are handed every token, and no others, in a trial without data; 0 in use.
         grouped: computes the linears of all experts by grouped products, where they are alike; None: except on a CPU.
     """
 
+    top_k = 1
     tried = 0
     grouped: bool | None = None
 
@@ -235,6 +237,7 @@ class SplitExperts(nn.Module):
         return in_order.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
 
     def _of_all(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        self.top_k = top_k_index.shape[-1]
         result = torch.zeros_like(hidden_states)
         for index, expert in enumerate(self.experts[: self.tried]):
             weights_T = (top_k_weights * (top_k_index == index)).sum(-1)

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from families import linear_targets, tiny_model, tiny_tokens
 from svdllm.models.converted import StoredTensor
 from svdllm.models.experts import Routing, Stacked, expert_tensors, stacked_layout, untouched
-from svdllm.models.low_rank.lowrank import PackedLinear, SplitExperts, split_experts, swap_linears
+from svdllm.models.low_rank.lowrank import (
+    PackedLinear,
+    SplitExperts,
+    check_tensor_parallel,
+    split_experts,
+    swap_linears,
+)
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.weights import MemoryWeights, SafetensorsWeights
 
@@ -157,6 +163,13 @@ def test_grouped_products_compute_what_the_experts_do(family: str, form: str) ->
         doubled = model(input_ids=ids, use_cache=False).logits
         torch.testing.assert_close(model.double().float()(input_ids=ids, use_cache=False).logits, doubled)
     assert not torch.allclose(doubled, expected)
+
+
+def test_split_experts_are_refused_by_several_processes() -> None:
+    model = _with_forms("qwen3_moe", "dense")
+    model.config.svdllm_forms = {}
+    with pytest.raises(ValueError, match="Low-rank experts cannot be split between 2 processes, and 2 layers"):
+        check_tensor_parallel(model, 2)
 
 
 def test_experts_that_differ_or_are_watched_are_computed_one_by_one() -> None:

@@ -208,7 +208,7 @@ class SplitExperts(nn.Module):
     def _groups(self) -> list[LinearGroup] | None:
         """The linears of all experts as groups, made when they are first needed; None if they cannot be."""
         ends = [self._modules["0"], self._modules[str(self.split_count - 1)]]
-        if any(module._forward_hooks or module._forward_pre_hooks for end in ends for module in end.modules()):  # type: ignore[union-attr]
+        if any(_is_watched(module) for end in ends for module in end.modules()):  # type: ignore[union-attr]
             return None
         known: Any = self.__dict__.get("linear_groups")
         if known is None or any(group is None or not group.is_current() for group in known):
@@ -347,6 +347,11 @@ class LinearGroup:
 
     def _with_gradients(self) -> dict[str, Tensor]:
         return {leaf: torch.stack(list(self._padded(leaf))) for leaf in self.leaves}
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether something wants to see the calls of a module, or brings its weights for them."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or hasattr(module, "_hf_hook")
 
 
 def _bias_of(linear: Any) -> Any:
@@ -659,6 +664,12 @@ def check_tensor_parallel(model: Any, processes: int) -> None:
             f"Packed linears cannot be split between {processes} processes, and this model has {len(packed)}: "
             f"{_some(packed, 3)}. Store pairs in place of them by `svdllm export MODEL -o OUT --format pairs`, or use "
             "one process."
+        )
+    split = [name for name, module in model.named_modules() if isinstance(module, SplitExperts)]
+    if split and processes > 1:
+        raise ValueError(
+            f"Low-rank experts cannot be split between {processes} processes, and {len(split)} layers of this model have "
+            f"some: {_some(split, 3)}. Use one process."
         )
     sizes = [(name, entry.get(key, 0)) for name, entry in model.config.svdllm_forms.items() for key in _SIZES]
     if uneven := [f"{name} ({size})" for name, size in sizes if size % processes]:

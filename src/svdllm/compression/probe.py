@@ -44,7 +44,8 @@ def probe_sizes(recipe: Recipe, structure: Structure) -> dict[str, list[int]]:
     probing = ALLOCATIONS[recipe.allocation].probing
     if probing is None:
         return {target.unit: [] for target in structure.targets}
-    sizes = {target.unit: probing.ranks(target, recipe.round_to, recipe) for target in structure.targets}
+    units = {target.unit: target for target in structure.targets}
+    sizes = {name: probing.ranks(target, recipe.round_to, recipe) for name, target in units.items()}
     if any(FORMS[name].of_mlps for name in recipe.used_forms):
         widths = {side.unit: side.width for target in structure.targets if (side := target.inner) is not None}
         sizes |= {name: probing.widths(width, recipe.round_to, recipe) for name, width in widths.items()}

@@ -27,10 +27,11 @@ from svdllm.compression.recipe import PLAIN, Recipe
 from svdllm.compression.recipe_files import make_recipe
 from svdllm.models.chosen import Chosen
 from svdllm.models.discover import discover
+from svdllm.models.joint_keys_and_values import with_joint_keys_and_values
 from svdllm.models.low_rank import FORMAT_VERSION, low_rank_config, register_all
 from svdllm.models.open import open_source
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import Structure, Target, bias_corrected, with_joint_keys_and_values
+from svdllm.models.structure import Structure, Target, bias_corrected
 
 register_all()
 # Biases in all linears, in some and in none; Conv1D; gate and up projection in one; plain MLPs; shared inputs.

@@ -22,8 +22,8 @@ from svdllm import UnsupportedModelError, fuse_factors, load_model, recover
 from svdllm.checkpoint.verify import verify
 from svdllm.inference.latent_cache import cache_bytes, cache_size, use_latent_cache, use_ordinary_cache
 from svdllm.models.discover import discover
+from svdllm.models.joint_keys_and_values import with_joint_keys_and_values
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import with_joint_keys_and_values
 from svdllm.recovery.settings import make_recovery
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma3_text", "opt", "cohere", "hunyuan_v1_dense"]

@@ -19,6 +19,7 @@ from families import FAMILIES, dense_weight, linear_targets, stored_ranks, tiny_
 from runs import TEXT, digests, ranks_in, run, save_dense, small_recipe, token_windows
 from svdllm.compression.collect import collect_statistics
 from svdllm.compression.math.metrics import METHODS
+from svdllm.compression.parts import Part
 from svdllm.models.discover import discover
 from svdllm.models.linears import is_linear
 from svdllm.models.open import open_source
@@ -79,7 +80,7 @@ def test_streamed_grams_are_those_of_whole_model_hooks(family: str) -> None:
     compared = 0
     for block in walk.blocks():
         targets = structure.block_targets(block.index)
-        for name, statistic in collect_statistics(block, targets, METHODS["svd-llm"]).items():
+        for name, statistic in collect_statistics(block, Part(targets=targets), METHODS["svd-llm"]).items():
             scale = whole[name].abs().max()
             torch.testing.assert_close(statistic.value() / scale, whole[name] / scale, rtol=1e-5, atol=1e-6)
             compared += 1

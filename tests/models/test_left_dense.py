@@ -12,8 +12,11 @@ from torch import Tensor
 from families import HYBRIDS, MIXTURES, tiny_model, tiny_tokens
 from svdllm.common.errors import UnsupportedModelError
 from svdllm.compression.collect import collect_statistics
+from svdllm.compression.few_tokens import GroupStatistic
 from svdllm.compression.math.metrics import METHODS
+from svdllm.compression.parts import Part
 from svdllm.models.discover import discover, discover_blocks
+from svdllm.models.low_rank.lowrank import split_experts
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.walk import Walk
 from svdllm.models.weights import MemoryWeights, SafetensorsWeights
@@ -40,6 +43,7 @@ def test_files_give_the_tensors_of_the_model(family: str, tmp_path: Path) -> Non
     model = tiny_model(family)
     model.save_pretrained(tmp_path)  # in the layout of the hub: experts one by one, for instance
     weights = SafetensorsWeights(tmp_path, build_skeleton(model.config))
+    split_experts(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name in weights.names()}
     tied = set(model.state_dict()) - set(state)
     assert tied <= set(model.all_tied_weights_keys or ())
@@ -67,23 +71,33 @@ def test_the_walk_computes_what_the_model_does(family: str) -> None:
     model, ids = tiny_model(family), tiny_tokens(3)
     inputs: dict[str, Tensor] = {}
 
-    def count(name: str) -> Any:
+    def count(name: str, expert: str | None) -> Any:
         def hook(module: Any, args: tuple[Tensor, ...]) -> None:
             tokens = args[0].reshape(-1, args[0].shape[-1]).double()
+            tokens = tokens if expert is None else tokens * weights[expert].double()[:, None]
             inputs[name] = inputs.get(name, 0) + tokens.mT @ tokens
 
         return hook
 
     walk = walk_of(model, ids)
-    for target in walk.structure.targets:
-        model.get_submodule(target.name).register_forward_pre_hook(count(target.name))
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
+    split_experts(model)
+    weights: dict[str, Tensor] = {}
+    for name in {target.expert for target in walk.structure.targets} - {None}:
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: weights.update({name: args[1]}))
+    for target in walk.structure.targets:
+        model.get_submodule(target.name).register_forward_pre_hook(count(target.name, target.expert))
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
     for block in walk.blocks():
         targets = walk.structure.block_targets(block.index)
-        statistics = collect_statistics(block, targets, METHODS["svd-llm"]) if targets else block.run() or {}
+        statistics = collect_statistics(block, Part(targets=targets), METHODS["svd-llm"])
         for name, gram in statistics.items():
-            torch.testing.assert_close(gram.value(), inputs[name], atol=1e-4, rtol=1e-4, msg=name)
+            own = gram.own if isinstance(gram, GroupStatistic) else gram
+            assert (own is None) == (name not in inputs)
+            if own is not None:
+                torch.testing.assert_close(own.value(), inputs[name], atol=1e-4, rtol=1e-4, msg=name)
     torch.testing.assert_close(walk.logits(), expected, atol=1e-4, rtol=1e-4)
 
 

@@ -15,10 +15,11 @@ from transformers.pytorch_utils import Conv1D
 from families import ATTENTIONS, FAMILIES, tiny_config, tiny_model, tiny_tokens
 from svdllm.common.memory import peak_bytes
 from svdllm.models.discover import discover
+from svdllm.models.joint_keys_and_values import with_joint_keys_and_values
 from svdllm.models.linears import linear_shape, linears_of
 from svdllm.models.mlps import find_mlps
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import Mlp, Structure, Target, with_joint_keys_and_values
+from svdllm.models.structure import Mlp, Structure, Target
 
 GATED = (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 FUSED = (("mlp.gate_up_proj",), "mlp.down_proj")
@@ -215,17 +216,19 @@ def found_in(block: nn.Module, ignored: tuple[str, ...] = ()) -> tuple[Mlp, ...]
         ("halves", ("block.fused",)),
         ("scaled_by_token", ("block.a",)),
         ("one_linear_twice", ("block.a",)),
+        ("interleaved", ("block.fused",)),
     ],
 )
 def test_an_mlp_is_found_by_what_it_does(kind: str, producers: tuple[str, ...]):
     (mlp,) = found_in(Block(kind))
     assert (mlp.producers, mlp.consumer, mlp.width) == (producers, "block.c", 12)
+    assert mlp.interleaved == (kind == "interleaved")
 
 
 @pytest.mark.parametrize(
     "kind",
     [
-        *("interleaved", "fixed_split", "normed", "normalised", "own_scales", "other_reader", "sum_is_read"),
+        *("fixed_split", "normed", "normalised", "own_scales", "other_reader", "sum_is_read"),
         *("two_readers", "residual", "called_twice", "gate_of_one", "heads", "shift"),
     ],
 )

@@ -186,18 +186,24 @@ def test_every_parameter_of_the_blocks_is_accounted_for(family: str):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_experts_and_their_router_stay_as_they_are(family: str):
+def test_experts_are_targets_and_their_router_stays_as_it_is(family: str):
     experts = {"num_local_experts": 4} if family == "mixtral" else {"num_experts": 4, "moe_intermediate_size": 48}
     config = CONFIG_MAPPING[family](
         **TINY, num_key_value_heads=2, intermediate_size=48, num_experts_per_tok=2, **experts
     )
     structure = discover(build_skeleton(config))
-    assert [t.name.rpartition(".")[2] for t in structure.block_targets(1)] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    experts = [f"experts.{n}.{leaf}" for n in range(4) for leaf in ("gate_up_proj", "down_proj")]
+    found = [target.name.removeprefix("model.layers.1.") for target in structure.block_targets(1)]
+    assert found == [*(f"self_attn.{leaf}" for leaf in attention), *(f"mlp.{name}" for name in experts)]
+    pool = structure.pools["model.layers.1.mlp.experts.down_proj"]
+    assert pool == [f"model.layers.1.mlp.experts.{n}.down_proj" for n in range(4)]
+    assert {mlp.width for mlp in structure.mlps} == {48}
+    assert structure.pools["model.layers.0.mlp.experts.gate_up_proj+down_proj"] == [
+        mlp.name for mlp in structure.mlps if mlp.block == 0
+    ]
     stem = "Mixtral" if family == "mixtral" else "Qwen3Moe"
-    assert parts_of(structure)[f"{stem}Experts"] == ("not a linear", 2 * 4 * 3 * 32 * 48)
     assert parts_of(structure)[f"{stem}TopKRouter"] == ("not a linear", 2 * 4 * 32)
-    text = structure.dense_parts[0].text
-    assert text.endswith(f"% {stem}Experts (model.layers.0-1.mlp.experts)"), text
 
 
 def test_state_space_weights_and_convolutions_stay_as_they_are():

@@ -73,8 +73,11 @@ def allocate(
     if run.recipe.needs_probes:
         assert windows is not None
         probes = _probes(run, subject, windows, analysis)
-        blocks = structure.block_of
-        narrowings = {mlp: analysis.narrowing_tails(blocks[mlp], mlp) for mlp in structure.mlp_targets if mlp in probes}
+        narrowings = {
+            mlp.name: analysis.narrowing_tails(mlp.block, mlp.name)
+            for mlp in structure.mlps
+            if (mlp.pool or mlp.name) in probes
+        }
         evidence = replace(evidence, probes=probes, times=times, narrowings=narrowings)
     with run.reporter.stage("allocate", 1):
         return [refine(plan, subject, evidence) for plan in plans]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,11 @@ class Analysis:
         narrowings: Mapping[str, Narrowing] | None = None,
         *,
         keep_metrics: bool = False,
+        part: int | None = None,
     ) -> None:
         """Writes the file of a finished block; it appears under its name when it is complete.
+
+        A block that is done in parts has a file of each. That of the last part makes the block done.
 
         Args:
             spectra: by target.
@@ -65,6 +69,7 @@ class Analysis:
             means: mean inputs by group, where biases are corrected.
             narrowings: by MLP, where MLPs may be narrowed.
             keep_metrics: keeps the right metrics of the block, for a sequential calibration.
+            part: number of the part; None for the last, or the whole block.
         """
         tensors = {f"{group}.mean": mean for group, mean in (means or {}).items()}
         for name, narrowing in (narrowings or {}).items():
@@ -75,32 +80,31 @@ class Analysis:
             if spectrum.dual_DO is not None:
                 tensors[f"{name}.dual"] = spectrum.dual_DO
         write_atomically(self._file(block).with_suffix(".json"), json.dumps(dict(seconds)).encode())
-        save_atomically(tensors, self._file(block))
-        if not keep_metrics:
-            self._metrics_file(block).unlink(missing_ok=True)
+        save_atomically(tensors, _of_part(self._file(block), part))
+        if not keep_metrics and part is None:
+            for file in _files(self._metrics_file(block)):
+                file.unlink(missing_ok=True)
 
     def spectrum(self, target: Target) -> Spectrum:
-        with safe_open(self._file(target.block), framework="pt") as file:
+        with safe_open(_holding(self._file(target.block), f"{target.name}.energies"), framework="pt") as file:
             stored = set(file.keys())
             parts = [f"{target.name}.{part}" for part in ("energies", "basis", "dual")]
             return Spectrum(*(file.get_tensor(part).clone() for part in parts if part in stored))
 
     def narrowing(self, block: int, mlp: str) -> Narrowing:
         """How an MLP of a block is narrowed."""
-        with safe_open(self._file(block), framework="pt") as file:
+        with safe_open(_holding(self._file(block), f"{mlp}.order"), framework="pt") as file:
             return Narrowing(*(file.get_tensor(f"{mlp}.{part}").clone() for part in Narrowing._fields))
 
     def narrowing_tails(self, block: int, mlp: str) -> Tensor:
         """The squared error of an MLP at every width (``width + 1``, float64)."""
-        with safe_open(self._file(block), framework="pt") as file:
-            return file.get_tensor(f"{mlp}.tails").clone()
+        return _tensor(self._file(block), f"{mlp}.tails")
 
     def inner_order(self, target: Target) -> Tensor | None:
         """The inner features of a target's MLP, those first that are kept longest; None outside an MLP."""
         if target.inner is None:
             return None
-        with safe_open(self._file(target.block), framework="pt") as file:
-            return file.get_tensor(f"{target.inner.mlp}.order").clone()
+        return _tensor(self._file(target.block), f"{target.inner.mlp}.order")
 
     def is_ready(self, block: int) -> bool:
         """Whether the forward walk has finished a block."""
@@ -112,40 +116,38 @@ class Analysis:
         With ``waiting`` it is read from a block that waits for the reverse walk.
         """
         file_of = self._metrics_file if waiting else self._file
-        with safe_open(file_of(target.block), framework="pt") as file:
-            return file.get_tensor(f"{target.group}.mean").clone()
+        return _tensor(file_of(target.block), f"{target.group}.mean")
 
     def write_metrics(
-        self, block: int, metrics: Mapping[str, Tensor], means: Mapping[str, Tensor], seconds: float
+        self,
+        block: int,
+        metrics: Mapping[str, Tensor],
+        means: Mapping[str, Tensor],
+        seconds: float,
+        part: int | None = None,
     ) -> None:
         """Keeps the right metrics of a block, by group, in float32 until the reverse walk has finished the block."""
         write_atomically(self._file(block).with_suffix(".json"), json.dumps({"": seconds}).encode())
         named_means = {f"{group}.mean": mean for group, mean in means.items()}
         kept = {group: metric.float() for group, metric in metrics.items()}
-        save_atomically(kept | named_means, self._metrics_file(block))
+        save_atomically(kept | named_means, _of_part(self._metrics_file(block), part))
 
     def metric(self, target: Target) -> Tensor | None:
         """The right metric of a target whose block waits for the reverse walk, or whose metrics are kept; else None."""
-        if not self._metrics_file(target.block).is_file():
-            return None
-        with safe_open(self._metrics_file(target.block), framework="pt") as file:
-            return file.get_tensor(target.group).clone() if target.group in file.keys() else None  # noqa: SIM118
+        return _tensor_if_there(self._metrics_file(target.block), target.group)
 
-    def write_left_metrics(self, block: int, metrics: Mapping[str, Tensor]) -> None:
+    def write_left_metrics(self, block: int, metrics: Mapping[str, Tensor], part: int | None = None) -> None:
         """Keeps the left metrics of a block's targets, in float32, for a sequential calibration."""
-        save_atomically({name: metric.float() for name, metric in metrics.items()}, self._left_file(block))
+        kept = {name: metric.float() for name, metric in metrics.items()}
+        save_atomically(kept, _of_part(self._left_file(block), part))
 
     def left_metric(self, target: Target) -> Tensor | None:
         """The left metric of a target; None for the identity."""
-        if not self._left_file(target.block).is_file():
-            return None
-        with safe_open(self._left_file(target.block), framework="pt") as file:
-            return file.get_tensor(target.name).clone() if target.name in file.keys() else None  # noqa: SIM118
+        return _tensor_if_there(self._left_file(target.block), target.name)
 
     def energies(self, target: Target) -> Tensor:
         """The spectrum of a target alone: descending, float64."""
-        with safe_open(self._file(target.block), framework="pt") as file:
-            return file.get_tensor(f"{target.name}.energies").clone()
+        return _tensor(self._file(target.block), f"{target.name}.energies")
 
     def write_probes(self, allocation: str, probes: Probes) -> None:
         content = {name: list(measured.items()) for name, measured in probes.items()}
@@ -157,6 +159,17 @@ class Analysis:
         if not file.is_file():
             return {}
         return {name: dict(measured) for name, measured in json.loads(file.read_text(encoding="utf-8")).items()}
+
+    def write_expert_tokens(self, block: int, tokens: Mapping[str, int]) -> None:
+        """Keeps the number of tokens that were routed to each expert of a block."""
+        write_atomically(self._tokens_file(block), json.dumps(dict(tokens)).encode())
+
+    def expert_tokens(self) -> dict[str, int]:
+        """Expert -> number of tokens routed to it; empty for a model without experts, or where it was not counted."""
+        tokens: dict[str, int] = {}
+        for file in sorted(self.folder.glob("tokens-*.json")):
+            tokens |= json.loads(file.read_text(encoding="utf-8"))
+        return tokens
 
     def seconds(self, block: int) -> dict[str, float]:
         """Seconds of the decomposition by target, and under ``""`` of the block's walks and statistics."""
@@ -171,8 +184,47 @@ class Analysis:
     def _left_file(self, block: int) -> Path:
         return self.folder / f"left-{block:04d}.safetensors"
 
+    def _tokens_file(self, block: int) -> Path:
+        return self.folder / f"tokens-{block:04d}.json"
+
     def _metrics_file(self, block: int) -> Path:
         return self.folder / f"metrics-{block:04d}.safetensors"
+
+
+def _of_part(file: Path, part: int | None) -> Path:
+    """The file of a part of a block: that of the last part has the name of the block."""
+    return file if part is None else file.with_name(f"{file.stem}.part-{part:04d}{file.suffix}")
+
+
+def _files(file: Path) -> list[Path]:
+    """The files of all parts of a block that are there, the last part first."""
+    return [file] * file.is_file() + sorted(file.parent.glob(f"{file.stem}.part-*{file.suffix}"))
+
+
+@lru_cache(maxsize=2**10)
+def _names_in(file: Path, _written: int) -> frozenset[str]:
+    with safe_open(file, framework="pt") as opened:
+        return frozenset(opened.keys())
+
+
+def _holding(file: Path, name: str) -> Path:
+    """The file, of those of all parts of a block, that holds a tensor; that of the block if none does."""
+    files = _files(file)
+    if len(files) == 1:
+        return files[0]
+    return next((part for part in files if name in _names_in(part, part.stat().st_mtime_ns)), file)
+
+
+def _tensor(file: Path, name: str) -> Tensor:
+    with safe_open(_holding(file, name), framework="pt") as opened:
+        return opened.get_tensor(name).clone()
+
+
+def _tensor_if_there(file: Path, name: str) -> Tensor | None:
+    if not _files(file):
+        return None
+    with safe_open(_holding(file, name), framework="pt") as opened:
+        return opened.get_tensor(name).clone() if name in opened.keys() else None  # noqa: SIM118
 
 
 class FinalFactors:

@@ -10,7 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,9 +25,11 @@ from svdllm.common.version import __version__
 from svdllm.compression.analysis import Analysis
 from svdllm.compression.collect import collect_backward, collect_statistics, right_metric
 from svdllm.compression.decompose import decompose
+from svdllm.compression.few_tokens import ExpertTokens, GroupStatistic, expert_tokens
 from svdllm.compression.forms import FORMS, most_rank, rank_of
 from svdllm.compression.math.metrics import METHODS, Method
 from svdllm.compression.math.statistics import Gram, Statistic
+from svdllm.compression.parts import Part, parts_of
 from svdllm.compression.plan import Plan
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.records import Provenance
@@ -89,6 +91,8 @@ def analyze(
         shared=_shared_statistics(run, analysis),
         reporter=run.reporter,
     ).run()
+    if known := ExpertTokens.of(analysis.expert_tokens(), subject.structure.targets):
+        known.warn(run.reporter)
 
 
 def _shared_statistics(run: Run, analysis: Analysis) -> SharedStatistics | None:
@@ -167,18 +171,30 @@ class Calibration:
 
     def _forward(self, block: Block) -> None:
         """Collects the metrics of the inputs of a block, and decomposes its weights unless a reverse walk follows."""
-        targets = self.walk.structure.block_targets(block.index)
         if self.analysis.is_ready(block.index) if self.reverse else self.analysis.is_done(block.index):
             if self.method.needs_tokens:
                 block.run()
             return
-        started = time.perf_counter()
+        tokens: dict[str, int] = {}
+        seconds: dict[str, float] = {"": 0.0}
+        for part in self._parts(block):
+            self._forward_part(block, part, tokens, seconds)
+
+    def _parts(self, block: Block) -> list[Part]:
+        return parts_of(self.walk.structure.block_targets(block.index), self.depths)
+
+    def _forward_part(self, block: Block, part: Part, tokens: dict[str, int], seconds: dict[str, float]) -> None:
+        """The forward walk over a part; adds the experts' tokens and the seconds to those of the parts before."""
+        targets, started = part.targets, time.perf_counter()
         statistics: dict[str, Statistic] = {}
         if self.method.statistic is not None:
-            statistics = self._statistics(block, targets)
+            statistics = self._statistics(block, part)
         elif self.method.needs_tokens:
-            block.run()
-        forward = time.perf_counter() - started
+            block.run(advance=part.is_last)
+        seconds[""] += time.perf_counter() - started
+        tokens |= expert_tokens(targets, statistics)
+        if part.is_last and tokens:
+            self.analysis.write_expert_tokens(block.index, tokens)
 
         def metric_of(target: Target) -> Tensor | None:
             return right_metric(target, statistics, self.method, self.recipe)
@@ -187,67 +203,78 @@ class Calibration:
         means = {}
         if self.recipe.bias_correction:
             grams = {group: statistics[target.name] for group, target in leaders.items()}
-            means = {group: gram.mean() for group, gram in grams.items() if isinstance(gram, Gram)}
+            means = {group: gram.mean() for group, gram in grams.items() if isinstance(gram, Gram | GroupStatistic)}
         if self.reverse or self.keeps_metrics:
             metrics = {group: metric_of(target) for group, target in leaders.items()}
             known = {group: metric for group, metric in metrics.items() if metric is not None}
-            self.analysis.write_metrics(block.index, known, means, forward)
+            self.analysis.write_metrics(block.index, known, means, seconds[""], part.number)
         if not self.reverse:
-            self._decompose(block, targets, metric_of, means, forward)
+            self._decompose(block, part, metric_of, means, seconds)
 
-    def _statistics(self, block: Block, targets: list[Target]) -> dict[str, Any]:
+    def _statistics(self, block: Block, part: Part) -> dict[str, Any]:
         """Runs a block and collects its statistics, or reads those of an earlier run over the same tokens.
 
         Such a run is only repeated where a reverse walk needs the inputs of the block.
         """
-        if self.shared is None:
-            return collect_statistics(block, targets, self.method)
+        targets = part.targets
+        if self.shared is None or len(targets) < len(self.walk.structure.block_targets(block.index)):
+            return collect_statistics(block, part, self.method)
         if self.shared.is_complete(len(self.walk.structure.blocks)):
             if self.reverse:
                 block.run()
             return self.shared.read(block.index, targets)
-        statistics = collect_statistics(block, targets, self.method)
+        statistics = collect_statistics(block, part, self.method)
         self.shared.write(block.index, targets, statistics)
         return statistics
 
     def _backward(self, block: Block) -> None:
         """Collects the metrics of the outputs of a block, and decomposes its weights."""
-        targets = self.walk.structure.block_targets(block.index)
         if self.analysis.is_done(block.index):
             block.run_backward()
             return
-        started = time.perf_counter()
-        lefts = self._left_metrics(block, targets)
-        if self.keeps_metrics:
-            self.analysis.write_left_metrics(block.index, lefts)
-        seconds = time.perf_counter() - started + self.analysis.seconds(block.index)[""]
-        means = {}
-        if self.recipe.bias_correction:
-            means = {target.group: self.analysis.mean(target, waiting=True) for target in targets}
-        self._decompose(block, targets, self.analysis.metric, means, seconds, lefts)
+        seconds = {"": self.analysis.seconds(block.index)[""]}
+        for part in self._parts(block):
+            started = time.perf_counter()
+            lefts = self._left_metrics(block, part)
+            if self.keeps_metrics:
+                self.analysis.write_left_metrics(block.index, lefts, part.number)
+            seconds[""] += time.perf_counter() - started
+            means = {}
+            if self.recipe.bias_correction:
+                means = {target.group: self.analysis.mean(target, waiting=True) for target in part.targets}
+            self._decompose(block, part, self.analysis.metric, means, seconds, lefts)
 
-    def _left_metrics(self, block: Block, targets: list[Target]) -> dict[str, Tensor]:
+    def _left_metrics(self, block: Block, part: Part) -> dict[str, Tensor]:
         left = self.recipe.left_metric
         assert left is not None
-        weighed = [target for target in targets if left.weighs(target, self.recipe)]
-        statistics = collect_backward(block, weighed, left.statistic)
+        weighed, grouped = (
+            [target for target in targets if left.weighs(target, self.recipe)]
+            for targets in (part.targets, part.grouped)
+        )
+        statistics = collect_backward(block, replace(part, targets=weighed, grouped=grouped), left.statistic)
         return {t.name: left.of(t, statistics[t.name].value(), self.recipe) for t in weighed if t.name in statistics}
 
     def _decompose(
         self,
         block: Block,
-        targets: list[Target],
+        part: Part,
         metric_of: Callable[[Target], Tensor | None],
         means: Mapping[str, Tensor],
-        walked: float,
+        seconds: dict[str, float],
         lefts: Mapping[str, Tensor] | None = None,
     ) -> None:
+        """Decomposes the weights of a part; adds the seconds to those of the parts before."""
+        targets = part.targets
         consumers = [t for t in targets if self.narrows and t.inner is not None and t.inner.side == "in"]
-        spectra, narrowings, seconds = decompose(block, targets, metric_of, self.depths, lefts or {}, consumers)
+        spectra, narrowings, taken = decompose(block, targets, metric_of, self.depths, lefts or {}, consumers)
+        seconds |= taken
         self.analysis.write(
-            block.index, spectra, {"": walked, **seconds}, means, narrowings, keep_metrics=self.keeps_metrics
+            block.index, spectra, seconds, means, narrowings, keep_metrics=self.keeps_metrics, part=part.number
         )
-        self.reporter.block_done(block.index, len(self.walk.structure.blocks), walked, sum(seconds.values()))
+        if part.is_last:
+            walked = seconds[""]
+            spent = sum(seconds.values()) - walked
+            self.reporter.block_done(block.index, len(self.walk.structure.blocks), walked, spent)
 
     def _loss_gradient(self, windows: slice, logits: Tensor) -> Tensor:
         """The gradient of the text's summed loss in the logits: ``softmax - one-hot`` where a token follows."""

@@ -114,7 +114,7 @@ def _probe_seconds(work: Workload, speed: MachineSpeed) -> float:
     blocks = sum(count * (depth - block_of[name]) / depth for name, count in work.num_probes.items())
     count = sum(work.num_probes.values())
     head = 2 * work.vocab_size * work.hidden_size / speed.multiply + 8 * work.vocab_size / speed.elements
-    products = sum(work.num_probes[t.name] * 0.2 * t.break_even_rank * t.num_weights for t in work.structure.targets)
+    products = sum(work.num_probes[t.unit] * 0.2 * t.break_even_rank * t.num_weights for t in work.structure.targets)
     if not count:
         return 0.0
     return (

@@ -12,6 +12,7 @@ from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.forms import FORMS, Fitted
 from svdllm.compression.math.linalg import corrected_bias, factorise
+from svdllm.compression.math.narrowing import kept_rows
 from svdllm.compression.subject import Subject
 from svdllm.models.chosen import Chosen, Forms
 from svdllm.models.structure import Target
@@ -116,7 +117,7 @@ class TargetFactors:
             return fitted
         self._stored(consumer)
         order = self._orders[consumer.name]
-        rows = torch.cat([order + copy * target.inner.width for copy in range(target.inner.copies)]).to(self._device)
+        rows = kept_rows(order, len(order), target.inner.copies, target.inner.interleaved).to(self._device)
         by_row = ("weight", "svd_u.weight", "bias")
         return {leaf: tensor[rows] if leaf in by_row else tensor for leaf, tensor in fitted.items()}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from svdllm.checkpoint.tensors import SHARD_BYTES, shard_names, tensor_bytes
 from svdllm.common.memory import resident_bytes
 from svdllm.compression.probe import WINDOW as PROBE_WINDOW
@@ -57,7 +59,11 @@ def _computed_bytes(work: Workload) -> dict[str, int]:
 
 def _batch(work: Workload) -> int:
     """Activations of one batch at its widest moment."""
-    return work.batch_tokens * work.dtype.itemsize * (sum(_widest_inputs(work)) + 4 * work.hidden_size)
+    inputs: dict[int, dict[str, float]] = {}
+    for target in work.structure.targets:
+        inputs.setdefault(target.block, {})[target.group] = target.in_features * work.token_share(target)
+    widest = max(sum(of_block.values()) for of_block in inputs.values())
+    return work.batch_tokens * work.dtype.itemsize * (round(widest) + 4 * work.hidden_size)
 
 
 def _head(work: Workload, tokens: int) -> int:
@@ -68,38 +74,30 @@ def _head(work: Workload, tokens: int) -> int:
 def _forward_block(work: Workload) -> int:
     """A block with its statistics, and a batch's activations or a decomposition."""
     power = 2 if work.takes_grams else 1
-    statistics = sum(8 * width**power for width in _widest_inputs(work))
+    statistics = _largest_part(work, lambda target: 8 * target.in_features**power)
     return work.block_bytes + statistics + max(_batch(work), _decomposition(work) + _bases(work))
 
 
 def _backward_block(work: Workload) -> int:
     """A block with the Grams of its outputs, and a batch's activations and their gradients or a decomposition."""
-    lefts: dict[int, int] = {}
-    for target in work.structure.targets:
-        lefts[target.block] = lefts.get(target.block, 0) + 12 * target.out_features**2
+    lefts = _largest_part(work, lambda target: 12 * target.out_features**2, by_group=False)
     inputs = work.gradient_tokens * work.hidden_size * work.dtype.itemsize
-    return (
-        work.block_bytes + inputs + max(lefts.values()) + max(3 * _batch(work), _decomposition(work) + 2 * _bases(work))
-    )
+    return work.block_bytes + inputs + lefts + max(3 * _batch(work), _decomposition(work) + 2 * _bases(work))
 
 
 def _sequential_block(work: Workload) -> int:
-    """A block twice, with three sums of products of its inputs in two parts and what is made of them."""
+    """A block twice, with three sums of products of its inputs in two parts and what is made of them.
+
+    Of the experts of a part, there are the sums of all.
+    """
     widest = max(work.group_widths.values())
-    return 2 * work.block_bytes + 8 * 10 * widest**2 + max(2 * _batch(work), _decomposition(work))
+    experts = _largest_part(work, lambda target: 16 * target.in_features**2 if target.pool else 0)
+    return 2 * work.block_bytes + 8 * 10 * widest**2 + experts + max(2 * _batch(work), _decomposition(work))
 
 
 def _probe_streams(work: Workload) -> int:
     """Hidden states of every probe, and of the dense model."""
     return (sum(work.num_probes.values()) + 1) * work.probe_tokens * work.token_bytes
-
-
-def _widest_inputs(work: Workload) -> list[int]:
-    """Features of the distinct inputs of the block that has most."""
-    blocks: dict[int, dict[str, int]] = {}
-    for target in work.structure.targets:
-        blocks.setdefault(target.block, {})[target.group] = target.in_features
-    return max((list(inputs.values()) for inputs in blocks.values()), key=sum)
 
 
 def _decomposition(work: Workload) -> int:
@@ -114,9 +112,19 @@ def _decomposition(work: Workload) -> int:
 
 
 def _bases(work: Workload) -> int:
-    """The bases of a block's targets, as they are kept until the block is written."""
-    sizes = [0] * len(work.structure.blocks)
-    for target in work.structure.targets:
-        sizes[target.block] += 4 * target.out_features * work.depth(target)
-        sizes[target.block] += 4 * work.narrowed_width(target) ** 2
-    return max(sizes)
+    """The bases of a part's targets, as they are kept until they are written."""
+
+    def basis(target: Target) -> int:
+        return 4 * target.out_features * work.depth(target) + 4 * work.narrowed_width(target) ** 2
+
+    return _largest_part(work, basis, by_group=False)
+
+
+def _largest_part(work: Workload, size: Callable[[Target], int], *, by_group: bool = True) -> int:
+    """The largest sum of a size over the targets of a part, or over the first of each group in it."""
+
+    def total(part: Sequence[Target]) -> int:
+        members = {target.group: target for target in part}.values() if by_group else part
+        return sum(map(size, members))
+
+    return max(map(total, work.parts))

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from svdllm.common.errors import InputError
 from svdllm.compression.forms import rank_of
 from svdllm.compression.forms.layout import params
 from svdllm.compression.math.metrics import METHODS
@@ -195,6 +196,11 @@ def make_plan(
     if recipe.needs_tokens:
         require_context(source.config, recipe.seqlen, "--seqlen")
     require_places(recipe, structure)
+    if recipe.elastic and structure.pools:
+        raise InputError(
+            f"--elastic cannot be used for {source.name}: it is a mixture of experts, whose smaller sizes cannot be "
+            "sliced yet. Leave out --elastic and give several ratios, as in --ratio 0.2,0.4."
+        )
     known = not ALLOCATIONS[recipe.allocation].needs_spectra
     allocation, sizes = _allocate(subject, recipe, None, forms_known=known)
     return Plan(

@@ -10,7 +10,7 @@ Legend: ``T`` tokens of a window, ``V`` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -36,22 +36,19 @@ from svdllm.models.walk import Walk
 WINDOW = 256
 MOST_TOKENS = 8192
 
-Sizes = Mapping[str, Sequence[int]]  # target or MLP -> the sizes that it is probed at, ascending
+Sizes = Mapping[str, Sequence[int]]  # target, MLP or pool -> the sizes that it is probed at, ascending
 
 
 def probe_sizes(recipe: Recipe, structure: Structure) -> dict[str, list[int]]:
-    """Target or MLP -> the sizes at which it is probed, ascending; none without probing."""
+    """Target or MLP -> the sizes at which it is probed, ascending; none without probing. Experts are probed by pool."""
     probing = ALLOCATIONS[recipe.allocation].probing
     if probing is None:
-        return {target.name: [] for target in structure.targets}
-    sizes = {target.name: probing.ranks(target, recipe.round_to, recipe) for target in structure.targets}
+        return {target.unit: [] for target in structure.targets}
+    units = {target.unit: target for target in structure.targets}
+    sizes = {name: probing.ranks(target, recipe.round_to, recipe) for name, target in units.items()}
     if any(FORMS[name].of_mlps for name in recipe.used_forms):
-        inner = {name: members[0].inner for name, members in structure.mlp_targets.items()}
-        sizes |= {
-            name: probing.widths(side.width, recipe.round_to, recipe)
-            for name, side in inner.items()
-            if side is not None
-        }
+        widths = {side.unit: side.width for target in structure.targets if (side := target.inner) is not None}
+        sizes |= {name: probing.widths(width, recipe.round_to, recipe) for name, width in widths.items()}
     return sizes
 
 
@@ -85,7 +82,7 @@ def probe_tokens(recipe: Recipe, structure: Structure, skeleton: PreTrainedModel
 
 
 def probe(walk: Walk, analysis: Analysis, sizes: Sizes, measure: Measure, reporter: Reporter) -> Probes:
-    """Probes every target and MLP at its sizes.
+    """Probes every target and MLP at its sizes; the experts of a layer all at once.
 
     Args:
         walk: carries the tokens of the probes, all in one batch.
@@ -102,9 +99,9 @@ def probe(walk: Walk, analysis: Analysis, sizes: Sizes, measure: Measure, report
             dense = _Stream(walk.hidden.tensor, walk.hidden.shared.before(0, block.index))
             for key, stream in streams.items():
                 streams[key] = stream.through(call, block.module, walk.device)
-            for target in walk.structure.block_targets(block.index):
-                for name, size, weight_OI in _trials(walk, analysis, target, sizes):
-                    with tensors_replaced(walk.skeleton, weights_by_name(target, weight_OI)):
+            for members in _units(walk.structure.block_targets(block.index)):
+                for name, size, weights in _trials(walk, analysis, members, sizes):
+                    with tensors_replaced(walk.skeleton, weights):
                         streams[name, size] = dense.through(call, block.module, walk.device)
                 reporter.advance(len(streams), num_streams)
             block.run()
@@ -130,22 +127,50 @@ class _Stream(NamedTuple):
         return _Stream(hidden.cpu(), {**self.shared, **moved(written, Tensor.cpu)})
 
 
-def _trials(walk: Walk, analysis: Analysis, target: Target, sizes: Sizes) -> Iterator[tuple[str, int, Tensor]]:
-    """Yields what is tried on a target, its size, and the target's weight then, one at a time.
+def _units(targets: Sequence[Target]) -> list[list[Target]]:
+    """The targets that are changed together: each alone, or those of a pool."""
+    units: dict[str, list[Target]] = {}
+    for target in targets:
+        units.setdefault(target.unit, []).append(target)
+    return list(units.values())
+
+
+def _trials(
+    walk: Walk, analysis: Analysis, members: Sequence[Target], sizes: Sizes
+) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
+    """Yields what is tried on some targets of one shape, the size, and their weights then, one at a time.
 
     An MLP is narrowed in the weight of the linear that reads its inner features: the columns of the others are zero.
     """
+    unit, inner = members[0].unit, members[0].inner
+    factors = [_factors(walk, analysis, target, max(sizes[unit], default=0)) for target in members]
+    for rank in sizes[unit]:
+        weights = (u_OR[:, :rank] @ v_RI[:rank] for u_OR, v_RI in factors)
+        yield unit, rank, _by_name(members, weights)
+    if inner is None or inner.side == "out" or inner.unit not in sizes:
+        return
+    for width in sizes[inner.unit]:
+        yield inner.unit, width, _by_name(members, (_narrowed(walk, analysis, target, width) for target in members))
+
+
+def _by_name(targets: Sequence[Target], weights: Iterable[Tensor]) -> dict[str, Tensor]:
+    pairs = zip(targets, weights, strict=True)
+    return {name: tensor for target, weight_OI in pairs for name, tensor in weights_by_name(target, weight_OI).items()}
+
+
+def _factors(walk: Walk, analysis: Analysis, target: Target, rank: int) -> tuple[Tensor, Tensor]:
+    """``U`` and ``V`` of a target, whose leading parts are those of smaller ranks."""
     weight_OI = weight_of(walk.skeleton, target)
     spectrum = analysis.spectrum(target).to(weight_OI.device, weight_OI.dtype)
     dual_DO = spectrum.basis_OD.mT if spectrum.dual_DO is None else spectrum.dual_DO
-    coefficients_RI = dual_DO[: max(sizes[target.name], default=0)] @ weight_OI
-    for rank in sizes[target.name]:
-        yield target.name, rank, spectrum.basis_OD[:, :rank] @ coefficients_RI[:rank]
-    if target.inner is None or target.inner.side == "out" or target.inner.mlp not in sizes:
-        return
+    return spectrum.basis_OD, dual_DO[:rank] @ weight_OI
+
+
+def _narrowed(walk: Walk, analysis: Analysis, target: Target, width: int) -> Tensor:
+    weight_OI = weight_of(walk.skeleton, target)
+    assert target.inner is not None
     narrowing = analysis.narrowing(target.block, target.inner.mlp).to(weight_OI.device)
-    for width in sizes[target.inner.mlp]:
-        yield target.inner.mlp, width, narrowing.consumer(weight_OI, width).to(weight_OI.dtype)
+    return narrowing.consumer(weight_OI, width).to(weight_OI.dtype)
 
 
 def _measured(walk: Walk, streams: list[Tensor], measure: Measure) -> list[float]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svdllm.compression.math.statistics import CrossGram, Gram
+from svdllm.compression.math.statistics import CrossGram, Gram, weighted
 
 # Share of the mean diagonal that is added to a Gram, so that a text with fewer directions than inputs can be fitted to.
 RIDGE = 1e-6
@@ -28,6 +28,7 @@ class Products(NamedTuple):
     cross_II: Tensor  # K = X X'^T
     dense_sum_I: Tensor
     compressed_sum_I: Tensor
+    weight: float  # number of tokens, or of an expert the sum of the squares of their routing weights
     num_tokens: int
     residual_OI: Tensor = NOTHING  # R X'^T
     residual_sum_O: Tensor = NOTHING
@@ -39,7 +40,7 @@ class Products(NamedTuple):
 
     def centred(self) -> Products:
         """The products of the inputs less their means, for a weight whose bias corrects the means."""
-        dense_I, compressed_I, count = self.dense_sum_I, self.compressed_sum_I, max(self.num_tokens, 1)
+        dense_I, compressed_I, count = self.dense_sum_I, self.compressed_sum_I, self.weight or 1
         return self._replace(
             compressed_II=self.compressed_II - torch.outer(compressed_I, compressed_I) / count,
             cross_II=self.cross_II - torch.outer(dense_I, compressed_I) / count,
@@ -83,11 +84,25 @@ class Sums:
         self.residual: CrossGram | None = None
         self.residual_sum_O = NOTHING.to(device)
 
-    def add(self, dense: Tensor, compressed: Tensor, residual: Tensor | None = None) -> None:
-        """Adds the inputs (``..., in``) in both streams, and ``R`` (``..., out``) where the output is added to one."""
-        self.dense_sum_I += dense.flatten(0, -2).sum(0, dtype=torch.float64)
-        self.compressed.add(compressed)
-        self.cross.add(dense, compressed)
+    def add(
+        self,
+        dense: Tensor,
+        compressed: Tensor,
+        residual: Tensor | None = None,
+        weights_T: Tensor | None = None,
+    ) -> None:
+        """Adds the inputs (``..., in``) in both streams, and ``R`` (``..., out``) where the output is added to one.
+
+        Args:
+            weights_T: scale the tokens of an expert.
+        """
+        self.compressed.add(compressed, weights_T)
+        if weights_T is None:
+            self.dense_sum_I += dense.flatten(0, -2).sum(0, dtype=torch.float64)
+            self.cross.add(dense, compressed)
+        else:
+            self.dense_sum_I += weights_T.double().square() @ dense.double()
+            self.cross.add(weighted(dense, weights_T), weighted(compressed, weights_T))
         if residual is not None:
             out_features, in_features = residual.shape[-1], compressed.shape[-1]
             self.residual = self.residual or CrossGram(out_features, in_features, residual.device)
@@ -95,13 +110,13 @@ class Sums:
             self.residual_sum_O = self.residual_sum_O + residual.flatten(0, -2).sum(0, dtype=torch.float64)
 
     def value(self) -> Products:
-        count = self.compressed.num_tokens
         return Products(
             compressed_II=self.compressed.value(),
             cross_II=self.cross.value(),
             dense_sum_I=self.dense_sum_I,
-            compressed_sum_I=self.compressed.mean() * count,
-            num_tokens=count,
+            compressed_sum_I=self.compressed.total(),
+            weight=self.compressed.total_weight,
+            num_tokens=self.compressed.num_tokens,
             residual_OI=NOTHING.to(self.residual_sum_O.device) if self.residual is None else self.residual.value(),
             residual_sum_O=self.residual_sum_O,
         )

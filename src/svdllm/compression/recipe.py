@@ -55,6 +55,11 @@ class Recipe(AllocationSettings, FormsChoice, SequentialSettings, MetricSettings
         metavar="REGEX=RATIO",
         reader="overrides",
     )
+    expert_ranks: AfterAnalysis[Literal["equal", "own"]] = setting(
+        "equal",
+        "equal: one form and size for all experts of a layer, which run as one product on a GPU; own: one for each.",
+        panel="Allocation",
+    )
     round_to: AfterAnalysis[int] = setting(
         8,
         "Ranks and widths are multiples of this number, which kernels and group-wise quantisers want.",

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 from svdllm.common.version import __version__
+from svdllm.compression.few_tokens import ExpertTokens
 from svdllm.compression.forms import rank_of
 from svdllm.compression.forms.layout import params
 from svdllm.compression.plan import Plan
@@ -139,7 +140,13 @@ class CompressionResult:
         }
 
 
-def report_of(plan: Plan, recipe: Recipe, provenance: Provenance, linears: list[LinearRecord]) -> dict[str, Any]:
+def report_of(
+    plan: Plan,
+    recipe: Recipe,
+    provenance: Provenance,
+    linears: list[LinearRecord],
+    experts: ExpertTokens | None = None,
+) -> dict[str, Any]:
     """The content of ``svdllm/report.json``, without the times of the run."""
     return {
         "format_version": FORMAT_VERSION,
@@ -160,5 +167,6 @@ def report_of(plan: Plan, recipe: Recipe, provenance: Provenance, linears: list[
         "warnings": plan.warnings,
         "unused_tensors": None if plan.unused_tensors is None else asdict(plan.unused_tensors),
         "dense_parts": [asdict(part) for part in plan.structure.dense_parts],
+        "experts": None if experts is None else asdict(experts),
         "linears": [asdict(record) for record in linears],
     }

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +25,12 @@ from svdllm.common.errors import NumericalError
 from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.collect import left_metric_of
+from svdllm.compression.expert_products import expert_products
+from svdllm.compression.few_tokens import group_tokens
 from svdllm.compression.forms import FORMS
 from svdllm.compression.math.linalg import anchored, corrected_bias, factorise, output_spectrum
 from svdllm.compression.math.narrowing import narrowed_anchored, with_zeros
+from svdllm.compression.parts import parts_of
 from svdllm.compression.plan import Plan
 from svdllm.compression.products import Products, Sums
 from svdllm.compression.recipe import Recipe
@@ -104,27 +107,28 @@ class Sequential:
     def _compress(self, block: Block) -> None:
         factors: dict[str, dict[str, Tensor]] = {}
         replaced: dict[str, Tensor] = {}  # parameters of the targets that are compressed already
-        for group in self._groups_in_order(block):
-            products = self._products(block, group, replaced)
-            for target in group:
+        for stage in self._stages(block):
+            made: dict[str, Tensor] = {}
+            for target, products in self._targets_in(block, stage, replaced):
                 weight_OI = weight_of(self.walk.skeleton, target)
                 if self._keeps_weight(target) and self.recipe.beta == 0 and products.residual is None:
                     continue
                 tensors = self._fit(target, weight_OI, products)
                 if self._corrects_bias(target):
-                    means = [total / products.num_tokens for total in (products.dense_sum_I, products.compressed_sum_I)]
+                    means = [total / products.weight for total in (products.dense_sum_I, products.compressed_sum_I)]
                     u_OR, v_RI = tensors["svd_u.weight"], tensors["svd_v.weight"]
                     bias_O = bias_of(self.walk.skeleton, target)
                     corrected_O = corrected_bias(weight_OI, u_OR, v_RI, *means, bias_O=bias_O)
-                    tensors["bias"] = corrected_O + products.residual_sum_O / products.num_tokens
+                    tensors["bias"] = corrected_O + products.residual_sum_O / products.weight
                 factors[target.name] = tensors
-                replaced |= self._parameters(target, tensors)
+                made |= self._parameters(target, tensors)
+            replaced |= made
         dtype = torch.float64 if self.walk.dtype == torch.float64 else torch.float32
         stored = {name: {leaf: t.to(dtype) for leaf, t in tensors.items()} for name, tensors in factors.items()}
         self.finals.write(block.index, stored)
 
-    def _groups_in_order(self, block: Block) -> list[list[Target]]:
-        """The groups of a block in the order in which the model calls them."""
+    def _stages(self, block: Block) -> list[list[Target]]:
+        """The targets of a block in the order in which the model calls them: by group, those of experts by pool."""
         targets = {target.name: target for target in self.walk.structure.block_targets(block.index)}
         called: dict[str, None] = {}
 
@@ -139,10 +143,25 @@ class Sequential:
             block.run_on(self.walk.hidden, 0)
         for handle in handles:
             handle.remove()
-        groups: dict[str, list[Target]] = {}
+        stages: dict[str, list[Target]] = {}
         for name in called:
-            groups.setdefault(targets[name].group, []).append(targets[name])
-        return list(groups.values())
+            stages.setdefault(targets[name].pool or targets[name].group, []).append(targets[name])
+        for target in targets.values():  # experts that no token of the batch was routed to
+            if target.pool in stages and target.name not in called:
+                stages[target.pool].append(target)
+        return list(stages.values())
+
+    def _targets_in(
+        self, block: Block, stage: list[Target], replaced: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Target, Products]]:
+        """Yields the targets of a stage with the products of their inputs; experts without tokens are left out."""
+        if stage[0].pool is None:
+            products = self._products(block, stage, replaced)
+            yield from ((target, products) for target in stage)
+            return
+        for part in parts_of(stage, {target.name: target.full_rank for target in stage}):
+            of_experts = expert_products(block, part.targets, replaced)
+            yield from ((target, of_experts[target.name]) for target in part.targets if target.name in of_experts)
 
     def _products(self, block: Block, group: list[Target], replaced: Mapping[str, Tensor]) -> Products:
         """The products of a group over all batches of the two streams."""
@@ -214,8 +233,12 @@ class Sequential:
         metric_II = metric.to(self.walk.device, torch.float64)
         diagonal_II = torch.diag(metric_II.diagonal())
         unshrunk_II = (metric_II - recipe.shrinkage * diagonal_II) / (1 - recipe.shrinkage)
-        scale = products.num_tokens / self.num_dense_tokens
-        return products.mixed_with(scale * unshrunk_II, recipe.sequential_shrinkage)
+        scale = self.walk.ids.numel() / self.num_dense_tokens
+        share = recipe.sequential_shrinkage
+        if target.pool is not None:  # few tokens: more of the Gram that has seen more, and others of the layer
+            group = group_tokens(target.in_features)
+            share = max(share, group / (products.num_tokens + group))
+        return products.mixed_with(scale * unshrunk_II, share)
 
     def _parameters(self, target: Target, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters with which a dense linear computes what its factors, or its fitted weight, would."""

@@ -12,6 +12,7 @@ from svdllm.compression.ranks.predicted_sizes import QuantizedFiles, WrittenFile
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.subject import Subject
 from svdllm.models.chosen import Forms
+from svdllm.models.experts import stacked_layout, untouched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +40,15 @@ def files_for(subject: Subject, recipe: Recipe) -> WrittenFiles:
 def sizes_of(subject: Subject, recipe: Recipe, files: WrittenFiles, forms: Forms, *, forms_known: bool) -> Sizes:
     """The size of a subject in given forms; ``files`` are those of ``files_for``."""
     stored, buffers, structure = subject.stored, subject.buffers, subject.structure
-    written = compressed_tensors(stored, structure.targets, forms)
+    places = subject.expert_tensors
+    written = stacked_layout(compressed_tensors(stored, structure.targets, forms), untouched(places, forms))
     kept = sum(params(target, forms.get(target.name)) for target in structure.targets)
     return Sizes(
         achieved_ratio=(structure.num_target_params - kept) / structure.num_target_params,
         params=num_params(written, buffers),
         dense_params=num_params(stored, buffers),
         file_bytes=file_bytes(written),
-        dense_file_bytes=file_bytes(stored),
+        dense_file_bytes=file_bytes(stacked_layout(stored, places)),
         quantized_file_bytes=None if recipe.factor_bits is None else files.num_bytes(forms),
         elastic_bytes=elastic_bytes(recipe, structure, stored, forms, forms_known),
     )

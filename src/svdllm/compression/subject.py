@@ -19,12 +19,14 @@ from svdllm.compression.forms import FORMS, factors_of
 from svdllm.compression.recipe import Recipe
 from svdllm.models.config_files import refuse_several_parts
 from svdllm.models.discover import discover
+from svdllm.models.experts import ExpertTensor, expert_tensors
 from svdllm.models.hub import hub_folder
+from svdllm.models.joint_keys_and_values import with_joint_keys_and_values
 from svdllm.models.left_dense import TOO_SMALL
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.open import Source
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.structure import Structure, bias_corrected, left_dense, with_joint_keys_and_values
+from svdllm.models.structure import Structure, bias_corrected, left_dense
 from svdllm.models.walk import Walk
 from svdllm.models.weights import SafetensorsWeights, Weights
 
@@ -49,6 +51,11 @@ class Subject:
     def stored(self) -> Tensors:
         """The tensors in the source's files, or those to be expected in them while only the config is known."""
         return stored_tensors(self.source, self.skeleton)
+
+    @cached_property
+    def expert_tensors(self) -> dict[str, ExpertTensor]:
+        """The tensors of single experts, which transformers stacks."""
+        return expert_tensors(self.skeleton)
 
     @cached_property
     def buffers(self) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from svdllm.checkpoint.tensors import Tensors, tensor_bytes
 from svdllm.compression.forms import FORMS, most_rank
 from svdllm.compression.math.metrics import METHODS, Method
+from svdllm.compression.parts import parts_of
 from svdllm.compression.probe import probe_sizes, probe_tokens
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.subject import Subject
@@ -58,6 +60,22 @@ class Workload:
     def group_widths(self) -> dict[str, int]:
         """Features of every distinct input that targets read."""
         return {target.group: target.in_features for target in self.structure.targets}
+
+    @cached_property
+    def parts(self) -> list[list[Target]]:
+        """The targets whose statistics are in memory together, of all blocks."""
+        depths = {target.name: self.depth(target) for target in self.structure.targets}
+        blocks: list[list[Target]] = [[] for _ in self.structure.blocks]
+        for target in self.structure.targets:
+            blocks[target.block].append(target)
+        return [part.targets for targets in blocks for part in parts_of(targets, depths)]
+
+    def token_share(self, target: Target) -> float:
+        """Share of the tokens that a target is handed: of an expert, if all are routed to alike."""
+        if target.pool is None:
+            return 1.0
+        experts: Any = self.skeleton.get_submodule(target.pool.rpartition(".")[0])
+        return experts.top_k / experts.split_count
 
     @cached_property
     def linear_shapes(self) -> set[tuple[int, int]]:

@@ -18,6 +18,7 @@ from svdllm.common.memory import device_peak_bytes, peak_bytes
 from svdllm.common.version import __version__
 from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.factors import TargetFactors
+from svdllm.compression.few_tokens import ExpertTokens
 from svdllm.compression.forms import FORMS
 from svdllm.compression.forms.layout import compressed_tensors, elastic_tensors, forms_entry
 from svdllm.compression.math.linalg import tail_energies
@@ -34,6 +35,7 @@ from svdllm.compression.session import Run
 from svdllm.compression.subject import Subject
 from svdllm.models.chosen import Forms
 from svdllm.models.companions import GENERATION_CONFIG, copy_companion_files
+from svdllm.models.experts import Stacked, stacked_layout, untouched
 from svdllm.models.low_rank import FORMAT_VERSION, family_classes, low_rank_config
 from svdllm.models.low_rank.lowrank import sha256_of
 from svdllm.models.open import Source
@@ -91,14 +93,17 @@ def _write_checkpoint(
     (partial / "svdllm").mkdir(parents=True)
     device = resolve_device(plan.recipe.device)
     factors = TargetFactors(subject, plan.forms, analysis, finals, device, run.reporter)
-    write_shards(partial, factors, compressed_tensors(subject.stored, subject.structure.targets, plan.forms))
+    layout = compressed_tensors(subject.stored, subject.structure.targets, plan.forms)
+    stacked = untouched(subject.expert_tensors, plan.forms)
+    write_shards(partial, Stacked(factors, stacked), stacked_layout(layout, stacked))
     _write_config(partial, subject, plan, provenance)
     _copy_companions(partial, subject.source, run.tokenizer)
     if plan.recipe.elastic:
         spare = spare_forms(plan.recipe, subject.structure, plan.forms)
         factors = TargetFactors(subject, spare, analysis, None, device, run.reporter)
         _write_elastic(partial, subject, factors, spare, analysis, plan.recipe.allocation)
-    report = report_of(plan, plan.recipe, provenance, linears)
+    experts = ExpertTokens.of(analysis.expert_tokens(), subject.structure.targets)
+    report = report_of(plan, plan.recipe, provenance, linears, experts)
     finish_checkpoint(partial, plan.recipe.to_yaml(), report, device, run.reporter)
     partial.replace(folder)
 

@@ -17,8 +17,10 @@ from svdllm.export.rewritten import Rewritten
 from svdllm.export.stored_linears import StoredLinears
 from svdllm.models.companions import copy_companion_files
 from svdllm.models.discover import discover
+from svdllm.models.experts import Stacked, expert_tensors, stacked_layout
 from svdllm.models.low_rank.factory import dense_config
 from svdllm.models.low_rank.info import LowRankInfo
+from svdllm.models.low_rank.lowrank import split_experts
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.weights import SafetensorsWeights
 
@@ -54,11 +56,17 @@ def export_dense(folder: str | Path, output_dir: str | Path) -> PlainMlps:
         original = _plain(dense_config(config), info)
         plain = original.as_wide_as(info.forms)
         skeleton = build_skeleton(config)
+        split_experts(
+            skeleton
+        )  # those without a form, too: the tensors are those of single experts until they are written
         weights = SafetensorsWeights(folder, skeleton)
-        tensors = Rewritten(weights, StoredLinears(weights, skeleton, info), plain.skeleton, info.forms, original.parts)
+        tensors = Rewritten(
+            weights, StoredLinears(weights, skeleton, info), plain.skeleton, info.forms, original.filled_parts
+        )
         tensors.require_places()
         output.require_disk(tensor_bytes(tensors.layout), "the weights need")
-        write_shards(partial, tensors, tensors.layout)
+        places = expert_tensors(plain.skeleton)
+        write_shards(partial, Stacked(tensors, places), stacked_layout(tensors.layout, places))
         plain.config.save_pretrained(partial)
         copy_companion_files(folder, partial)
     return _mlps_of(original, plain, info)

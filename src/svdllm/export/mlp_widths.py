@@ -30,6 +30,12 @@ class Plain:
         rows = {name: linear_shape(module)[0] for name, module in linears_of(self.skeleton)}
         return {name: rows[name] // mlp.width for mlp in self.mlps for name in mlp.producers}
 
+    @property
+    def filled_parts(self) -> dict[str, int]:
+        """The number of equal parts of each producer's rows behind which further inner features lie."""
+        interleaved = {name for mlp in self.mlps if mlp.interleaved for name in mlp.producers}
+        return {name: 1 if name in interleaved else parts for name, parts in self.parts.items()}
+
     def stored_widths(self, forms: Mapping[str, Mapping[str, Any]]) -> list[int]:
         """The width of every MLP in a checkpoint whose linears have these entries in ``config.json``."""
         return [forms.get(mlp.consumer, {}).get("in_features", mlp.width) for mlp in self.mlps]

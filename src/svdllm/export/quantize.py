@@ -132,7 +132,7 @@ def _choose_linears(
         InputError, UnsupportedModelError, ResourceError: as ``quantize``.
     """
     _require_quantizable(source, scheme.bits)
-    skeleton = build_skeleton(source.config)
+    skeleton = build_skeleton(source.config, split=())
     linears, left = choose_schemes(skeleton, scheme, skip)
     schemes = {f"{linear.name}.weight": linear.scheme for linear in linears}
     needed = quantized_bytes(stored_tensors(source, skeleton), schemes, num_files=1)

@@ -24,6 +24,7 @@ from svdllm.inference.packed import bias_of, latent_of, rank_of
 from svdllm.inference.shared_product import SharedProduct
 from svdllm.models.hooks import input_groups
 from svdllm.models.low_rank import FACTORED, LowRankLinear, PackedLinear
+from svdllm.models.low_rank.lowrank import Expert
 
 
 class _Member(nn.Module):
@@ -136,11 +137,17 @@ def is_plain(module: Any) -> bool:
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the pairs, the packed linears, and the dense linears without a bias, with their names."""
+    """Yields the pairs, the packed linears, and the dense linears without a bias, with their names.
+
+    Those of experts are not among them: they are computed together, or for the tokens of one expert at a time.
+    """
     factors = {part for module in model.modules() if isinstance(module, FACTORED) for part in module.children()}
+    factors |= {part for module in model.modules() if isinstance(module, Expert) for part in module.modules()}
     for name, module in model.named_modules():
+        if module in factors:
+            continue
         if (type(module) in FACTORED and is_plain(module.svd_v) and is_plain(module.svd_u)) or (
-            module not in factors and is_plain(module) and module.bias is None
+            is_plain(module) and module.bias is None
         ):
             yield name, module
 

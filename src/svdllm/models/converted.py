@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +27,8 @@ class Stored(Protocol):
 
     def read(self) -> Tensor: ...
 
+    def read_part(self, index: int) -> Tensor: ...
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -41,6 +43,11 @@ class StoredTensor:
         # A copy, so that the file is mapped only during this call: its pages count as resident memory.
         with safe_open(self.file, framework="pt") as file:
             return file.get_tensor(self.key).clone()
+
+    def read_part(self, index: int) -> Tensor:
+        """Reads one of the tensors that are stacked in this one."""
+        with safe_open(self.file, framework="pt") as file:
+            return file.get_slice(self.key)[index].clone()
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,23 @@ class Conversion:
         """Reads the tensors, and makes one of them."""
         return self._convert(StoredTensor.read)[name].contiguous()
 
+    def read_part(self, name: str, index: int) -> Tensor:
+        """Makes one of the tensors that are stacked in a tensor, of the stored tensors of this index if it can."""
+        shape, _ = self.made[name]
+        parts = list(self._by_pattern.values())
+        if any(len(sources) != shape[0] for sources in parts):
+            return self.read(name)[index]
+        single = replace(self, sources=[sources[index] for sources in parts])
+        made = single._convert(StoredTensor.read)[name]
+        return made[0] if made.shape == (1, *shape[1:]) else self.read(name)[index]
+
+    @cached_property
+    def _by_pattern(self) -> dict[str, list[tuple[str, StoredTensor]]]:
+        groups: dict[str, list[tuple[str, StoredTensor]]] = {}
+        for pattern, source in self.sources:
+            groups.setdefault(pattern, []).append((pattern, source))
+        return groups
+
     def _convert(self, read: Callable[[StoredTensor], Tensor]) -> Mapping[str, Tensor]:
         rule = deepcopy(self.rule)  # it collects tensors
         for pattern, source in self.sources:
@@ -96,6 +120,33 @@ class ConvertedTensor:
 
     def read(self) -> Tensor:
         return self.conversion.read(self.name)
+
+    def read_part(self, index: int) -> Tensor:
+        return self.conversion.read_part(self.name, index)
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """The tensor of one expert in a stack of those of all."""
+
+    stack: Stored
+    index: int
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stack.shape[1:][::-1] if self.transposed else self.stack.shape[1:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stack.dtype
+
+    def read(self) -> Tensor:
+        part = self.stack.read_part(self.index)
+        return (part.mT if self.transposed else part).contiguous()
+
+    def read_part(self, index: int) -> Tensor:
+        return self.read()[index]
 
 
 def converted_tensors(conversions: Sequence[Conversion]) -> Iterator[tuple[str, ConvertedTensor]]:

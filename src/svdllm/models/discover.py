@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from svdllm.common.errors import InputError, UnsupportedModelError
+from svdllm.models.experts import expert_tensors, pool_of
 from svdllm.models.left_dense import IGNORED, READ, SHARED, UNCALLED, dense_modules, num_block_params, shared_modules
 from svdllm.models.linears import find_blocks, linear_shape, linears_of, listing, matches
 from svdllm.models.mlps import find_mlps
@@ -83,15 +84,16 @@ def _targets(skeleton: nn.Module, trial: Trial, names: Collection[str]) -> tuple
     leaders: dict[str, str] = {}
     for name in names:
         leaders.setdefault(trial.groups[name], name)
+    places = expert_tensors(skeleton)
     return tuple(
-        _as_target(name, index, skeleton.get_submodule(name), leaders[trial.groups[name]])
+        _as_target(name, index, skeleton.get_submodule(name), leaders[trial.groups[name]], pool_of(name, places))
         for index, block in enumerate(trial.blocks)
         for name in names
         if name.startswith(f"{block}.")
     )
 
 
-def _as_target(name: str, block: int, module: nn.Module, group: str) -> Target:
+def _as_target(name: str, block: int, module: nn.Module, group: str, pool: str | None) -> Target:
     out_features, in_features = linear_shape(module)
     return Target(
         name=name,
@@ -101,6 +103,7 @@ def _as_target(name: str, block: int, module: nn.Module, group: str) -> Target:
         has_bias=module.bias is not None,
         is_conv1d=isinstance(module, Conv1D),
         group=group,
+        pool=pool,
     )
 
 

@@ -118,7 +118,7 @@ def convert_gguf(path: Path, config: PreTrainedConfig, folder: Path) -> None:
     folder.mkdir(parents=True)
     with redirect_stderr(StringIO()):  # transformers draws a bar of its own per tensor
         tokenizer = load_tokenizer(path.name, None, path, offline=True)
-        skeleton = build_skeleton(config)
+        skeleton = build_skeleton(config, split=())
         try:
             tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=skeleton)["tensors"]
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError) as error:

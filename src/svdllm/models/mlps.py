@@ -4,27 +4,38 @@ Gated (``down(act(gate(x)) * up(x))``), plain (``fc2(act(fc1(x)))``) and fused (
 by what the block does, not by its names. In a trial run every linear returns random outputs, so no weight is needed.
 The *producers* of a linear, its *consumer*, are the linears whose outputs its input depends on. Then the block is run
 again with producers that return a subset of these features, in another order. The input of the consumer must be the
-same subset, and nothing else may change. A norm over the inner features, attention and interleaved halves fail.
+same subset, and nothing else may change. A norm over the inner features and attention fail.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
+from svdllm.models.experts import experts_tried
 from svdllm.models.hooks import experts_computed, replaced
 from svdllm.models.linears import linear_shape, linears_of
+from svdllm.models.low_rank.lowrank import SplitExperts
 from svdllm.models.structure import Mlp, Structure
 from svdllm.models.stubs import BlockStub
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block's call, by position and by keyword
-Found = tuple[tuple[str, ...], str]  # producers and consumer, by their names in the block
+
+
+class Found(NamedTuple):
+    """Producers and consumer by their names in the block, and whether fused producers are interleaved."""
+
+    producers: tuple[str, ...]
+    consumer: str
+    interleaved: bool = False
+
+
 SEED = 0
 LARGE = 2**24  # values of a tensor
 TOLERANCE = 1e-4  # of float32 results of one elementwise function at other places of a tensor
@@ -45,8 +56,9 @@ def find_mlps(skeleton: nn.Module, structure: Structure, arguments: Sequence[Arg
         block = skeleton.get_submodule(name)
         key = _signature(block)
         if key not in known:
-            with torch.enable_grad(), experts_computed(skeleton, "eager"):  # also where gradients are switched off
-                known[key] = _find_in(block, given)
+            experts = experts_computed(skeleton, "eager"), experts_tried(skeleton, first_only=True)
+            with torch.enable_grad(), experts[0], experts[1]:  # also where gradients are switched off
+                known[key] = [one for found in _find_in(block, given) for one in _of_all_experts(block, found)]
         candidates = (_as_mlp(skeleton, name, index, found) for found in known[key])
         mlps += [mlp for mlp in candidates if targets.issuperset(mlp.linears)]
     return tuple(mlps)
@@ -59,7 +71,7 @@ def _signature(block: nn.Module) -> str:
 
 
 def _as_mlp(skeleton: nn.Module, block_name: str, block: int, found: Found) -> Mlp:
-    producers, consumer = found
+    producers, consumer, interleaved = found
     parents = [name.split(".")[:-1] for name in (*producers, consumer)]
     same = takewhile(lambda level: len(set(level)) == 1, zip(*parents, strict=False))
     shared = "".join(f"{level[0]}." for level in same)
@@ -71,7 +83,27 @@ def _as_mlp(skeleton: nn.Module, block_name: str, block: int, found: Found) -> M
         producers=tuple(f"{block_name}.{name}" for name in producers),
         consumer=f"{block_name}.{consumer}",
         width=width,
+        interleaved=interleaved,
+        pool=_pool(skeleton, f"{block_name}.{shared}", leaves),
     )
+
+
+def _pool(skeleton: nn.Module, parent: str, leaves: str) -> str | None:
+    """The pool of an MLP that is an expert: the layer's, by the names of the linears."""
+    experts, _, index = parent.rstrip(".").rpartition(".")
+    is_expert = index.isdecimal() and isinstance(skeleton.get_submodule(experts), SplitExperts)
+    return f"{experts}.{leaves}" if is_expert else None
+
+
+def _of_all_experts(block: nn.Module, found: Found) -> list[Found]:
+    """An MLP that is the first expert of a layer stands for all of them; any other for itself."""
+    experts, _, index = found.consumer.rpartition(".")[0].rpartition(".")
+    module = block.get_submodule(experts) if index == "0" else None
+    if not isinstance(module, SplitExperts):
+        return [found]
+    names = [name.rpartition(".")[2] for name in (*found.producers, found.consumer)]
+    of_each = [[f"{experts}.{number}.{name}" for name in names] for number in range(module.split_count)]
+    return [Found(tuple(linears[:-1]), linears[-1], found.interleaved) for linears in of_each]
 
 
 def _find_in(block: nn.Module, given: Arguments) -> list[Found]:
@@ -80,9 +112,12 @@ def _find_in(block: nn.Module, given: Arguments) -> list[Found]:
     taken: set[str] = set()
     found = []
     for producers, consumer in trial.candidates():
-        if taken.isdisjoint((*producers, consumer)) and trial.can_narrow(producers, consumer):
-            found.append((producers, consumer))
-            taken.update(producers, [consumer])
+        orders = (False, True) if trial.is_fused(producers, consumer) else (False,)
+        for interleaved in orders if taken.isdisjoint((*producers, consumer)) else ():
+            if trial.can_narrow(producers, consumer, interleaved):
+                found.append(Found(producers, consumer, interleaved))
+                taken.update(producers, [consumer])
+                break
     return found
 
 
@@ -126,7 +161,7 @@ class _Trial:
         self.results = self._run()
         self.inputs = {name: stub.inputs for name, stub in self.stubs.items()}
 
-    def candidates(self) -> Iterator[Found]:
+    def candidates(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Yields each linear with the linears that its input depends on, if it is called once and the widths fit."""
         called_once = {name: inputs[0] for name, inputs in self.inputs.items() if len(inputs) == 1}
         for consumer, inputs in called_once.items() if self.results is not None else ():
@@ -146,13 +181,19 @@ class _Trial:
         found = (name for name, gradient in zip(names, gradients, strict=True) if gradient is not None)
         return tuple(dict.fromkeys(found))
 
-    def can_narrow(self, producers: tuple[str, ...], consumer: str) -> bool:
+    def is_fused(self, producers: tuple[str, ...], consumer: str) -> bool:
+        """Whether a producer makes several values of each inner feature."""
+        return any(self.stubs[name].shape[0] > self.inputs[consumer][0].shape[-1] for name in producers)
+
+    def can_narrow(self, producers: tuple[str, ...], consumer: str, interleaved: bool = False) -> bool:
         """Whether fewer and reordered features of the producers give the same features of the consumer's input."""
         width = self.inputs[consumer][0].shape[-1]
         order = torch.randperm(width, generator=self.generator)[: width - width // 3]
         for name in producers:
-            starts = torch.arange(0, self.stubs[name].shape[0], width)
-            self.stubs[name].kept = (starts[:, None] + order).flatten()
+            rows = torch.arange(self.stubs[name].shape[0])
+            by_feature_WC = rows.view(width, -1) if interleaved else rows.view(-1, width).mT
+            kept_CW = by_feature_WC[order].mT
+            self.stubs[name].kept = (kept_CW.mT if interleaved else kept_CW).flatten()
         results = self._run()
         for name in producers:
             self.stubs[name].kept = None

@@ -153,7 +153,7 @@ def _open_gguf(path: Path, folder: Path | None) -> Source:
     file = GgufFile(path)
     config = file.config()
     require_causal_lm(config, path.name)
-    unused = file.unused(build_skeleton(config))
+    unused = file.unused(build_skeleton(config, split=()))
     warn_of_unused(path.name, unused)
     weights = None
     if folder is not None:

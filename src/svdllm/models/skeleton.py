@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from svdllm.common.errors import UnsupportedModelError, first_line
+from svdllm.models.low_rank.lowrank import SplitExperts, split_experts
 
 LARGE = 2**24  # values of a tensor
 
@@ -29,8 +31,14 @@ class _WithoutMemory(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build_skeleton(
+    config: PreTrainedConfig, dtype: torch.dtype = torch.float32, *, split: Collection[str] | None = None
+) -> PreTrainedModel:
     """Builds a model on the meta device, with real buffers (the constructor computes rotary tables).
+
+    Args:
+        split: the stacked experts of a dense model that become modules of linears (``SplitExperts``), by the names of
+            their modules; by default all.
 
     Raises:
         UnsupportedModelError: transformers cannot build a model with this config.
@@ -47,6 +55,11 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32)
             f"transformers cannot build a model of type {config.model_type!r} from its config: {type(error).__name__}: "
             f"{first_line(error)}"
         ) from error
+    if getattr(config, "svdllm", None) is None:  # else its class has split those that have a form
+        split_experts(skeleton, split)
+    for module in skeleton.modules():
+        if isinstance(module, SplitExperts):
+            module.grouped = False  # weights are put into single linears for a while
     return skeleton.eval().requires_grad_(False)
 
 

@@ -9,9 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from svdllm.common.errors import UnsupportedModelError
 from svdllm.models.left_dense import IGNORED, DenseModule, DensePart, dense_parts
-from svdllm.models.linears import listing, matches
+from svdllm.models.linears import matches
 from svdllm.models.shared_state import Argument, Handed
 
 
@@ -24,12 +23,21 @@ class Inner:
         side: ``out`` of a linear that makes them, ``in`` of the linear that reads them.
         width: number of inner features.
         copies: how many times the side holds them: twice for gate and up projection in one linear.
+        interleaved: whether the copies of a feature follow each other, and not all features in one copy each.
+        pool: of an expert, the name of all experts of its layer.
     """
 
     mlp: str
     side: Literal["out", "in"]
     width: int
     copies: int = 1
+    interleaved: bool = False
+    pool: str | None = None
+
+    @property
+    def unit(self) -> str:
+        """The MLP, or all experts of its layer."""
+        return self.pool or self.mlp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +51,7 @@ class Target:
         bias_corrected: once factorised, it has a bias that makes its mean output equal the dense one.
         parts: name and out_features of each linear, where there are several; their rows follow each other.
         inner: the side with the inner features of an MLP, if it belongs to one that can be narrowed.
+        pool: of a linear of an expert, the name of these linears of all experts of its layer.
     """
 
     name: str
@@ -55,6 +64,17 @@ class Target:
     bias_corrected: bool = False
     parts: tuple[tuple[str, int], ...] = ()
     inner: Inner | None = None
+    pool: str | None = None
+
+    @property
+    def expert(self) -> str | None:
+        """Name of the expert that it belongs to."""
+        return None if self.pool is None else self.name.rpartition(".")[0]
+
+    @property
+    def unit(self) -> str:
+        """The target, or its pool: what is probed, and chosen for, as one."""
+        return self.pool or self.name
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -101,9 +121,11 @@ class Mlp:
         name: names of its linears, without repeating the module that they are in.
         block: index of the block that it is in.
         producers: names of the targets whose outputs are the inner features. ``out_features`` of each is a multiple of
-            ``width``: a fused ``gate_up_proj`` has feature ``j`` in the rows ``j`` and ``j + width``.
+            ``width``: a fused ``gate_up_proj`` has feature ``j`` in the rows ``j`` and ``j + width``, or in ``2 j`` and
+            ``2 j + 1`` if it is interleaved.
         consumer: name of the target that reads the inner features.
         width: number of inner features, the ``in_features`` of the consumer.
+        pool: of an expert, the name of all experts of its layer.
     """
 
     name: str
@@ -111,6 +133,8 @@ class Mlp:
     producers: tuple[str, ...]
     consumer: str
     width: int
+    interleaved: bool = False
+    pool: str | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -156,9 +180,19 @@ class Structure:
         return {mlp.name: [by_name[name] for name in mlp.linears] for mlp in self.mlps}
 
     @property
+    def pools(self) -> dict[str, list[str]]:
+        """Pool -> its targets or MLPs."""
+        pools: dict[str, list[str]] = {}
+        for member in (*self.targets, *self.mlps):
+            if member.pool is not None:
+                pools.setdefault(member.pool, []).append(member.name)
+        return pools
+
+    @property
     def block_of(self) -> dict[str, int]:
-        """Target or MLP -> index of its block."""
-        return {target.name: target.block for target in self.targets} | {mlp.name: mlp.block for mlp in self.mlps}
+        """Target, MLP or pool -> index of its block."""
+        members = (*self.targets, *self.mlps)
+        return {name: member.block for member in members for name in (member.name, member.pool or member.name)}
 
     @property
     def num_target_params(self) -> int:
@@ -187,46 +221,13 @@ def with_mlps(structure: Structure, mlps: Sequence[Mlp]) -> Structure:
     sides: dict[str, Inner] = {}
     outs = {target.name: target.out_features for target in structure.targets}
     for mlp in mlps:
-        sides |= {name: Inner(mlp.name, "out", mlp.width, outs[name] // mlp.width) for name in mlp.producers}
-        sides[mlp.consumer] = Inner(mlp.name, "in", mlp.width)
+        sides |= {
+            name: Inner(mlp.name, "out", mlp.width, outs[name] // mlp.width, mlp.interleaved, mlp.pool)
+            for name in mlp.producers
+        }
+        sides[mlp.consumer] = Inner(mlp.name, "in", mlp.width, pool=mlp.pool)
     targets = tuple(replace(target, inner=sides.get(target.name)) for target in structure.targets)
     return replace(structure, targets=targets, mlps=tuple(mlps))
-
-
-def with_joint_keys_and_values(structure: Structure) -> Structure:
-    """Makes ``k_proj`` and ``v_proj`` of every layer one target, as in multi-head latent attention.
-
-    A pair stays apart if one of the two is ignored, or only one of them has a bias.
-
-    Raises:
-        UnsupportedModelError: no layer has such a pair.
-    """
-    by_name = {target.name: target for target in structure.targets}
-    joint: dict[str, Target] = {}
-    for keys in structure.targets:
-        parent, _, leaf = keys.name.rpartition(".")
-        values = by_name.get(f"{parent}.v_proj")
-        if leaf == "k_proj" and values and (values.group, values.has_bias) == (keys.group, keys.has_bias):
-            joint[keys.name] = joint[values.name] = _joint(keys, values)
-    if not joint:
-        raise UnsupportedModelError(
-            "--joint-kv needs a layer whose k_proj and v_proj read the same tensor and may both be compressed, found "
-            f"the linears {listing([target.name for target in structure.targets])}. Leave out --joint-kv."
-        )
-    targets = dict.fromkeys(joint.get(target.name, target) for target in structure.targets)
-    renamed = {name: target.name for name, target in joint.items()}
-    groups = (replace(target, group=renamed.get(target.group, target.group)) for target in targets)
-    mlps = (mlp for mlp in structure.mlps if joint.keys().isdisjoint(mlp.linears))
-    return replace(structure, targets=tuple(groups), mlps=tuple(mlps))
-
-
-def _joint(keys: Target, values: Target) -> Target:
-    return replace(
-        keys,
-        name=f"{keys.name}+{values.name.rpartition('.')[2]}",
-        out_features=keys.out_features + values.out_features,
-        parts=((keys.name, keys.out_features), (values.name, values.out_features)),
-    )
 
 
 def left_dense(structure: Structure, reasons: Mapping[str, str]) -> Structure:

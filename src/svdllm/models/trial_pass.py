@@ -12,6 +12,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from svdllm.common.errors import UnsupportedModelError, said_by
+from svdllm.models.experts import experts_tried
 from svdllm.models.hooks import experts_computed, replaced, to_device
 from svdllm.models.linears import linear_shape
 from svdllm.models.loaded_weights import tensors_replaced
@@ -46,7 +47,7 @@ def trial_pass(skeleton: PreTrainedModel, blocks: Sequence[str], linears: Mappin
     """Runs a skeleton over eight tokens; what is around the blocks computes with weights of zeros.
 
     Blocks run on the meta device. A block that looks at values cannot: then all of them run on the CPU, with weights of
-    zeros too. Linears only return zeros.
+    zeros too. Linears only return zeros, and every expert is called.
 
     Raises:
         UnsupportedModelError: a block changes an argument in a way that cannot be carried from block to block, or the
@@ -137,7 +138,7 @@ def _run(skeleton: PreTrainedModel, blocks: Sequence[str], linears: Mapping[str,
     ids = torch.zeros(1, TRIAL_TOKENS, dtype=torch.long)
     experts = experts_computed(skeleton, "batched_mm" if device == "meta" else "eager")
     stubs = replaced(skeleton, watched), replaced(skeleton, probes)
-    with zeros, experts, stubs[0], stubs[1], torch.no_grad():
+    with zeros, experts, experts_tried(skeleton), stubs[0], stubs[1], torch.no_grad():
         skeleton.base_model(input_ids=ids, use_cache=False)
     run = [probe for probe in probes.values() if probe.given is not None]
     groups: dict[str, str] = {}

@@ -10,6 +10,8 @@ from math import prod
 
 from transformers import PreTrainedModel
 
+from svdllm.models.experts import known_tensors
+
 SHOWN = 6
 # Tables in the files of older models, which models now compute.
 _TABLES = re.compile(r"(^|\.)((original_)?inv_freq|position_ids)$")
@@ -64,7 +66,7 @@ def unused_tensors(
         shapes: of all tensors, by the names in the files.
         places: name in the files -> name in the model.
     """
-    state = model.state_dict()
+    state = known_tensors(model)
     lost = [name for name in shapes if places[name] not in state and not _TABLES.search(name)]
     patterns = model._keys_to_ignore_on_load_unexpected or ()
     ignored = [name for name in lost if any(re.search(pattern, places[name]) for pattern in patterns)]

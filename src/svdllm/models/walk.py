@@ -213,14 +213,14 @@ class Block:
     name: str
     module: nn.Module
 
-    def run(self) -> None:
-        """Runs every batch; the outputs replace the inputs.
+    def run(self, *, advance: bool = True) -> None:
+        """Runs every batch; the outputs replace the inputs, unless ``advance`` is False.
 
         Raises:
             NumericalError: a hidden state is NaN or infinite; names block and batch.
         """
         walk = self.walk
-        if walk.kept_batches:
+        if walk.kept_batches and advance:
             path = walk.kept_file(self.index)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_tensors({"inputs": walk.hidden.tensor[: walk.kept_windows].contiguous()}, path)
@@ -232,6 +232,8 @@ class Block:
                     f"The output of block {self.index} ({self.name}) has NaN or infinite values in batch {number} "
                     f"(windows {batch.start} to {batch.stop - 1}). If it computes in float16, try --dtype float32."
                 )
+            if not advance:
+                continue
             walk.hidden.tensor[batch] = output.to("cpu", walk.dtype)
             walk.hidden.share(number, self.index, written)
             if walk.on_batch is not None:
@@ -266,8 +268,10 @@ class Block:
         hidden = states.tensor[walk.batches[number]].to(walk.device)
         return walk.calls[number][self.index].run(self.module, hidden, states.shared.before(number, self.index))
 
-    def run_backward(self) -> None:
+    def run_backward(self, *, advance: bool = True) -> None:
         """Runs every kept batch with gradients; the gradient of the inputs replaces the gradient of the outputs.
+
+        With ``advance`` False, both stay as they are, for another run.
 
         Inputs are the hidden states and the shared state that the block finds. Outputs are the hidden states and the
         entries that it writes into the shared state.
@@ -285,10 +289,13 @@ class Block:
             pairs = [(output, walk.hidden.tensor[batch].to(walk.device))]
             pairs += walk.state_gradients.of_written(number, written)
             torch.autograd.backward([made for made, _ in pairs], [gradient for _, gradient in pairs])
+            if not advance:
+                continue
             walk.state_gradients.step_back(number, found, written)
             walk.hidden.tensor[batch] = walk._finite_gradient(
                 hidden, f"block {self.index} ({self.name}), batch {number}"
             )
             if walk.on_batch is not None:
                 walk.on_batch(len(walk.structure.blocks) - 1 - self.index, number + 1, walk.kept_batches)
-        walk.kept_file(self.index).unlink()
+        if advance:
+            walk.kept_file(self.index).unlink()

@@ -14,7 +14,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from svdllm.common.errors import CheckpointError, InputError, NumericalError, UnsupportedModelError, first_line
-from svdllm.models.converted import Conversion, Stored, StoredTensor, converted_tensors
+from svdllm.models.converted import Conversion, Stored, StoredPart, StoredTensor, converted_tensors
+from svdllm.models.experts import ExpertTensor, expert_tensors, known_tensors, split_tensors
 from svdllm.models.model_names import display_name
 from svdllm.models.safetensors_files import dtype_of, read_header, weight_files
 from svdllm.models.unused_tensors import UnusedTensors, unused_tensors, warn_of_unused
@@ -73,7 +74,7 @@ class SafetensorsWeights:
         }
         shapes = {key: tensor.shape for key, tensor in stored.items()}
         places = _places_in(skeleton, shapes)
-        expected = skeleton.state_dict()
+        expected = known_tensors(skeleton)
         self._tensors: dict[str, Stored] = {
             name: stored[key] for key, (name, rule, _) in places.items() if rule is None and name in expected
         }
@@ -88,6 +89,11 @@ class SafetensorsWeights:
                 f"{type(skeleton).__name__}: {first_line(error)}"
             ) from error
         self._settle_ties(skeleton)
+        self._tensors = split_tensors(
+            self._tensors,
+            expert_tensors(skeleton),
+            lambda stack, place: StoredPart(stack, place.index, place.transposed),
+        )
         names = {key: name for key, (name, _, _) in places.items()}
         unknown = [key for key in shapes if names[key] not in expected]
         _require_all(self, skeleton, display_name(folder), unknown)
@@ -140,8 +146,9 @@ class MemoryWeights:
             seen.add(id(tensor))
         holder = type(model).__name__
         shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-        for name in (unknown := sorted(set(shapes).difference(skeleton.state_dict()))):
+        for name in (unknown := sorted(set(shapes).difference(known_tensors(skeleton)))):
             del self._tensors[name]
+        self._tensors = split_tensors(self._tensors, expert_tensors(skeleton), _part_of)
         _require_all(self, skeleton, holder, unknown)
         self.unused = unused_tensors(shapes, {name: name for name in shapes}, skeleton)
         warn_of_unused(holder, self.unused)
@@ -154,6 +161,10 @@ class MemoryWeights:
 
     def get(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+def _part_of(stack: Tensor, place: ExpertTensor) -> Tensor:
+    return stack[place.index].mT if place.transposed else stack[place.index]
 
 
 def _require_all(weights: Weights, skeleton: PreTrainedModel, holder: str, unknown: Sequence[str]) -> None:
@@ -194,11 +205,11 @@ def _places_in(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, Place]:
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    expected, prefix = model.state_dict(), model.base_model_prefix
+    own, expected, prefix = model.state_dict(), known_tensors(model), model.base_model_prefix
     places: dict[str, Place] = {}
     for key in sorted(keys, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
-        if name not in expected and key in expected:
+        if name not in own and key in own:
             name, pattern = rename_source_key(key, [], [], prefix, expected)
         places[key] = (name, None if pattern is None else by_pattern[pattern], pattern)
     return places

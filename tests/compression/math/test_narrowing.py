@@ -169,3 +169,4 @@ def test_kept_rows_of_one_and_of_two_copies():
     order = torch.tensor([3, 0, 2, 1])
     assert kept_rows(order, 2).tolist() == [3, 0]
     assert kept_rows(order, 3, copies=2).tolist() == [3, 0, 2, 7, 4, 6]
+    assert kept_rows(order, 3, copies=2, interleaved=True).tolist() == [6, 7, 0, 1, 4, 5]

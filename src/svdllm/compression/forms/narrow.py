@@ -47,7 +47,7 @@ def _store(target: Target, fitted: Fitted, width: int, order: Tensor | None) -> 
     weight_OI, bias_O = fitted["weight"], fitted.get("bias")
     order = order.to(weight_OI.device)
     if target.inner.side == "out":
-        rows = kept_rows(order, width, target.inner.copies)
+        rows = kept_rows(order, width, target.inner.copies, target.inner.interleaved)
         weight_OI = weight_OI[rows]
         bias_O = None if bias_O is None else bias_O[rows]
     else:

@@ -148,15 +148,18 @@ def narrowed_anchored(
     return kept_OW + torch.cholesky_solve((wanted_OW - kept_OW @ gram_WW).mT, root_WW).mT
 
 
-def kept_rows(order_I: Tensor, width: int, copies: int = 1) -> Tensor:
+def kept_rows(order_I: Tensor, width: int, copies: int = 1, interleaved: bool = False) -> Tensor:
     """The rows of a producer that are kept at a width, in the order of the consumer's columns.
 
     Args:
         copies: out_features of the producer divided by the number of inner features: 2 for gate and up in one linear,
             which has feature ``j`` in the rows ``j`` and ``j + I``.
+        interleaved: feature ``j`` is in the rows ``copies j`` to ``copies j + copies - 1`` instead.
     """
-    starts_C = len(order_I) * torch.arange(copies, device=order_I.device)
-    return (starts_C[:, None] + order_I[:width]).flatten()
+    copies_C = torch.arange(copies, device=order_I.device)
+    if interleaved:
+        return (copies * order_I[:width, None] + copies_C).flatten()
+    return (len(order_I) * copies_C[:, None] + order_I[:width]).flatten()
 
 
 def _root(gram_NN: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from svdllm.compression.forms.layout import elastic_tensors
 from svdllm.compression.ranks import ALLOCATIONS
 from svdllm.compression.ranks.given import explicit_forms, free_and_fixed, overridden, require_sizes_above_zero
 from svdllm.compression.ranks.linear_times import LinearTimes
+from svdllm.compression.ranks.pools import Pools, probed_members
 from svdllm.compression.ranks.predicted_sizes import WrittenFiles
 from svdllm.compression.ranks.question import Allocation, Evidence, Question, Unit
 from svdllm.compression.ranks.uniform import exact_floor, fill_budget, uniform_rank, uniform_ranks
@@ -41,10 +42,13 @@ def choose_forms(
     if recipe.target_speedup is not None and not known:
         chosen = Allocation(_about(free, recipe.target_speedup))
     else:
-        question = _question(recipe, structure, files, free, fixed, evidence)
+        pools = Pools.of(free if recipe.expert_ranks == "equal" else (), structure)
+        question = pools.asked(_question(recipe, structure, files, free, fixed, evidence))
         if row.leaves_dense:
             question.require_met(row.least(question, recipe))
-        chosen = row.allocate(question, evidence or Evidence(), recipe) if known else _stand_in(question, recipe)
+        found = pools.known(probed_members(evidence or Evidence(), structure))
+        chosen = row.allocate(question, found, recipe) if known else _stand_in(question, recipe)
+        chosen = replace(chosen, forms=pools.of_members(chosen.forms))
     forms = fixed | dict(chosen.forms)
     require_sizes_above_zero(forms, targets, recipe)
     if not forms:
@@ -69,6 +73,7 @@ def require_fast_enough(recipe: Recipe, structure: Structure, times: LinearTimes
     """Raises InputError if not even the least sizes are as fast as ``target_speedup``; says what is."""
     free, fixed = free_and_fixed(recipe, structure.targets)
     question = _asked(recipe, structure, free, unit_of_time(recipe, structure, free, fixed, times))
+    question = Pools.of(free if recipe.expert_ranks == "equal" else (), structure).asked(question)
     question.require_met(ALLOCATIONS[recipe.allocation].least(question, recipe))
 
 

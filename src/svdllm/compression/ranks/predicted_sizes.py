@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedModel
@@ -60,8 +61,16 @@ class WrittenFiles:
 
     def part(self, target: Target) -> WrittenFiles:
         """The files of this target alone."""
-        names = [name for name in self.dense if name.rpartition(".")[0] in target.linears]
+        names = [name for linear in target.linears for name in self._by_linear.get(linear, ())]
         return replace(self, dense={name: self.dense[name] for name in names}, targets=[target])
+
+    @cached_property
+    def _by_linear(self) -> dict[str, list[str]]:
+        """Module -> names of its tensors."""
+        names: dict[str, list[str]] = {}
+        for name in self.dense:
+            names.setdefault(name.rpartition(".")[0], []).append(name)
+        return names
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import re
 import struct
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,6 +118,276 @@ class PackedLinear(nn.Module):
 
 
 FACTORED = (LowRankLinear, PackedLinear)
+
+
+class Expert(nn.Module):
+    """One expert as an MLP of linears: ``gate_up_proj``, or ``up_proj`` without a gate, and ``down_proj``."""
+
+    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        for name, linear in linears.items():
+            self.add_module(name, linear)
+
+    def forward(self, x_TI: Tensor, weights_T: Tensor, experts: SplitExperts) -> Tensor:
+        """Computes the expert's share of the output for the tokens that are routed to it, with their weights."""
+        made_TF, consumer = self._modules.values()
+        output_TO = consumer(experts.activated(made_TF(x_TI)))  # type: ignore[misc]
+        return experts.normalised(output_TO) * weights_T.unsqueeze(-1).to(output_TO.dtype)
+
+
+class SplitExperts(nn.Module):
+    """The experts of a layer one by one, where transformers stacks their weights: children ``0``, ``1``, ...
+
+    It takes over the attributes of the module that it replaces, and calls the methods of its class.
+
+    Attributes:
+        stacked_class: class of the module that it replaces.
+        linear_names: of the linears of each expert.
+        split_count: number of experts.
+        top_k: number of experts that a token is routed to; known after a trial.
+        tried: number of experts that are handed every token, and no others, in a trial without data; 0 in use.
+        grouped: computes the linears of all experts by grouped products, where they are alike; None: except on a CPU.
+    """
+
+    top_k = 1
+    tried = 0
+    grouped: bool | None = None
+
+    def __init__(self, stacked: Any) -> None:
+        super().__init__()
+        names = stacked_names(stacked)
+        assert names is not None
+        own = vars(nn.Module())
+        self.__dict__.update({name: value for name, value in vars(stacked).items() if name not in own})
+        self.stacked_class, self.linear_names = type(stacked), names
+        self.has_post_expert_norm = getattr(stacked, "has_post_expert_norm", False)
+        self.split_count = len(getattr(stacked, names[0]))
+        for name, child in stacked.named_children():
+            self.add_module(name, child)
+        for index in range(self.split_count):
+            linears = {name: _linear_of_expert(stacked, name, index) for name in names}
+            self.add_module(str(index), Expert(linears).train(stacked.training))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            member = getattr(self.__dict__.get("stacked_class"), name)
+            return types.MethodType(member, self) if callable(member) else member
+
+    @property
+    def experts(self) -> list[Any]:
+        return [self._modules[str(index)] for index in range(self.split_count)]
+
+    def activated(self, made: Tensor) -> Tensor:
+        """The inner features of an expert."""
+        return self._apply_gate(made) if self.has_gate else self.act_fn(made)
+
+    def normalised(self, output: Tensor) -> Tensor:
+        return self.post_expert_norm(output) if self.has_post_expert_norm else output
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Adds up the outputs of the experts that each token is routed to.
+
+        Shapes: ``hidden_states`` ``(tokens, features)``; ``top_k_index`` and ``top_k_weights`` ``(tokens, k)``.
+        """
+        if self.tried:
+            return self._of_all(hidden_states, top_k_index, top_k_weights)
+        wanted = hidden_states.device.type != "cpu" if self.grouped is None else self.grouped
+        if wanted and (groups := self._groups()) is not None:
+            return self._in_groups(hidden_states, top_k_index, top_k_weights, groups)
+        result = torch.zeros_like(hidden_states)
+        for index in top_k_index.unique().tolist():
+            if index < self.split_count:  # more marks tokens of other processes
+                token, place = torch.where(top_k_index == index)
+                expert: Any = self._modules[str(index)]
+                output = expert(hidden_states[token], top_k_weights[token, place], self)
+                result.index_add_(0, token, output.to(result.dtype))
+        return result
+
+    def _groups(self) -> list[LinearGroup] | None:
+        """The linears of all experts as groups, made when they are first needed; None if they cannot be."""
+        ends = [self._modules["0"], self._modules[str(self.split_count - 1)]]
+        if any(_is_watched(module) for end in ends for module in end.modules()):  # type: ignore[union-attr]
+            return None
+        known: Any = self.__dict__.get("linear_groups")
+        if known is None or any(group is None or not group.is_current() for group in known):
+            linears = [[expert._modules[name] for expert in self.experts] for name in self.linear_names]
+            known = [LinearGroup(of_each) if can_be_grouped(of_each) else None for of_each in linears]
+            self.__dict__["linear_groups"] = known
+        return None if None in known else known
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "linear_groups"}
+
+    def _in_groups(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, groups: list[LinearGroup]
+    ) -> Tensor:
+        tokens, k = top_k_index.shape
+        experts_S, places_S = top_k_index.reshape(-1).sort(stable=True)
+        bounds = torch.arange(self.split_count, device=experts_S.device, dtype=experts_S.dtype)
+        ends_E = torch.searchsorted(experts_S, bounds, right=True).to(torch.int32)
+        absent_S = (experts_S >= self.split_count).unsqueeze(-1)  # rows that a grouped product leaves unset
+        owners_S = experts_S.clamp(max=self.split_count - 1)
+        values = hidden_states[places_S // k].masked_fill(absent_S, 0)
+        values = self.activated(groups[0](values, owners_S, ends_E).masked_fill(absent_S, 0))
+        values = self.normalised(groups[1](values, owners_S, ends_E).masked_fill(absent_S, 0))
+        weighted = values * top_k_weights.reshape(-1)[places_S].unsqueeze(-1).to(values.dtype)
+        in_order = torch.empty_like(weighted).index_copy(0, places_S, weighted)
+        return in_order.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+
+    def _of_all(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        self.top_k = top_k_index.shape[-1]
+        result = torch.zeros_like(hidden_states)
+        for index, expert in enumerate(self.experts[: self.tried]):
+            weights_T = (top_k_weights * (top_k_index == index)).sum(-1)
+            result = result + expert(hidden_states[:], weights_T, self).to(result.dtype)
+        return result
+
+
+def can_be_grouped(linears: list[Any]) -> bool:
+    """Whether linears of one class, in plain memory, have sizes that one grouped product takes."""
+    kinds = {type(linear) for linear in linears}
+    parameters = [parameter for linear in linears for parameter in linear.parameters()]
+    if len(kinds) > 1 or not kinds < {nn.Linear, *FACTORED} or any(type(p.data) is not Tensor for p in parameters):
+        return False
+    first = linears[0]
+    if isinstance(first, LowRankLinear):  # ranks may differ
+        sizes = {(linear.svd_v.in_features, linear.svd_u.out_features) for linear in linears}
+    else:
+        sizes = {tuple(tuple(p.shape) for p in linear.parameters() if p.ndim == 2) for linear in linears}
+    if isinstance(first, PackedLinear) and len({linear.side for linear in linears}) > 1:
+        return False
+    shapes = [size for shape in next(iter(sizes)) for size in (shape if isinstance(shape, tuple) else (shape,))]
+    return len(sizes) == 1 and all(size % 8 == 0 for size in shapes)  # 16 bytes in two-byte dtypes
+
+
+class LinearGroup:
+    """The same linear of all experts of a layer, in one form: its matrices become views of one stack each.
+
+    Ranks are filled up with zeros to a multiple of 16, and to the largest. With gradients, stacks are made anew.
+    """
+
+    def __init__(self, linears: list[Any]) -> None:
+        self.linears = linears
+        first = linears[0]
+        self.leaves = ("svd_v", "svd_u") if isinstance(first, FACTORED) else ("",)
+        self.pads = isinstance(first, LowRankLinear)
+        self.stacks = {leaf: self._stack(leaf) for leaf in self.leaves}
+        for leaf, stack in self.stacks.items():
+            for weight, view in zip(self._weights(leaf), stack, strict=True):
+                weight.data = view[: weight.shape[0], : weight.shape[1]]
+        biases = [_bias_of(linear) for linear in linears]
+        self.bias = None if biases[0] is None else torch.stack([bias.detach() for bias in biases])
+        for bias, view in zip(biases, () if self.bias is None else self.bias, strict=self.bias is not None):
+            bias.data = view
+        self.order = (
+            torch.stack([linear.order for linear in linears]).long() if isinstance(first, PackedLinear) else None
+        )
+
+    def __call__(self, x_SI: Tensor, owners_S: Tensor, ends_E: Tensor) -> Tensor:
+        """Multiplies rows, sorted by expert, by the matrix of their expert; ``ends_E`` says where each expert ends."""
+        from transformers.integrations.moe import _grouped_linear
+
+        stacks = self._with_gradients() if torch.is_grad_enabled() and self._trained() else self.stacks
+        bias = (
+            None
+            if self.bias is None
+            else torch.stack([_bias_of(x) for x in self.linears])
+            if stacks is not self.stacks
+            else self.bias
+        )
+
+        def product(x: Tensor, leaf: str) -> Tensor:
+            return _grouped_linear(x, stacks[leaf], ends_E)
+
+        first = self.linears[0]
+        if not isinstance(first, PackedLinear):
+            for leaf in self.leaves:
+                x_SI = product(x_SI, leaf)
+            y_SO = x_SI
+        elif first.side == "rows":
+            pivots = product(x_SI, "svd_v")
+            y_SO = torch.cat((pivots, product(pivots, "svd_u")), dim=-1).gather(1, self.order[owners_S])  # type: ignore[index]
+        else:
+            x_SI = x_SI.gather(1, self.order[owners_S])  # type: ignore[index]
+            pivots, others = (part.contiguous() for part in x_SI.split((first.rank, x_SI.shape[1] - first.rank), 1))
+            y_SO = product(pivots + product(others, "svd_v"), "svd_u")
+        return y_SO if bias is None else y_SO + bias[owners_S]
+
+    def is_current(self) -> bool:
+        """Whether the linears still are views of the stacks: not moved, cast or replaced."""
+        ends = [(leaf, at) for leaf in self.leaves for at in (0, -1)]
+        return all(
+            self._weight(self.linears[at], leaf).data_ptr() == self.stacks[leaf][at].data_ptr() for leaf, at in ends
+        )
+
+    @staticmethod
+    def _weight(linear: Any, leaf: str) -> Any:
+        return (getattr(linear, leaf) if leaf else linear).weight
+
+    def _weights(self, leaf: str) -> list[Any]:
+        return [self._weight(linear, leaf) for linear in self.linears]
+
+    def _trained(self) -> bool:
+        return any(self._weight(self.linears[0], leaf).requires_grad for leaf in self.leaves)
+
+    def _padded(self, leaf: str) -> Iterator[Tensor]:
+        """The weights of a leaf, those of pairs filled up with zeros to one rank."""
+        weights = self._weights(leaf)
+        side = 1 if leaf == "svd_u" else 0
+        most = -(-max(weight.shape[side] for weight in weights) // 16) * 16
+        for weight in weights:
+            missing = (most - weight.shape[side]) if self.pads else 0
+            yield nn.functional.pad(weight, (0, missing, 0, 0) if side else (0, 0, 0, missing))
+
+    def _stack(self, leaf: str) -> Tensor:
+        with torch.no_grad():
+            return torch.stack(list(self._padded(leaf)))
+
+    def _with_gradients(self) -> dict[str, Tensor]:
+        return {leaf: torch.stack(list(self._padded(leaf))) for leaf in self.leaves}
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether something wants to see the calls of a module, or brings its weights for them."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or hasattr(module, "_hf_hook")
+
+
+def _bias_of(linear: Any) -> Any:
+    return (linear.svd_u if isinstance(linear, LowRankLinear) else linear).bias
+
+
+def stacked_names(module: Any) -> tuple[str, str] | None:
+    """Names of the weights of a module of stacked experts, the last that of the second linear; None for any other.
+
+    Such modules are those of classes that transformers decorates by ``use_experts_implementation``.
+    """
+    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+    if isinstance(module, SplitExperts) or not all(name in vars(module) for name in flags):
+        return None
+    names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    weights = [module._parameters.get(name) for name in names]
+    return names if all(weight is not None and weight.ndim == 3 for weight in weights) else None
+
+
+def split_experts(model: nn.Module, names: Collection[str] | None = None) -> None:
+    """Replaces modules of stacked experts (all, or the named ones) by ``SplitExperts`` with the same weights."""
+    for name, module in list(model.named_modules()):
+        if stacked_names(module) is not None and (names is None or name in names):
+            model.set_submodule(name, SplitExperts(module))
+
+
+def _linear_of_expert(stacked: Any, name: str, index: int) -> nn.Linear:
+    weight = getattr(stacked, name)[index].detach()
+    weight = weight.mT.contiguous() if stacked.is_transposed else weight
+    linear = nn.Linear(1, 1, bias=stacked.has_bias, device="meta")
+    linear.out_features, linear.in_features = weight.shape
+    needs_grad = getattr(stacked, name).requires_grad
+    linear.weight = nn.Parameter(weight, needs_grad)
+    if stacked.has_bias:
+        linear.bias = nn.Parameter(getattr(stacked, f"{name}_bias")[index].detach(), needs_grad)
+    return linear
 
 
 def swap_linears(model: nn.Module, forms: Mapping[str, Mapping[str, Any]], add_biases: bool = False) -> None:
@@ -265,6 +535,7 @@ class LowRankMixin(_Model):
             prefix = f"{self.base_model_prefix}."
             forms = {name.removeprefix(prefix): entry for name, entry in forms.items() if name.startswith(prefix)}
             shared = {name.removeprefix(prefix): first.removeprefix(prefix) for name, first in shared.items()}
+        split_experts(self, {name.rpartition(".")[0].rpartition(".")[0] for name in forms})
         swap_linears(self, forms, settings.get("bias_correction", False))
         share_first_factors(self, shared)
         check_tensor_parallel(self, _processes_of_vllm())
@@ -393,6 +664,12 @@ def check_tensor_parallel(model: Any, processes: int) -> None:
             f"Packed linears cannot be split between {processes} processes, and this model has {len(packed)}: "
             f"{_some(packed, 3)}. Store pairs in place of them by `svdllm export MODEL -o OUT --format pairs`, or use "
             "one process."
+        )
+    split = [name for name, module in model.named_modules() if isinstance(module, SplitExperts)]
+    if split and processes > 1:
+        raise ValueError(
+            f"Low-rank experts cannot be split between {processes} processes, and {len(split)} layers of this model have "
+            f"some: {_some(split, 3)}. Use one process."
         )
     sizes = [(name, entry.get(key, 0)) for name, entry in model.config.svdllm_forms.items() for key in _SIZES]
     if uneven := [f"{name} ({size})" for name, size in sizes if size % processes]:

@@ -1,0 +1,69 @@
+"""Parts of a block whose statistics fit into memory at once: a block with many experts is run once for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from svdllm.models.structure import Target
+
+# Statistics and bases of one part; a single expert may need more.
+PART_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some targets of a block.
+
+    Args:
+        number: of the part; None for the last one, whose run carries the hidden states on.
+        grouped: targets of all parts whose inputs are added up by pool in this run; none but in the first part.
+        groups: pool -> the sum over its members, for all parts of the block.
+    """
+
+    targets: list[Target]
+    number: int | None = None
+    grouped: Sequence[Target] = ()
+    groups: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_last(self) -> bool:
+        return self.number is None
+
+
+def statistics_bytes(target: Target, depth: int) -> int:
+    """Bytes of the Grams of a target's inputs and outputs, and of its basis and narrowing."""
+    narrowing = 0 if target.inner is None else 4 * target.inner.width**2
+    return 8 * target.in_features**2 + 12 * target.out_features**2 + 4 * target.out_features * depth + narrowing
+
+
+def parts_of(targets: Sequence[Target], depths: Mapping[str, int]) -> list[Part]:
+    """Divides the targets of a block: everything but experts first, then as many experts as fit at a time.
+
+    Args:
+        depths: target -> directions of its basis that are kept.
+    """
+    units: dict[str | None, list[Target]] = {None: []}
+    for target in targets:
+        units.setdefault(target.expert, []).append(target)
+    chunks: list[list[Target]] = [[]]
+    size = 0
+    for members in units.values():
+        needed = sum(statistics_bytes(target, depths[target.name]) for target in members)
+        if chunks[-1] and size + needed > PART_BYTES:
+            chunks.append([])
+            size = 0
+        chunks[-1] += members
+        size += needed
+    groups: dict[str, Any] = {}
+    grouped = [target for target in targets if target.pool is not None] if len(chunks) > 1 else []
+    return [
+        Part(
+            targets=chunk,
+            number=None if number == len(chunks) - 1 else number,
+            grouped=() if number else grouped,
+            groups=groups,
+        )
+        for number, chunk in enumerate(chunks)
+    ]

@@ -15,7 +15,7 @@ for later ones (``shared_state``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -251,10 +251,8 @@ class Block:
         )
         after = module.register_forward_hook(lambda _module, _args, output: added.follow(output))
         try:
-            with torch.no_grad(), added:
+            with suppress(Followed), torch.no_grad(), added:
                 self.run_on(states, number)
-        except Followed:
-            pass
         finally:
             before.remove()
             after.remove()

@@ -70,7 +70,9 @@ class TargetFactors:
         if target.name not in self._made:
             made = self._in_form(target, self._in_order_of_consumer(target, self._fitted(target)))
             if target.inner is not None and target.inner.side == "in":
-                self._orders |= {target.name: own["order"].long() for own in made.values() if "order" in own}
+                for own in made.values():
+                    if "order" in own:
+                        self._orders[target.name] = own["order"].long()
                 made = {linear: _with_inputs_in_order(tensors) for linear, tensors in made.items()}
             self._made[target.name] = made
             if target.name in self._forms:

@@ -37,10 +37,11 @@ from svdllm.compression.recipe import Recipe
 from svdllm.compression.session import Run
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
+from svdllm.models.added import Read
 from svdllm.models.chosen import Forms
 from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.structure import Target, bias_of, weight_of, weights_by_name
-from svdllm.models.walk import Block, Read, Walk
+from svdllm.models.walk import Block, Walk
 
 SETTINGS = ("beta", "sequential_samples", "sequential_shrinkage", "residual_correction")
 

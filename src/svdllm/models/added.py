@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,13 @@ from torch.utils._pytree import tree_leaves
 
 ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 PRODUCTS = (torch.ops.aten.mul.Tensor, torch.ops.aten.mul_.Tensor)
+
+
+class Read(NamedTuple):
+    """The inputs of a module, and the tensors that its output is added to, summed; None if it is added to nothing."""
+
+    inputs: Tensor
+    added: Tensor | None
 
 
 class Followed(Exception):

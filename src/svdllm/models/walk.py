@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -28,7 +27,7 @@ from transformers import PreTrainedModel
 
 from svdllm.common.errors import NumericalError, UnsupportedModelError
 from svdllm.common.files import save_tensors
-from svdllm.models.added import Added, Followed
+from svdllm.models.added import Added, Followed, Read
 from svdllm.models.hidden_states import HiddenStates
 from svdllm.models.hooks import replaced
 from svdllm.models.loaded_weights import weights_loaded
@@ -203,13 +202,6 @@ class Walk:
         prefix = "" if root is self.skeleton else f"{self.skeleton.base_model_prefix}."
         with weights_loaded(root, prefix[:-1], self.weights, self.device, self.dtype, skip=inside, ties=self.ties):
             yield
-
-
-class Read(NamedTuple):
-    """The inputs of a module, and the tensors that its output is added to, summed; None if it is added to nothing."""
-
-    inputs: Tensor
-    added: Tensor | None
 
 
 @dataclass(frozen=True)

@@ -669,8 +669,8 @@ def check_tensor_parallel(model: Any, processes: int) -> None:
     split = [name for name, module in model.named_modules() if isinstance(module, SplitExperts)]
     if split and processes > 1:
         raise ValueError(
-            f"Low-rank experts cannot be split between {processes} processes, and {len(split)} layers of this model have "
-            f"some: {_some(split, 3)}. Use one process."
+            f"Low-rank experts cannot be split between {processes} processes, and {len(split)} layers of this model "
+            f"have some: {_some(split, 3)}. Use one process."
         )
     sizes = [(name, entry.get(key, 0)) for name, entry in model.config.svdllm_forms.items() for key in _SIZES]
     if uneven := [f"{name} ({size})" for name, size in sizes if size % processes]:

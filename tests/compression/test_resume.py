@@ -236,6 +236,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "ignore": {"ignore": ("o_proj",)},
     "allow_partial": {"allow_partial": True},
     "overrides": {"overrides": {"o_proj": 0.5}},
+    "expert_ranks": {"expert_ranks": "own"},
     "round_to": {"round_to": 2},
     "elastic": {"elastic": True},
     "calibration": {},

@@ -269,10 +269,8 @@ class Block:
     def run_backward(self, *, advance: bool = True) -> None:
         """Runs every kept batch with gradients; the gradient of the inputs replaces the gradient of the outputs.
 
-        With ``advance`` False, both stay as they are, for another run.
-
-        Inputs are the hidden states and the shared state that the block finds. Outputs are the hidden states and the
-        entries that it writes into the shared state.
+        With ``advance`` False, both stay as they are. Inputs are the hidden states and the shared state that the block
+        finds. Outputs are the hidden states and the entries that it writes into the shared state.
 
         Raises:
             NumericalError: a gradient is NaN or infinite; names block and batch.

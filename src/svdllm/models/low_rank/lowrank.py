@@ -381,12 +381,13 @@ def split_experts(model: nn.Module, names: Collection[str] | None = None) -> Non
 def _linear_of_expert(stacked: Any, name: str, index: int) -> nn.Linear:
     weight = getattr(stacked, name)[index].detach()
     weight = weight.mT.contiguous() if stacked.is_transposed else weight
-    linear = nn.Linear(1, 1, bias=stacked.has_bias, device="meta")
+    linear = nn.Linear.__new__(nn.Linear)  # its initialisation takes seconds for thousands of experts
+    nn.Module.__init__(linear)
     linear.out_features, linear.in_features = weight.shape
     needs_grad = getattr(stacked, name).requires_grad
     linear.weight = nn.Parameter(weight, needs_grad)
-    if stacked.has_bias:
-        linear.bias = nn.Parameter(getattr(stacked, f"{name}_bias")[index].detach(), needs_grad)
+    bias = getattr(stacked, f"{name}_bias")[index].detach() if stacked.has_bias else None
+    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias, needs_grad))
     return linear
 
 

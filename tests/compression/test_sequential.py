@@ -31,7 +31,8 @@ def products(dense_IT: Tensor, compressed_IT: Tensor) -> Products:
         dense_IT @ compressed_IT.T,
         dense_IT.sum(1),
         compressed_IT.sum(1),
-        dense_IT.shape[1],
+        weight=dense_IT.shape[1],
+        num_tokens=dense_IT.shape[1],
     )
 
 

@@ -62,7 +62,7 @@ def language_model(model: nn.Module) -> tuple[str, nn.Module]:
     find = getattr(model, "get_decoder", None)
     decoder = None if find is None else find()
     names = {id(module): name for name, module in model.named_modules()}
-    if id(decoder) not in names or not _stacks_of(decoder, ""):
+    if decoder is None or id(decoder) not in names or not _stacks_of(decoder, ""):
         return "", model
     return names[id(decoder)], decoder
 

@@ -16,7 +16,11 @@ from svdllm.compression.forms import rank_of
 from svdllm.compression.recipe import PLAIN
 from svdllm.compression.recipe_parts import BUDGETS
 from svdllm.models.chosen import Chosen, Forms
+from svdllm.models.discover import discover
+from svdllm.models.skeleton import build_skeleton
 from svdllm.models.structure import Target
+from svdllm.models.walk import Walk
+from svdllm.models.weights import MemoryWeights
 
 TEXT = " ".join(f"the quick brown fox {n} jumps over the lazy dog and {n * 7 % 13} more." for n in range(400))
 
@@ -33,6 +37,21 @@ def save_dense(folder: Path, family: str = "llama", seed: int = 0, tokenizer: An
 def token_windows(samples: int = 8, seqlen: int = 16, vocab: int = 128, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocab, (samples, seqlen), generator=generator)
+
+
+def walk_of(model: Any, ids: Tensor, **settings: Any) -> Walk:
+    """A walk over a model in memory, in batches of two windows."""
+    skeleton = build_skeleton(model.config)
+    return Walk(
+        weights=MemoryWeights(model, skeleton),
+        skeleton=skeleton,
+        structure=discover(skeleton),
+        ids=ids,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        batch_tokens=2 * ids.shape[1],
+        **settings,
+    )
 
 
 def small_recipe(**settings: Any) -> Recipe:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from families import HYBRIDS, MIXTURES, tiny_model, tiny_tokens
+from runs import walk_of
 from svdllm.common.errors import UnsupportedModelError
 from svdllm.compression.collect import collect_statistics
 from svdllm.compression.few_tokens import GroupStatistic
@@ -18,24 +19,9 @@ from svdllm.compression.parts import Part
 from svdllm.models.discover import discover, discover_blocks
 from svdllm.models.low_rank.lowrank import split_experts
 from svdllm.models.skeleton import build_skeleton
-from svdllm.models.walk import Walk
-from svdllm.models.weights import MemoryWeights, SafetensorsWeights
+from svdllm.models.weights import SafetensorsWeights
 
 KINDS = [*MIXTURES, *HYBRIDS, "falcon_h1", "gemma4_text"]
-
-
-def walk_of(model: Any, ids: Tensor, **settings: Any) -> Walk:
-    skeleton = build_skeleton(model.config)
-    return Walk(
-        weights=MemoryWeights(model, skeleton),
-        skeleton=skeleton,
-        structure=discover(skeleton),
-        ids=ids,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        batch_tokens=2 * ids.shape[1],
-        **settings,
-    )
 
 
 @pytest.mark.parametrize("family", KINDS)

@@ -11,27 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from families import tiny_model, tiny_tokens
+from runs import walk_of
 from svdllm import UnsupportedModelError
 from svdllm.models.discover import discover
 from svdllm.models.shared_state import Handed, Ports, SharedStates, StateGradients, WrittenArguments, differentiable
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.stubs import Recorder
 from svdllm.models.walk import Walk
-from svdllm.models.weights import MemoryWeights
 
 
 def walk_through(model: Any, ids: Tensor, **settings: Any) -> Walk:
-    skeleton = build_skeleton(model.config)
-    walk = Walk(
-        weights=MemoryWeights(model, skeleton),
-        skeleton=skeleton,
-        structure=discover(skeleton),
-        ids=ids,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        batch_tokens=2 * ids.shape[1],
-        **settings,
-    )
+    walk = walk_of(model, ids, **settings)
     for block in walk.blocks():
         block.run()
     return walk

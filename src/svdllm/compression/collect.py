@@ -19,6 +19,7 @@ from svdllm.compression.math.metrics import Method
 from svdllm.compression.math.statistics import BackwardStatistic, Gram, Statistic
 from svdllm.compression.parts import Part
 from svdllm.compression.recipe import Recipe
+from svdllm.models.hooks import first_argument
 from svdllm.models.linears import listing
 from svdllm.models.structure import Target
 from svdllm.models.walk import Block
@@ -45,7 +46,7 @@ def collect_statistics(block: Block, part: Part, method: Method) -> dict[str, St
 
     def on(leader: Target) -> Any:
         def before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = args[0] if args else next(iter(kwargs.values()))
+            inputs = first_argument(args, kwargs)
             sums = [(statistics, leader.group)] * (leader.name in collected)
             sums += [(part.groups, str(leader.pool))] * (leader.name in grouped)
             for kept, name in sums:

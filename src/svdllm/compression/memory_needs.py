@@ -86,7 +86,7 @@ def _backward_block(work: Workload) -> int:
 
 
 def _sequential_block(work: Workload) -> int:
-    """A block twice, with three sums of products of its inputs in two parts and what is made of them.
+    """A block twice, with the sums of products of its inputs in the two streams and what is made of them.
 
     Of the experts of a part, there are the sums of all.
     """

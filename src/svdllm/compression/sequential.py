@@ -34,6 +34,7 @@ from svdllm.compression.parts import parts_of
 from svdllm.compression.plan import Plan
 from svdllm.compression.products import Products, Sums
 from svdllm.compression.recipe import Recipe
+from svdllm.compression.recipe_sequential import SequentialSettings
 from svdllm.compression.session import Run
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
@@ -42,8 +43,6 @@ from svdllm.models.chosen import Forms
 from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.structure import Target, bias_of, weight_of, weights_by_name
 from svdllm.models.walk import Block, Walk
-
-SETTINGS = ("beta", "sequential_samples", "sequential_shrinkage", "residual_correction")
 
 
 def refit(
@@ -74,7 +73,7 @@ def refit(
 
 def _digest(recipe: Recipe, forms: Forms) -> str:
     """Names a sequential calibration by all that decides it beside the analysis, which runs may share."""
-    settings = [getattr(recipe, name) for name in SETTINGS]
+    settings = [getattr(recipe, name) for name in SequentialSettings.model_fields]
     decisions = sorted((name, chosen.form, chosen.size) for name, chosen in forms.items())
     return hashlib.sha256(json.dumps([settings, decisions]).encode()).hexdigest()[:16]
 

@@ -56,9 +56,7 @@ def export_dense(folder: str | Path, output_dir: str | Path) -> PlainMlps:
         original = _plain(dense_config(config), info)
         plain = original.as_wide_as(info.forms)
         skeleton = build_skeleton(config)
-        split_experts(
-            skeleton
-        )  # those without a form, too: the tensors are those of single experts until they are written
+        split_experts(skeleton)  # those without a form, too: tensors are of single experts until they are written
         weights = SafetensorsWeights(folder, skeleton)
         tensors = Rewritten(
             weights, StoredLinears(weights, skeleton, info), plain.skeleton, info.forms, original.filled_parts

@@ -51,14 +51,20 @@ def known_tensors(model: nn.Module) -> dict[str, Any]:
     return {place.stacked: state[name] for name, place in expert_tensors(model).items() if name in state} | state
 
 
+def _by_stack(places: Places) -> dict[str, dict[str, ExpertTensor]]:
+    """Stacked tensor -> the tensors of single experts in it, with their places."""
+    stacks: dict[str, dict[str, ExpertTensor]] = {}
+    for name, place in places.items():
+        stacks.setdefault(place.stacked, {})[name] = place
+    return stacks
+
+
 def split_tensors(tensors: Mapping[str, T], places: Places, part: Callable[[T, ExpertTensor], T]) -> dict[str, T]:
     """Replaces stacked tensors by those of the experts, where these are not there themselves."""
-    by_stack: dict[str, dict[str, ExpertTensor]] = {}
-    for name, place in places.items():
-        by_stack.setdefault(place.stacked, {})[name] = place
+    stacks = _by_stack(places)
     result: dict[str, T] = {}
     for name, tensor in tensors.items():
-        parts = by_stack.get(name)
+        parts = stacks.get(name)
         result |= {name: tensor} if parts is None else {own: part(tensor, place) for own, place in parts.items()}
     return result
 
@@ -77,10 +83,7 @@ class Stacked:
     """
 
     def __init__(self, tensors: Readable, places: Places):
-        self._tensors = tensors
-        self._parts: dict[str, dict[str, ExpertTensor]] = {}
-        for name, place in places.items():
-            self._parts.setdefault(place.stacked, {})[name] = place
+        self._tensors, self._parts = tensors, _by_stack(places)
 
     def get(self, name: str) -> Tensor:
         parts = self._parts.get(name)
@@ -92,9 +95,7 @@ class Stacked:
 
 def stacked_layout(layout: Layout, places: Places) -> Layout:
     """The names, shapes and dtypes of a model once the tensors of some experts are stacked."""
-    counts: dict[str, int] = {}
-    for place in places.values():
-        counts[place.stacked] = counts.get(place.stacked, 0) + 1
+    stacks = _by_stack(places)
     result: Layout = {}
     for name, (shape, dtype) in layout.items():
         place = places.get(name)
@@ -102,7 +103,7 @@ def stacked_layout(layout: Layout, places: Places) -> Layout:
             result[name] = shape, dtype
         elif place.stacked not in result:
             own = shape[::-1] if place.transposed else shape
-            result[place.stacked] = (counts[place.stacked], *own), dtype
+            result[place.stacked] = (len(stacks[place.stacked]), *own), dtype
     return result
 
 

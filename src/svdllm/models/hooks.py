@@ -14,6 +14,11 @@ from torch.utils._pytree import tree_map
 from svdllm.common.errors import UnsupportedModelError
 
 
+def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The first argument of a call, however it was given."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 @contextmanager
 def input_groups(linears: Sequence[tuple[str, nn.Module]], on_input: Callable[[str, Tensor], None] | None = None):
     """Finds which linears read the same tensor, told by the identity of the tensor, while a block runs.
@@ -27,7 +32,7 @@ def input_groups(linears: Sequence[tuple[str, nn.Module]], on_input: Callable[[s
 
     def hook_for(name: str):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = args[0] if args else next(iter(kwargs.values()))
+            inputs = first_argument(args, kwargs)
             _, leader = seen.setdefault(id(inputs), (inputs, name))
             if groups.setdefault(name, leader) != leader:
                 raise UnsupportedModelError(

@@ -19,9 +19,10 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from svdllm.models.experts import experts_tried
-from svdllm.models.hooks import experts_computed, replaced
+from svdllm.models.hooks import experts_computed, first_argument, replaced
 from svdllm.models.linears import linear_shape, linears_of
 from svdllm.models.low_rank.lowrank import SplitExperts
+from svdllm.models.skeleton import LARGE
 from svdllm.models.structure import Mlp, Structure
 from svdllm.models.stubs import BlockStub
 
@@ -37,7 +38,6 @@ class Found(NamedTuple):
 
 
 SEED = 0
-LARGE = 2**24  # values of a tensor
 TOLERANCE = 1e-4  # of float32 results of one elementwise function at other places of a tensor
 
 
@@ -133,7 +133,7 @@ class _LinearStub(BlockStub):
         self.kept: Tensor | None = None  # the features to return; all by default
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        inputs = args[0] if args else next(iter(kwargs.values()))
+        inputs = first_argument(args, kwargs)
         if len(self.inputs) == len(self.outputs):
             shape = (*inputs.shape[:-1], self.shape[0])
             self.outputs.append(torch.randn(shape, generator=self.generator).requires_grad_())

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from svdllm.common.errors import UnsupportedModelError, said_by
 from svdllm.models.experts import experts_tried
-from svdllm.models.hooks import experts_computed, replaced, to_device
+from svdllm.models.hooks import experts_computed, first_argument, replaced, to_device
 from svdllm.models.linears import linear_shape
 from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.mlps import Arguments
@@ -77,7 +77,7 @@ class _Watched(nn.Module):
         self.__dict__.update(linear=linear, read=set(), inputs=[])
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        inputs = args[0] if args else next(iter(kwargs.values()))
+        inputs = first_argument(args, kwargs)
         self.__dict__["inputs"].append(inputs)  # held, so that its identity is not another's later
         return inputs.new_zeros((*inputs.shape[:-1], linear_shape(self.__dict__["linear"])[0]))
 
@@ -122,9 +122,8 @@ class _Probe(BlockStub):
                 f"{self.name} takes hidden states of shape {tuple(hidden.shape)} and returns {found}; svdllm carries "
                 "hidden states of one shape from block to block."
             )
-        made = torch.rand(hidden.shape, generator=self.generator).to(
-            hidden
-        )  # told again where the next block is called
+        # Random values are told again where the next block is called.
+        made = torch.rand(hidden.shape, generator=self.generator).to(hidden)
         self.written.leave(self.name, made)
         return (made, *output[1:]) if self.num_outputs else made
 

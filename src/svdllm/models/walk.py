@@ -29,7 +29,7 @@ from svdllm.common.errors import NumericalError, UnsupportedModelError
 from svdllm.common.files import save_tensors
 from svdllm.models.added import Added, Followed, Read
 from svdllm.models.hidden_states import HiddenStates
-from svdllm.models.hooks import replaced
+from svdllm.models.hooks import first_argument, replaced
 from svdllm.models.loaded_weights import weights_loaded
 from svdllm.models.shared_state import Ports, StateGradients, differentiable
 from svdllm.models.structure import Structure
@@ -247,7 +247,7 @@ class Block:
         inputs: list[Tensor] = []
         added = Added()
         before = module.register_forward_pre_hook(
-            lambda _, args, kwargs: inputs.append(args[0] if args else next(iter(kwargs.values()))), with_kwargs=True
+            lambda _, args, kwargs: inputs.append(first_argument(args, kwargs)), with_kwargs=True
         )
         after = module.register_forward_hook(lambda _module, _args, output: added.follow(output))
         try:

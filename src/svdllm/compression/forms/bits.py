@@ -1,0 +1,91 @@
+"""A matrix in few bits: integers of which the groups of a row share a scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdllm.checkpoint.integers import pack_integers, packed_width
+from svdllm.compression.forms.rows import Fitted, Form, Shapes
+from svdllm.compression.math.rounding import Rounded
+from svdllm.models.structure import Target
+
+BITS = (8, 6, 5, 4, 3, 2)
+GROUP_SIZES = (32, 64, 128)
+DEFAULT_GROUP = 64
+# Fitted tensors: codes as they are computed, one number each, and their scales.
+CODES, SCALES = "codes", "weight_scale"
+
+
+def group_size_of(target: Target) -> int:
+    """The inputs that share a scale, where nothing else is asked for."""
+    return min(_sizes(target, 1), key=lambda size: abs(size - DEFAULT_GROUP))
+
+
+def fitted_rounding(rounded: Rounded) -> dict[str, Tensor]:
+    """The fitted tensors of a matrix that was rounded."""
+    return {CODES: rounded.codes_OI, SCALES: rounded.scales_OG}
+
+
+def rounded_matrix(fitted: Fitted) -> Tensor:
+    """The matrix (``out x in``) that fitted tensors stand for, in the dtype of their scales."""
+    return Rounded(fitted[CODES], fitted[SCALES]).matrix
+
+
+def _sizes(target: Target, round_to: int) -> Sequence[int]:
+    """The group sizes: those of ``GROUP_SIZES`` that divide the inputs, or else a whole row.
+
+    Conv1D, joint factors and single experts have none: no runtime loads them in few bits.
+    """
+    if target.is_conv1d or target.parts or target.pool is not None:
+        return ()
+    return [size for size in GROUP_SIZES if target.in_features % size == 0] or [target.in_features]
+
+
+def _shapes(target: Target, linear: str, group_size: int, *, bits: int) -> Shapes:
+    rows, columns = target.out_features, target.in_features
+    shapes: Shapes = {"weight_packed": (rows, packed_width(columns, bits)), SCALES: (rows, columns // group_size)}
+    if not is_own_module(target):
+        shapes["weight_shape"] = (2,)
+    return shapes | ({"bias": (rows,)} if target.has_bias else {})
+
+
+def _store(
+    target: Target, fitted: Fitted, group_size: int, order: Tensor | None, *, bits: int
+) -> dict[str, dict[str, Tensor]]:
+    stored = {"weight_packed": pack_integers(fitted[CODES], bits), SCALES: fitted[SCALES]}
+    if not is_own_module(target):
+        stored["weight_shape"] = torch.tensor([target.out_features, target.in_features])
+    return {target.name: stored | ({"bias": fitted["bias"]} if "bias" in fitted else {})}
+
+
+def _entry(target: Target, linear: str, group_size: int) -> dict[str, Any]:
+    return {}
+
+
+def is_own_module(target: Target) -> bool:
+    """Whether a module of ours holds a matrix in few bits: transformers loads linears, and no embedding."""
+    return target.vocabulary == "embedding"
+
+
+def _row(bits: int) -> Form:
+    return Form(
+        name=f"int{bits}",
+        summary=f"the matrix in {bits} bits",
+        source="GPTQ, arXiv 2210.17323",
+        curve="rounding",
+        sizes=_sizes,
+        shapes=partial(_shapes, bits=bits),
+        entry=_entry,
+        store=partial(_store, bits=bits),
+        bits=bits,
+        needs_gram=True,
+        adds_bias=False,
+    )
+
+
+INTEGERS = tuple(map(_row, BITS))

@@ -8,12 +8,14 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from svdllm.checkpoint.report import form_of
+from svdllm.models.low_rank.info import LowRankInfo
 
 SHOWN_LINEARS = 5  # those that lost most
 FORMS = {
     "pair": "as pairs of factors (`svd_u @ svd_v`)",
     "packed": "packed (pivot rows or columns, and how the others are made of them)",
     "narrow": "narrower (fewer inner features of an MLP)",
+    **{f"int{bits}": f"in {bits} bits" for bits in range(8, 1, -1)},
 }
 
 
@@ -24,6 +26,7 @@ def model_card(report: dict[str, Any], config: PreTrainedConfig) -> str:
     """
     sections = (
         _overview(report),
+        _forms(report),
         _loading(report, config),
         _quantization(report),
         _smaller_sizes(report),
@@ -64,7 +67,40 @@ tags: [svdllm, low-rank, compression]
 """
 
 
+def _forms(report: dict[str, Any]) -> str:
+    """The form of every kind of linear, where some are in few bits."""
+    if not report.get("bytes_by_part", {}).get("scales"):
+        return ""
+    kinds: dict[str, Counter[str]] = {}
+    for row in report["linears"]:
+        kinds.setdefault(row["name"].rpartition(".")[2], Counter())[form_of(row)] += 1
+    kinds |= {name: Counter([chosen["form"]]) for name, chosen in report["vocabulary"].items()}
+    rows = "\n".join(
+        f"| `{kind}` | {', '.join(f'{number} {form}' for form, number in counts.most_common())} |"
+        for kind, counts in kinds.items()
+    )
+    parts = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in report["bytes_by_part"].items() if size)
+    return f"""## Bits
+
+{report["bits_per_weight"]:.2f} bits per weight of the linears, scales included. Weight files: {parts}.
+
+| linears | forms |
+|---|---|
+{rows}
+"""
+
+
 def _loading(report: dict[str, Any], config: PreTrainedConfig) -> str:
+    if LowRankInfo.of(config) is None:
+        return """## Load
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")  # needs the package compressed-tensors
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+"""
     to_dense = (
         ""
         if report.get("quantization")

@@ -12,6 +12,7 @@ from svdllm.checkpoint.load import load_model
 from svdllm.common.errors import NumericalError
 from svdllm.common.files import save_tensors
 from svdllm.models.discover import discover_blocks
+from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.walk import Walk
 from svdllm.models.weights import SafetensorsWeights
@@ -37,7 +38,9 @@ def reference_logits(folder: Path, config: PreTrainedConfig, device: torch.devic
         NumericalError: a logit is not finite.
     """
     ids = (torch.arange(REFERENCE_TOKENS).unsqueeze(0) * 7919 + 11) % config.get_text_config().vocab_size
-    logits_of = _loaded_logits if getattr(config, "quantization_config", None) else _walked_logits
+    info = LowRankInfo.of(config)
+    in_bits = getattr(config, "quantization_config", None) or (info is not None and info.embeddings)
+    logits_of = _loaded_logits if in_bits else _walked_logits
     logits = logits_of(folder, config, ids, device)[:, -REFERENCE_POSITIONS:].float().cpu().contiguous()
     if not bool(torch.isfinite(logits).all()):
         raise NumericalError("The compressed model's logits are not finite.")

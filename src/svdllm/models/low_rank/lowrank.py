@@ -358,6 +358,85 @@ def _bias_of(linear: Any) -> Any:
     return (linear.svd_u if isinstance(linear, LowRankLinear) else linear).bias
 
 
+class FewBits:
+    """Makes an embedding keep its weight as packed integers: ``weight`` is unpacked when it is first asked for.
+
+    Codes of ``bits`` bits, with an offset of ``2^(bits - 1)``, lie one after the other in 32-bit integers. Shapes:
+    ``weight_packed`` ``(rows, ceil(columns * bits / 32))``, ``weight_scale`` ``(rows, columns / group_size)``.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    bits: int
+    embedding_dim: int
+    _unpacked: tuple[tuple[Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        stored = (self.weight_packed, self.weight_scale)
+        if self._unpacked is None or any(a is not b for a, b in zip(self._unpacked[0], stored, strict=True)):
+            self.__dict__["_unpacked"] = (stored, unpacked(*stored, self.bits, self.embedding_dim))
+        return self._unpacked[1]  # type: ignore[index]
+
+
+class TiedHead:
+    """Makes a head use the weight of an embedding in few bits."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.__dict__["_tied_to"].weight
+
+
+def unpacked(packed: Tensor, scales: Tensor, bits: int, columns: int, rows_at_once: int = 4096) -> Tensor:
+    """The matrix (``rows x columns``) that packed integers and the scales of their groups stand for."""
+    places = torch.arange(columns, device=packed.device) * bits
+    words, offsets = places // 32, places % 32
+    following = (words + 1).clamp(max=packed.shape[1] - 1)
+    parts = []
+    for stored, scale in zip(packed.split(rows_at_once), scales.split(rows_at_once), strict=True):
+        unsigned = stored.long() & 0xFFFFFFFF
+        codes = (unsigned[:, words] >> offsets) | (unsigned[:, following] << (32 - offsets))
+        codes = (codes & (2**bits - 1)) - 2 ** (bits - 1)
+        parts.append((codes.unflatten(1, (scale.shape[1], -1)).to(scale) * scale.unsqueeze(-1)).flatten(1))
+    return torch.cat(parts)
+
+
+def pack_embeddings(model: Any, embeddings: Mapping[str, Mapping[str, int]]) -> None:
+    """Gives the named embeddings packed weights, uninitialised, in place, and ties the head to them where it was."""
+    head = model.get_output_embeddings()
+    for name, entry in embeddings.items():
+        embedding = model.get_submodule(name)
+        weight = embedding._parameters.pop("weight")
+        rows, columns = weight.shape
+        width = -(-columns * entry["bits"] // 32)
+        empty = {"weight_packed": weight.new_zeros(rows, width, dtype=torch.int32)}
+        empty["weight_scale"] = weight.new_zeros(rows, columns // entry["group_size"])
+        for leaf, tensor in empty.items():
+            embedding.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        embedding.bits = entry["bits"]
+        embedding.__class__ = _with(FewBits, type(embedding))
+        if head is not None and model.config.get_text_config().tie_word_embeddings:
+            head._parameters.pop("weight")
+            head.__dict__["_tied_to"] = embedding
+            head.__class__ = _with(TiedHead, type(head))
+
+
+@functools.cache
+def _with(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
+    def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:  # pickle finds no class of this name
+        state = {name: value for name, value in self.__dict__.items() if name != "_unpacked"}
+        return _new_with, (mixin, base), state
+
+    return types.new_class(
+        base.__name__, (mixin, base), exec_body=lambda members: members.update({"__reduce_ex__": reduce_ex})
+    )
+
+
+def _new_with(mixin: type, base: type[nn.Module]) -> nn.Module:
+    cls = _with(mixin, base)
+    return cls.__new__(cls)
+
+
 def stacked_names(module: Any) -> tuple[str, str] | None:
     """Names of the weights of a module of stacked experts, the last that of the second linear; None for any other.
 
@@ -539,6 +618,7 @@ class LowRankMixin(_Model):
         split_experts(self, {name.rpartition(".")[0].rpartition(".")[0] for name in forms})
         swap_linears(self, forms, settings.get("bias_correction", False))
         share_first_factors(self, shared)
+        pack_embeddings(self, self._packed_embeddings())
         check_tensor_parallel(self, _processes_of_vllm())
         self.register_load_state_dict_post_hook(_expect_once)
 
@@ -549,6 +629,18 @@ class LowRankMixin(_Model):
         for name in [name for name in state if name.startswith(repeated)]:
             del state[name]
         return state
+
+    def _packed_embeddings(self) -> dict[str, Mapping[str, int]]:
+        """The embeddings in few bits, as they are named here."""
+        entries = (getattr(self.config, "svdllm", None) or {}).get("embeddings", {})
+        prefix = f"{self.base_model_prefix}." if _is_bare(self) else ""
+        return {name.removeprefix(prefix): entry for name, entry in entries.items()}
+
+    def get_expanded_tied_weights_keys(self, *args: Any, **kwargs: Any) -> dict[str, str]:
+        """Returns what transformers finds, without what is tied to an embedding in few bits: a head reads it there."""
+        tied = super().get_expanded_tied_weights_keys(*args, **kwargs)
+        packed = {f"{name}.weight" for name in (getattr(self.config, "svdllm", None) or {}).get("embeddings", {})}
+        return {name: origin for name, origin in tied.items() if packed.isdisjoint((name, origin))}
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -571,6 +663,7 @@ class LowRankMixin(_Model):
         for module in self.modules():
             own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
             factored = module in parts or any(isinstance(child, FACTORED) for child in module.children())
+            factored = factored or isinstance(module, FewBits | TiedHead)
             if factored and all(getattr(tensor, "_is_hf_initialized", False) for tensor in own):
                 module._is_hf_initialized = True  # type: ignore[assignment]
         super().initialize_weights()

@@ -54,6 +54,7 @@ def check_svdllm(settings: Any) -> dict[str, Any] | None:
             "that wrote the checkpoint."
         )
     _check_shared_factors(settings.get("shared_factors", {}), forms_of(settings))
+    _check_embeddings(settings.get("embeddings", {}))
     return settings
 
 
@@ -110,6 +111,15 @@ def _check_shared_factors(shared: Any, forms: Mapping[str, Mapping[str, Any]]) -
                 f"config.svdllm.shared_factors: {name} cannot have the first factor of {first}: expected two pairs, or "
                 "two linears packed by columns, with the same rank, the second with a first factor of its own."
             )
+
+
+def _check_embeddings(embeddings: Any) -> None:
+    fields = {"bits", "group_size"}
+    for name, entry in embeddings.items() if isinstance(embeddings, dict) else [("embeddings", embeddings)]:
+        if not isinstance(entry, dict) or set(entry) != fields or not all(map(_is_positive_int, entry.values())):
+            raise ValueError(f"config.svdllm.embeddings: expected bits and group_size of {name}, found {entry}.")
+        if entry["bits"] > 8:
+            raise ValueError(f"config.svdllm.embeddings: expected at most 8 bits of {name}, found {entry['bits']}.")
 
 
 def _first_factor(entry: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -40,8 +40,8 @@ def pack_integers(codes_OI: Tensor, bits: int) -> Tensor:
     return torch.where(packed >= 2 ** (WORD - 1), packed - 2**WORD, packed).to(torch.int32)
 
 
-def integer_config(groups: Mapping[tuple[int, int], Sequence[str]]) -> dict[str, Any]:
-    """The ``quantization_config`` of a model: (bits, group size) -> the linears that are stored so."""
+def integer_config(groups: Mapping[tuple[int, int | None], Sequence[str]]) -> dict[str, Any]:
+    """The ``quantization_config`` of a model: (bits, group size or None for a row) -> the linears that are stored so."""
     return {
         "quant_method": QUANT_METHOD,
         "format": FORMAT,
@@ -55,7 +55,7 @@ def integer_config(groups: Mapping[tuple[int, int], Sequence[str]]) -> dict[str,
                     "num_bits": bits,
                     "type": "int",
                     "symmetric": True,
-                    "strategy": "group",
+                    "strategy": "channel" if group_size is None else "group",
                     "group_size": group_size,
                 },
             }

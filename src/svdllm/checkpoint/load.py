@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from svdllm.checkpoint.integers import QUANT_METHOD
 from svdllm.common.errors import CheckpointError
 from svdllm.models.config_files import load_config
 from svdllm.models.hub import hub_folder
@@ -51,6 +52,8 @@ def load_model(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     dtype = kwargs.get("dtype")
     if isinstance(dtype, torch.dtype) and is_torchao(loaded):
         loaded.to(dtype)  # a weight of 4 bits unpacks to the dtype it was stored with
+    if _is_packed(loaded):  # else the first call would unpack it
+        loaded.hf_quantizer.compressor.decompress_model(loaded)  # type: ignore[union-attr]
     return both if want_info else loaded
 
 
@@ -90,5 +93,13 @@ def _place_of(model: str | Path, kwargs: dict[str, Any]) -> Path:
 
 def is_torchao(model: PreTrainedModel) -> bool:
     """Whether a model was quantised by torchao."""
+    return _method_of(model) == "torchao"
+
+
+def _is_packed(model: PreTrainedModel) -> bool:
+    return _method_of(model) == QUANT_METHOD
+
+
+def _method_of(model: PreTrainedModel) -> str | None:
     quantizer = getattr(model, "hf_quantizer", None)
-    return quantizer is not None and quantizer.quantization_config.quant_method == "torchao"
+    return None if quantizer is None else quantizer.quantization_config.quant_method

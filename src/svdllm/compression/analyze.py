@@ -283,9 +283,7 @@ class Calibration:
         consumers = [t for t in targets if self.narrows and t.inner is not None and t.inner.side == "in"]
         made = decompose(block, targets, metric_of, self.depths, lefts or {}, consumers, self.bits)
         seconds |= made.seconds
-        self.analysis.write(
-            block.index, made, seconds, means, keep_metrics=self.keeps_metrics, part=part.number
-        )
+        self.analysis.write(block.index, made, seconds, means, keep_metrics=self.keeps_metrics, part=part.number)
         if part.is_last:
             walked = seconds[""]
             spent = sum(seconds.values()) - walked

@@ -6,9 +6,9 @@ from collections import Counter
 
 from svdllm.checkpoint.tensors import file_bytes, tensor_bytes
 from svdllm.compression.machine_speed import MachineSpeed, busy_share, measure_speed
-from svdllm.compression.ranks.question import probed_unit
 from svdllm.compression.ranks.measure_linears import NUM_SIZES, ROUNDS
 from svdllm.compression.ranks.measure_linears import SECONDS as SECONDS_PER_SHAPE
+from svdllm.compression.ranks.question import probed_unit
 from svdllm.compression.workload import Workload
 from svdllm.models.structure import Target
 

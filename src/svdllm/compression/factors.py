@@ -11,7 +11,7 @@ from svdllm.common.errors import NumericalError
 from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.forms import FORMS, Fitted, bits_of
-from svdllm.compression.forms.bits import CODES, SCALES, fitted_rounding
+from svdllm.compression.forms.bits import CODES, SCALES, fitted_rounding, packed_factors
 from svdllm.compression.math.linalg import corrected_bias, factorise
 from svdllm.compression.math.narrowing import kept_rows
 from svdllm.compression.rounded_targets import rounded_each
@@ -90,6 +90,8 @@ class TargetFactors:
             linear: {leaf: _as(tensor, bias if leaf.endswith("bias") else weight) for leaf, tensor in own.items()}
             for linear, own in made.items()
         }
+        if (bits := FORMS[chosen.form].factor_bits) is not None:
+            stored = {linear: packed_factors(own, bits) for linear, own in stored.items()}
         for linear, own in stored.items():
             for leaf, tensor in own.items():
                 if not bool(torch.isfinite(tensor).all()):

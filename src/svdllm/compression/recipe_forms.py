@@ -83,9 +83,10 @@ class FormsChoice(Budget, MethodChoice):
         if self.runtime is not None and row.curve and form not in RUNTIMES[self.runtime].forms:
             can = ", ".join(RUNTIMES[self.runtime].forms)
             return f"{self.runtime} cannot load it; it loads {can}"
-        if row.bits is not None and self.target_size is None and self.ranks is None:
-            return "it has as many parameters as a dense linear and fewer bytes; give target_size as the budget"
-        if row.bits is not None and self.factor_bits is not None:
+        in_bits = (row.bits or row.factor_bits) is not None
+        if in_bits and self.target_size is None and self.ranks is None:
+            return "it saves bytes and not parameters; give target_size as the budget"
+        if in_bits and self.factor_bits is not None:
             return "factor_bits is for a model that `svdllm quantize` stores in few bits as a whole"
         if row.needs_gram and not METHODS[self.method].has_gram:
             return f"it is fitted to the Gram of the inputs, and method {self.method} has none"

@@ -43,4 +43,3 @@ def vocabulary_targets(skeleton: PreTrainedModel) -> tuple[Target, ...]:
             )
         known |= {f"{name}.weight"} | tied
     return tuple(found)
-

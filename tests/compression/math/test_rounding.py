@@ -43,7 +43,9 @@ def test_four_columns_are_between_the_best_codes_and_the_nearest(bits: int, seed
     found = squared_errors(weight, round_with_feedback(weight, gram, half, scales, damping=1e-9).matrix, gram)
     nearest = squared_errors(weight, round_to_nearest(weight, half, scales).matrix, gram)
     codes = range(-(2 ** (bits - 1)), 2 ** (bits - 1))
-    best = torch.tensor([_brute_force(w, gram, float(s), codes) for w, s in zip(weight, scales, strict=True)], dtype=weight.dtype)
+    best = torch.tensor(
+        [_brute_force(w, gram, float(s), codes) for w, s in zip(weight, scales, strict=True)], dtype=weight.dtype
+    )
     assert (found >= best * (1 - 1e-9)).all()
     assert (found <= nearest).all()
     assert found.sum() - best.sum() < 0.9 * (nearest.sum() - best.sum())

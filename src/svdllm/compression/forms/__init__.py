@@ -5,7 +5,7 @@ A new one is a file beside this one and a row.
 
 from collections.abc import Collection, Iterable
 
-from svdllm.compression.forms.bits import INTEGERS
+from svdllm.compression.forms.bits import FACTORS_IN_BITS, INTEGERS
 from svdllm.compression.forms.dense import DENSE
 from svdllm.compression.forms.narrow import NARROW
 from svdllm.compression.forms.packed import PACKED
@@ -14,7 +14,7 @@ from svdllm.compression.forms.rows import Fitted, Form
 from svdllm.models.chosen import Chosen
 from svdllm.models.structure import Target
 
-FORMS: dict[str, Form] = {row.name: row for row in (DENSE, PAIR, PACKED, NARROW, *INTEGERS)}
+FORMS: dict[str, Form] = {row.name: row for row in (DENSE, PAIR, PACKED, NARROW, *INTEGERS, *FACTORS_IN_BITS)}
 
 
 def most_rank(target: Target, forms: Collection[str]) -> int:
@@ -26,6 +26,11 @@ def most_rank(target: Target, forms: Collection[str]) -> int:
 def factors_of(target: Target, forms: Collection[str]) -> Form:
     """The form of a target that gets a rank: packed where that may be used and the target can have it, else a pair."""
     return PACKED if "packed" in forms and (PACKED.sizes(target, 1) or "pair" not in forms) else PAIR
+
+
+def in_few_bits(chosen: Chosen | None) -> bool:
+    """Whether some weights of a target have fewer bits than the source's."""
+    return chosen is not None and (FORMS[chosen.form].bits or FORMS[chosen.form].factor_bits) is not None
 
 
 def bits_of(chosen: Chosen | None) -> int | None:
@@ -43,4 +48,4 @@ def rank_of(chosen: Chosen | None) -> int | None:
     return None if chosen is None or FORMS[chosen.form].exact_rank is None else chosen.size
 
 
-__all__ = ["FORMS", "Fitted", "Form", "bits_in", "bits_of", "factors_of", "most_rank", "rank_of"]
+__all__ = ["FORMS", "Fitted", "Form", "bits_in", "bits_of", "factors_of", "in_few_bits", "most_rank", "rank_of"]

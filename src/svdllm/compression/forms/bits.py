@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from svdllm.checkpoint.integers import pack_integers, packed_width
+from svdllm.compression.forms.packed import PACKED
+from svdllm.compression.forms.pair import PAIR
 from svdllm.compression.forms.rows import Fitted, Form, Shapes
-from svdllm.compression.math.rounding import Rounded
+from svdllm.compression.math.rounding import Rounded, round_rows
 from svdllm.models.structure import Target
 
 BITS = (8, 6, 5, 4, 3, 2)
@@ -88,4 +91,51 @@ def _row(bits: int) -> Form:
     )
 
 
+def _factors_in_bits(base: Form, bits: int) -> Form:
+    """A form whose factors are stored in few bits."""
+
+    def shapes(target: Target, linear: str, size: int) -> Shapes:
+        found: Shapes = {}
+        for leaf, shape in base.shapes(target, linear, size).items():
+            found |= _packed_shapes(leaf, *shape, bits=bits) if leaf.endswith(FACTOR) else {leaf: shape}
+        return found
+
+    return replace(
+        base,
+        name=f"{base.name}-int{bits}",
+        summary=f"{base.name}, its factors in {bits} bits",
+        shapes=shapes,
+        base=base,
+        factor_bits=bits,
+        nested=False,
+    )
+
+
+def _packed_shapes(leaf: str, rows: int, columns: int, *, bits: int) -> Shapes:
+    owner = leaf.removesuffix("weight")
+    return {
+        f"{owner}weight_packed": (rows, packed_width(columns, bits)),
+        f"{owner}{SCALES}": (rows, 1),
+        f"{owner}weight_shape": (2,),
+    }
+
+
+def packed_factors(stored: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """The tensors of a linear with its factors, in the dtype of the source, packed; their scales have that dtype."""
+    found: dict[str, Tensor] = {}
+    for leaf, tensor in stored.items():
+        if not leaf.endswith(FACTOR):
+            found[leaf] = tensor
+            continue
+        half_O = torch.full((len(tensor),), 2.0 ** (bits - 1))
+        rounded = round_rows(tensor.float(), None, half_O, tensor.shape[1], tensor.dtype)
+        owner = leaf.removesuffix("weight")
+        found[f"{owner}weight_packed"] = pack_integers(rounded.codes_OI, bits)
+        found[f"{owner}{SCALES}"] = rounded.scales_OG
+        found[f"{owner}weight_shape"] = torch.tensor(tensor.shape)
+    return found
+
+
+FACTOR = ".weight"  # how the names of factors end within a linear
 INTEGERS = tuple(map(_row, BITS))
+FACTORS_IN_BITS = (_factors_in_bits(PAIR, 8), _factors_in_bits(PACKED, 8))

@@ -11,11 +11,10 @@ import torch
 
 from svdllm.checkpoint.integers import integer_config
 from svdllm.checkpoint.tensors import Tensors
-from svdllm.compression.forms import FORMS, bits_of
+from svdllm.compression.forms import FORMS, Form, bits_of
 from svdllm.compression.forms.bits import is_own_module
 from svdllm.models.chosen import Chosen, Forms
 from svdllm.models.structure import Structure, Target
-
 
 # Of the parts of a linear whose dtype is not the source's.
 INTEGER_DTYPES = {"order": torch.int32, "weight_packed": torch.int32, "weight_shape": torch.int64}
@@ -26,6 +25,8 @@ def params(target: Target, chosen: Chosen | None) -> int:
     """Number of weights of a target in a form, with those that a bias correction adds; None is the dense matrix."""
     if chosen is None or FORMS[chosen.form].bits is not None:
         return target.num_weights
+    if (base := FORMS[chosen.form].base) is not None:
+        return params(target, Chosen(base.name, chosen.size))
     tensors = (FORMS[chosen.form].shapes(target, linear, chosen.size) for linear in target.linears)
     weights = sum(prod(shape) for shapes in tensors for leaf, shape in shapes.items() if leaf.endswith("weight"))
     return weights + target.added_params * FORMS[chosen.form].adds_bias
@@ -89,14 +90,33 @@ def embeddings_entry(structure: Structure, forms: Forms) -> dict[str, Any]:
 
 def quantization_entry(structure: Structure, forms: Forms) -> dict[str, Any] | None:
     """The ``quantization_config`` of the linears in few bits; None without any."""
-    groups: dict[tuple[int, int], list[str]] = {}
+    groups: dict[tuple[int, int | None], list[str]] = {}
     for target in structure.stored:
         chosen = forms.get(target.name)
-        if chosen is not None and (bits := bits_of(chosen)) is not None and not is_own_module(target):
-            groups.setdefault((bits, chosen.size), []).append(target.name)
+        if chosen is None or is_own_module(target):
+            continue
+        form = FORMS[chosen.form]
+        if form.bits is not None:
+            groups.setdefault((form.bits, chosen.size), []).append(target.name)
+        elif form.factor_bits is not None:
+            groups.setdefault((form.factor_bits, None), []).extend(_factors_of(target, form, chosen.size))
     return integer_config(groups) if groups else None
+
+
+def _factors_of(target: Target, form: Form, size: int) -> list[str]:
+    """The modules that hold the packed factors of a target."""
+    owners = {linear: form.shapes(target, linear, size) for linear in target.linears}
+    parts = [f"{linear}.{leaf}" for linear, leaves in owners.items() for leaf in leaves]
+    return [part.removesuffix(".weight_packed") for part in parts if part.endswith(".weight_packed")]
 
 
 def without_bits(forms: Forms) -> dict[str, Chosen]:
     """The forms of the same model with all weights in the dtype of the source."""
-    return {name: chosen for name, chosen in forms.items() if bits_of(chosen) is None}
+    plain: dict[str, Chosen] = {}
+    for name, chosen in forms.items():
+        form = FORMS[chosen.form]
+        if form.base is not None:
+            plain[name] = Chosen(form.base.name, chosen.size)
+        elif form.bits is None:
+            plain[name] = chosen
+    return plain

@@ -38,6 +38,7 @@ class Form:
         adds_bias: whether it can take a bias that corrects the mean output.
         bits: of a weight, where they are fewer than the source's. Such a form has as many parameters as the dense matrix,
             and its size is the number of inputs that share a scale.
+        base: the form whose factors are stored in ``factor_bits`` bits, with a scale for each row.
     """
 
     name: str
@@ -55,6 +56,8 @@ class Form:
     needs_gram: bool = False
     adds_bias: bool = True
     bits: int | None = None
+    base: Form | None = None
+    factor_bits: int | None = None
 
 
 def out_features_of(target: Target, linear: str) -> int:

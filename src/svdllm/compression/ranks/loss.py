@@ -2,8 +2,8 @@
 
 The loss of a unit at size ``r`` is ``c tail(r) / tail(r0)``: its curve of errors gives the shape, one probe at ``r0``
 the height. So is that of a rounded matrix, whose errors at every number of bits are those of its rounding. Linears may
-stay dense, at no loss and full price. An MLP is narrowed as a whole, or its linears are chosen apart. Embedding and head
-are tried in every number of bits.
+stay dense, at no loss and full price. An MLP is narrowed as a whole, or its linears are chosen apart. Embedding and
+head are tried in every number of bits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from svdllm.compression.forms import FORMS, Form
-from svdllm.compression.forms.bits import INTEGERS, group_size_of
+from svdllm.compression.forms.bits import FACTORS_IN_BITS, INTEGERS, group_size_of
 from svdllm.compression.math.linalg import tail_energies
 from svdllm.compression.math.measures import divergence
 from svdllm.compression.ranks.knapsack import Choice, Solution, Unit, solve
@@ -31,6 +31,8 @@ PROBED_RATIO, PROBED_RATIO_OF_MLPS = 0.7, 0.4
 PROBED_SHARE_OF_WIDTH = 0.35
 
 PROBED_BITS = 3
+# What rounding two factors with a scale for each row loses, as a share of the energy of the outputs.
+ROUNDING_OF_FACTORS = {8: 2e-4}
 
 
 class Losses(NamedTuple):
@@ -104,7 +106,9 @@ def _apart(target: Target, losses: Losses, question: Question, evidence: Evidenc
     ]
     choices: list[Choice[Chosen | None]] = [] if target.name in evidence.not_dense else [Choice(None, dense, 0.0)]
     by_size = losses.by_size.get(target.name)
-    choices += [Choice(c, cost(target, c), float(by_size[c.size])) for c in options if by_size is not None]
+    for chosen in options if by_size is not None else ():
+        in_factors = ROUNDING_OF_FACTORS.get(FORMS[chosen.form].factor_bits or 0, 0.0) * float(by_size[0])
+        choices.append(Choice(chosen, cost(target, chosen), float(by_size[chosen.size]) + in_factors))
     return choices + _in_bits(target, losses, question)
 
 
@@ -166,7 +170,7 @@ LOSS = Row(
     allocate=_allocate,
     budgets=("ratio", "target_params", "target_size", "target_speedup"),
     forms=("pair", "packed", "narrow"),
-    other_forms=tuple(row.name for row in INTEGERS),
+    other_forms=tuple(row.name for row in (*INTEGERS, *FACTORS_IN_BITS)),
     probing=Probing(
         measure=divergence,
         ranks=lambda target, round_to, settings: [probe_rank(target)],

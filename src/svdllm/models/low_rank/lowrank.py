@@ -702,6 +702,9 @@ class LowRankMixin(_Model):
         # A model that was never loaded has no other layout, and a quantised one cannot be converted back to it.
         if not hasattr(self, "_weight_conversions") or getattr(self, "hf_quantizer", None) is not None:
             kwargs.setdefault("save_original_format", False)
+        compressor = getattr(getattr(self, "hf_quantizer", None), "compressor", None)
+        if compressor is not None:  # what was unpacked to be run is packed again
+            compressor.compress_model(self, skip_compressed=True)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process and _is_first_process() and not getattr(self, "_hf_peft_config_loaded", False):
             folder = Path(save_directory)

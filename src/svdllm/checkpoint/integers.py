@@ -41,7 +41,7 @@ def pack_integers(codes_OI: Tensor, bits: int) -> Tensor:
 
 
 def integer_config(groups: Mapping[tuple[int, int | None], Sequence[str]]) -> dict[str, Any]:
-    """The ``quantization_config`` of a model: (bits, group size or None for a row) -> the linears that are stored so."""
+    """The ``quantization_config`` of a model: (bits, group size, or None for a row) -> the linears stored so."""
     return {
         "quant_method": QUANT_METHOD,
         "format": FORMAT,

@@ -50,7 +50,7 @@ def probe_sizes(recipe: Recipe, structure: Structure) -> dict[str, list[int]]:
         return {target.unit: [] for target in structure.targets}
     units = {target.unit: target for target in structure.targets}
     curves = {FORMS[name].curve for name in recipe.used_forms}
-    sizes: dict[str, list[int]] = dict.fromkeys(units, [])  # none is written to
+    sizes: dict[str, list[int]] = {name: [] for name in units}
     if "truncation" in curves:
         sizes |= {name: probing.ranks(target, recipe.round_to, recipe) for name, target in units.items()}
     if any(FORMS[name].of_mlps for name in recipe.used_forms):
@@ -215,9 +215,13 @@ def _rounded_vocabulary(walk: Walk, sizes: Sizes) -> dict[tuple[str, int], dict[
 def _embedded(walk: Walk, weights: Mapping[str, Tensor]) -> Tensor:
     """The hidden states before the first block, with other weights outside the blocks."""
     recorders = walk.recorders()
-    with walk.outside_loaded(everything=True), tensors_replaced(walk.skeleton, weights):
-        with replaced(walk.skeleton, recorders), torch.no_grad():
-            walk.skeleton.base_model(input_ids=walk.ids.to(walk.device), use_cache=False)
+    with (
+        walk.outside_loaded(everything=True),
+        tensors_replaced(walk.skeleton, weights),
+        replaced(walk.skeleton, recorders),
+        torch.no_grad(),
+    ):
+        walk.skeleton.base_model(input_ids=walk.ids.to(walk.device), use_cache=False)
     return recorders[walk.structure.blocks[0]].hidden.cpu()
 
 

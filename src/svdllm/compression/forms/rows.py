@@ -36,8 +36,8 @@ class Form:
         nested: whether the tensors of a smaller size are parts of those of a larger one.
         needs_gram: whether it is fitted to the Gram of the inputs.
         adds_bias: whether it can take a bias that corrects the mean output.
-        bits: of a weight, where they are fewer than the source's. Such a form has as many parameters as the dense matrix,
-            and its size is the number of inputs that share a scale.
+        bits: of a weight, where they are fewer than the source's. Such a form has as many parameters as the dense
+            matrix, and its size is the number of inputs that share a scale.
         base: the form whose factors are stored in ``factor_bits`` bits, with a scale for each row.
     """
 

@@ -122,3 +122,28 @@ def test_a_model_in_few_bits_is_not_compressed_again(tmp_path: Path):
     result = _compressed(tmp_path, ranks={"layers": {"int4": 32}}, calibration_mode="dense")
     with pytest.raises(UnsupportedModelError, match="is quantised"):
         compress(result.output_dir, Recipe(ratio=0.2, **TEXT), tmp_path / "twice", calibration=_ids())
+
+
+@pytest.mark.parametrize("mode", ["dense", "sequential"])
+def test_corrections_are_chosen_stored_and_lose_less_than_bits_alone(tmp_path: Path, mode: str):
+    losses = {}
+    for form, given in (("int2", {"int2": 32}), ("int2-corrected", {"int2-corrected": 8})):
+        ranks = {"up_proj|down_proj|o_proj": given}
+        result = _compressed(tmp_path / form, ranks=ranks, calibration_mode=mode)
+        svdllm.verify(result.output_dir)
+        losses[form] = sum(linear.loss**2 for linear in result.linears)
+        dense = _logits(svdllm.load_model(tmp_path / form / "dense", dtype=torch.float32))
+        difference = (_logits(svdllm.load_model(result.output_dir, dtype=torch.float32)) - dense).square().mean()
+        losses[form, "logits"] = float(difference)
+    assert losses["int2-corrected"] < losses["int2"]
+    assert losses["int2-corrected", "logits"] < losses["int2", "logits"]
+    parts = result.plan.sizes.bytes_by_part
+    assert parts["corrections"] > 0
+    assert sum(parts.values()) == weight_bytes(result.output_dir).files
+
+
+def test_every_form_that_transformers_loads_is_considered(tmp_path: Path):
+    result = _compressed(tmp_path, target_size=90_000, runtime="transformers", round_to=8)
+    assert {"pair", "packed-int8", "int3", "int4-corrected"} <= set(result.recipe.used_forms)
+    assert weight_bytes(result.output_dir).files <= 90_000
+    svdllm.verify(result.output_dir)

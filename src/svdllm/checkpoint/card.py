@@ -16,6 +16,7 @@ FORMS = {
     "packed": "packed (pivot rows or columns, and how the others are made of them)",
     "narrow": "narrower (fewer inner features of an MLP)",
     **{f"int{bits}": f"in {bits} bits" for bits in range(8, 1, -1)},
+    **{f"int{bits}-corrected": f"in {bits} bits with a low-rank correction" for bits in (4, 3, 2)},
     "pair-int8": "as pairs of factors in 8 bits",
     "packed-int8": "packed, in 8 bits",
 }

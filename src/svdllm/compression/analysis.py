@@ -71,7 +71,9 @@ class Analysis:
             part: number of the part; None for the last, or the whole block.
         """
         tensors = {f"{group}.mean": mean for group, mean in (means or {}).items()}
-        tensors |= {f"{name}.rounding": errors for name, errors in decomposed.roundings.items()}
+        for name, rounding in decomposed.roundings.items():
+            parts = {f"{name}.rounding": rounding.errors, f"{name}.corrections": rounding.corrections}
+            tensors |= {part: tensor for part, tensor in parts.items() if tensor is not None}
         for name, narrowing in decomposed.narrowings.items():
             tensors |= {f"{name}.{part}": tensor for part, tensor in narrowing._asdict().items()}
         for name, spectrum in decomposed.spectra.items():
@@ -95,6 +97,10 @@ class Analysis:
         """Bits -> squared error of a target that is rounded; None where it cannot be."""
         found = _tensor_if_there(self._file(target.block), f"{target.name}.rounding")
         return None if found is None else {int(bits): float(error) for bits, error in found.mT}
+
+    def corrections(self, target: Target) -> Tensor | None:
+        """The squared error at every rank of a correction (corrected bits x ranks); None where it has none."""
+        return _tensor_if_there(self._file(target.block), f"{target.name}.corrections")
 
     def narrowing(self, block: int, mlp: str) -> Narrowing:
         """How an MLP of a block is narrowed."""

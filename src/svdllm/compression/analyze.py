@@ -26,7 +26,7 @@ from svdllm.compression.analysis import Analysis
 from svdllm.compression.collect import collect_backward, collect_statistics, right_metric
 from svdllm.compression.decompose import decompose
 from svdllm.compression.few_tokens import ExpertTokens, GroupStatistic, expert_tokens
-from svdllm.compression.forms import FORMS, bits_in, most_rank, rank_of
+from svdllm.compression.forms import FORMS, bits_in, corrected_bits, most_rank, rank_of
 from svdllm.compression.math.metrics import METHODS, Method
 from svdllm.compression.math.statistics import Gram, Statistic
 from svdllm.compression.parts import Part, parts_of
@@ -88,6 +88,7 @@ def analyze(
         depths=_depths(subject.structure, plans),
         narrows=any(FORMS[name].of_mlps for name in recipe.analysed_forms),
         bits=bits_in(recipe.analysed_forms),
+        corrected=corrected_bits(recipe.analysed_forms),
         keeps_metrics=recipe.calibration_mode == "sequential"
         or run.analysis_dir is not None
         or bool(bits_in(recipe.analysed_forms)),
@@ -120,6 +121,7 @@ def _settings_beside_the_recipe(recipe: Recipe, subject: Subject, provenance: Pr
         "directions of a spectrum": _directions(recipe),
         "narrower MLPs": any(FORMS[name].of_mlps for name in recipe.analysed_forms),
         **({"bits": bits} if (bits := bits_in(recipe.analysed_forms)) else {}),
+        **({"corrected bits": bits} if (bits := corrected_bits(recipe.analysed_forms)) else {}),
         "svdllm version": __version__,
         "torch version": torch.__version__,
         "transformers version": transformers.__version__,
@@ -157,6 +159,7 @@ class Calibration:
     narrows: bool  # whether MLPs may be narrowed
     keeps_metrics: bool  # a sequential calibration reads them, and so does rounding
     bits: Sequence[int] = ()  # in which targets may be stored
+    corrected: Sequence[int] = ()  # of these, those that may have a correction
     shared: SharedStatistics | None = None
     reporter: Reporter
 
@@ -281,7 +284,7 @@ class Calibration:
         """Decomposes the weights of a part; adds the seconds to those of the parts before."""
         targets = part.targets
         consumers = [t for t in targets if self.narrows and t.inner is not None and t.inner.side == "in"]
-        made = decompose(block, targets, metric_of, self.depths, lefts or {}, consumers, self.bits)
+        made = decompose(block, targets, metric_of, self.depths, lefts or {}, consumers, self.bits, self.corrected)
         seconds |= made.seconds
         self.analysis.write(block.index, made, seconds, means, keep_metrics=self.keeps_metrics, part=part.number)
         if part.is_last:

@@ -14,17 +14,17 @@ from svdllm.compression.collect import left_metric_of
 from svdllm.compression.forms import FORMS
 from svdllm.compression.math.linalg import Spectrum, energy_alone, output_spectrum
 from svdllm.compression.math.narrowing import Narrowing
-from svdllm.compression.rounded_targets import rounding_errors
+from svdllm.compression.rounded_targets import Roundings, rounding_errors
 from svdllm.models.structure import Target, weight_of
 from svdllm.models.walk import Block
 
 
 class Decomposed(NamedTuple):
-    """Of some targets of a block: spectra, narrowings by MLP, errors of rounding (bits and errors), and seconds."""
+    """Of some targets of a block: spectra, narrowings by MLP, errors of rounding, and seconds."""
 
     spectra: dict[str, Spectrum]
     narrowings: dict[str, Narrowing]
-    roundings: dict[str, Tensor]
+    roundings: dict[str, Roundings]
     seconds: dict[str, float]
 
 
@@ -36,6 +36,7 @@ def decompose(
     lefts: Mapping[str, Tensor],
     consumers: Sequence[Target] = (),
     bits: Sequence[int] = (),
+    corrected: Sequence[int] = (),
 ) -> Decomposed:
     """Decomposes the weights of a block's targets.
 
@@ -45,13 +46,14 @@ def decompose(
         lefts: target -> left metric; targets without one are measured in their outputs as they are.
         consumers: of the targets, those that read the inner features of an MLP that may be narrowed.
         bits: in which the targets may be stored.
+        corrected: of these, those that may have a low-rank correction.
 
     Raises:
         NumericalError: a spectrum does not converge; names the linear.
     """
     spectra: dict[str, Spectrum] = {}
     narrowings: dict[str, Narrowing] = {}
-    roundings: dict[str, Tensor] = {}
+    roundings: dict[str, Roundings] = {}
     seconds: dict[str, float] = {}
     metrics: dict[str, Tensor | None] = {}
     stored_dtype = torch.float64 if block.walk.dtype == torch.float64 else torch.float32
@@ -72,7 +74,7 @@ def decompose(
                 narrowings[target.inner.mlp] = Narrowing.of(weight_OI, metric, left_OO).to(dtype=stored_dtype)
             if bits and FORMS[f"int{bits[0]}"].sizes(target, 1):
                 dtype = block.walk.weights.shape_and_dtype(f"{target.name}.weight")[1]
-                roundings[target.name] = rounding_errors(target, weight_OI, metric, left_OO, bits, dtype)
+                roundings[target.name] = rounding_errors(target, weight_OI, metric, left_OO, bits, dtype, corrected)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
         spectra[target.name] = spectrum.to(dtype=stored_dtype)

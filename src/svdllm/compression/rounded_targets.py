@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from svdllm.compression.forms.bits import group_size_of
+from svdllm.compression.forms.bits import fitted_rounding, group_size_of
+from svdllm.compression.forms.rows import Form
+from svdllm.compression.math.correction import corrected, squared_error
+from svdllm.compression.math.linalg import output_spectrum, tail_energies
 from svdllm.compression.math.rounding import Rounded, round_rows
 from svdllm.models.structure import Target
+
+
+class Roundings(NamedTuple):
+    """Squared errors of a target in both metrics.
+
+    errors: bits, and the error in each (2 x bits, float64).
+    corrections: the error at every rank of a correction, in each number of bits that may be corrected.
+    """
+
+    errors: Tensor
+    corrections: Tensor | None
 
 
 def rounded_each(
@@ -42,16 +57,37 @@ def rounding_errors(
     left_OO: Tensor | None,
     bits: Sequence[int],
     dtype: torch.dtype,
-) -> Tensor:
-    """Bits, and the squared errors in both metrics (2 x bits, float64)."""
-    errors = []
-    for rounded in rounded_each(target, weight_OI, metric, bits, dtype):
-        error_OI = weight_OI.double() - rounded.matrix.double()
-        weighted_OI = error_OI
-        if metric is not None:
-            metric = metric.double()
-            weighted_OI = error_OI * metric if metric.ndim == 1 else error_OI @ metric
-        if left_OO is not None:
-            error_OI = left_OO.double() @ error_OI
-        errors.append(float((weighted_OI * error_OI).sum()))
-    return torch.tensor([list(bits), errors], dtype=torch.float64)
+    corrected_bits: Sequence[int] = (),
+) -> Roundings:
+    """What a target loses in each number of bits, and what corrections of any rank leave of it."""
+    errors, corrections = [], []
+    for each, rounded in zip(bits, rounded_each(target, weight_OI, metric, bits, dtype), strict=True):
+        rest_OI = weight_OI.double() - rounded.matrix.double()
+        errors.append(squared_error(rest_OI, metric, left_OO))
+        if each in corrected_bits:
+            energies_K = output_spectrum(rest_OI, metric, 0, left_gram_OO=left_OO).energies_K
+            corrections.append(tail_energies(energies_K))
+    return Roundings(
+        torch.tensor([list(bits), errors], dtype=torch.float64), torch.stack(corrections) if corrections else None
+    )
+
+
+def corrected_target(
+    target: Target,
+    weight_OI: Tensor,
+    metric: Tensor | None,
+    left_OO: Tensor | None,
+    form: Form,
+    rank: int,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The fitted tensors of a target in few bits with a correction of a rank."""
+    assert form.base is not None
+    assert form.base.bits is not None
+    bits = form.base.bits
+
+    def round_(matrix_OI: Tensor) -> Rounded:
+        return rounded_each(target, matrix_OI, metric, [bits], dtype)[0]
+
+    made = corrected(weight_OI, metric, left_OO, rank, round_)
+    return fitted_rounding(made.rounded) | {"svd_u.weight": made.u_OR, "svd_v.weight": made.v_RI}

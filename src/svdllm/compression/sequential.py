@@ -36,7 +36,7 @@ from svdllm.compression.plan import Plan
 from svdllm.compression.products import Products, Sums
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.recipe_sequential import SequentialSettings
-from svdllm.compression.rounded_targets import rounded_each
+from svdllm.compression.rounded_targets import corrected_target, rounded_each
 from svdllm.compression.session import Run
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
@@ -220,6 +220,9 @@ class Sequential:
                 gram_II, dtype = products.compressed_II, self._source_dtype(target)
                 (rounded,) = rounded_each(target, star_OI.float(), gram_II, [bits], dtype, chosen.size)
                 return fitted_rounding(rounded)
+            if FORMS[chosen.form].curve == "correction":
+                gram_II, dtype, form = products.compressed_II, self._source_dtype(target), FORMS[chosen.form]
+                return corrected_target(target, star_OI.float(), gram_II, left_OO, form, chosen.size, dtype)
             if FORMS[chosen.form].of_mlps:
                 order_I = self.analysis.inner_order(target)
                 assert order_I is not None
@@ -284,6 +287,7 @@ def _product(tensors: Mapping[str, Tensor]) -> Tensor:
     """The weight (``out x in``, float64) that factors multiply out to, or a fitted dense weight."""
     if "weight" in tensors:
         return tensors["weight"].double()
-    if CODES in tensors:
-        return rounded_matrix(tensors).double()
-    return tensors["svd_u.weight"].double() @ tensors["svd_v.weight"].double()
+    product_OI = rounded_matrix(tensors).double() if CODES in tensors else 0.0
+    if "svd_u.weight" not in tensors:
+        return product_OI  # type: ignore[return-value]
+    return product_OI + tensors["svd_u.weight"].double() @ tensors["svd_v.weight"].double()

@@ -22,7 +22,7 @@ from svdllm.common.version import __version__
 from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.factors import TargetFactors
 from svdllm.compression.few_tokens import ExpertTokens
-from svdllm.compression.forms import FORMS
+from svdllm.compression.forms import FORMS, corrected_bits
 from svdllm.compression.forms.layout import (
     compressed_tensors,
     elastic_tensors,
@@ -42,7 +42,7 @@ from svdllm.compression.records import (
 )
 from svdllm.compression.session import Run
 from svdllm.compression.subject import Subject
-from svdllm.models.chosen import Forms
+from svdllm.models.chosen import Chosen, Forms
 from svdllm.models.companions import GENERATION_CONFIG, copy_companion_files
 from svdllm.models.experts import Stacked, stacked_layout, untouched
 from svdllm.models.low_rank import FORMAT_VERSION, family_classes, low_rank_config
@@ -134,10 +134,22 @@ def _curve(target: Target, plan: Plan, analysis: Analysis) -> Tensor:
     chosen = plan.forms.get(target.name)
     if chosen is not None and (bits := FORMS[chosen.form].bits) is not None:
         return _rounding_curve(analysis.rounding(target), bits, chosen.size, analysis.energies(target).sum())
+    if chosen is not None and FORMS[chosen.form].curve == "correction":
+        tails = analysis.corrections(target)
+        energy = analysis.energies(target).sum()[None]
+        corrected = corrected_bits(plan.recipe.analysed_forms)
+        return energy if tails is None else torch.cat([energy, tails[corrected.index(_base_bits(chosen))][1:]])
     if chosen is not None and FORMS[chosen.form].of_mlps and target.inner is not None:
         tails = analysis.narrowing_tails(target.block, target.inner.mlp)
         return tails if target.inner.side == "in" else tails * 0  # the rows that stay are as they were
     return tail_energies(analysis.energies(target))
+
+
+def _base_bits(chosen: Chosen) -> int:
+    base = FORMS[chosen.form].base
+    assert base is not None
+    assert base.bits is not None
+    return base.bits
 
 
 def _rounding_curve(errors: Mapping[int, float] | None, bits: int, size: int, energy: Tensor) -> Tensor:

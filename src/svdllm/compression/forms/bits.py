@@ -136,6 +136,53 @@ def packed_factors(stored: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]
     return found
 
 
+def _corrected(integers: Form) -> Form:
+    """A matrix in few bits, and factors in 8 bits that correct it."""
+    bits = integers.bits
+    assert bits is not None
+
+    def sizes(target: Target, round_to: int) -> Sequence[int]:
+        able = integers.sizes(target, 1) and not target.vocabulary
+        return (
+            range(round_to, min(target.full_rank, target.break_even_rank // CORRECTED_SHARE) + 1, round_to)
+            if able
+            else ()
+        )
+
+    def shapes(target: Target, linear: str, rank: int) -> Shapes:
+        base = integers.shapes(target, linear, group_size_of(target))
+        factors = _packed_shapes("svd_v.weight", rank, target.in_features, bits=CORRECTION_BITS)
+        factors |= _packed_shapes("svd_u.weight", target.out_features, rank, bits=CORRECTION_BITS)
+        return {f"{BASE}{leaf}": shape for leaf, shape in base.items()} | factors
+
+    def store(target: Target, fitted: Fitted, rank: int, order: Tensor | None) -> dict[str, dict[str, Tensor]]:
+        base = integers.store(target, fitted, group_size_of(target), order)[target.name]
+        factors = {leaf: fitted[leaf] for leaf in ("svd_v.weight", "svd_u.weight")}
+        return {target.name: {f"{BASE}{leaf}": tensor for leaf, tensor in base.items()} | factors}
+
+    return Form(
+        name=f"{integers.name}-corrected",
+        summary=f"the matrix in {bits} bits and a low-rank correction in {CORRECTION_BITS}",
+        source="LQER, EoRA, LoftQ; docs/quantization.md",
+        curve="correction",
+        sizes=sizes,
+        shapes=shapes,
+        entry=lambda target, linear, rank: {"form": "corrected", "rank": rank},
+        store=store,
+        exact_rank=lambda target, params: (
+            max(0.0, params - target.num_weights) / (target.in_features + target.out_features)
+        ),
+        base=integers,
+        factor_bits=CORRECTION_BITS,
+        needs_gram=True,
+        adds_bias=False,
+    )
+
+
+BASE = "base."
+CORRECTION_BITS = 8
+CORRECTED_SHARE = 4  # a correction of more than this part of the break-even rank would cost as much as another bit
 FACTOR = ".weight"  # how the names of factors end within a linear
 INTEGERS = tuple(map(_row, BITS))
 FACTORS_IN_BITS = (_factors_in_bits(PAIR, 8), _factors_in_bits(PACKED, 8))
+CORRECTED = tuple(_corrected(row) for row in INTEGERS if row.bits in (4, 3, 2))

@@ -12,7 +12,7 @@ import torch
 from svdllm.checkpoint.integers import integer_config
 from svdllm.checkpoint.tensors import Tensors
 from svdllm.compression.forms import FORMS, Form, bits_of
-from svdllm.compression.forms.bits import is_own_module
+from svdllm.compression.forms.bits import BASE, group_size_of, is_own_module
 from svdllm.models.chosen import Chosen, Forms
 from svdllm.models.structure import Structure, Target
 
@@ -25,6 +25,8 @@ def params(target: Target, chosen: Chosen | None) -> int:
     """Number of weights of a target in a form, with those that a bias correction adds; None is the dense matrix."""
     if chosen is None or FORMS[chosen.form].bits is not None:
         return target.num_weights
+    if FORMS[chosen.form].curve == "correction":
+        return target.num_weights + chosen.size * (target.in_features + target.out_features)
     if (base := FORMS[chosen.form].base) is not None:
         return params(target, Chosen(base.name, chosen.size))
     tensors = (FORMS[chosen.form].shapes(target, linear, chosen.size) for linear in target.linears)
@@ -99,12 +101,15 @@ def quantization_entry(structure: Structure, forms: Forms) -> dict[str, Any] | N
         if form.bits is not None:
             groups.setdefault((form.bits, chosen.size), []).append(target.name)
         elif form.factor_bits is not None:
-            groups.setdefault((form.factor_bits, None), []).extend(_factors_of(target, form, chosen.size))
+            for name in _packed_modules(target, form, chosen.size):
+                is_base = form.base is not None and f"{name}.".endswith(f".{BASE}")
+                bits, size = (form.base.bits, group_size_of(target)) if is_base else (form.factor_bits, None)
+                groups.setdefault((bits, size), []).append(name)
     return integer_config(groups) if groups else None
 
 
-def _factors_of(target: Target, form: Form, size: int) -> list[str]:
-    """The modules that hold the packed factors of a target."""
+def _packed_modules(target: Target, form: Form, size: int) -> list[str]:
+    """The modules that hold the packed parts of a target."""
     owners = {linear: form.shapes(target, linear, size) for linear in target.linears}
     parts = [f"{linear}.{leaf}" for linear, leaves in owners.items() for leaf in leaves]
     return [part.removesuffix(".weight_packed") for part in parts if part.endswith(".weight_packed")]
@@ -115,6 +120,8 @@ def without_bits(forms: Forms) -> dict[str, Chosen]:
     plain: dict[str, Chosen] = {}
     for name, chosen in forms.items():
         form = FORMS[chosen.form]
+        if form.curve == "correction":
+            continue
         if form.base is not None:
             plain[name] = Chosen(form.base.name, chosen.size)
         elif form.bits is None:

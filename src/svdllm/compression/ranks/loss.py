@@ -9,12 +9,13 @@ head are tried in every number of bits.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from svdllm.compression.forms import FORMS, Form
-from svdllm.compression.forms.bits import FACTORS_IN_BITS, INTEGERS, group_size_of
+from svdllm.compression.forms.bits import CORRECTED, FACTORS_IN_BITS, INTEGERS, group_size_of
 from svdllm.compression.math.linalg import tail_energies
 from svdllm.compression.math.measures import divergence
 from svdllm.compression.ranks.knapsack import Choice, Solution, Unit, solve
@@ -40,6 +41,7 @@ class Losses(NamedTuple):
 
     by_size: Mapping[str, Tensor]
     by_bits: Mapping[str, Mapping[int, float]]
+    corrected: Mapping[str, Mapping[int, Tensor]] = MappingProxyType({})  # target -> bits -> loss at every rank
 
 
 def probe_rank(target: Target) -> int:
@@ -79,7 +81,12 @@ def losses_of(evidence: Evidence, question: Question) -> Losses:
         ((size, measured),) = evidence.probes[name].items()
         losses[name] = predicted_losses(tail, size, measured)
     roundings = {t.name: _rounding_losses(t, evidence) for t in question.priced if rounded(t.name) in evidence.probes}
-    return Losses(losses, roundings)
+    corrected = {
+        t.name: _corrected_losses(t, evidence, roundings[t.name])
+        for t in question.targets
+        if t.name in evidence.corrections
+    }
+    return Losses(losses, roundings, corrected)
 
 
 def _rounding_losses(target: Target, evidence: Evidence) -> dict[int, float]:
@@ -93,6 +100,12 @@ def _rounding_losses(target: Target, evidence: Evidence) -> dict[int, float]:
     return {bits: scale * error for bits, error in errors.items()}
 
 
+def _corrected_losses(target: Target, evidence: Evidence, by_bits: Mapping[int, float]) -> dict[int, Tensor]:
+    """Bits -> the predicted loss at every rank of a correction."""
+    errors, tails = evidence.roundings[target.name], evidence.corrections[target.name]
+    return {bits: tail * (by_bits[bits] / errors[bits] if errors[bits] > 0 else 0.0) for bits, tail in tails.items()}
+
+
 def _apart(target: Target, losses: Losses, question: Question, evidence: Evidence) -> list[Choice[Chosen | None]]:
     """The choices of a linear by itself: its sizes in every form, and dense."""
     cost, dense = question.unit.cost, question.unit.cost(target, None)
@@ -100,7 +113,7 @@ def _apart(target: Target, losses: Losses, question: Question, evidence: Evidenc
     options = [
         Chosen(form.name, size)
         for form in _forms(question, of_mlps=False)
-        if form.bits is None
+        if form.curve == "truncation"
         for size in form.sizes(target, question.round_to)
         if held is None or size <= held.size
     ]
@@ -117,6 +130,11 @@ def _in_bits(target: Target, losses: Losses, question: Question) -> list[Choice[
     by_bits = losses.by_bits.get(target.name, {})
     forms = [form for form in _forms(question, of_mlps=False) if form.bits in by_bits]
     chosen = [(Chosen(form.name, group_size_of(target)), by_bits[form.bits]) for form in forms if form.bits]
+    for form in _forms(question, of_mlps=False):
+        if form.curve == "correction" and form.base is not None and target.name in losses.corrected:
+            by_rank = losses.corrected[target.name][form.base.bits or 0]
+            ranks = form.sizes(target, question.round_to)
+            chosen += [(Chosen(form.name, rank), float(by_rank[rank])) for rank in ranks]
     return [Choice(each, question.unit.cost(target, each), loss) for each, loss in chosen]
 
 
@@ -170,7 +188,7 @@ LOSS = Row(
     allocate=_allocate,
     budgets=("ratio", "target_params", "target_size", "target_speedup"),
     forms=("pair", "packed", "narrow"),
-    other_forms=tuple(row.name for row in (*INTEGERS, *FACTORS_IN_BITS)),
+    other_forms=tuple(row.name for row in (*INTEGERS, *FACTORS_IN_BITS, *CORRECTED)),
     probing=Probing(
         measure=divergence,
         ranks=lambda target, round_to, settings: [probe_rank(target)],

@@ -117,7 +117,34 @@ class PackedLinear(nn.Module):
         return f"rank={self.rank}, side={self.side}"
 
 
+class CorrectedLinear(nn.Module):
+    """``y = W x + b + U (V x)``: a linear whose weight is stored in few bits, and what corrects it.
+
+    Shapes: ``base.weight`` is ``(out_features, in_features)``, ``svd_v.weight`` ``(rank, in_features)``, ``svd_u.weight``
+    ``(out_features, rank)``. It has no ``weight``, as a ``LowRankLinear``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.svd_v = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.svd_u = nn.Linear(rank, out_features, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.svd_u(self.svd_v(x))
+
+
 FACTORED = (LowRankLinear, PackedLinear)
+RANKED = (*FACTORED, CorrectedLinear)
 
 
 class Expert(nn.Module):
@@ -549,6 +576,8 @@ def _in_form(linear: nn.Module, entry: Mapping[str, Any], add_bias: bool) -> nn.
         return _narrow(linear, *sizes, bias)
     if entry["form"] == "packed":
         factored = PackedLinear(*sizes, entry["rank"], bias, entry["side"], **place)
+    elif entry["form"] == "corrected":
+        factored = CorrectedLinear(*sizes, entry["rank"], bias, **place)
     else:
         factored = LowRankLinear(*sizes, entry["rank"], bias, **place)
     return factored.train(linear.training).requires_grad_(weight.requires_grad)
@@ -574,7 +603,7 @@ def _mark_factored(module: nn.Module) -> None:
     vLLM decides once per class how to fuse a module's projections, and fails if one instance of a class is dense and
     another is factored.
     """
-    children = tuple(sorted(name for name, child in module.named_children() if isinstance(child, FACTORED)))
+    children = tuple(sorted(name for name, child in module.named_children() if isinstance(child, RANKED)))
     module.__class__ = _factored_class(getattr(type(module), "_svdllm_dense_class", type(module)), children)
 
 
@@ -659,10 +688,10 @@ class LowRankMixin(_Model):
         ``_init_weights`` of some families would ask such modules for the weights of their linears, or take a factor for
         the linear of its name.
         """
-        parts = {part for module in self.modules() if isinstance(module, FACTORED) for part in module.modules()}
+        parts = {part for module in self.modules() if isinstance(module, RANKED) for part in module.modules()}
         for module in self.modules():
             own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-            factored = module in parts or any(isinstance(child, FACTORED) for child in module.children())
+            factored = module in parts or any(isinstance(child, RANKED) for child in module.children())
             factored = factored or isinstance(module, FewBits | TiedHead)
             if factored and all(getattr(tensor, "_is_hf_initialized", False) for tensor in own):
                 module._is_hf_initialized = True  # type: ignore[assignment]
@@ -755,6 +784,12 @@ _SIZES = ("in_features", "out_features")
 
 def check_tensor_parallel(model: Any, processes: int) -> None:
     """Raises ``ValueError`` if the linears of a low-rank model cannot be split between processes."""
+    corrected = [name for name, module in model.named_modules() if isinstance(module, CorrectedLinear)]
+    if corrected and processes > 1:
+        raise ValueError(
+            f"Corrected linears cannot be split between {processes} processes, and this model has {len(corrected)}: "
+            f"{_some(corrected, 3)}. Use one process, or `svdllm export MODEL -o OUT --format adapter`."
+        )
     packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     if packed and processes > 1:
         raise ValueError(

@@ -16,7 +16,12 @@ else:
 
 FORMAT_VERSION = 2
 # What the entry of a form must have. Every form may have in_features and out_features; narrow has one of them or both.
-FORM_FIELDS: dict[str, tuple[str, ...]] = {"pair": ("rank",), "packed": ("rank", "side"), "narrow": ()}
+FORM_FIELDS: dict[str, tuple[str, ...]] = {
+    "pair": ("rank",),
+    "packed": ("rank", "side"),
+    "narrow": (),
+    "corrected": ("rank",),
+}
 # Names in transformers 4, by model type, where they differ from other families; None where the field is refused.
 _GPT_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 _PHI3 = {"rope_type": "type", "original_max_position_embeddings": None}
@@ -124,7 +129,7 @@ def _check_embeddings(embeddings: Any) -> None:
 
 def _first_factor(entry: Mapping[str, Any]) -> dict[str, Any] | None:
     """What must agree where a first factor is shared; None for a form whose first factor cannot be."""
-    if entry["form"] == "narrow" or entry.get("side") == "rows":
+    if entry["form"] in ("narrow", "corrected") or entry.get("side") == "rows":
         return None
     return {key: entry.get(key) for key in ("form", "rank", "in_features")}
 

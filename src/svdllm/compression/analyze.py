@@ -6,7 +6,6 @@ Gram of the gradients of every output. Until the reverse walk reaches a block, i
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,15 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from svdllm.checkpoint.output import LOCK, start_over
 from svdllm.common.locks import locked
 from svdllm.common.progress import Reporter
 from svdllm.common.settings_file import read_settings
-from svdllm.common.version import __version__
 from svdllm.compression.analysis import Analysis
+from svdllm.compression.analysis_settings import settings_beside_the_recipe
 from svdllm.compression.collect import collect_backward, collect_statistics, right_metric
 from svdllm.compression.decompose import decompose
 from svdllm.compression.few_tokens import ExpertTokens, GroupStatistic, expert_tokens
@@ -50,7 +48,7 @@ def open_analysis(run: Run, subject: Subject, provenance: Provenance) -> Iterato
     """
     if not run.resume or not read_settings(run.analysis_folder):
         start_over(run.work)
-    beside = _settings_beside_the_recipe(run.recipe, subject, provenance)
+    beside = settings_beside_the_recipe(run.recipe, subject, provenance)
     own = Analysis(run.analysis_folder, recipe_settings(run.recipe.to_dict()) | beside)
     own.open()
     if run.analysis_dir is None:
@@ -81,17 +79,16 @@ def analyze(
         kept = min(recipe.gradient_samples, len(walk.ids))
         walk.kept_folder = run.work / "inputs"
         walk.kept_batches = sum(batch.start < kept for batch in walk.batches)
+    bits = bits_in(recipe.analysed_forms)
     Calibration(
         walk=walk,
         recipe=recipe,
         analysis=analysis,
         depths=_depths(subject.structure, plans),
         narrows=any(FORMS[name].of_mlps for name in recipe.analysed_forms),
-        bits=bits_in(recipe.analysed_forms),
+        bits=bits,
         corrected=corrected_bits(recipe.analysed_forms),
-        keeps_metrics=recipe.calibration_mode == "sequential"
-        or run.analysis_dir is not None
-        or bool(bits_in(recipe.analysed_forms)),
+        keeps_metrics=recipe.calibration_mode == "sequential" or run.analysis_dir is not None or bool(bits),
         shared=_shared_statistics(run, analysis),
         reporter=run.reporter,
     ).run()
@@ -106,32 +103,6 @@ def _shared_statistics(run: Run, analysis: Analysis) -> SharedStatistics | None:
     names = ("recipe: method", "recipe: batch_tokens", "recipe: joint_kv")
     beside = {key: value for key, value in analysis.settings.items() if key in names or not key.startswith("recipe: ")}
     return SharedStatistics.of(run.statistics_dir, beside)
-
-
-def _settings_beside_the_recipe(recipe: Recipe, subject: Subject, provenance: Provenance) -> dict[str, Any]:
-    """Everything beside the recipe that decides the bytes of the result."""
-    device, dtype = subject.placement(recipe)
-    config = subject.source.config.to_json_string(use_diff=False)
-    return {
-        "device": str(device),
-        "computed in": str(dtype),
-        "weights of the model": provenance.weights_fingerprint,
-        "config of the model": hashlib.sha256(config.encode()).hexdigest(),
-        "calibration tokens": provenance.calibration_fingerprint,
-        "directions of a spectrum": _directions(recipe),
-        "narrower MLPs": any(FORMS[name].of_mlps for name in recipe.analysed_forms),
-        **({"bits": bits} if (bits := bits_in(recipe.analysed_forms)) else {}),
-        **({"corrected bits": bits} if (bits := corrected_bits(recipe.analysed_forms)) else {}),
-        "svdllm version": __version__,
-        "torch version": torch.__version__,
-        "transformers version": transformers.__version__,
-    }
-
-
-def _directions(recipe: Recipe) -> str:
-    if not any(FORMS[name].curve == "truncation" for name in recipe.analysed_forms):
-        return "none"
-    return "all" if "packed" in recipe.analysed_forms else "to break-even"
 
 
 def _depths(structure: Structure, plans: Sequence[Plan]) -> dict[str, int]:

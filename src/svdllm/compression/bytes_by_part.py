@@ -11,7 +11,7 @@ FACTORS = (".svd_u", ".svd_v")
 
 
 def bytes_by_part(written: Tensors, structure: Structure) -> dict[str, int]:
-    """The bytes of the embedding, an untied head, the linears in the blocks, their corrections, scales, all else, headers.
+    """The bytes of the embedding, an untied head, the blocks' linears, their corrections and scales, and the rest.
 
     Embedding, head and corrections are counted with their scales. The parts add up to the bytes of the files.
     """

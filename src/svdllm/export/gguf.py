@@ -72,8 +72,8 @@ def _refuse_low_rank(info: LowRankInfo | None, folder: Path) -> None:
         raise UnsupportedModelError(
             f"{folder} has {len(info.forms)} linears in forms that GGUF does not have ({', '.join(forms)}): all that "
             "they save would be lost, because they would be multiplied out to matrices of the original size. If that "
-            "is wanted, use `svdllm export --format dense` and then this export on its result; for a small file, compress "
-            "with --runtime llama.cpp."
+            "is wanted, use `svdllm export --format dense` and then this export on its result; for a small file, "
+            "compress with --runtime llama.cpp."
         )
 
 

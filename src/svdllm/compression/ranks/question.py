@@ -133,11 +133,11 @@ class Question:
 class Evidence:
     """The results of the analysis: the eigenvalues of every target (descending), and its probes if it was probed.
 
-    ``narrowings`` are the squared errors of every narrowed MLP by its width, ``roundings`` those of targets by bits, and
-    ``corrections`` by bits those at every rank of a correction. A probe is the measure of the allocation with one target
-    or MLP changed alone, by size; of a unit that is rounded, by bits and under the name ``rounded(unit)``. ``times`` are
-    given if time is the budget. ``held`` are the factors that an elastic checkpoint has: no larger rank can be cut from
-    it. Of the targets in ``not_dense`` it has no more.
+    ``narrowings`` are the squared errors of every narrowed MLP by its width, ``roundings`` those of targets by bits,
+    and ``corrections`` by bits those at every rank of a correction. A probe is the measure of the allocation with one
+    target or MLP changed alone, by size; of a unit that is rounded, by bits and under the name ``rounded(unit)``.
+    ``times`` are given if time is the budget. ``held`` are the factors that an elastic checkpoint has: no larger rank
+    can be cut from it. Of the targets in ``not_dense`` it has no more.
     """
 
     energies: Mapping[str, Tensor] = field(default_factory=dict)

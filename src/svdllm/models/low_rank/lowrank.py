@@ -120,8 +120,8 @@ class PackedLinear(nn.Module):
 class CorrectedLinear(nn.Module):
     """``y = W x + b + U (V x)``: a linear whose weight is stored in few bits, and what corrects it.
 
-    Shapes: ``base.weight`` is ``(out_features, in_features)``, ``svd_v.weight`` ``(rank, in_features)``, ``svd_u.weight``
-    ``(out_features, rank)``. It has no ``weight``, as a ``LowRankLinear``.
+    Shapes: ``base.weight`` is ``(out_features, in_features)``, ``svd_v.weight`` ``(rank, in_features)`` and
+    ``svd_u.weight`` ``(out_features, rank)``. It has no ``weight``, as a ``LowRankLinear``.
     """
 
     def __init__(

@@ -36,6 +36,6 @@ def settings_beside_the_recipe(recipe: Recipe, subject: Subject, provenance: Pro
 
 
 def _directions(recipe: Recipe) -> str:
-    if not any(FORMS[name].curve == "truncation" for name in recipe.analysed_forms):
+    if not recipe.truncates:
         return "none"
     return "all" if {"packed", "packed-int8"}.intersection(recipe.analysed_forms) else "to break-even"

@@ -111,8 +111,9 @@ def _depths(structure: Structure, plans: Sequence[Plan]) -> dict[str, int]:
     0 for a recipe that truncates nothing.
     """
     forms = plans[0].recipe.analysed_forms
-    truncates = any(FORMS[name].curve == "truncation" for name in forms)
-    depths = {t.name: max(t.break_even_rank, most_rank(t, forms)) if truncates else 0 for t in structure.targets}
+    depths = {target.name: max(target.break_even_rank, most_rank(target, forms)) for target in structure.targets}
+    if not plans[0].recipe.truncates:
+        depths = dict.fromkeys(depths, 0)
     for plan in plans:
         for name, chosen in plan.forms.items():
             depths[name] = max(depths.get(name, 0), rank_of(chosen) or 0)

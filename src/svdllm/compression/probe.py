@@ -59,7 +59,8 @@ def probe_sizes(recipe: Recipe, structure: Structure) -> dict[str, list[int]]:
     if bits := bits_in(recipe.used_forms):
         able = [target for target in structure.targets if FORMS[f"int{bits[0]}"].sizes(target, 1)]
         sizes |= {rounded(target.name): probing.bits(bits, recipe) for target in able}
-        sizes |= {rounded(target.name): bits for target in structure.vocabulary}
+        for target in structure.vocabulary:
+            sizes[rounded(target.name)] = [each for each in bits if FORMS[f"int{each}"].sizes(target, 1)]
     return sizes
 
 
@@ -109,7 +110,7 @@ def probe(walk: Walk, analysis: Analysis, sizes: Sizes, measure: Measure, report
         for block in walk.blocks():
             if block.index == 0:
                 shared = walk.hidden.shared.before(0, 0)
-                streams |= {key: _Stream(_embedded(walk, weights), shared) for key, weights in outside.items()}
+                streams |= {key: _Stream(_embedded(walk, own.weights()), shared) for key, own in outside.items()}
             call = walk.calls[0][block.index]
             dense = _Stream(walk.hidden.tensor, walk.hidden.shared.before(0, block.index))
             for key, stream in streams.items():
@@ -120,7 +121,7 @@ def probe(walk: Walk, analysis: Analysis, sizes: Sizes, measure: Measure, report
                         streams[name, size] = dense.through(call, block.module, walk.device)
                 reporter.advance(len(streams), num_streams)
             block.run()
-        ends = [(stream.hidden, outside.get(key, {})) for key, stream in streams.items()]
+        ends = [(stream.hidden, outside.get(key)) for key, stream in streams.items()]
         measured = dict(zip(streams, _measured(walk, ends, measure), strict=True))
     for (name, size), value in measured.items():
         if not isfinite(value):
@@ -199,16 +200,26 @@ def _narrowed(walk: Walk, analysis: Analysis, target: Target, width: int) -> Ten
     return narrowing.consumer(weight_OI, width).to(weight_OI.dtype)
 
 
-def _rounded_vocabulary(walk: Walk, sizes: Sizes) -> dict[tuple[str, int], dict[str, Tensor]]:
-    """Probe of the embedding or the head -> its rounded weights, under all names of it."""
-    found: dict[tuple[str, int], dict[str, Tensor]] = {}
+class _Outside(NamedTuple):
+    """A rounded embedding or head, under all names of its weight; unpacked when it is used."""
+
+    names: tuple[str, ...]
+    rounded: Rounded
+    dtype: torch.dtype
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict.fromkeys(self.names, self.rounded.matrix.to(self.dtype))
+
+
+def _rounded_vocabulary(walk: Walk, sizes: Sizes) -> dict[tuple[str, int], _Outside]:
+    """Probe of the embedding or the head -> what is changed."""
+    found: dict[tuple[str, int], _Outside] = {}
     for target in walk.structure.vocabulary:
         name = f"{target.name}.weight"
         weight_OI = walk.weights.get(name).to(walk.device)
-        bits = sizes.get(rounded(target.name), ())
-        for each, made in zip(bits, _rounded_one_by_one(target, weight_OI, bits), strict=True):
-            matrix_OI = made.matrix.to(walk.dtype)
-            found[rounded(target.name), each] = dict.fromkeys((name, *walk.ties.get(name, ())), matrix_OI)
+        for bits in sizes.get(rounded(target.name), ()):  # one by one: together they would take much memory
+            (made,) = rounded_each(target, weight_OI, None, [bits], weight_OI.dtype)
+            found[rounded(target.name), bits] = _Outside((name, *walk.ties.get(name, ())), made, walk.dtype)
     return found
 
 
@@ -225,15 +236,10 @@ def _embedded(walk: Walk, weights: Mapping[str, Tensor]) -> Tensor:
     return recorders[walk.structure.blocks[0]].hidden.cpu()
 
 
-def _rounded_one_by_one(target: Target, weight_OI: Tensor, bits: Sequence[int]) -> Iterator[Rounded]:
-    for each in bits:  # together they would take much memory
-        yield rounded_each(target, weight_OI, None, [each], weight_OI.dtype)[0]
-
-
-def _measured(walk: Walk, streams: list[tuple[Tensor, dict[str, Tensor]]], measure: Measure) -> list[float]:
+def _measured(walk: Walk, streams: list[tuple[Tensor, _Outside | None]], measure: Measure) -> list[float]:
     """The measure of each stream's predictions, averaged over the windows; the logits of one window fit in memory.
 
-    A stream has its hidden states, and the weights outside the blocks that are not those of the dense model.
+    A stream has its hidden states, and what is changed outside the blocks.
     """
     totals = [0.0] * len(streams)
     with walk.head() as head:
@@ -245,7 +251,7 @@ def _measured(walk: Walk, streams: list[tuple[Tensor, dict[str, Tensor]]], measu
         for number, ids_T in enumerate(walk.ids):
             window = slice(number, number + 1)
             measure_of = measure(log_probabilities(window, walk.hidden.tensor), ids_T)
-            for index, (stream, weights) in enumerate(streams):
-                with tensors_replaced(walk.skeleton, weights):
+            for index, (stream, outside) in enumerate(streams):
+                with tensors_replaced(walk.skeleton, outside.weights() if outside else {}):
                     totals[index] += measure_of(log_probabilities(window, stream))
     return [total / len(walk.ids) for total in totals]

@@ -74,6 +74,11 @@ class FormsChoice(Budget, MethodChoice):
                 raise ValueError(f"form {name} cannot be used: {reason}")
         return self
 
+    @property
+    def truncates(self) -> bool:
+        """Whether linears may be truncated to a rank."""
+        return any(FORMS[name].curve == "truncation" for name in self.analysed_forms)
+
     def _why_not(self, form: str) -> str | None:
         """Why the recipe cannot use a form; None if it can."""
         row, allocation = FORMS[form], ALLOCATIONS[self.allocation]

@@ -167,6 +167,7 @@ def _write_config(folder: Path, subject: Subject, plan: Plan, provenance: Proven
     is_ours = bool(entry["forms"]) or "embeddings" in entry
     config = low_rank_config(source.config, entry) if is_ours else copy.deepcopy(source.config)
     config.dtype = plan.dtype
+    config.architectures = config.architectures or [type(subject.skeleton).__name__]
     if (quantization := quantization_entry(subject.structure, plan.forms)) is not None:
         config.quantization_config = quantization
     config.save_pretrained(folder)

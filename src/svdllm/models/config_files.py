@@ -129,10 +129,11 @@ def refuse_several_parts(config: PreTrainedConfig, name: str) -> None:
 
 def check_quantization(config: PreTrainedConfig, name: str, allowed: bool) -> None:
     """Raises UnsupportedModelError for quantised weights where they are not allowed; they can only be run."""
+    info = LowRankInfo.of(config, name)
     settings = getattr(config, "quantization_config", None)
-    if not settings:
+    if not settings and not (info and info.embeddings):
         return
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", "svdllm")
     method = getattr(method, "value", method) or "unknown"
     if not allowed:
         raise UnsupportedModelError(

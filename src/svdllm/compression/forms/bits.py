@@ -20,13 +20,14 @@ from svdllm.models.structure import Target
 BITS = (8, 6, 5, 4, 3, 2)
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP = 64
+LEAST_BITS_OF_VOCABULARY = 4
 # Fitted tensors: codes as they are computed, one number each, and their scales.
 CODES, SCALES = "codes", "weight_scale"
 
 
 def group_size_of(target: Target) -> int:
     """The inputs that share a scale, where nothing else is asked for."""
-    return min(_sizes(target, 1), key=lambda size: abs(size - DEFAULT_GROUP))
+    return min(_sizes(target, 1, bits=BITS[0]), key=lambda size: abs(size - DEFAULT_GROUP))
 
 
 def fitted_rounding(rounded: Rounded) -> dict[str, Tensor]:
@@ -39,12 +40,14 @@ def rounded_matrix(fitted: Fitted) -> Tensor:
     return Rounded(fitted[CODES], fitted[SCALES]).matrix
 
 
-def _sizes(target: Target, round_to: int) -> Sequence[int]:
+def _sizes(target: Target, round_to: int, *, bits: int) -> Sequence[int]:
     """The group sizes: those of ``GROUP_SIZES`` that divide the inputs, or else a whole row.
 
-    Conv1D, joint factors and single experts have none: no runtime loads them in few bits.
+    Conv1D, joint factors and single experts have none: no runtime loads them in few bits. Embedding and head have at
+    least 4 bits.
     """
-    if target.is_conv1d or target.parts or target.pool is not None:
+    too_few = bool(target.vocabulary) and bits < LEAST_BITS_OF_VOCABULARY
+    if target.is_conv1d or target.parts or target.pool is not None or too_few:
         return ()
     return [size for size in GROUP_SIZES if target.in_features % size == 0] or [target.in_features]
 
@@ -81,7 +84,7 @@ def _row(bits: int) -> Form:
         summary=f"the matrix in {bits} bits",
         source="GPTQ, arXiv 2210.17323",
         curve="rounding",
-        sizes=_sizes,
+        sizes=partial(_sizes, bits=bits),
         shapes=partial(_shapes, bits=bits),
         entry=_entry,
         store=partial(_store, bits=bits),

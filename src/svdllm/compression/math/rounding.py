@@ -55,7 +55,7 @@ def searched_scales(
     """The scale of every group (``O x G``) with which the nearest codes lose least, in a dtype.
 
     Args:
-        half_O: ``2^(bits - 1)`` of every row.
+        half_O: ``2^(bits - 1)`` of every row; the same for all.
         importance_I: weights of the squared errors; equal by default.
     """
     values_OGS = weight_OI.unflatten(1, (-1, group_size))
@@ -123,7 +123,10 @@ def round_rows(
     """
     gram_II = None if gram_II is None else gram_II.to(weight_OI)
     diagonal_I = gram_II if gram_II is None or gram_II.ndim == 1 else gram_II.diagonal()
-    scales_OG = searched_scales(weight_OI, half_O, group_size, diagonal_I, dtype)
+    scales_OG = torch.empty(len(weight_OI), weight_OI.shape[1] // group_size, dtype=dtype, device=weight_OI.device)
+    for half in half_O.unique():
+        rows = half_O == half
+        scales_OG[rows] = searched_scales(weight_OI[rows], half_O[rows], group_size, diagonal_I, dtype)
     if gram_II is None or gram_II.ndim == 1:
         return round_to_nearest(weight_OI, half_O, scales_OG)
     return round_with_feedback(weight_OI, gram_II, half_O, scales_OG)

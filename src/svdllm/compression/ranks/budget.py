@@ -162,11 +162,12 @@ def _stand_in(question: Question, recipe: Recipe) -> Allocation:
 
 
 def _uniform_bits(question: Question) -> dict[str, Chosen] | None:
-    """One number of bits for everything, the most that fit; the fewest if none does, and None without such forms."""
-    forms: dict[str, Chosen] | None = None
-    for name in sorted((n for n in question.forms if FORMS[n].bits), key=lambda n: -(FORMS[n].bits or 0)):
+    """One number of bits for all that can have it: the most that fit, or the fewest. None without such forms."""
+    names = sorted((name for name in question.forms if FORMS[name].bits), key=lambda name: -(FORMS[name].bits or 0))
+    forms: dict[str, Chosen] = {}
+    for name in names:
         able = [target for target in question.priced if FORMS[name].sizes(target, 1)]
-        forms = {target.name: Chosen(name, group_size_of(target)) for target in able}
+        forms |= {target.name: Chosen(name, group_size_of(target)) for target in able}
         if question.unit.total(question.priced, forms) <= question.unit.budget:
-            return forms
-    return forms
+            break
+    return forms or None

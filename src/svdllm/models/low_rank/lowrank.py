@@ -396,13 +396,14 @@ class FewBits:
     weight_scale: Tensor
     bits: int
     embedding_dim: int
-    _unpacked: tuple[tuple[Tensor, Tensor], Tensor] | None = None
+    _unpacked: tuple[Any, Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
         stored = (self.weight_packed, self.weight_scale)
-        if self._unpacked is None or any(a is not b for a, b in zip(self._unpacked[0], stored, strict=True)):
-            self.__dict__["_unpacked"] = (stored, unpacked(*stored, self.bits, self.embedding_dim))
+        state = [(tensor.data_ptr(), tensor.device, tensor.dtype) for tensor in stored]  # moving a module changes it
+        if self._unpacked is None or self._unpacked[0] != state:
+            self.__dict__["_unpacked"] = (state, unpacked(*stored, self.bits, self.embedding_dim))
         return self._unpacked[1]  # type: ignore[index]
 
 

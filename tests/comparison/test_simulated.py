@@ -18,6 +18,7 @@ from svdllm.common.errors import InputError
 from svdllm.comparison import SIMULATED_SYSTEMS, Grid, Measures, run_grid, variants_of
 from svdllm.comparison.report import GridReport, write_report
 from svdllm.comparison.simulated import quantise
+from svdllm.comparison.simulated.one_bit import make_one_bit
 from svdllm.compression.math.few_bits.gptq import gptq
 from svdllm.data import calibration_windows
 
@@ -156,6 +157,45 @@ def test_signs_and_value_vectors_are_of_rank_one_and_trained(made: Any, place: P
         assert float((weight.abs() - untrained).norm()) > 1e-6
     more = {"training": json.loads((folder / records["onebit, 2 steps"]["checkpoint"] / "simulated.json").read_text())}
     assert more["training"]["settings"]["training"]["steps"] == 2
+
+
+def test_signs_and_values_learn_through_the_sign() -> None:
+    linear = torch.nn.Linear(3, 2, bias=False).double()
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, -2.0, 0.0], [-3.0, 6.0, 0.0]]))
+    make_one_bit(torch.nn.ModuleDict({"linear": linear}), ["linear"])
+    expected = torch.tensor([[1.0, -2.0, 0.0], [-3.0, 6.0, 0.0]], dtype=torch.float64)  # of rank 1 already
+    torch.testing.assert_close(linear.weight.detach(), expected)
+    latent, signs = linear.parametrizations.weight.original, linear.parametrizations.weight[0]
+    assert torch.equal(latent.detach(), torch.tensor([[0.01, -0.01, 0.01], [-0.01, 0.01, 0.01]]).double())
+    linear.weight.sum().backward()
+    values = signs.rows.detach()[:, None] * signs.columns.detach()
+    torch.testing.assert_close(latent.grad, values * (1.001 - math.tanh(0.01) ** 2))
+    torch.testing.assert_close(signs.rows.grad, latent.detach().sign() @ signs.columns.detach())
+
+
+def test_a_training_that_was_killed_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from svdllm.recovery import training
+
+    grid = make_grid(place, ["onebit"], steps=4)
+    whole = run_grid(grid, tmp_path / "whole", keep=True)
+    step, steps = training._Trainer.training_step, []
+
+    def killed_in_the_third(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        steps.append(self.state.global_step)
+        if steps == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(training._Trainer, "training_step", killed_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run_grid(grid, tmp_path / "r", keep=True)
+    again = run_grid(grid, tmp_path / "r", keep=True)
+    assert steps == [0, 1, 2, 2, 3]
+    assert [path.name for path in (tmp_path / "r" / "checkpoints").iterdir()] == ["onebit-4-steps"]
+    text = str(place / "text.txt")
+    found, expected = (records[1]["perplexity"][text]["perplexity"] for records in (again, whole))
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_report_says_what_is_simulated(made: Any, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from svdllm.compression.math.few_bits.quantised import SCALE_BITS, Quantised
-from svdllm.compression.math.rounding import round_rows
+from svdllm.compression.math.rounding import Rounded, round_rows
 
 GROUP_SIZES = (128, 64, 32)
 
@@ -26,6 +26,6 @@ def gptq(weight_OI: Tensor, gram_II: Tensor, bits: int, group_size: int | None =
     """Rounds a matrix in the metric of its inputs; ``group_size`` divides ``in_features``."""
     rows, columns = weight_OI.shape
     half_O = torch.full((rows,), 2.0 ** (bits - 1), device=weight_OI.device)
-    rounded = round_rows(weight_OI, gram_II, half_O, group_size or default_group(columns), torch.float32)
+    codes_OI, scales_OG = round_rows(weight_OI, gram_II, half_O, group_size or default_group(columns), torch.float16)
     found = gptq_bits(rows, columns, bits, group_size)
-    return Quantised(rounded.matrix.to(weight_OI), found, found)
+    return Quantised(Rounded(codes_OI, scales_OG.to(weight_OI)).matrix, found, found)

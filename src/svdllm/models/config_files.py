@@ -85,8 +85,9 @@ def _refuse_adapter(folder: Path, name: str) -> None:
 def is_quantized(folder: Path) -> bool:
     """Whether the config of a folder says that its weights are quantised."""
     try:
-        return bool(read_object(folder / "config.json").get("quantization_config"))
-    except (OSError, ValueError):
+        fields = read_object(folder / "config.json")
+        return bool(fields.get("quantization_config") or (fields.get("svdllm") or {}).get("embeddings"))
+    except (OSError, ValueError, AttributeError):
         return False  # ``load_config`` reports it
 
 

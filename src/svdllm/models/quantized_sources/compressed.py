@@ -18,6 +18,7 @@ _PARTS = {
     "weight_global_scale": (".weight_global_scale",),
     "weight_g_idx": (".weight_g_idx",),
 }
+_OF_INPUTS = ("input_scale", "input_zero_point", "input_global_scale")
 
 
 class CompressedTensors:
@@ -60,9 +61,8 @@ class CompressedTensors:
 
     def shape(self, name: str, parts: Parts) -> tuple[int, ...]:
         scheme = self._scheme_of(name)
-        own = {"weight_packed" if "weight_shape" in parts or self._is_packed(scheme) else "weight": parts["main"]}
-        needed = set(self._compressor(scheme).compression_param_names(scheme)) - {"input_global_scale"}
-        if missing := sorted(needed - set(parts) - set(own)):
+        needed = set(self._compressor(scheme).compression_param_names(scheme)) - {self._main(scheme), *_OF_INPUTS}
+        if missing := sorted(needed - set(parts)):
             raise ValueError(f"it is stored without its {missing[0]}")
         if "weight_g_idx" in parts:
             raise ValueError("it has a weight_g_idx (activation order), which compressed-tensors does not decompress")
@@ -72,8 +72,7 @@ class CompressedTensors:
 
     def weight(self, name: str, values: Values) -> Tensor:
         scheme = self._scheme_of(name)
-        main = "weight_packed" if self._is_packed(scheme) else "weight"
-        state = {main: values["main"]} | {part: value for part, value in values.items() if part != "main"}
+        state = {self._main(scheme): values["main"]} | {part: value for part, value in values.items() if part != "main"}
         return self._compressor(scheme).decompress(state, scheme)["weight"]
 
     @cached_property
@@ -108,18 +107,17 @@ class CompressedTensors:
         except KeyError as error:
             raise ValueError(f"its format {self._format(scheme)!r} is not known to compressed-tensors") from error
 
-    def _is_packed(self, scheme: Any) -> bool:
-        return "weight_packed" in self._compressor(scheme).compression_param_names(scheme)
+    def _main(self, scheme: Any) -> str:
+        """The name of the main tensor of a weight."""
+        return self._compressor(scheme).compression_param_names(scheme)[0]
 
     def _dense_shape(self, scheme: Any, parts: Parts) -> tuple[int, ...]:
         main, weights = parts["main"], scheme.weights
-        if not self._is_packed(scheme):
+        if self._main(scheme) == "weight":
             return main.shape
         if weights.group_size and weights.group_size > 0:
             return (*main.shape[:-1], parts["weight_scale"].shape[-1] * weights.group_size)
-        if "weight_shape" in parts:
-            return tuple(parts["weight_shape"].read().tolist())
-        return (*main.shape[:-1], main.shape[-1] * main.dtype.itemsize * 8 // weights.num_bits)
+        return tuple(parts["weight_shape"].read().tolist())  # as ``shape`` has made sure
 
 
 def _scale_shapes(weights: Any, shape: tuple[int, ...]) -> list[tuple[int, ...]]:

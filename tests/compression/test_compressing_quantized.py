@@ -16,7 +16,7 @@ from svdllm import recover
 from svdllm.models.open import open_source
 from svdllm.recovery import make_recovery
 
-NAMED = ("README.md", "config.json", "svdllm/report.json")  # files with the name of the source in them
+NAMED = ("README.md", "config.json", "svdllm/report.json", "svdllm/hashes.json")  # with the name of the source in them
 
 
 @pytest.mark.parametrize("name", ["fp8", "mxfp4", "gptq 4"])
@@ -65,6 +65,17 @@ def test_a_quantised_teacher(text: Path, tokenizer: Any, tmp_path: Path) -> None
         trained.append(digests(out)["model.safetensors"])
     assert trained[0] == trained[1]
     assert trained[0] != digests(tmp_path / "compressed")["model.safetensors"]
+
+
+def test_perplexity_is_that_of_the_dense_model(
+    text: Path, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantized, dense = write_models(CASES["fp8 scale"], tmp_path)
+    tokenizer.save_pretrained(quantized)
+    options = ("--ppl", text, "--seqlen", "16", "--windows", "4", "--json")
+    assert cli("eval", quantized, "--base", dense, *options) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows["perplexity"] == rows["base_perplexity"]
 
 
 @pytest.mark.parametrize("name", ["fp8", "hqq"])

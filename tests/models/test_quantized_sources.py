@@ -122,7 +122,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "other groups, packed": (
         "pack-quantized",
         {"config_groups": {"one": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 8}}}},
-        "found shape",
+        "the config asks for",
     ),
     "no such format": ("pack-quantized", {"format": "marlin-24"}, "'marlin-24' is not known"),
     "rotated": ("pack-quantized", {"transform_config": {"config_groups": {"one": {}}}}, "transform_config"),

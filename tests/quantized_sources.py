@@ -70,6 +70,14 @@ def fp4_by_group(weight: Tensor, generator: torch.Generator) -> tuple[Stored, Te
     return {".weight": packed, ".weight_scale_inv": (powers + 127).to(torch.uint8)}, dense
 
 
+def mxfp8(weight: Tensor, generator: torch.Generator) -> tuple[Stored, Tensor]:
+    """FP8 in groups of 32 inputs, whose scales are powers of two stored in a byte."""
+    powers = (weight.unflatten(1, (-1, 32)).abs().amax(-1) / 448).log2().ceil().int()
+    scales = torch.tensor([[2.0 ** int(power) for power in row for _ in range(32)] for row in powers])
+    codes = (weight / scales).to(torch.float8_e4m3fn)
+    return {".weight": codes, ".weight_scale_inv": (powers + 127).to(torch.uint8)}, codes.float() * scales
+
+
 def mxfp4(weight: Tensor, generator: torch.Generator) -> tuple[Stored, Tensor]:
     """Random experts (experts x inputs x outputs), as gpt-oss has them."""
     experts, inputs, outputs = weight.shape
@@ -177,6 +185,7 @@ CASES = {
     "fp8 scale": Case("llama", _FP8 | {"weight_block_size": [16, 16]}, fp8((16, 16), ".scale", torch.float8_e8m0fnu)),
     "fp8 whole": Case("llama", _FP8 | {"weight_block_size": None}, fp8_by_weight),
     "fp8 fp4": Case("llama", _FP8 | {"weight_block_size": [128, 128]}, fp4_by_group),
+    "mxfp8": Case("llama", {"quant_method": "mxfp8", "weight_block_size": [1, 32]}, mxfp8),
     "fbgemm_fp8": Case("llama", {"quant_method": "fbgemm_fp8"}, fp8_by_row),
     "mxfp4": Case("gpt_oss", {"quant_method": "mxfp4"}, mxfp4, _EXPERTS),
     "gptq 4": Case("llama", _GPTQ | {"bits": 4, "group_size": 16}, gptq(4, 16), dtype=torch.float16),

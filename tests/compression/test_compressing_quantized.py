@@ -13,6 +13,7 @@ from quantized_models import cli
 from quantized_sources import CASES, write_models
 from runs import digests, run, small_recipe
 from svdllm import recover
+from svdllm.compression import memory_needs
 from svdllm.models.open import open_source
 from svdllm.recovery import make_recovery
 
@@ -36,7 +37,10 @@ def test_factors_are_those_of_the_dense_model(name: str, tmp_path: Path) -> None
     svdllm.verify(ours)
 
 
-def test_plan_says_what_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_says_what_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_needs, "resident_bytes", lambda: 0)
     quantized, dense = write_models(CASES["fp8 fp4"], tmp_path)
     ours, theirs = (svdllm.plan(source, small_recipe())[0] for source in (quantized, dense))
     assert ours.sizes == theirs.sizes
@@ -71,11 +75,14 @@ def test_perplexity_is_that_of_the_dense_model(
     text: Path, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quantized, dense = write_models(CASES["fp8 scale"], tmp_path)
-    tokenizer.save_pretrained(quantized)
-    options = ("--ppl", text, "--seqlen", "16", "--windows", "4", "--json")
+    for folder in (quantized, dense):
+        tokenizer.save_pretrained(folder)
+    options = ("--ppl", text, "--seqlen", "16", "--max-windows", "4", "--json")
     assert cli("eval", quantized, "--base", dense, *options) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert rows["perplexity"] == rows["base_perplexity"]
+    ours, theirs = json.loads(capsys.readouterr().out)["results"]
+    assert ours["perplexity"] == theirs["perplexity"]
+    assert ours["params"] == theirs["params"]
+    assert ours["weight_bytes"] == (quantized / "model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize("name", ["fp8", "hqq"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +17,7 @@ import svdllm
 from families import tiny_tokens
 from quantized_sources import CASES, COMPRESSED_TENSORS, Case, change_tensors, set_config, write_models
 from svdllm.models.open import open_config, open_source
+from svdllm.models.quantized_sources.methods import tensors_in
 
 EVERY_CASE = CASES | COMPRESSED_TENSORS
 LINEAR = "model.layers.0.self_attn.o_proj"  # of every family
@@ -62,6 +65,19 @@ def test_transformers_dequantises_alike(name: str, tmp_path: Path) -> None:
     quantized, _ = write_models(case_named(name), tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.bfloat16, use_kernels=False)
     assert torch.equal(logits(svdllm.load_model(quantized, dtype=torch.bfloat16)), logits(theirs))
+
+
+def test_one_weight_of_a_stack_is_read_alone(tmp_path: Path) -> None:
+    codes = torch.randn(3, 5, 8).to(torch.float8_e4m3fn)
+    scales = torch.rand(3, 3, 2)
+    save_file({"up": codes, "up_scale_inv": scales}, tmp_path / "model.safetensors")
+    settings = {"quant_method": "fp8", "weight_block_size": [2, 4]}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    stack = tensors_in(tmp_path)["up"]
+    expected = codes.float() * scales.repeat_interleave(2, 1)[:, :5].repeat_interleave(4, 2)
+    assert torch.equal(stack.read(), expected.bfloat16())
+    assert torch.equal(stack.read_part(2), expected[2].bfloat16())
+    assert stack.shape == (3, 5, 8)
 
 
 DAMAGE: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], str]] = {

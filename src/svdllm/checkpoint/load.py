@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from svdllm.common.errors import CheckpointError, SvdllmError
 from svdllm.models.companions import GENERATION_CONFIG
@@ -20,6 +20,7 @@ from svdllm.models.model_names import display_name
 from svdllm.models.open import open_config
 from svdllm.models.quantized_sources.methods import quantization_of, tensors_in
 from svdllm.models.safetensors_files import read_header, weight_files
+from svdllm.models.skeleton import build_skeleton
 from svdllm.models.unused_tensors import warn_of_unused
 from svdllm.models.weights import unused_in
 
@@ -71,7 +72,7 @@ def _load_dequantized(place: Path, kwargs: dict[str, Any]) -> Any:
     config = load_config(place, str(place))
     tensors = {key: _Lazy(tensor) for key, tensor in tensors_in(place).items()}
     settings = {"dtype": config.dtype, "ignore_mismatched_sizes": True} | kwargs
-    family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    family: Any = type(build_skeleton(config, split=()))
     loaded, info = family.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True, **settings)
     loaded.name_or_path = str(place)
     if loaded.can_generate() and (place / GENERATION_CONFIG).is_file():

@@ -50,26 +50,28 @@ class BlockScaledFloat8:
     def shape(self, name: str, parts: Parts) -> tuple[int, ...]:
         shape = _unpacked_shape(parts)
         *stack, rows, columns = shape
-        if self.block is None:
+        block = self._block(parts["main"].dtype)
+        if block is None:
             require_shape(parts["scale"], _one_each(stack), "scale")
         elif parts["scale"].shape != ():  # else one scale for the weight
-            height, width = self._block_of(parts)
+            height, width = block
             require_shape(parts["scale"], [(*stack, -(-rows // height), -(-columns // width))], "scale")
         return shape
 
     def weight(self, name: str, values: Values) -> Tensor:
         weight = _floats(values["main"])
         scale = _scales(values["scale"])
-        if self.block is None or scale.ndim == 0:
-            return weight * scale.reshape(*scale.shape[:1], *[1] * (weight.ndim - 1))
-        height, width = (1, FP4_GROUP) if values["main"].dtype in _PACKED else self.block
+        block = self._block(values["main"].dtype)
+        if block is None or scale.ndim == 0:
+            return weight.mul_(scale.reshape(*scale.shape[:1], *[1] * (weight.ndim - 1)))
+        height, width = block
         rows, columns = weight.shape[-2:]
         by_row = scale.repeat_interleave(height, dim=-2)[..., :rows, :]
         return weight.mul_(by_row.repeat_interleave(width, dim=-1)[..., :columns])
 
-    def _block_of(self, parts: Parts) -> Block:
-        assert self.block is not None
-        return (1, FP4_GROUP) if parts["main"].dtype in _PACKED else self.block
+    def _block(self, stored: torch.dtype) -> Block | None:
+        """The size of a block of a weight whose codes are stored in a dtype."""
+        return (1, FP4_GROUP) if stored in _PACKED else self.block
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def _unpacked_shape(parts: Parts) -> tuple[int, ...]:
 
 def _one_each(stack: list[int]) -> list[tuple[int, ...]]:
     """Shapes of one scale per matrix."""
-    return [tuple(stack) + (1,) * ones for ones in range(3)] + ([] if stack else [(1, 1)])
+    return [tuple(stack) + (1,) * ones for ones in range(3)]
 
 
 def _floats(stored: Tensor) -> Tensor:

@@ -60,6 +60,8 @@ def quantization_of(folder: Path) -> Quantization | None:
         InputError: a package that is needed is not installed.
         UnsupportedModelError: a variant of a known method is not known.
     """
+    if not (folder / "config.json").is_file():
+        return None
     fields = read_object(folder / "config.json")
     settings = quantization_settings(fields)
     make = METHODS.get(str(settings.get("quant_method")))

@@ -151,7 +151,7 @@ def _check(source: Source, recipe: Recipe) -> tuple[int, Subject]:
     if num_kept < top_k:
         possible = (count - top_k) * _params_of_one(subject) / subject.structure.num_target_params
         raise InputError(
-            f"Without {recipe.ratio:g} of the linears' parameters, {max(num_kept, 0)} of {count} experts would be left, "
+            f"Without {recipe.ratio:g} of the linears' parameters, {max(num_kept, 0)} of {count} experts remain, "
             f"and {source.name} routes a token to {top_k}. Ask for a ratio of at most {possible:.2f}."
         )
     return num_kept, subject

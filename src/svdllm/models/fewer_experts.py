@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -65,7 +65,8 @@ class FewerExperts:
         """The module of experts whose name has most in common with that of a tensor."""
 
         def shared(module: str) -> int:
-            return len(os.path.commonprefix([f"{module}.".split("."), f"{name}.".split(".")]))
+            pairs = zip(module.split("."), name.split("."), strict=False)
+            return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
         return max(self.kept, key=shared)
 
@@ -134,7 +135,7 @@ def _require_free_routing(config: PreTrainedConfig, skeleton: PreTrainedModel) -
     groups = getattr(config.get_text_config(), "n_group", None) or 1
     if groups > 1:
         raise UnsupportedModelError(
-            f"{type(skeleton).__name__} routes tokens to {groups} groups of experts (n_group) before it chooses experts: "
+            f"{type(skeleton).__name__} routes tokens to {groups} groups of experts (n_group) before it chooses some: "
             "without some of them, the others would be in other groups."
         )
     tables = [

@@ -1,19 +1,21 @@
 """One first factor for several matrices: ``W_e ~ U_e V``, each matrix in its own two-sided metric.
 
-Minimises ``sum_e ||G_e^(1/2) (W_e - U_e V) C_e^(1/2)||^2`` by alternating least squares. Both half steps are exact or
-descend, so the error never rises. The start is the best common row space if all matrices had the summed Gram.
+Minimises ``sum_e ||G_e^(1/2) (W_e - U_e V) C_e^(1/2)||^2`` by alternating least squares. Half a step is exact and the
+other descends, so the error never rises. The start is the best common row space if all matrices had the summed Gram.
+With ``side`` "out" it is the columns that the matrices share, ``W_e ~ U V_e``: the same problem, transposed.
 
 Legend: ``E`` matrices, ``O`` rows and ``I`` columns of each, ``R`` rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+Operator = Callable[[Tensor], Tensor]
 ROUNDS = 12
 STEPS = 8  # of conjugate gradients in a round
 LEAST_GAIN = 1e-4  # of the error; a round that gains less is the last
@@ -50,6 +52,32 @@ def shared_basis(
         if errors[-2] - errors[-1] <= LEAST_GAIN * errors[-2]:
             break
     return SharedBasis(v_RI, us_OR, errors)
+
+
+def products_with_shared_basis(
+    weights_OI: Sequence[Tensor], grams_II: Sequence[Tensor], lefts_OO: Sequence[Tensor], params: int, side: str
+) -> list[Tensor] | None:
+    """The matrices multiplied out again, of the largest rank within ``params``; None if that is beyond full rank.
+
+    Args:
+        params: of the shared factor and all others together.
+        side: "in" or "out", whose factor is shared.
+    """
+    rank = shared_rank(weights_OI, params, side)
+    if rank > weights_OI[0].shape[side == "in"]:
+        return None
+    if side == "out":
+        made = shared_basis([w.mT for w in weights_OI], lefts_OO, grams_II, rank)
+        return [(u_IR @ made.v_RI).mT for u_IR in made.us_OR]
+    made = shared_basis(weights_OI, grams_II, lefts_OO, rank)
+    return [u_OR @ made.v_RI for u_OR in made.us_OR]
+
+
+def shared_rank(weights_OI: Sequence[Tensor], params: int, side: str) -> int:
+    """The largest rank ``k`` with ``k (I + E O)`` parameters, or ``k (O + E I)``, at most ``params``."""
+    out_features, in_features = weights_OI[0].shape
+    one, others = (in_features, out_features) if side == "in" else (out_features, in_features)
+    return params // (one + len(weights_OI) * others)
 
 
 class _Problem(NamedTuple):
@@ -117,7 +145,9 @@ class _Problem(NamedTuple):
         return total
 
 
-def conjugate_gradients(applied, preconditioned, right: Tensor, start: Tensor, steps: int) -> Tensor:
+def conjugate_gradients(
+    applied: Operator, preconditioned: Operator, right: Tensor, start: Tensor, steps: int
+) -> Tensor:
     """Some steps of preconditioned conjugate gradients for ``applied(x) = right``."""
     x, rest = start, right - applied(start)
     z = preconditioned(rest)

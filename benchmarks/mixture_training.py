@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,8 +82,10 @@ def train(model: MixtralForCausalLM, ids: torch.Tensor, args: argparse.Namespace
     drawn = batches(ids, args.batch, args.seqlen, torch.Generator().manual_seed(args.seed))
     clock, threads = (time.process_time, torch.get_num_threads()) if device.type == "cpu" else (time.monotonic, 1)
     started, step = clock(), 0
+    ended: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))  # what is learnt until then is saved
     model.train()
-    while (done := (clock() - started) / (60 * args.minutes * threads)) < 1:
+    while (done := (clock() - started) / (60 * args.minutes * threads)) < 1 and not ended:
         scale = min(done / WARM_UP, 0.5 * (1 + math.cos(math.pi * done)))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * max(scale, 1e-3)

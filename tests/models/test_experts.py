@@ -81,9 +81,7 @@ def test_expert_counts_that_differ_from_the_config_are_an_error(family: str, sto
     skeleton = build_skeleton(model.config)
     if stored:
         model.save_pretrained(tmp_path)
-    with pytest.raises(
-        CheckpointError, match="experts.* holds 4 experts, the config asks for 5. Weights and config do"
-    ):
+    with pytest.raises(CheckpointError, match=r"experts.* holds 4 experts, the config asks for 5\. "):
         SafetensorsWeights(tmp_path, skeleton) if stored else MemoryWeights(model, skeleton)
 
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from mixture_training import RECORD
 from shared_basis import products_with_shared_basis
 from svdllm import Recipe, __version__, compress, load_model
 from svdllm.common.settings_file import read_settings
@@ -214,6 +215,22 @@ def rows(args: argparse.Namespace, ids_NT: Tensor, dense: Watched) -> Iterator[d
             yield row
 
 
+def page(found: list[dict[str, Any]], dense: Watched, args: argparse.Namespace, params: int) -> str:
+    """The results as a page of the documentation."""
+    record = Path(args.model, RECORD)
+    trained = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"tokens": 0, "text": []}
+    text = f"""# Ways to make experts smaller
+
+A mixture of {params:,} parameters, trained on {trained["tokens"]:,} tokens of {", ".join(trained["text"])}; the experts
+are made smaller, attention stays dense. Calibrated on {args.samples} windows of {args.seqlen} tokens, measured on
+{args.windows} windows of {Path(args.eval).name}. ± is the standard error over windows, that of ln(ppl / dense) over
+pairs of windows. *Routed elsewhere* is the share of tokens, over all layers, whose set of experts is not that of the dense
+model. `benchmarks/mixture.py`; the model is made by `benchmarks/mixture_training.py`.
+
+"""
+    return text + markdown(found, dense) + "\n"
+
+
 def markdown(found: list[dict[str, Any]], dense: Watched) -> str:
     lines = ["| | removed | perplexity | ln(ppl / dense) | KL | routed elsewhere |", "|---|---|---|---|---|---|"]
     lines.append(f"| dense | 0 % | {dense.losses_N.mean().exp().item():.2f} | | | |")
@@ -237,6 +254,7 @@ def main() -> None:
     parser.add_argument("--eval", required=True, help="text for perplexity")
     parser.add_argument("--work", required=True, type=Path, help="folder for analyses and compressed models")
     parser.add_argument("--json", required=True, type=Path, help="results")
+    parser.add_argument("--page", type=Path, help="results as a page of the documentation")
     parser.add_argument("--ratios", default="0.25,0.375,0.5", help="of the experts' weights")
     parser.add_argument("--rows", default=";".join([*RECIPES, SHARED, BETTER, REAP]), help="separated by semicolons")
     parser.add_argument("--samples", type=int, default=128)
@@ -260,6 +278,8 @@ def main() -> None:
     for row in rows(args, ids_NT, dense):
         found.append(row)
         print(json.dumps(row), flush=True)
+        if args.page is not None:
+            args.page.write_text(page(found, dense, args, model.num_parameters()), encoding="utf-8")
         args.json.write_text(json.dumps({"benchmark": "mixture", **settings, "rows": found}, indent=1) + "\n")
     print(markdown(found, dense))
 

@@ -26,6 +26,7 @@ from svdllm.data.sources import documents_of_spec
 from svdllm.data.specs import parse_spec
 
 END = "<end>"
+RECORD = "training.json"  # beside the model
 WARM_UP = 0.04  # share of the training
 
 
@@ -133,7 +134,9 @@ def main() -> None:
     seen = steps * args.batch * args.seqlen
     settings = {key: getattr(args, key) for key in ("minutes", "batch", "seqlen", "lr", "seed")}
     names = [Path(text).name for text in args.text]
-    print(json.dumps({"benchmark": "mixture_training", "steps": steps, "tokens": seen, "text": names, **settings}))
+    record = {"benchmark": "mixture_training", "steps": steps, "tokens": seen, "text": names, **settings}
+    (args.output / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+    print(json.dumps(record))
 
 
 if __name__ == "__main__":

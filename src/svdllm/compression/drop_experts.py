@@ -26,7 +26,7 @@ from svdllm.compression.subject import Subject, discover_subject
 from svdllm.data import calibration_windows
 from svdllm.models.companions import copy_companion_files
 from svdllm.models.experts import Stacked, expert_tensors, stacked_layout
-from svdllm.models.fewer_experts import FewerExperts, experts_of, with_num_experts
+from svdllm.models.fewer_experts import KeptTensors, experts_of, with_num_experts
 from svdllm.models.limits import require_known_ids
 from svdllm.models.open import Source, open_config, open_source
 from svdllm.models.skeleton import build_skeleton
@@ -74,7 +74,7 @@ def drop_experts(
             scores = expert_scores(subject, recipe, options)
         kept = {name: sorted(score_E.topk(num_kept).indices.tolist()) for name, score_E in scores.items()}
         smaller = build_skeleton(config)
-        tensors = FewerExperts(subject.skeleton, smaller, subject.weights, kept)
+        tensors = KeptTensors(subject.skeleton, smaller, subject.weights, kept)
         places, layout = expert_tensors(smaller), _layout(loaded_tensors(smaller, torch.float32), subject)
         output.require_disk(tensor_bytes(layout), "the weights need")
         with options.reporter.stage("write", 1):
@@ -143,6 +143,8 @@ def _check(source: Source, recipe: Recipe) -> tuple[int, Subject]:
     """The number of experts that are kept, and the model without its weights."""
     subject = discover_subject(source, recipe)
     modules = list(experts_of(subject.skeleton).values())
+    if source.gguf is not None:
+        raise InputError(f"{source.name} is a GGUF file, of which no experts are dropped: give its folder or hub id.")
     if not modules:
         raise InputError(f"{source.name} has no experts to drop: expected a mixture of experts.")
     assert isinstance(recipe.ratio, float)

@@ -27,7 +27,7 @@ def experts_of(skeleton: PreTrainedModel) -> dict[str, SplitExperts]:
 
 
 @dataclass(frozen=True)
-class FewerExperts:
+class KeptTensors:
     """The tensors of a mixture with some experts of each layer of another one, made one at a time.
 
     Beside the experts' own tensors, those with one entry for each expert lose the entries of the experts that are

@@ -219,13 +219,14 @@ def page(found: list[dict[str, Any]], dense: Watched, args: argparse.Namespace, 
     """The results as a page of the documentation."""
     record = Path(args.model, RECORD)
     trained = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"tokens": 0, "text": []}
+    measured = f"{args.windows} windows of {Path(args.eval).name}"
     text = f"""# Ways to make experts smaller
 
-A mixture of {params:,} parameters, trained on {trained["tokens"]:,} tokens of {", ".join(trained["text"])}; the experts
-are made smaller, attention stays dense. Calibrated on {args.samples} windows of {args.seqlen} tokens, measured on
-{args.windows} windows of {Path(args.eval).name}. ± is the standard error over windows, that of ln(ppl / dense) over
-pairs of windows. *Routed elsewhere* is the share of tokens, over all layers, whose set of experts is not that of the dense
-model. `benchmarks/mixture.py`; the model is made by `benchmarks/mixture_training.py`.
+A mixture of {params:,} parameters, trained on {trained["tokens"]:,} tokens of {", ".join(trained["text"])}.
+The experts are made smaller, attention stays dense. Calibrated on {args.samples} windows of {args.seqlen} tokens,
+measured on {measured}. ± is the standard error over windows, that of ln(ppl / dense)
+over pairs of windows. *Routed elsewhere* is the share of tokens, over all layers, whose set of experts is not that
+of the dense model. `benchmarks/mixture.py`; the model is made by `benchmarks/mixture_training.py`.
 
 """
     return text + markdown(found, dense) + "\n"

@@ -1,5 +1,6 @@
 """Trains a small Mixtral-shaped model on text: 8 experts of which 2 are active, some 14 M parameters, 4,096 tokens.
 
+With `--inner 128 --experts 32 --active 4` its experts are many and narrow, as those of OLMoE, Qwen3 and DeepSeek are.
 No published mixture fits a machine of two cores, and random experts have no structure to find. The tokenizer is a
 byte-level BPE, trained on the same text. The result is an ordinary folder, for ``benchmarks/mixture.py``.
 
@@ -47,13 +48,13 @@ def mixture_config(args: argparse.Namespace) -> MixtralConfig:
     return MixtralConfig(
         vocab_size=args.vocab,
         hidden_size=args.hidden,
-        intermediate_size=2 * args.hidden,
+        intermediate_size=args.inner or 2 * args.hidden,
         num_hidden_layers=args.layers,
         num_attention_heads=args.hidden // 64,
         num_key_value_heads=max(1, args.hidden // 128),
         head_dim=64,
         num_local_experts=args.experts,
-        num_experts_per_tok=2,
+        num_experts_per_tok=args.active,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         router_aux_loss_coef=0.01,
@@ -109,8 +110,10 @@ def main() -> None:
     parser.add_argument("--text", action="append", required=True, help="training text: file or name; may be repeated")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--inner", type=int, help="inner features of an expert; twice --hidden by default, as Mixtral")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--active", type=int, default=2, help="experts that a token is routed to")
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=16, help="windows of a step")
     parser.add_argument("--seqlen", type=int, default=256)

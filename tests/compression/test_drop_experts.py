@@ -102,6 +102,8 @@ def test_more_experts_are_left_than_a_token_is_routed_to(tmp_path: Path) -> None
     with pytest.raises(InputError, match=r"of 4 experts remain, and .* routes a token to 2. Ask for a ratio of at"):
         drop_experts(tmp_path / "dense", recipe_of(tmp_path, 0.8), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="Experts are dropped to one ratio, found none"):
+        drop_experts(tmp_path / "dense", recipe_of(tmp_path, 0.1).model_copy(update={"ratio": None}), tmp_path / "out")
 
 
 def test_a_model_without_experts_has_none_to_drop(tmp_path: Path) -> None:

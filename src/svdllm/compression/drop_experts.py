@@ -6,9 +6,9 @@ weight. Every layer loses as many experts, so that the result is an ordinary mix
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, floor
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,12 @@ def expert_scores(subject: Subject, recipe: Recipe, options: RunOptions) -> dict
     walk = subject.walk(windows.ids, recipe)
     sums: dict[str, Tensor] = {}
     for block in walk.blocks():
-        modules = {n: m for n, m in experts_of(walk.skeleton).items() if n.startswith(f"{block.name}.")}
-        handles = [_summed(sums, name, index, expert) for name, m in modules.items() for index, expert in _numbered(m)]
+        handles = []
+        for name, experts in experts_of(walk.skeleton).items():
+            if name.startswith(f"{block.name}."):
+                sums[name] = torch.zeros(experts.split_count, 2, dtype=torch.float64)
+                own = zip(experts.experts, sums[name], strict=True)
+                handles += [expert.register_forward_hook(_adding(sum_2)) for expert, sum_2 in own]
         try:
             block.run()
         finally:
@@ -122,21 +126,14 @@ def expert_scores(subject: Subject, recipe: Recipe, options: RunOptions) -> dict
     return {name: sum_E2[:, 0] / sum_E2[:, 1].clamp_min(1) for name, sum_E2 in sums.items()}
 
 
-def _numbered(experts: Any) -> Sequence[tuple[int, nn.Module]]:
-    return list(enumerate(experts.experts))
-
-
-def _summed(sums: dict[str, Tensor], name: str, index: int, expert: nn.Module) -> Any:
-    """Adds up the norms of an expert's outputs, which are multiplied by the routing weights, and their number."""
-    sum_E2 = sums.setdefault(name, torch.zeros(0, 2, dtype=torch.float64))
-    if len(sum_E2) <= index:
-        sums[name] = torch.cat([sum_E2, sum_E2.new_zeros(index + 1 - len(sum_E2), 2)])
+def _adding(sum_2: Tensor) -> Callable[..., None]:
+    """A hook that adds up the norms of an expert's outputs, which the routing weights are in, and their number."""
 
     def add(module: nn.Module, args: tuple[Any, ...], output_TO: Tensor) -> None:
         norms_T = output_TO.double().norm(dim=-1)
-        sums[name][index] += torch.tensor([norms_T.sum().item(), len(norms_T)], dtype=torch.float64)
+        sum_2.add_(torch.tensor([norms_T.sum().item(), len(norms_T)], dtype=torch.float64))
 
-    return expert.register_forward_hook(add)
+    return add
 
 
 def _check(source: Source, recipe: Recipe) -> tuple[int, Subject]:
@@ -147,28 +144,31 @@ def _check(source: Source, recipe: Recipe) -> tuple[int, Subject]:
         raise InputError(f"{source.name} is a GGUF file, of which no experts are dropped: give its folder or hub id.")
     if not modules:
         raise InputError(f"{source.name} has no experts to drop: expected a mixture of experts.")
-    assert isinstance(recipe.ratio, float)
-    count, top_k = modules[0].split_count, max(module.top_k for module in modules)
-    num_kept = count - ceil(recipe.ratio * subject.structure.num_target_params / _params_of_one(subject) - 1e-9)
-    if num_kept < top_k:
-        possible = (count - top_k) * _params_of_one(subject) / subject.structure.num_target_params
+    if not isinstance(recipe.ratio, float):
         raise InputError(
-            f"Without {recipe.ratio:g} of the linears' parameters, {max(num_kept, 0)} of {count} experts remain, "
-            f"and {source.name} routes a token to {top_k}. Ask for a ratio of at most {possible:.2f}."
+            f"Experts are dropped to one ratio, found {recipe.ratio or 'none'}: give one, as in ratio: 0.25."
+        )
+    count, top_k = modules[0].split_count, max(module.top_k for module in modules)
+    num_kept = count - ceil(recipe.ratio / _share_of_one(subject) - 1e-9)
+    if num_kept < top_k:
+        raise InputError(
+            f"Without {recipe.ratio:g} of the linears' parameters, {max(num_kept, 0)} of {count} experts remain, and "
+            f"{source.name} routes a token to {top_k}. Ask for a ratio of at most "
+            f"{floor(100 * (count - top_k) * _share_of_one(subject)) / 100:.2f}."
         )
     return num_kept, subject
 
 
-def _params_of_one(subject: Subject) -> int:
-    """Weights of one expert in every layer."""
-    pooled = [target for target in subject.structure.targets if target.pool is not None]
-    first = {target.pool: target for target in pooled}
-    return sum(target.num_weights for target in first.values())
+def _share_of_one(subject: Subject) -> float:
+    """One expert in every layer, as a share of the linears' parameters."""
+    first = [experts.experts[0] for experts in experts_of(subject.skeleton).values()]
+    weights = sum(parameter.numel() for expert in first for parameter in expert.parameters() if parameter.ndim == 2)
+    return weights / subject.structure.num_target_params
 
 
 def _share(subject: Subject, num_kept: int) -> float:
     count = next(iter(experts_of(subject.skeleton).values())).split_count
-    return (count - num_kept) * _params_of_one(subject) / subject.structure.num_target_params
+    return (count - num_kept) * _share_of_one(subject)
 
 
 def _layout(tensors: Tensors, subject: Subject) -> Tensors:

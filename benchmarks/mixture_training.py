@@ -85,7 +85,7 @@ def train(model: MixtralForCausalLM, ids: torch.Tensor, args: argparse.Namespace
     clock, threads = (time.process_time, torch.get_num_threads()) if device.type == "cpu" else (time.monotonic, 1)
     started, step = clock(), 0
     ended: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))  # what is learnt until then is saved
+    before = signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))  # what is learnt is saved
     model.train()
     while (done := (clock() - started) / (60 * args.minutes * threads)) < 1 and not ended:
         scale = min(done / WARM_UP, 0.5 * (1 + math.cos(math.pi * done)))
@@ -101,6 +101,7 @@ def train(model: MixtralForCausalLM, ids: torch.Tensor, args: argparse.Namespace
         step += 1
         if step % 50 == 0:
             print(f"step {step}, {done:.0%}: loss {loss.item():.3f}", flush=True)
+    signal.signal(signal.SIGTERM, before)
     return step
 
 

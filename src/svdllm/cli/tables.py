@@ -22,6 +22,7 @@ from svdllm.evaluation.side_by_side import ModelPerplexity
 from svdllm.export.quantize import QuantizationResult
 from svdllm.models.left_dense import DensePart
 from svdllm.models.model_names import given_name
+from svdllm.models.quantized_sources.methods import QuantizedSource
 from svdllm.models.unused_tensors import UnusedTensors
 from svdllm.recovery import RecoveryResult
 
@@ -166,6 +167,8 @@ def report_table(report: dict[str, Any]) -> Titled:
     add_dense_parts(table, [DensePart(**part) for part in report.get("dense_parts", [])])
     table.add_row("metric", f"{recipe['metric']}, {recipe['calibration_mode']} calibration")
     table.add_row("source weights", f"{source['weights_fingerprint'][:16]}, revision {source['revision'] or 'none'}")
+    if quantized := report.get("quantized_source"):
+        table.add_row("source files", quantized_source_text(QuantizedSource(**quantized)))
     if source["calibration"]:
         table.add_row(
             "calibration",
@@ -180,6 +183,11 @@ def report_table(report: dict[str, Any]) -> Titled:
     for entry in report.get("recovery", []):
         table.add_row("trained", recovery_text(entry))
     return f"{source['model']}, compressed", [table]
+
+
+def quantized_source_text(source: QuantizedSource) -> str:
+    """How a source is quantised, and the bytes of its files as far as they are known."""
+    return source.text + ("" if source.file_bytes is None else f"; its weight files have {size(source.file_bytes)}")
 
 
 def add_dense_parts(table: Table, parts: Sequence[DensePart]) -> None:

@@ -30,6 +30,11 @@ class Sizes:
     bits_per_weight: float  # of the targets, scales included
     bytes_by_part: dict[str, int]  # of file_bytes
 
+    @property
+    def final_file_bytes(self) -> int:
+        """Bytes of the weight files once quantised, where the budget counts ``factor_bits``; else as written."""
+        return self.file_bytes if self.quantized_file_bytes is None else self.quantized_file_bytes
+
 
 def files_for(subject: Subject, recipe: Recipe) -> WrittenFiles:
     """The weight files whose bytes the recipe counts: as they are written, or once quantised to ``factor_bits``."""

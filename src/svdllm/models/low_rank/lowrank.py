@@ -389,18 +389,18 @@ class FewBits:
     """Makes an embedding keep its weight as packed integers: ``weight`` is unpacked when it is first asked for.
 
     Codes of ``bits`` bits, with an offset of ``2^(bits - 1)``, lie one after the other in 32-bit integers. Shapes:
-    ``weight_packed`` ``(rows, ceil(columns * bits / 32))``, ``weight_scale`` ``(rows, columns / group_size)``.
+    ``packed_codes`` ``(rows, ceil(columns * bits / 32))``, ``packed_scales`` ``(rows, columns / group_size)``.
     """
 
-    weight_packed: Tensor
-    weight_scale: Tensor
+    packed_codes: Tensor
+    packed_scales: Tensor
     bits: int
     embedding_dim: int
     _unpacked: tuple[Any, Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
-        stored = (self.weight_packed, self.weight_scale)
+        stored = (self.packed_codes, self.packed_scales)
         state = [(tensor.data_ptr(), tensor.device, tensor.dtype) for tensor in stored]  # moving a module changes it
         if self._unpacked is None or self._unpacked[0] != state:
             self.__dict__["_unpacked"] = (state, unpacked(*stored, self.bits, self.embedding_dim))
@@ -437,8 +437,8 @@ def pack_embeddings(model: Any, embeddings: Mapping[str, Mapping[str, int]]) -> 
         weight = embedding._parameters.pop("weight")
         rows, columns = weight.shape
         width = -(-columns * entry["bits"] // 32)
-        empty = {"weight_packed": weight.new_zeros(rows, width, dtype=torch.int32)}
-        empty["weight_scale"] = weight.new_zeros(rows, columns // entry["group_size"])
+        empty = {"packed_codes": weight.new_zeros(rows, width, dtype=torch.int32)}
+        empty["packed_scales"] = weight.new_zeros(rows, columns // entry["group_size"])
         for leaf, tensor in empty.items():
             embedding.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
         embedding.bits = entry["bits"]

@@ -133,7 +133,7 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
 def test_an_embedding_in_few_bits_is_not_compressed_again(tmp_path: Path):
     result = _compressed(tmp_path, ranks={"embed_tokens": {"int8": 32}}, calibration_mode="dense")
     svdllm.verify(result.output_dir)
-    with pytest.raises((InputError, UnsupportedModelError), match="is quantised|compressed already"):
+    with pytest.raises((InputError, UnsupportedModelError), match=r"is quantised|compressed already"):
         compress(result.output_dir, Recipe(ratio=0.2, **TEXT), tmp_path / "twice", calibration=_ids())
 
 

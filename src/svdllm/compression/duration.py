@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from svdllm.checkpoint.tensors import file_bytes, tensor_bytes
+from svdllm.compression.forms import bits_in
 from svdllm.compression.machine_speed import MachineSpeed, busy_share, measure_speed
 from svdllm.compression.ranks.measure_linears import NUM_SIZES, ROUNDS
 from svdllm.compression.ranks.measure_linears import SECONDS as SECONDS_PER_SHAPE
@@ -30,6 +31,8 @@ SYMMETRIC = 0.65
 NARROWING = 5
 # Time of a compressed linear, the mean over the sizes of all forms, as a share of its time dense.
 SHARE_OF_DENSE = 0.6
+# Element-wise passes over a weight that search the scales of its groups.
+SCALE_PASSES = 150
 MARGIN = 1.25  # of the longest time, for what shapes do not show
 
 
@@ -50,6 +53,7 @@ def predicted_seconds(work: Workload) -> tuple[dict[str, float], tuple[float, fl
 def _seconds_by_stage(work: Workload, speed: MachineSpeed, files: float = 1.0) -> dict[str, float]:
     """``files`` is how many times as fast as assumed files are read, converted and written."""
     spectra = sum(_spectrum_seconds(target, work, speed) for target in work.structure.targets)
+    spectra += _rounding_seconds(work, speed)
     walk = _forward_seconds(work, work.tokens, speed) + _gram_seconds(work, work.tokens, speed)
     return {
         "open": _gguf_seconds(work) / files if work.gguf_bytes else 0.0,
@@ -137,6 +141,14 @@ def _spectrum_seconds(target: Target, work: Workload, speed: MachineSpeed) -> fl
         operations += 2 * rows * rows * columns + rows * rows * (rank + rank) + rows**3 / 3
     operations += NARROWING * work.narrowed_width(target) ** 3
     return operations / speed.multiply64 + rank**3 / speed.eigh
+
+
+def _rounding_seconds(work: Workload, speed: MachineSpeed) -> float:
+    """Seconds of rounding every target in every number of bits: the search of scales, and the feedback of errors."""
+    num_bits = len(bits_in(work.recipe.analysed_forms))
+    weights = sum(target.num_weights for target in work.structure.targets)
+    feedback = sum(target.num_weights * target.in_features for target in work.structure.targets)
+    return num_bits * (SCALE_PASSES * weights / speed.elements + feedback / speed.multiply32)
 
 
 def _sequential_seconds(work: Workload, speed: MachineSpeed) -> float:

@@ -1,8 +1,8 @@
 """Speed of linears in few bits on this CPU: the kernels of torch beside dense products, by shape and number of tokens.
 
-``int8`` is ``_weight_int8pack_mm`` (a scale for every row), ``int4`` is ``_weight_int4pack_mm_for_cpu`` (a scale for every
-64 inputs). Both compute what the integers of a checkpoint stand for. Kernels take turns; figures are medians of the time
-against dense float32 in the same turn. The last line is JSON.
+``int8`` is ``_weight_int8pack_mm`` (a scale for every row), ``int4`` is ``_weight_int4pack_mm_for_cpu`` (a scale for
+every 64 inputs). Both compute what the integers of a checkpoint stand for. Kernels take turns; figures are medians of
+the time against dense float32 in the same turn. The last line is JSON.
 
     python benchmarks/bits_speed.py --threads 2 --repeats 31
 """

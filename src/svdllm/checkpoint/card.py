@@ -48,13 +48,14 @@ def _overview(report: dict[str, Any]) -> str:
     if history := report.get("recovery"):
         trained = "After compression it was trained: " + "; ".join(map(recovery_text, history)) + "."
     model = report["source"]["model"]
+    saved = report["achieved_ratio"] or 1 - report["file_bytes"] / report["dense_file_bytes"]  # of few bits alone
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [svdllm, low-rank, compression]
 ---
 
-# {model}, compressed by {report["achieved_ratio"]:.0%}
+# {model}, compressed by {saved:.0%}
 
 {model} with {len(report["linears"]) - counts["dense"]} of its linear layers made smaller
 (method `{report["method"]}`, [SVD-LLM](https://arxiv.org/abs/2403.07378)): {forms or "none"}.

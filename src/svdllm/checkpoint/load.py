@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from svdllm.common.errors import CheckpointError
 from svdllm.models.config_files import load_config
 from svdllm.models.hub import hub_folder
+from svdllm.models.low_rank.families import auto_class
 from svdllm.models.low_rank.lowrank import unpacking_one_by_one
 from svdllm.models.model_names import display_name
 from svdllm.models.open import open_config
@@ -35,11 +36,11 @@ def load_model(model: str | Path, **kwargs: Any) -> PreTrainedModel:
         UnsupportedModelError: it is not a causal language model.
     """
     want_info = kwargs.pop("output_loading_info", False)
-    place = _place_of(model, kwargs)
+    place, model_type = _place_of(model, kwargs)
     try:
         with unpacking_one_by_one():
             settings = {"trust_remote_code": False, "use_safetensors": True, "ignore_mismatched_sizes": True} | kwargs
-            both: Any = AutoModelForCausalLM.from_pretrained(str(place), output_loading_info=True, **settings)
+            both: Any = auto_class(model_type).from_pretrained(str(place), output_loading_info=True, **settings)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any kind, by the class of the model and what is wrong in its files
@@ -69,23 +70,22 @@ def _require_loaded(model: str | Path, loaded: PreTrainedModel, info: Mapping[st
             )
 
 
-def _place_of(model: str | Path, kwargs: dict[str, Any]) -> Path:
-    """Checks a model as every command does, and returns the folder for ``from_pretrained``.
+def _place_of(model: str | Path, kwargs: dict[str, Any]) -> tuple[Path, str]:
+    """Checks a model as every command does, and returns the folder for ``from_pretrained`` and the model type.
 
     Removes the arguments for the hub from ``kwargs``, and adds the name of a GGUF file.
     """
     path = Path(model)
     if path.is_file():
-        open_config(path)
         kwargs["gguf_file"] = path.name
-        return path.parent
+        return path.parent, open_config(path).config.model_type
     if not path.is_dir():
         offline, revision = kwargs.pop("local_files_only", False), kwargs.pop("revision", None)
         path = hub_folder(str(model), revision, offline, weights=True)
-    load_config(path, str(model), allow_quantized=True)
+    config = load_config(path, str(model), allow_quantized=True)
     for file in weight_files(path):
         read_header(file)
-    return path
+    return path, config.model_type
 
 
 def is_torchao(model: PreTrainedModel) -> bool:

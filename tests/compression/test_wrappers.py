@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from wrappers import WRAPPERS, tiny_wrapper, with_image
 
 
 @pytest.fixture(scope="module", params=WRAPPERS)
-def source(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, Any]]:
+def source(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
     """A model type, its folder and the model."""
     folder = tmp_path_factory.mktemp(request.param) / "source"
     model = tiny_wrapper(request.param)
     model.save_pretrained(folder)
-    yield request.param, folder, model
+    return request.param, folder, model
 
 
 def test_full_rank_is_the_source_with_an_image(source: tuple[str, Path, Any], tmp_path: Path) -> None:

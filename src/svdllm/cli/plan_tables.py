@@ -5,7 +5,15 @@ from __future__ import annotations
 from rich.table import Table
 
 from svdllm.cli.console import duration_range, size
-from svdllm.cli.tables import Titled, add_dense_parts, add_sizes, kind_of, size_range, summary_table
+from svdllm.cli.tables import (
+    Titled,
+    add_dense_parts,
+    add_outside_parts,
+    add_sizes,
+    kind_of,
+    size_range,
+    summary_table,
+)
 from svdllm.compression.plan import Plan
 
 
@@ -21,6 +29,7 @@ def plan_table(plan: Plan) -> Titled:
         + (f"; {len(plan.structure.ignored)} ignored" if plan.structure.ignored else ""),
     )
     add_dense_parts(summary, plan.structure.dense_parts)
+    add_outside_parts(summary, plan.structure.outside)
     if plan.unused_tensors is not None:
         summary.add_row("its files hold", plan.unused_tensors.text)
     if not plan.forms_known and plan.recipe.target_speedup is None:

@@ -124,7 +124,12 @@ def low_rank_config(base_config: PreTrainedConfig, svdllm: dict[str, Any]) -> An
 
 def __getattr__(name: str) -> Any:
     """Makes a class by its name, so that pickle finds it in a process that has not made it yet."""
-    suffixes = {"ForCausalLM": "causal_lm", "ForConditionalGeneration": "causal_lm", "Model": "model", "Config": "config"}
+    suffixes = {
+        "ForCausalLM": "causal_lm",
+        "ForConditionalGeneration": "causal_lm",
+        "Model": "model",
+        "Config": "config",
+    }
     for suffix, field in suffixes.items():
         if name.startswith("Svdllm") and name.endswith(suffix):
             family = _families_by_stem().get(name.removesuffix(suffix))

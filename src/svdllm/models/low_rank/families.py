@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from transformers import (
@@ -21,7 +22,7 @@ from svdllm.common.errors import UnsupportedModelError
 
 MODEL_TYPE_PREFIX = "svdllm_"
 # Auto class -> its tables of classes by config, and of their names by model type. The first that has a type opens it.
-_AUTO_CLASSES: dict[type[Any], tuple[Any, dict[str, Any]]] = {
+_AUTO_CLASSES: dict[type[Any], tuple[Any, Mapping[Any, Any]]] = {
     AutoModelForCausalLM: (
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

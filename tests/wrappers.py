@@ -87,9 +87,14 @@ WRAPPERS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_wrapper(model_type: str, seed: int = 0) -> Any:
-    """A float32 wrapper in eval mode with random weights, whose parts all matter for the logits."""
-    config = CONFIG_MAPPING[model_type](**WRAPPERS[model_type])
+def tiny_wrapper(model_type: str, seed: int = 0, **text: Any) -> Any:
+    """A float32 wrapper in eval mode with random weights, whose parts all matter for the logits.
+
+    Args:
+        text: other entries of the config of its language model.
+    """
+    entries = WRAPPERS[model_type]
+    config = CONFIG_MAPPING[model_type](**entries | {"text_config": entries["text_config"] | text})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = auto_class(model_type).from_config(config, dtype=torch.float32)

@@ -27,8 +27,8 @@ from svdllm.models.open import Source
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.structure import Structure, bias_corrected, left_dense
 from svdllm.models.walk import Walk
-from svdllm.models.wrapped import require_part
 from svdllm.models.weights import SafetensorsWeights, Weights
+from svdllm.models.wrapped import require_part
 
 LEAST_SHARE = 0.5  # of the blocks' parameters
 

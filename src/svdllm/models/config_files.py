@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from svdllm.common.errors import CheckpointError, InputError, UnsupportedModelError, first_line
 from svdllm.common.extras import require_extra
+from svdllm.models.limits import text_config
 from svdllm.models.low_rank.families import find_head
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.low_rank.lowrank import read_object
@@ -99,7 +100,7 @@ def require_causal_lm(config: PreTrainedConfig, name: str) -> None:
     model_type = info.base_model_type if info else config.model_type
     head = find_head(model_type)
     architectures = [config.architectures] if isinstance(config.architectures, str) else config.architectures or []
-    is_decoder = head is not None and not (config.is_encoder_decoder or config.get_text_config().is_encoder_decoder)
+    is_decoder = head is not None and not (config.is_encoder_decoder or text_config(config).is_encoder_decoder)
     if head is not None and is_decoder:
         ends = (*_HEADS, head.name.lower())
         expected = head.cls.__name__

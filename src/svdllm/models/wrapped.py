@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from svdllm.common.errors import InputError, UnsupportedModelError
+from svdllm.models.limits import text_config
 from svdllm.models.linears import language_model, listing, stacks_of
 
 LANGUAGE = "language"
@@ -29,15 +30,24 @@ class OutsidePart:
         return f"{self.share:.1%} {self.name}"
 
 
-def is_wrapper(model: PreTrainedModel) -> bool:
+def is_wrapper(config: PreTrainedConfig) -> bool:
     """Whether a model holds a language model with a config of its own."""
-    return model.config.get_text_config() is not model.config
+    return text_config(config) is not config
+
+
+def refuse_wrapper(config: PreTrainedConfig, name: str, what: str) -> None:
+    """Raises UnsupportedModelError for a wrapper, with which ``what`` (an option) cannot be used."""
+    if is_wrapper(config):
+        raise UnsupportedModelError(
+            f"{what} is for language models, and {name} (model_type {config.model_type!r}) also reads images or sound. "
+            "Save its language model alone and use that: see 'multimodal' in docs/faq.md."
+        )
 
 
 def outside_parts(model: PreTrainedModel) -> tuple[OutsidePart, ...]:
     """Lists what a wrapper has beside its language model and the head over the vocabulary, the largest first."""
     name, _ = language_model(model)
-    if not name or not is_wrapper(model):
+    if not name or not is_wrapper(model.config):
         return ()
     head = model.get_output_embeddings()
     inside = {id(parameter) for parameter in model.get_submodule(name).parameters()}
@@ -84,7 +94,7 @@ def require_part(model: PreTrainedModel, part: str) -> None:
 
 def language_models(model: PreTrainedModel) -> list[str]:
     """Names the language models in a wrapper: the innermost decoders with a vocabulary and a stack of blocks."""
-    if not is_wrapper(model):
+    if not is_wrapper(model.config):
         return [language_model(model)[0]]
     found = {
         name: module

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from svdllm.checkpoint.report import form_of
 from svdllm.models.wrapped import is_wrapper
 
+IMAGE_TEXT = "AutoModelForImageTextToText"
 SHOWN_LINEARS = 5  # those that lost most
 FORMS = {
     "pair": "as pairs of factors (`svd_u @ svd_v`)",
@@ -34,6 +35,10 @@ def model_card(report: dict[str, Any], config: PreTrainedConfig) -> str:
     return "\n".join(section for section in sections if section)
 
 
+def _reads_images(config: PreTrainedConfig) -> bool:
+    return IMAGE_TEXT in (getattr(config, "auto_map", None) or {})
+
+
 def _overview(report: dict[str, Any], config: PreTrainedConfig) -> str:
     counts = Counter(map(form_of, report["linears"]))
     forms = "; ".join(f"{counts[form]} {text}" for form, text in FORMS.items() if counts[form])
@@ -42,7 +47,7 @@ def _overview(report: dict[str, Any], config: PreTrainedConfig) -> str:
     if history := report.get("recovery"):
         trained = "After compression it was trained: " + "; ".join(map(recovery_text, history)) + "."
     model = report["source"]["model"]
-    task = "image-text-to-text" if "AutoModelForImageTextToText" in config.auto_map else "text-generation"
+    task = "image-text-to-text" if _reads_images(config) else "text-generation"
     return f"""---
 library_name: transformers
 pipeline_tag: {task}
@@ -74,7 +79,7 @@ def _loading(report: dict[str, Any], config: PreTrainedConfig) -> str:
     )
     wraps = is_wrapper(config)
     reader, variable = ("AutoProcessor", "processor") if wraps else ("AutoTokenizer", "tokenizer")
-    auto = next(name for name in config.auto_map if name.startswith("AutoModelFor"))
+    auto = IMAGE_TEXT if _reads_images(config) else "AutoModelForCausalLM"
     copied = (
         "\nOnly its language model was compressed, on text; everything else is the original's, bit for bit.\n"
         if wraps

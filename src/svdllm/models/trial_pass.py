@@ -141,7 +141,8 @@ def _run(skeleton: PreTrainedModel, blocks: Sequence[str], linears: Mapping[str,
     ids = torch.zeros(1, TRIAL_TOKENS, dtype=torch.long)
     experts = experts_computed(skeleton, "batched_mm" if device == "meta" else "eager")
     stubs = replaced(skeleton, watched), replaced(skeleton, probes)
-    inner = {name: module for name, module in skeleton.named_modules() if isinstance(module, PreTrainedModel)}
+    run_here = set(skeleton.base_model.modules())
+    inner = {n: module for n, module in skeleton.named_modules() if isinstance(module, PreTrainedModel)}
     noted = _calls_noted()
     with zeros, experts, experts_tried(skeleton), stubs[0], stubs[1], noted as called, torch.no_grad():
         skeleton.base_model(input_ids=ids, use_cache=False)
@@ -159,7 +160,7 @@ def _run(skeleton: PreTrainedModel, blocks: Sequence[str], linears: Mapping[str,
         batch_dim=run[0].batch_dim if run else 0,
         arguments=[probe.given for probe in run if probe.given is not None],
         written=written,
-        idle=tuple(name for name, module in inner.items() if called.isdisjoint(module.modules())),
+        idle=tuple(n for n, module in inner.items() if module in run_here and called.isdisjoint(module.modules())),
     )
 
 

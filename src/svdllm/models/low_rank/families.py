@@ -62,7 +62,11 @@ def find_head(model_type: str) -> Head | None:
     config: Any = CONFIG_MAPPING[model_type]
     inner = getattr(config, "sub_configs", {}).get("text_config")
     found = {auto: mapping[config] for auto, (mapping, names) in _AUTO_CLASSES.items() if model_type in names}
-    own = {auto: cls for auto, cls in found.items() if inner is None or cls.config_class is not inner}
+    own = {
+        auto: cls
+        for auto, cls in found.items()
+        if (inner is None or cls.config_class is not inner) and (auto is AutoModelForCausalLM or cls.can_generate())
+    }
     if not own:
         return None
     chosen = next(iter(own.values()))

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from svdllm.checkpoint.report import form_of
+from svdllm.models.quantized_sources.methods import QuantizedSource
 from svdllm.models.wrapped import is_wrapper
 
 IMAGE_TEXT = "AutoModelForImageTextToText"
@@ -132,10 +133,12 @@ def _making(report: dict[str, Any]) -> str:
     source, recipe, versions = report["source"], report["recipe"], report["versions"]
     revision = f", revision {source['revision']}" if source["revision"] else ""
     streams = "compressed" if recipe["calibration_mode"] == "sequential" else "dense"
+    quantized = report.get("quantized_source")
+    stored = f"; {QuantizedSource(**quantized).text}" if quantized else ""
     made_with = ", ".join(f"{name} {versions[name]}" for name in ("svdllm", "torch", "transformers"))
     return f"""## How it was made
 
-- Source: {source["model"]}{revision}, weights `{source["weights_fingerprint"][:16]}`
+- Source: {source["model"]}{revision}, weights `{source["weights_fingerprint"][:16]}`{stored}
 - Calibration: {_calibration(report)}
 - Metric: {recipe["metric"]}; ranks: {report["allocation"]["name"]}; inputs of the {streams} model
 - Versions: {made_with}

@@ -11,6 +11,7 @@ from svdllm.cli.tables import (
     add_outside_parts,
     add_sizes,
     kind_of,
+    quantized_source_text,
     size_range,
     summary_table,
 )
@@ -30,6 +31,8 @@ def plan_table(plan: Plan) -> Titled:
     )
     add_dense_parts(summary, plan.structure.dense_parts)
     add_outside_parts(summary, plan.structure.outside)
+    if plan.quantized_source is not None:
+        summary.add_row("source files", quantized_source_text(plan.quantized_source))
     if plan.unused_tensors is not None:
         summary.add_row("its files hold", plan.unused_tensors.text)
     if not plan.forms_known and plan.recipe.target_speedup is None:

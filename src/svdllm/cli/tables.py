@@ -21,6 +21,7 @@ from svdllm.evaluation.side_by_side import ModelPerplexity
 from svdllm.export.quantize import QuantizationResult
 from svdllm.models.left_dense import DensePart
 from svdllm.models.model_names import given_name
+from svdllm.models.quantized_sources.methods import QuantizedSource
 from svdllm.models.unused_tensors import UnusedTensors
 from svdllm.models.wrapped import OutsidePart
 from svdllm.recovery import RecoveryResult
@@ -163,6 +164,8 @@ def report_table(report: dict[str, Any]) -> Titled:
     add_outside_parts(table, [OutsidePart(**part) for part in report.get("outside_parts", [])])
     table.add_row("metric", f"{recipe['metric']}, {recipe['calibration_mode']} calibration")
     table.add_row("source weights", f"{source['weights_fingerprint'][:16]}, revision {source['revision'] or 'none'}")
+    if quantized := report.get("quantized_source"):
+        table.add_row("source files", quantized_source_text(QuantizedSource(**quantized)))
     if source["calibration"]:
         table.add_row(
             "calibration",
@@ -177,6 +180,11 @@ def report_table(report: dict[str, Any]) -> Titled:
     for entry in report.get("recovery", []):
         table.add_row("trained", recovery_text(entry))
     return f"{source['model']}, compressed", [table]
+
+
+def quantized_source_text(source: QuantizedSource) -> str:
+    """How a source is quantised, and the bytes of its files as far as they are known."""
+    return source.text + ("" if source.file_bytes is None else f"; its weight files have {size(source.file_bytes)}")
 
 
 def add_dense_parts(table: Table, parts: Sequence[DensePart]) -> None:

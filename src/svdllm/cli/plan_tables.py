@@ -8,6 +8,7 @@ from svdllm.cli.console import duration_range, size
 from svdllm.cli.tables import (
     Titled,
     add_dense_parts,
+    add_outside_parts,
     add_sizes,
     kind_of,
     quantized_source_text,
@@ -29,6 +30,7 @@ def plan_table(plan: Plan) -> Titled:
         + (f"; {len(plan.structure.ignored)} ignored" if plan.structure.ignored else ""),
     )
     add_dense_parts(summary, plan.structure.dense_parts)
+    add_outside_parts(summary, plan.structure.outside)
     if plan.quantized_source is not None:
         summary.add_row("source files", quantized_source_text(plan.quantized_source))
     if plan.unused_tensors is not None:

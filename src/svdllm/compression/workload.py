@@ -86,8 +86,9 @@ class Workload:
 
     @cached_property
     def outside_bytes(self) -> int:
-        """Everything outside the blocks: embeddings, head, last norm."""
-        return self._numel(lambda name: not name.startswith(self._insides)) * self.dtype.itemsize
+        """Everything outside the blocks that a text runs through: embeddings, head, last norm."""
+        idle = tuple(f"{name}." for name in self.structure.idle)
+        return self._numel(lambda name: not name.startswith((*self._insides, *idle))) * self.dtype.itemsize
 
     @cached_property
     def block_bytes(self) -> int:

@@ -140,7 +140,7 @@ def refuse_several_parts(config: PreTrainedConfig, name: str) -> None:
     if not is_alone and MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type, "").endswith("ForCausalLM"):
         raise UnsupportedModelError(
             f"{name} is more than a language model: its model_type is {config.model_type!r}. The language model in it, "
-            f"of type {text.model_type!r}, can be compressed once it is saved alone: see 'multimodal' in docs/faq.md."
+            f"of type {text.model_type!r}, can be compressed once it is saved alone: see docs/faq.md."
         )
 
 

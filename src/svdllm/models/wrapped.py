@@ -40,7 +40,7 @@ def refuse_wrapper(config: PreTrainedConfig, name: str, what: str) -> None:
     if is_wrapper(config):
         raise UnsupportedModelError(
             f"{what} is for language models, and {name} (model_type {config.model_type!r}) also reads images or sound. "
-            "Save its language model alone and use that: see 'multimodal' in docs/faq.md."
+            "Save its language model alone and use that: see docs/faq.md."
         )
 
 

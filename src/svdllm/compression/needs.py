@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from svdllm.checkpoint.tensors import file_bytes, tensor_bytes
 from svdllm.common.memory import available_bytes
 from svdllm.compression.duration import predicted_seconds
 from svdllm.compression.forms.layout import compressed_tensors
@@ -85,23 +84,23 @@ def spill_hidden_states(num_bytes: int, limit: int | None) -> bool:
 
 def _disk_bytes(work: Workload, hidden_states_on_disk: bool) -> int:
     """The analysis, what waits for other stages, and the checkpoints."""
-    targets, recipe = work.structure.targets, work.recipe
+    recipe = work.recipe
     is_sequential = work.sequential_tokens > 0
     sides = 2 if recipe.needs_gradients else 1
-    needed = sum(8 * t.full_rank + 4 * sides * t.out_features * work.depth(t) for t in targets)
-    needed += sum(4 * work.narrowed_width(t) ** 2 for t in targets)
+    needed = sum(n * (8 * t.full_rank + 4 * sides * t.out_features * work.depth(t)) for t, n in work.kinds)
+    needed += sum(4 * n * work.narrowed_width(t) ** 2 for t, n in work.kinds)
     if (
         recipe.needs_gradients
     ):  # metrics and inputs that wait for the reverse walk, metrics for a sequential calibration
         needed += sum(4 * width**2 for width in work.group_widths.values())
         needed += work.gradient_tokens * work.hidden_size * work.dtype.itemsize * len(work.structure.blocks)
-        needed += is_sequential * sum(4 * t.out_features**2 for t in targets)
+        needed += is_sequential * sum(4 * n * t.out_features**2 for t, n in work.kinds)
     if is_sequential:
         needed += work.num_outputs * sum(
-            4 * max(t.num_weights, (t.in_features + t.out_features) * work.depth(t)) for t in targets
+            4 * n * max(t.num_weights, (t.in_features + t.out_features) * work.depth(t)) for t, n in work.kinds
         )
     if work.gguf_bytes:
-        needed += tensor_bytes(work.stored)
+        needed += work.stored_bytes
     if hidden_states_on_disk:
         needed += work.hidden_states_bytes
-    return needed + work.num_outputs * file_bytes(work.written)
+    return needed + work.num_outputs * work.written_bytes

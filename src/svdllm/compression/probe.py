@@ -27,6 +27,7 @@ from svdllm.compression.math.measures import Measure
 from svdllm.compression.math.metrics import METHODS
 from svdllm.compression.ranks import ALLOCATIONS
 from svdllm.compression.recipe import Recipe
+from svdllm.compression.routed import gram_values_per_token, token_shares, weights_per_token
 from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.shared_state import State, moved
 from svdllm.models.structure import Structure, Target, weight_of, weights_by_name
@@ -64,13 +65,14 @@ def probe_tokens(recipe: Recipe, structure: Structure, skeleton: PreTrainedModel
     """The number of tokens with which probing is ``probe_share`` of the work of calibration and probing together.
 
     Work is counted in multiplications, not in seconds, so that a recipe probes the same tokens on every machine. The
-    work of calibration is the forward pass of the text, even for a method that does not need it, and the Grams.
+    work of calibration is the forward pass of the text, even for a method that does not need it, and the Grams. Experts
+    count for the tokens that are routed to them.
     """
     head: Any = skeleton.get_output_embeddings()
     gram = METHODS[recipe.method].collects_gram
-    widths = {target.group: target.in_features for target in structure.targets}
-    forward = structure.num_target_params
-    calibration = recipe.samples * recipe.seqlen * (forward + gram * sum(width**2 for width in widths.values()) / 2)
+    shares = token_shares(structure, skeleton)
+    forward = weights_per_token(structure, shares)
+    calibration = recipe.samples * recipe.seqlen * (forward + gram * gram_values_per_token(structure, shares) / 2)
     num_blocks = len(structure.blocks)
     sizes, block_of = probe_sizes(recipe, structure), structure.block_of
     per_token = sum(

@@ -101,7 +101,7 @@ def _owners(model: nn.Module, blocks: Collection[str]) -> Iterator[tuple[str, nn
     seen: set[int] = set()
     for block in blocks:
         for name, module in model.get_submodule(block).named_modules(prefix=block):
-            own = {id(parameter): parameter for parameter in module.parameters(recurse=False)}
+            own = {id(parameter): parameter for parameter in module._parameters.values() if parameter is not None}
             if own.keys() - seen:
                 yield name, module, sum(own[key].numel() for key in own.keys() - seen)
             seen |= own.keys()

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from svdllm.models.experts import experts_tried
+from svdllm.models.experts import distinct_modules, experts_tried
 from svdllm.models.hooks import experts_computed, first_argument, replaced
-from svdllm.models.linears import linear_shape, linears_of
+from svdllm.models.linears import is_linear, linear_shape
 from svdllm.models.low_rank.lowrank import SplitExperts
 from svdllm.models.skeleton import LARGE
 from svdllm.models.structure import Mlp, Structure
@@ -56,7 +56,7 @@ def find_mlps(skeleton: nn.Module, structure: Structure, arguments: Sequence[Arg
         block = skeleton.get_submodule(name)
         key = _signature(block)
         if key not in known:
-            experts = experts_computed(skeleton, "eager"), experts_tried(skeleton, first_only=True)
+            experts = experts_computed(skeleton, "eager"), experts_tried(skeleton)
             with torch.enable_grad(), experts[0], experts[1]:  # also where gradients are switched off
                 known[key] = [one for found in _find_in(block, given) for one in _of_all_experts(block, found)]
         candidates = (_as_mlp(skeleton, name, index, found) for found in known[key])
@@ -66,8 +66,12 @@ def find_mlps(skeleton: nn.Module, structure: Structure, arguments: Sequence[Arg
 
 def _signature(block: nn.Module) -> str:
     """Text that is equal for blocks of the same modules, settings that modules show, and shapes."""
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in block.named_parameters()]
-    return f"{block!r} {shapes}"
+    modules = [
+        (name, type(module).__name__, module.extra_repr(), [tuple(own.shape) for own in module.parameters(False)])
+        for name, module in distinct_modules(block)
+    ]
+    counts = [module.split_count for module in block.modules() if isinstance(module, SplitExperts)]
+    return f"{modules} {counts}"
 
 
 def _as_mlp(skeleton: nn.Module, block_name: str, block: int, found: Found) -> Mlp:
@@ -148,12 +152,12 @@ class _Trial:
     def __init__(self, block: nn.Module, given: Arguments):
         self.block = block
         self.generator = torch.Generator().manual_seed(SEED)
-        self.stubs = {name: _LinearStub(linear, self.generator) for name, linear in linears_of(block)}
-        inside = tuple(f"{name}." for name in self.stubs)
+        modules = dict(distinct_modules(block))
+        self.stubs = {name: _LinearStub(m, self.generator) for name, m in modules.items() if is_linear(m)}
         self.tensors = {name: self._real(buffer) for name, buffer in block.named_buffers()} | {
             name: self._random(parameter.shape)
             for name, parameter in block.named_parameters()
-            if not name.startswith(inside)
+            if (owner := name.rpartition(".")[0]) in modules and owner not in self.stubs
         }
         args, kwargs = tree_map(lambda leaf: self._real(leaf) if isinstance(leaf, Tensor) else leaf, given)
         hidden = torch.randn((args[0] if args else kwargs["hidden_states"]).shape, generator=self.generator)

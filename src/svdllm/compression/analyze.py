@@ -76,7 +76,7 @@ def analyze(
     ids = torch.zeros(1, 2, dtype=torch.long)  # for a method that does not read the text
     if windows is not None and METHODS[recipe.method].needs_tokens:
         ids = windows.ids
-    walk = subject.walk(ids, recipe, run.spill_file(plans[0]))
+    walk = subject.walk(ids, recipe, run.spill_file(plans[0]), run.scratch(plans[0]))
     if recipe.needs_gradients:
         kept = min(recipe.gradient_samples, len(walk.ids))
         walk.kept_folder = run.work / "inputs"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from svdllm.common.memory import available_bytes
 from svdllm.compression.duration import predicted_seconds
@@ -26,6 +26,7 @@ class RunNeeds:
     ram_by_stage: dict[str, int]
     hidden_states_bytes: int
     hidden_states_on_disk: bool
+    experts_on_disk: bool  # the weights of those of the loaded block
     device_bytes: int
     disk_bytes: int
     seconds_by_stage: dict[str, float]
@@ -60,6 +61,7 @@ def needs_of(
         subject=subject, recipe=recipe, device=device, dtype=dtype, written=written, num_outputs=num_outputs
     )
     on_disk = spill_hidden_states(work.hidden_states_bytes, hidden_states_limit)
+    work = replace(work, experts_on_disk=_spill_experts(work, on_disk))
     seconds, seconds_range = predicted_seconds(work)
     return RunNeeds(
         device=str(device),
@@ -67,6 +69,7 @@ def needs_of(
         ram_by_stage=ram_by_stage(work, on_disk),
         hidden_states_bytes=work.hidden_states_bytes,
         hidden_states_on_disk=on_disk,
+        experts_on_disk=work.experts_on_disk,
         device_bytes=device_bytes(work),
         disk_bytes=_disk_bytes(work, on_disk) + elastic_bytes,
         seconds_by_stage=seconds,
@@ -80,6 +83,15 @@ def spill_hidden_states(num_bytes: int, limit: int | None) -> bool:
         free = available_bytes()
         limit = None if free is None else int(free * HIDDEN_STATES_SHARE)
     return limit is not None and num_bytes > limit
+
+
+def _spill_experts(work: Workload, hidden_states_on_disk: bool) -> bool:
+    """Whether the experts of the loaded block go to disk: on a CPU whose free memory does not hold the block."""
+    free = available_bytes()
+    if free is None or not work.on_cpu or not work.structure.pools:
+        return False
+    stages = ram_by_stage(work, hidden_states_on_disk)
+    return max(stages.values()) - stages["now"] > free
 
 
 def _disk_bytes(work: Workload, hidden_states_on_disk: bool) -> int:
@@ -103,4 +115,6 @@ def _disk_bytes(work: Workload, hidden_states_on_disk: bool) -> int:
         needed += work.stored_bytes
     if hidden_states_on_disk:
         needed += work.hidden_states_bytes
+    if work.experts_on_disk:  # as they are; truncated, with their factors; or fitted, with theirs
+        needed += (3 if work.num_probes or is_sequential else 1) * work.experts_bytes
     return needed + work.num_outputs * work.written_bytes

@@ -33,6 +33,7 @@ class Workload:
     dtype: torch.dtype  # in which blocks compute
     written: Tensors  # what one checkpoint holds, at most
     num_outputs: int  # checkpoints that the run writes
+    experts_on_disk: bool = False  # the weights of those of the loaded block
 
     @property
     def structure(self) -> Structure:
@@ -123,23 +124,43 @@ class Workload:
     @property
     def outside_bytes(self) -> int:
         """Everything outside the blocks: embeddings, head, last norm."""
-        return self._numbers[""] * self.dtype.itemsize
+        return self._numbers[""][0] * self.dtype.itemsize
 
     @property
     def block_bytes(self) -> int:
-        """The largest block."""
-        return max(count for block, count in self._numbers.items() if block) * self.dtype.itemsize
+        """The largest block in memory; of experts that are on disk, only what is in memory with one of them."""
+        numbers = [sum(counts) for block, counts in self._numbers.items() if block]
+        if self.experts_on_disk:
+            numbers = [rest for block, (rest, _) in self._numbers.items() if block]
+        return (max(numbers) + self.experts_on_disk * 4 * self._largest_expert) * self.dtype.itemsize
+
+    @property
+    def experts_bytes(self) -> int:
+        """The experts of the block that has most."""
+        return max(experts for _, experts in self._numbers.values()) * self.dtype.itemsize
 
     @cached_property
-    def _numbers(self) -> dict[str, int]:
-        """Block -> numbers stored in it, and under "" those outside the blocks."""
-        blocks = self.structure.blocks
+    def _numbers(self) -> dict[str, tuple[int, int]]:
+        """Block -> numbers stored in it, outside and inside experts, and under "" those outside the blocks."""
+        blocks, places = self.structure.blocks, self.subject.expert_tensors
         depth = blocks[0].count(".") + 1
-        numbers = dict.fromkeys(["", *blocks], 0)
+        numbers = dict.fromkeys(["", *blocks], (0, 0))
         for name, (shape, _) in self.stored.items():
-            place = ".".join(name.split(".", depth)[:depth])
-            numbers[place if place in numbers else ""] += prod(shape)
+            block = ".".join(name.split(".", depth)[:depth])
+            block = block if block in numbers else ""
+            rest, experts = numbers[block]
+            count, inside = prod(shape), name in places
+            numbers[block] = rest + count * (not inside), experts + count * inside
         return numbers
+
+    @cached_property
+    def _largest_expert(self) -> int:
+        """Numbers in the expert that has most."""
+        experts: dict[str, int] = {}
+        for target, _ in self.kinds:
+            if target.expert is not None:
+                experts[target.expert] = experts.get(target.expert, 0) + target.num_weights
+        return max(experts.values(), default=0)
 
     @cached_property
     def largest_tensor_bytes(self) -> int:
@@ -164,7 +185,7 @@ class Workload:
 
     @property
     def num_stored_weights(self) -> int:
-        return sum(self._numbers.values())
+        return sum(map(sum, self._numbers.values()))
 
     @property
     def hidden_size(self) -> int:

@@ -181,7 +181,8 @@ class Calibration:
             self._forward_part(block, part, tokens, seconds)
 
     def _parts(self, block: Block) -> list[Part]:
-        return parts_of(self.walk.structure.block_targets(block.index), self.depths)
+        structure = self.walk.structure
+        return parts_of(structure.block_targets(block.index), self.depths, mixture=bool(structure.pools))
 
     def _forward_part(self, block: Block, part: Part, tokens: dict[str, int], seconds: dict[str, float]) -> None:
         """The forward walk over a part; adds the experts' tokens and the seconds to those of the parts before."""

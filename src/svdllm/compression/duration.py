@@ -13,6 +13,8 @@ from svdllm.models.structure import Target
 # Bytes per second of reading weights and looking for NaN, and of writing a checkpoint, hashing it and reading it back.
 READ_BYTES, WRITE_BYTES = 4e8, 1e8
 FAST_FILES = 3.0  # times as fast at best: with a fast disk and a processor that hashes in hardware
+# Bytes per second of the weights of experts that are on disk while their block is loaded.
+SCRATCH_BYTES = 1e9
 # Of a GGUF file, whose reader is Python: seconds for each token of its vocabulary, which is parsed four times, and for
 # the name of each tensor, which is looked for in every block; weights dequantised, written and hashed per second.
 GGUF_TOKEN, GGUF_NAME, GGUF_WEIGHTS = 4e-4, 7e-4, 3e7
@@ -51,7 +53,7 @@ def _seconds_by_stage(work: Workload, speed: MachineSpeed, files: float = 1.0) -
     """``files`` is how many times as fast as assumed files are read, converted and written."""
     spectra = _spectra_seconds(work, speed)
     walk = _forward_seconds(work, work.tokens, speed) + _gram_seconds(work, work.tokens, speed)
-    return {
+    stages = {
         "open": _gguf_seconds(work) / files if work.gguf_bytes else 0.0,
         "check weights": work.stored_bytes / READ_BYTES / files,
         "time linears": _timing_seconds(work, speed),
@@ -61,6 +63,27 @@ def _seconds_by_stage(work: Workload, speed: MachineSpeed, files: float = 1.0) -
         "sequential": work.num_outputs * _sequential_seconds(work, speed),
         "write": work.num_outputs * _write_seconds(work, speed, files),
     }
+    return {stage: seconds + _experts_seconds(work, stage) for stage, seconds in stages.items()}
+
+
+def _experts_seconds(work: Workload, stage: str) -> float:
+    """Seconds of reading experts that are on disk, for every batch in every run of a stage.
+
+    The forward walk reads all in runs that collect more than experts, in the last run, and once in all others together.
+    The reverse walk reads all in every run, forward and back.
+    """
+    parts = max(work.parts_of_blocks, key=len)
+    whole = sum(any(target.pool is None for target in part) for part in parts)
+    runs = {
+        "analyze": (work.tokens, whole + 2 * (len(parts) > whole)),
+        "gradients": (work.gradient_tokens, 2 * len(parts)),
+        "probe": (work.probe_tokens, sum(work.num_probes.values()) / 2),
+        "sequential": (work.sequential_tokens, 6 * work.num_outputs),
+    }
+    if not work.experts_on_disk or stage not in runs:
+        return 0.0
+    tokens, count = runs[stage]
+    return count * -(-tokens // max(work.batch_tokens, 1)) * work.all_experts_bytes / SCRATCH_BYTES
 
 
 def _gguf_seconds(work: Workload) -> float:

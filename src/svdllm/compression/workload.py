@@ -95,9 +95,16 @@ class Workload:
         return list({tuple(map(self._kind, targets)): targets for targets in blocks}.values())
 
     @cached_property
+    def parts_of_blocks(self) -> list[list[list[Target]]]:
+        """The targets whose statistics are in memory together, by block, of each kind of block."""
+        mixture = bool(self.structure.pools)
+        blocks = [parts_of(targets, self._depths, mixture=mixture) for targets in self.distinct_blocks]
+        return [[part.targets for part in parts] for parts in blocks]
+
+    @property
     def parts(self) -> list[list[Target]]:
-        """The targets whose statistics are in memory together, of each kind of block."""
-        return [part.targets for targets in self.distinct_blocks for part in parts_of(targets, self._depths)]
+        """The same of all blocks."""
+        return [part for parts in self.parts_of_blocks for part in parts]
 
     @cached_property
     def token_shares(self) -> dict[str | None, float]:
@@ -138,6 +145,11 @@ class Workload:
     def experts_bytes(self) -> int:
         """The experts of the block that has most."""
         return max(experts for _, experts in self._numbers.values()) * self.dtype.itemsize
+
+    @property
+    def all_experts_bytes(self) -> int:
+        """The experts of all blocks."""
+        return sum(experts for _, experts in self._numbers.values()) * self.dtype.itemsize
 
     @cached_property
     def _numbers(self) -> dict[str, tuple[int, int]]:

@@ -65,12 +65,8 @@ def placed_by(module: nn.Module, prefix: str, folder: Path | None) -> Callable[[
     Args:
         prefix: name of the module in the model.
     """
-    inside = {
-        f"{prefix}.{name}.{leaf}" if leaf else f"{prefix}.{name}"
-        for name, expert in module.named_modules()
-        if isinstance(expert, Expert)
-        for leaf, _ in expert.named_modules()
-    }
+    experts = [(f"{prefix}.{name}", expert) for name, expert in module.named_modules() if isinstance(expert, Expert)]
+    inside = {leaf for name, expert in experts for leaf, _ in expert.named_modules(prefix=name)}
 
     def place(name: str, tensor: Tensor) -> Tensor:
         return on_disk(tensor, folder if name.rpartition(".")[0] in inside else None)
@@ -106,7 +102,7 @@ def watched_experts_only(module: nn.Module) -> Iterator[None]:
     The output of the module is not that of all experts then.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, SplitExperts)]
-    own = {child for layer in layers for expert in layer.experts for child in expert.modules()}
+    own = {child for layer in layers for expert in layer.experts for child in expert.modules()} | set(layers)
     if any(_is_watched(child) for child in module.modules() if child not in own):
         yield
         return

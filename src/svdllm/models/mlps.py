@@ -10,6 +10,7 @@ same subset, and nothing else may change. A norm over the inner features and att
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ def find_mlps(skeleton: nn.Module, structure: Structure, arguments: Sequence[Arg
         arguments: what the model calls each block with; tensors on the meta device are replaced by random ones.
     """
     targets = {target.name for target in structure.targets}
-    known: dict[str, list[Found]] = {}
+    known: dict[str, list[Mlp]] = {}
     mlps: list[Mlp] = []
     for index, (name, given) in enumerate(zip(structure.blocks, arguments, strict=True)):
         block = skeleton.get_submodule(name)
@@ -58,8 +59,9 @@ def find_mlps(skeleton: nn.Module, structure: Structure, arguments: Sequence[Arg
         if key not in known:
             experts = experts_computed(skeleton, "eager"), experts_tried(skeleton)
             with torch.enable_grad(), experts[0], experts[1]:  # also where gradients are switched off
-                known[key] = [one for found in _find_in(block, given) for one in _of_all_experts(block, found)]
-        candidates = (_as_mlp(skeleton, name, index, found) for found in known[key])
+                found = [one for first in _find_in(block, given) for one in _of_all_experts(block, first)]
+            known[key] = [_as_mlp(block, one) for one in found]
+        candidates = (_in_block(mlp, name, index) for mlp in known[key])
         mlps += [mlp for mlp in candidates if targets.issuperset(mlp.linears)]
     return tuple(mlps)
 
@@ -74,28 +76,41 @@ def _signature(block: nn.Module) -> str:
     return f"{modules} {counts}"
 
 
-def _as_mlp(skeleton: nn.Module, block_name: str, block: int, found: Found) -> Mlp:
+def _as_mlp(block: nn.Module, found: Found) -> Mlp:
+    """An MLP by its names in the block."""
     producers, consumer, interleaved = found
     parents = [name.split(".")[:-1] for name in (*producers, consumer)]
     same = takewhile(lambda level: len(set(level)) == 1, zip(*parents, strict=False))
     shared = "".join(f"{level[0]}." for level in same)
     leaves = "+".join(name.removeprefix(shared) for name in (*producers, consumer))
-    _, width = linear_shape(skeleton.get_submodule(f"{block_name}.{consumer}"))
+    _, width = linear_shape(block.get_submodule(consumer))
     return Mlp(
-        name=f"{block_name}.{shared}{leaves}",
-        block=block,
-        producers=tuple(f"{block_name}.{name}" for name in producers),
-        consumer=f"{block_name}.{consumer}",
+        name=f"{shared}{leaves}",
+        block=0,
+        producers=producers,
+        consumer=consumer,
         width=width,
         interleaved=interleaved,
-        pool=_pool(skeleton, f"{block_name}.{shared}", leaves),
+        pool=_pool(block, shared, leaves),
     )
 
 
-def _pool(skeleton: nn.Module, parent: str, leaves: str) -> str | None:
+def _in_block(mlp: Mlp, name: str, index: int) -> Mlp:
+    """An MLP by its names in the model."""
+    return replace(
+        mlp,
+        name=f"{name}.{mlp.name}",
+        block=index,
+        producers=tuple(f"{name}.{producer}" for producer in mlp.producers),
+        consumer=f"{name}.{mlp.consumer}",
+        pool=None if mlp.pool is None else f"{name}.{mlp.pool}",
+    )
+
+
+def _pool(block: nn.Module, parent: str, leaves: str) -> str | None:
     """The pool of an MLP that is an expert: the layer's, by the names of the linears."""
     experts, _, index = parent.rstrip(".").rpartition(".")
-    is_expert = index.isdecimal() and isinstance(skeleton.get_submodule(experts), SplitExperts)
+    is_expert = index.isdecimal() and isinstance(block.get_submodule(experts), SplitExperts)
     return f"{experts}.{leaves}" if is_expert else None
 
 

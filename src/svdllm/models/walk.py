@@ -90,10 +90,10 @@ class Walk:
     def _loaded(self, indices: Iterable[int]) -> Iterator[Block]:
         for index in indices:
             name = self.structure.blocks[index]
-            module, place = self.skeleton.get_submodule(name), self.device, self.dtype
-            experts = placed_by(module, name, self.scratch)
+            module = self.skeleton.get_submodule(name)
+            place = placed_by(module, name, self.scratch)
             with (
-                weights_loaded(module, name, self.weights, *place, ties=self.ties, place=experts),
+                weights_loaded(module, name, self.weights, self.device, self.dtype, ties=self.ties, place=place),
                 nullcontext() if self.scratch is None else experts_given_back(module),
             ):
                 yield Block(walk=self, index=index, name=name, module=module)

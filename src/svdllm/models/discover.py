@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from svdllm.common.errors import InputError, UnsupportedModelError
 from svdllm.models.experts import expert_tensors, first_experts, pool_of
-from svdllm.models.left_dense import IGNORED, READ, SHARED, UNCALLED, dense_modules, num_block_params, shared_modules
+from svdllm.models.left_dense import IGNORED, READ, SHARED, UNCALLED, dense_modules, parameter_owners, shared_modules
 from svdllm.models.linears import find_blocks, linear_shape, linears_of, listing, matches
 from svdllm.models.mlps import find_mlps
 from svdllm.models.structure import Structure, Target, with_mlps
@@ -39,8 +39,8 @@ def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure
     reasons |= dict.fromkeys(shared_modules(skeleton) & linears.keys() - reasons.keys(), SHARED)
     candidates = {name: module for name, module in linears.items() if name not in reasons}
     first = first_experts(skeleton)
-    tried = {name: module for name, module in linears.items() if first.get(name) == name or name not in first}
-    trial = trial_pass(skeleton, blocks, {name: tried[name] for name in tried if name in candidates or name in first})
+    tried = {name for name in linears if first.get(name) == name} | (candidates.keys() - first.keys())
+    trial = trial_pass(skeleton, blocks, {name: module for name, module in linears.items() if name in tried})
     groups = _groups(trial, candidates, first)
     reasons |= {name: UNCALLED for name in candidates if name not in groups}
     reasons |= {name: READ for name in candidates if first.get(name, name) in trial.read and name not in reasons}
@@ -49,10 +49,11 @@ def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure
         raise UnsupportedModelError(f"The blocks of {type(skeleton).__name__} call no linear that can be compressed.")
     structure = _structure(trial, targets)
     names = {target.name for target in targets}
+    owners = list(parameter_owners(skeleton, trial.blocks))
     structure = replace(
         structure,
-        dense=dense_modules(skeleton, trial.blocks, names, reasons),
-        num_block_params=num_block_params(skeleton, trial.blocks),
+        dense=dense_modules(owners, names, reasons),
+        num_block_params=sum(params for _, _, params in owners),
     )
     return with_mlps(structure, find_mlps(skeleton, structure, trial.arguments))
 

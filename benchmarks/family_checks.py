@@ -171,8 +171,8 @@ class FamilyChecks:
     def cache_difference(self, model: Any) -> float:
         """Generates five tokens with and without a cache; compares the logits while the tokens agree.
 
-        No more tokens than an indexer chooses: those that it scores 0 tie, and which of them it takes depends on whether
-        it is asked for one token or for all.
+        No more tokens than an indexer chooses: those that it scores 0 tie, and which of them it takes depends on the
+        number of tokens that it is asked for at once.
         """
         prompt = self.ids[:1, :10]
         length = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 2}

@@ -16,7 +16,7 @@ OLDEST := .venv-oldest
 # With an open range pip may take torch for CUDA, several GB. Another one: make test-newest TORCH=torch
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 # All of the extra test but onnx and openvino, which ask for a newer transformers than the package does.
-OLDEST_EXTRAS := data,eval,gguf,quantize,recover,report,serve,tensorboard
+OLDEST_EXTRAS := data,eval,gguf,quantize,quantized-sources,recover,report,serve,tensorboard
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

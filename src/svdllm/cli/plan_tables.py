@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from svdllm.cli.console import duration_range, size
-from svdllm.cli.tables import Titled, add_dense_parts, add_sizes, kind_of, size_range, summary_table
+from svdllm.cli.tables import (
+    Titled,
+    add_dense_parts,
+    add_outside_parts,
+    add_sizes,
+    kind_of,
+    quantized_source_text,
+    size_range,
+    summary_table,
+)
 from svdllm.compression.plan import Plan, PlannedTarget
 
 
@@ -24,6 +33,9 @@ def plan_table(plan: Plan) -> Titled:
         + (f"; {len(plan.structure.ignored)} ignored" if plan.structure.ignored else ""),
     )
     add_dense_parts(summary, plan.structure.dense_parts)
+    add_outside_parts(summary, plan.structure.outside)
+    if plan.quantized_source is not None:
+        summary.add_row("source files", quantized_source_text(plan.quantized_source))
     if plan.unused_tensors is not None:
         summary.add_row("its files hold", plan.unused_tensors.text)
     if not plan.forms_known and plan.recipe.target_speedup is None:

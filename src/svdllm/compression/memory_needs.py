@@ -17,10 +17,12 @@ WORKING_BYTES = 120 * 2**20
 # H200), and what its driver takes of the RAM (150 to 180 MB).
 GPU_WORKING_BYTES = GPU_RAM_BYTES = 256 * 2**20
 
+DEQUANTIZING_BYTES = 24  # per weight: codes, zero points, scales and products in 32 bits, and slack
+
 
 def ram_by_stage(work: Workload, hidden_states_on_disk: bool) -> dict[str, int]:
     """Peak bytes of RAM of every stage that the run has; ``now`` is what the process has already."""
-    base = resident_bytes() + WORKING_BYTES + (0 if work.on_cpu else GPU_RAM_BYTES)
+    base = resident_bytes() + WORKING_BYTES + (0 if work.on_cpu else GPU_RAM_BYTES) + _dequantizing(work)
     hidden = 0 if hidden_states_on_disk else work.hidden_states_bytes
     shard = max(tensor_bytes(work.written, names) for names in shard_names(work.written, SHARD_BYTES))
     stages = {"now": resident_bytes(), "read": base + 2 * work.largest_tensor_bytes}
@@ -33,6 +35,13 @@ def ram_by_stage(work: Workload, hidden_states_on_disk: bool) -> dict[str, int]:
     stages["write"] = base + shard + _decomposition(work)
     stages["check"] = base + (work.outside_bytes + work.block_bytes if work.on_cpu else work.largest_tensor_bytes)
     return stages
+
+
+def _dequantizing(work: Workload) -> int:
+    """What dequantising the largest weight of a quantised source takes beside it."""
+    if work.subject.source.quantization is None:
+        return 0
+    return DEQUANTIZING_BYTES * max(target.num_weights for target in work.structure.targets)
 
 
 def device_bytes(work: Workload) -> int:

@@ -27,6 +27,11 @@ class Sizes:
     quantized_file_bytes: int | None  # after `svdllm quantize`, where the budget counts factor_bits
     elastic_bytes: int  # beside file_bytes; an upper limit while the forms are not known
 
+    @property
+    def final_file_bytes(self) -> int:
+        """Bytes of the weight files once quantised, where the budget counts ``factor_bits``; else as written."""
+        return self.file_bytes if self.quantized_file_bytes is None else self.quantized_file_bytes
+
 
 def files_for(subject: Subject, recipe: Recipe) -> WrittenFiles:
     """The weight files whose bytes the recipe counts: as they are written, or once quantised to ``factor_bits``."""

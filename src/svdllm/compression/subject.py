@@ -17,7 +17,6 @@ from svdllm.common.errors import InputError, UnsupportedModelError
 from svdllm.common.run_options import RunOptions
 from svdllm.compression.forms import FORMS, factors_of
 from svdllm.compression.recipe import Recipe
-from svdllm.models.config_files import refuse_several_parts
 from svdllm.models.discover import discover
 from svdllm.models.experts import ExpertTensor, expert_tensors
 from svdllm.models.hub import hub_folder
@@ -29,6 +28,7 @@ from svdllm.models.skeleton import build_skeleton
 from svdllm.models.structure import Structure, bias_corrected, left_dense
 from svdllm.models.walk import Walk
 from svdllm.models.weights import SafetensorsWeights, Weights
+from svdllm.models.wrapped import require_part
 
 LEAST_SHARE = 0.5  # of the blocks' parameters
 
@@ -99,11 +99,7 @@ def discover_subject(source: Source, recipe: Recipe) -> Subject:
         named = f" ({info.source['id']})" if "id" in info.source else ""
         raise InputError(f"{source.name} is compressed already; compress its dense source{named}.")
     skeleton = build_skeleton(source.config)
-    try:
-        return Subject(source=source, skeleton=skeleton, structure=structure_for(skeleton, recipe))
-    except UnsupportedModelError:
-        refuse_several_parts(source.config, source.name)
-        raise
+    return Subject(source=source, skeleton=skeleton, structure=structure_for(skeleton, recipe))
 
 
 def structure_for(skeleton: PreTrainedModel, recipe: Recipe) -> Structure:
@@ -112,6 +108,7 @@ def structure_for(skeleton: PreTrainedModel, recipe: Recipe) -> Structure:
     Raises:
         InputError, UnsupportedModelError: as ``discover_subject``.
     """
+    require_part(skeleton, recipe.part)
     structure = discover(skeleton, recipe.ignore)
     if recipe.joint_kv:
         structure = with_joint_keys_and_values(structure)

@@ -20,6 +20,7 @@ from svdllm.compression.subject import Subject
 from svdllm.models.linears import linear_shape, linears_of
 from svdllm.models.structure import Structure, Target
 
+IDLE = "<idle>"  # stands for the parts that no text runs through
 Kind = tuple[tuple[object, ...] | None, ...]
 
 
@@ -130,15 +131,14 @@ class Workload:
 
     @property
     def outside_bytes(self) -> int:
-        """Everything outside the blocks: embeddings, head, last norm."""
+        """Everything outside the blocks that a text runs through: embeddings, head, last norm."""
         return self._numbers[""][0] * self.dtype.itemsize
 
     @property
     def block_bytes(self) -> int:
         """The largest block in memory; of experts that are on disk, only what is in memory with one of them."""
-        numbers = [sum(counts) for block, counts in self._numbers.items() if block]
-        if self.experts_on_disk:
-            numbers = [rest for block, (rest, _) in self._numbers.items() if block]
+        counts = [self._numbers[block] for block in self.structure.blocks]
+        numbers = [rest + (not self.experts_on_disk) * experts for rest, experts in counts]
         return (max(numbers) + self.experts_on_disk * 4 * self._largest_expert) * self.dtype.itemsize
 
     @property
@@ -153,13 +153,14 @@ class Workload:
 
     @cached_property
     def _numbers(self) -> dict[str, tuple[int, int]]:
-        """Block -> numbers stored in it, outside and inside experts, and under "" those outside the blocks."""
+        """Block -> numbers stored in it, outside and inside experts; others under "", or under IDLE."""
         blocks, places = self.structure.blocks, self.subject.expert_tensors
+        idle = tuple(f"{name}." for name in self.structure.idle)
         depth = blocks[0].count(".") + 1
-        numbers = dict.fromkeys(["", *blocks], (0, 0))
+        numbers = dict.fromkeys(["", IDLE, *blocks], (0, 0))
         for name, (shape, _) in self.stored.items():
             block = ".".join(name.split(".", depth)[:depth])
-            block = block if block in numbers else ""
+            block = block if block in numbers else IDLE if name.startswith(idle) else ""
             rest, experts = numbers[block]
             count, inside = prod(shape), name in places
             numbers[block] = rest + count * (not inside), experts + count * inside

@@ -19,6 +19,7 @@ from svdllm.models.linears import find_blocks, linear_shape, linears_of, listing
 from svdllm.models.mlps import find_mlps
 from svdllm.models.structure import Structure, Target, with_mlps
 from svdllm.models.trial_pass import Trial, trial_pass
+from svdllm.models.wrapped import outside_parts
 
 
 def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure:
@@ -54,6 +55,7 @@ def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure
         structure,
         dense=dense_modules(owners, names, reasons),
         num_block_params=sum(params for _, _, params in owners),
+        outside=outside_parts(skeleton),
     )
     return with_mlps(structure, find_mlps(skeleton, structure, trial.arguments))
 
@@ -76,6 +78,7 @@ def _structure(trial: Trial, targets: tuple[Target, ...]) -> Structure:
         shared_arguments=trial.written.names,
         shared_features=trial.written.num_features,
         handed=tuple(trial.written.handed),
+        idle=trial.idle,
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from svdllm.models.left_dense import IGNORED, DenseModule, DensePart, dense_parts
 from svdllm.models.linears import matches
 from svdllm.models.shared_state import Argument, Handed
+from svdllm.models.wrapped import OutsidePart
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,8 @@ class Structure:
         handed: outputs of blocks, beside the hidden states, that later blocks take.
         shared_features: number of values per token in these mappings and outputs.
         mlps: the MLPs whose inner features can be removed.
+        outside: the parts of a wrapper outside its language model.
+        idle: names of inner models that a text does not run, such as an encoder of images.
     """
 
     blocks: tuple[str, ...]
@@ -169,6 +172,8 @@ class Structure:
     handed: tuple[Handed, ...] = ()
     shared_features: int = 0
     mlps: tuple[Mlp, ...] = ()
+    outside: tuple[OutsidePart, ...] = ()
+    idle: tuple[str, ...] = ()
 
     def block_targets(self, block: int) -> list[Target]:
         return [target for target in self.targets if target.block == block]

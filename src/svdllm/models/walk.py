@@ -42,7 +42,7 @@ from svdllm.models.weights import Weights
 
 @dataclass
 class Walk:
-    """Carries windows of tokens through a model, block by block.
+    """Carries windows of tokens through a model, block by block. Inner models that a text does not run are not loaded.
 
     Args:
         ids: token ids (windows x seqlen).
@@ -200,10 +200,10 @@ class Walk:
     @contextmanager
     def _outside_loaded(self, *, everything: bool):
         """Loads the weights outside the blocks while the context lasts; those of the head with ``everything`` only."""
-        inside = tuple(f"{name}." for name in self.structure.blocks)
+        skip = tuple(f"{name}." for name in (*self.structure.blocks, *self.structure.idle))
         root = self.skeleton if everything else self.skeleton.base_model
         prefix = "" if root is self.skeleton else f"{self.skeleton.base_model_prefix}."
-        with weights_loaded(root, prefix[:-1], self.weights, self.device, self.dtype, skip=inside, ties=self.ties):
+        with weights_loaded(root, prefix[:-1], self.weights, self.device, self.dtype, skip=skip, ties=self.ties):
             yield
 
 

@@ -560,6 +560,7 @@ class LowRankMixin(_Model):
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        _share_weight_conversions(type(self))
         super().__init__(config, *args, **kwargs)
         settings = getattr(config, "svdllm", None) or {}
         forms, shared = config.svdllm_forms, settings.get("shared_factors", {})
@@ -622,7 +623,6 @@ class LowRankMixin(_Model):
             folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
             if folder.is_dir():
                 check_weight_files(folder)
-        _share_weight_conversions(cls)
         kwargs["ignore_mismatched_sizes"] = True  # an error below names them; transformers only logs the names
         with unpacking_one_by_one():
             loaded: Any = super().from_pretrained(

@@ -265,8 +265,8 @@ def speed_text(speed: dict[str, Any]) -> str:
 
 
 def kind_of(name: str) -> str:
-    """``model.layers.*.mlp.up_proj`` for every block's up projection."""
-    return re.sub(r"\.\d+\.", ".*.", name, count=1)
+    """``model.layers.*.mlp.up_proj`` for every block's up projection, and every expert's."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def summary_table() -> Table:

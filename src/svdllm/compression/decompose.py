@@ -12,6 +12,7 @@ from svdllm.common.errors import NumericalError
 from svdllm.compression.collect import left_metric_of
 from svdllm.compression.math.linalg import Spectrum, output_spectrum
 from svdllm.compression.math.narrowing import Narrowing
+from svdllm.models.experts_on_disk import give_back
 from svdllm.models.structure import Target, weight_of
 from svdllm.models.walk import Block
 
@@ -56,6 +57,7 @@ def decompose(
                 narrowings[target.inner.mlp] = Narrowing.of(weight_OI, metric, left_OO).to(dtype=stored_dtype)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
+        give_back(weight_OI)
         spectra[target.name] = spectrum.to(dtype=stored_dtype)
         seconds[target.name] = time.perf_counter() - started
     return spectra, narrowings, seconds

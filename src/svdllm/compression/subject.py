@@ -67,11 +67,12 @@ class Subject:
         device = resolve_device(recipe.device)
         return device, resolve_dtype(recipe.dtype, device, self.source.dtype)
 
-    def walk(self, ids: Tensor, recipe: Recipe, spill_file: Path | None = None) -> Walk:
+    def walk(self, ids: Tensor, recipe: Recipe, spill_file: Path | None = None, scratch: Path | None = None) -> Walk:
         """A walk that carries token ids (``windows x seqlen``) through the dense model.
 
         Args:
             spill_file: holds the hidden states; without it they stay in RAM.
+            scratch: the folder of the weights of experts; without it they stay in RAM.
         """
         device, dtype = self.placement(recipe)
         return Walk(
@@ -83,6 +84,7 @@ class Subject:
             dtype=dtype,
             batch_tokens=recipe.batch_tokens,
             spill_file=spill_file,
+            scratch=scratch,
         )
 
 

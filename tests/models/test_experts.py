@@ -23,8 +23,11 @@ from svdllm.models.low_rank.lowrank import (
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.weights import MemoryWeights, SafetensorsWeights
 
-OPTIONS: dict[str, dict[str, Any]] = {"gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2}}
-STACKED = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "granitemoe", "gpt_oss"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {"moe_layers": [0, 1], "num_local_experts": 4, "num_experts_per_tok": 1},  # repeated tokens
+}
+STACKED = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "granitemoe", "gpt_oss", "llama4_text"]
 
 
 def model_of(family: str) -> Any:
@@ -47,7 +50,8 @@ def test_split_experts_compute_what_transformers_does(family: str) -> None:
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])  # joined by pairs, by names, and stored stacked
+# Joined by pairs, by names, and stored stacked.
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text"])
 def test_the_weights_of_one_expert_are_read_alone(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(family)
     model.save_pretrained(tmp_path)
@@ -65,7 +69,7 @@ def test_the_weights_of_one_expert_are_read_alone(family: str, tmp_path: Path, m
         read.clear()
         torch.testing.assert_close(weights.get(name), state[name], atol=0, rtol=0)
         torch.testing.assert_close(in_memory.get(name), state[name], atol=0, rtol=0)
-        if family == "gpt_oss":
+        if family in ("gpt_oss", "llama4_text"):
             assert len(read) == 1
             assert read[0].startswith("part of ")
         else:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from svdllm.common.errors import CheckpointError, SvdllmError
 from svdllm.models.companions import GENERATION_CONFIG
 from svdllm.models.config_files import load_config
 from svdllm.models.converted import Stored
 from svdllm.models.hub import hub_folder
+from svdllm.models.low_rank.families import auto_class
 from svdllm.models.low_rank.lowrank import unpacking_one_by_one
 from svdllm.models.model_names import display_name
 from svdllm.models.open import open_config
@@ -42,11 +43,11 @@ def load_model(model: str | Path, **kwargs: Any) -> PreTrainedModel:
         UnsupportedModelError: it is not a causal language model.
     """
     want_info = kwargs.pop("output_loading_info", False)
-    place = _place_of(model, kwargs)
+    place, model_type = _place_of(model, kwargs)
     try:
         with unpacking_one_by_one():
             is_quantized = "gguf_file" not in kwargs and quantization_of(place) is not None
-            both = _load_dequantized(place, kwargs) if is_quantized else _load(place, kwargs)
+            both = _load_dequantized(place, kwargs) if is_quantized else _load(place, model_type, kwargs)
     except (MemoryError, torch.OutOfMemoryError, SvdllmError):
         raise
     except Exception as error:  # of any kind, by the class of the model and what is wrong in its files
@@ -61,10 +62,10 @@ def load_model(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     return both if want_info else loaded
 
 
-def _load(place: Path, kwargs: dict[str, Any]) -> Any:
+def _load(place: Path, model_type: str, kwargs: dict[str, Any]) -> Any:
     """Loads a model with its loading info."""
     settings = {"trust_remote_code": False, "use_safetensors": True, "ignore_mismatched_sizes": True} | kwargs
-    return AutoModelForCausalLM.from_pretrained(str(place), output_loading_info=True, **settings)
+    return auto_class(model_type).from_pretrained(str(place), output_loading_info=True, **settings)
 
 
 def _load_dequantized(place: Path, kwargs: dict[str, Any]) -> Any:
@@ -105,23 +106,22 @@ def _require_loaded(model: str | Path, loaded: PreTrainedModel, info: Mapping[st
             )
 
 
-def _place_of(model: str | Path, kwargs: dict[str, Any]) -> Path:
-    """Checks a model as every command does, and returns the folder for ``from_pretrained``.
+def _place_of(model: str | Path, kwargs: dict[str, Any]) -> tuple[Path, str]:
+    """Checks a model as every command does, and returns the folder for ``from_pretrained`` and the model type.
 
     Removes the arguments for the hub from ``kwargs``, and adds the name of a GGUF file.
     """
     path = Path(model)
     if path.is_file():
-        open_config(path)
         kwargs["gguf_file"] = path.name
-        return path.parent
+        return path.parent, open_config(path).config.model_type
     if not path.is_dir():
         offline, revision = kwargs.pop("local_files_only", False), kwargs.pop("revision", None)
         path = hub_folder(str(model), revision, offline, weights=True)
-    load_config(path, str(model), allow_quantized=True)
+    config = load_config(path, str(model), allow_quantized=True)
     for file in weight_files(path):
         read_header(file)
-    return path
+    return path, config.model_type
 
 
 def is_torchao(model: PreTrainedModel) -> bool:

@@ -70,10 +70,10 @@ def _computed_bytes(work: Workload) -> dict[str, int]:
 
 def _batch(work: Workload) -> int:
     """Activations of one batch at its widest moment."""
-    inputs: dict[int, dict[str, float]] = {}
-    for target in work.structure.targets:
-        inputs.setdefault(target.block, {})[target.group] = target.in_features * work.token_share(target)
-    widest = max(sum(of_block.values()) for of_block in inputs.values())
+    widest = 0.0
+    for targets in work.distinct_blocks:
+        leaders = {target.group: target for target in targets}.values()
+        widest = max(widest, sum(leader.in_features * work.token_shares[leader.pool] for leader in leaders))
     return work.batch_tokens * work.dtype.itemsize * (round(widest) + 4 * work.hidden_size)
 
 
@@ -123,7 +123,7 @@ def _decomposition(work: Workload) -> int:
         rounding = BYTES_OF_A_WEIGHT * at_once if num_bits else 0
         return 8 * (2 * target.num_weights + max(4 * target.full_rank**2, narrowing) + metric) + rounding
 
-    return max(workspace(target) for target in work.structure.targets)
+    return max(workspace(target) for target, _ in work.kinds)
 
 
 def _bases(work: Workload) -> int:

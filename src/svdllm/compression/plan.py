@@ -138,6 +138,7 @@ class Plan:
             "ignored": list(self.structure.ignored),
             "num_block_params": self.structure.num_block_params,
             "dense_parts": [asdict(part) for part in self.structure.dense_parts],
+            "outside_parts": [asdict(part) for part in self.structure.outside],
             "ratio": self.recipe.ratio,
             "factor_bits": self.recipe.factor_bits,
             **asdict(self.sizes),

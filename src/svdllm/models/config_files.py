@@ -10,6 +10,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from svdllm.common.errors import CheckpointError, InputError, UnsupportedModelError, first_line
 from svdllm.common.extras import require_extra
+from svdllm.models.limits import text_config
+from svdllm.models.low_rank.families import find_head
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.low_rank.lowrank import read_object
 from svdllm.models.model_names import snapshot_commit
@@ -106,28 +108,30 @@ def is_quantized(folder: Path) -> bool:
 
 
 def require_causal_lm(config: PreTrainedConfig, name: str) -> None:
-    """Raises UnsupportedModelError unless the config describes a decoder-only language model.
+    """Raises UnsupportedModelError unless the config describes a decoder-only language model, or a wrapper around one.
 
     transformers chooses the class by ``model_type`` alone. ``architectures`` is checked too, because a model with
     another head has no weights for the vocabulary.
     """
     info = LowRankInfo.of(config, name)
     model_type = info.base_model_type if info else config.model_type
-    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")
+    head = find_head(model_type)
     architectures = [config.architectures] if isinstance(config.architectures, str) else config.architectures or []
-    has_head = any(name == expected or name.lower().endswith(_HEADS) for name in architectures or [expected])
-    is_decoder = bool(expected) and not config.is_encoder_decoder
-    if is_decoder and has_head:
+    is_decoder = head is not None and not (config.is_encoder_decoder or text_config(config).is_encoder_decoder)
+    if head is not None and is_decoder:
+        ends = (*_HEADS, head.name.lower())
+        expected = head.cls.__name__
+        if all(each != expected and not each.lower().endswith(ends) for each in architectures or [expected]):
+            refuse_several_parts(config, name)
+            raise UnsupportedModelError(
+                f"{name} is not a causal language model: its architecture is {architectures[0]}, expected {expected}."
+            )
         return
     refuse_several_parts(config, name)
-    if not is_decoder:
-        named = f" ({architectures[0]})" if architectures else ""
-        raise UnsupportedModelError(
-            f"{name} is not a causal language model: its model_type is {model_type!r}{named}, for which transformers "
-            "has no decoder-only language model. Expected something like llama, qwen2 or gpt2."
-        )
+    named = f" ({architectures[0]})" if architectures else ""
     raise UnsupportedModelError(
-        f"{name} is not a causal language model: its architecture is {architectures[0]}, expected {expected}."
+        f"{name} is not a causal language model: its model_type is {model_type!r}{named}, for which transformers "
+        "has no decoder-only language model. Expected something like llama, qwen2 or gpt2."
     )
 
 
@@ -138,7 +142,7 @@ def refuse_several_parts(config: PreTrainedConfig, name: str) -> None:
     if not is_alone and MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type, "").endswith("ForCausalLM"):
         raise UnsupportedModelError(
             f"{name} is more than a language model: its model_type is {config.model_type!r}. The language model in it, "
-            f"of type {text.model_type!r}, can be compressed once it is saved alone: see 'multimodal' in docs/faq.md."
+            f"of type {text.model_type!r}, can be compressed once it is saved alone: see docs/faq.md."
         )
 
 

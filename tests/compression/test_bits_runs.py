@@ -119,7 +119,7 @@ def test_a_group_that_does_not_divide_is_refused(tmp_path: Path):
     ("settings", "message"),
     [
         ({"forms": ("int4",), "ratio": 0.3}, "give target_size as the budget"),
-        ({"forms": ("int4",), "target_size": 10**6, "method": "svd"}, "has none"),
+        ({"forms": ("int4",), "target_size": 10**6, "method": "svd", "allocation": "loss"}, "method svd has none"),
         ({"forms": ("pair",), "target_size": 10**6, "runtime": "llama.cpp"}, "llama.cpp cannot load it"),
         ({"runtime": "word", "target_size": 10**6}, "unknown runtime"),
         ({"runtime": "llama.cpp", "ratio": 0.3}, "give target_size as the budget"),

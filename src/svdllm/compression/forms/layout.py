@@ -108,9 +108,10 @@ def quantization_entry(structure: Structure, forms: Forms) -> dict[str, Any] | N
             groups.setdefault((form.bits, chosen.size), []).append(target.name)
         elif form.factor_bits is not None:
             for name in _packed_modules(target, form, chosen.size):
-                is_base = form.base is not None and f"{name}.".endswith(f".{BASE}")
-                bits, size = (form.base.bits, group_size_of(target)) if is_base else (form.factor_bits, None)
-                groups.setdefault((bits, size), []).append(name)
+                scheme = (form.factor_bits, None)
+                if f"{name}.".endswith(f".{BASE}") and form.base is not None and form.base.bits is not None:
+                    scheme = (form.base.bits, group_size_of(target))
+                groups.setdefault(scheme, []).append(name)
     return integer_config(groups) if groups else None
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from families import linear_targets, tiny_model, tiny_tokens
+from svdllm.common.errors import CheckpointError
 from svdllm.models.converted import StoredTensor
 from svdllm.models.experts import Routing, Stacked, expert_tensors, stacked_layout, untouched
 from svdllm.models.low_rank.lowrank import (
@@ -70,6 +71,18 @@ def test_the_weights_of_one_expert_are_read_alone(family: str, tmp_path: Path, m
         else:
             assert len(read) == (2 if "gate_up" in name else 1)
             assert all(f"experts.{place.index}." in key for key in read)
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["files", "memory"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_expert_counts_that_differ_from_the_config_are_an_error(family: str, stored: bool, tmp_path: Path) -> None:
+    model = tiny_model(family, num_local_experts=4, num_experts_per_tok=2)
+    model.config.num_local_experts = 5
+    skeleton = build_skeleton(model.config)
+    if stored:
+        model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"experts.* holds 4 experts, the config asks for 5\. "):
+        SafetensorsWeights(tmp_path, skeleton) if stored else MemoryWeights(model, skeleton)
 
 
 def test_layers_that_no_form_touches_are_stacked_again() -> None:

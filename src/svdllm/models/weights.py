@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from svdllm.common.errors import CheckpointError, InputError, NumericalError, UnsupportedModelError, first_line
 from svdllm.models.converted import Conversion, Stored, StoredPart, converted_tensors
-from svdllm.models.experts import ExpertTensor, expert_tensors, known_tensors, split_tensors
+from svdllm.models.experts import ExpertTensor, Places, expert_tensors, known_tensors, split_tensors
 from svdllm.models.model_names import display_name
 from svdllm.models.quantized_sources.layout import FLOAT8
 from svdllm.models.quantized_sources.methods import tensors_in
@@ -88,9 +89,11 @@ class SafetensorsWeights:
                 f"{type(skeleton).__name__}: {first_line(error)}"
             ) from error
         self._settle_ties(skeleton)
+        experts = expert_tensors(skeleton)
+        _require_counts({name: tensor.shape for name, tensor in self._tensors.items()}, experts, display_name(folder))
         self._tensors = split_tensors(
             self._tensors,
-            expert_tensors(skeleton),
+            experts,
             lambda stack, place: StoredPart(stack, place.index, place.transposed),
         )
         names = {key: name for key, (name, _, _) in places.items()}
@@ -147,7 +150,9 @@ class MemoryWeights:
         shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         for name in (unknown := sorted(set(shapes).difference(known_tensors(skeleton)))):
             del self._tensors[name]
-        self._tensors = split_tensors(self._tensors, expert_tensors(skeleton), _part_of)
+        experts = expert_tensors(skeleton)
+        _require_counts(shapes, experts, holder)
+        self._tensors = split_tensors(self._tensors, experts, _part_of)
         _require_all(self, skeleton, holder, unknown)
         self.unused = unused_tensors(shapes, {name: name for name in shapes}, skeleton)
         warn_of_unused(holder, self.unused)
@@ -164,6 +169,16 @@ class MemoryWeights:
 
 def _part_of(stack: Tensor, place: ExpertTensor) -> Tensor:
     return stack[place.index].mT if place.transposed else stack[place.index]
+
+
+def _require_counts(shapes: Mapping[str, tuple[int, ...]], places: Places, holder: str) -> None:
+    """Raises CheckpointError unless every stacked tensor holds as many experts as the config asks for."""
+    for name, count in Counter(place.stacked for place in places.values()).items():
+        if name in shapes and shapes[name][0] != count:
+            raise CheckpointError(
+                f"{holder}: {name} holds {shapes[name][0]} experts, the config asks for {count}. Weights and config do "
+                "not belong together: fetch or write the model again."
+            )
 
 
 def _require_all(weights: Weights, skeleton: PreTrainedModel, holder: str, unknown: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from svdllm.checkpoint.report import form_of
+from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.quantized_sources.methods import QuantizedSource
 from svdllm.models.wrapped import is_wrapper
 
@@ -17,6 +18,10 @@ FORMS = {
     "pair": "as pairs of factors (`svd_u @ svd_v`)",
     "packed": "packed (pivot rows or columns, and how the others are made of them)",
     "narrow": "narrower (fewer inner features of an MLP)",
+    **{f"int{bits}": f"in {bits} bits" for bits in range(8, 1, -1)},
+    **{f"int{bits}-corrected": f"in {bits} bits with a low-rank correction" for bits in (4, 3, 2)},
+    "pair-int8": "as pairs of factors in 8 bits",
+    "packed-int8": "packed, in 8 bits",
 }
 
 
@@ -27,6 +32,7 @@ def model_card(report: dict[str, Any], config: PreTrainedConfig) -> str:
     """
     sections = (
         _overview(report, config),
+        _forms(report),
         _loading(report, config),
         _quantization(report),
         _smaller_sizes(report),
@@ -48,6 +54,7 @@ def _overview(report: dict[str, Any], config: PreTrainedConfig) -> str:
     if history := report.get("recovery"):
         trained = "After compression it was trained: " + "; ".join(map(recovery_text, history)) + "."
     model = report["source"]["model"]
+    saved = report["achieved_ratio"] or 1 - report["file_bytes"] / report["dense_file_bytes"]  # of few bits alone
     task = "image-text-to-text" if _reads_images(config) else "text-generation"
     return f"""---
 library_name: transformers
@@ -55,7 +62,7 @@ pipeline_tag: {task}
 tags: [svdllm, low-rank, compression]
 ---
 
-# {model}, compressed by {report["achieved_ratio"]:.0%}
+# {model}, compressed by {saved:.0%}
 
 {model} with {len(report["linears"]) - counts["dense"]} of its linear layers made smaller
 (method `{report["method"]}`, [SVD-LLM](https://arxiv.org/abs/2403.07378)): {forms or "none"}.
@@ -72,7 +79,40 @@ tags: [svdllm, low-rank, compression]
 """
 
 
+def _forms(report: dict[str, Any]) -> str:
+    """The form of every kind of linear, where some are in few bits."""
+    if not report.get("bytes_by_part", {}).get("scales"):
+        return ""
+    kinds: dict[str, Counter[str]] = {}
+    for row in report["linears"]:
+        kinds.setdefault(row["name"].rpartition(".")[2], Counter())[form_of(row)] += 1
+    kinds |= {name: Counter([chosen["form"]]) for name, chosen in report["vocabulary"].items()}
+    rows = "\n".join(
+        f"| `{kind}` | {', '.join(f'{number} {form}' for form, number in counts.most_common())} |"
+        for kind, counts in kinds.items()
+    )
+    parts = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in report["bytes_by_part"].items() if size)
+    return f"""## Bits
+
+{report["bits_per_weight"]:.2f} bits per weight of the linears, scales included. Weight files: {parts}.
+
+| linears | forms |
+|---|---|
+{rows}
+"""
+
+
 def _loading(report: dict[str, Any], config: PreTrainedConfig) -> str:
+    if LowRankInfo.of(config) is None:
+        return """## Load
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")  # needs the package compressed-tensors
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+"""
     to_dense = (
         ""
         if report.get("quantization")

@@ -12,6 +12,7 @@ from svdllm.checkpoint.load import load_model
 from svdllm.common.errors import NumericalError
 from svdllm.common.files import save_tensors
 from svdllm.models.discover import discover_blocks
+from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.walk import Walk
 from svdllm.models.weights import SafetensorsWeights
@@ -42,7 +43,8 @@ def reference_logits(
         NumericalError: a logit is not finite.
     """
     ids = (torch.arange(REFERENCE_TOKENS).unsqueeze(0) * 7919 + 11) % config.get_text_config().vocab_size
-    if getattr(config, "quantization_config", None):
+    info = LowRankInfo.of(config)
+    if getattr(config, "quantization_config", None) or (info is not None and info.embeddings):
         computed = _loaded_logits(folder, config, ids, device)
     else:
         computed = _walked_logits(folder, config, ids, device, scratch)

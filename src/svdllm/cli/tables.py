@@ -15,6 +15,7 @@ from svdllm.checkpoint.report import form_of
 from svdllm.cli.console import count, duration, size
 from svdllm.comparison.demo import DemoResult
 from svdllm.comparison.table import perplexity_text
+from svdllm.compression.forms import bits_of, in_few_bits
 from svdllm.compression.plan import Plan
 from svdllm.compression.records import CompressionResult
 from svdllm.evaluation.side_by_side import ModelPerplexity
@@ -41,6 +42,10 @@ def result_table(result: CompressionResult) -> Titled:
         table.add_row("elastic files", f"{size(plan.sizes.elastic_bytes)} beside them, for `svdllm slice`")
     changed = [linear for linear in result.linears if linear.size is not None]
     table.add_row("allocation", allocation_text(plan))
+    if any(map(in_few_bits, plan.forms.values())):
+        table.add_row("bits", f"{plan.sizes.bits_per_weight:.2f} per weight of the linears, scales included")
+        if all(bits_of(chosen) is not None for chosen in plan.forms.values()):
+            table.add_row("low rank", "none: at this size, few bits alone are predicted to lose less")
     if plan.speed is not None:
         table.add_row("linears, predicted", speed_text(asdict(plan.speed)))
     if changed:

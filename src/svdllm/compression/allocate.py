@@ -8,6 +8,7 @@ from dataclasses import replace
 from svdllm.checkpoint.elastic import Probes
 from svdllm.common.files import write_atomically
 from svdllm.compression.analysis import Analysis
+from svdllm.compression.forms import corrected_bits
 from svdllm.compression.plan import Plan, refine
 from svdllm.compression.probe import probe, probe_ids, probe_sizes, probe_tokens
 from svdllm.compression.ranks import ALLOCATIONS, Evidence
@@ -78,7 +79,21 @@ def allocate(
             for mlp in structure.mlps
             if (mlp.pool or mlp.name) in probes
         }
-        evidence = replace(evidence, probes=probes, times=times, narrowings=narrowings)
+        roundings = {t.name: errors for t in structure.targets if (errors := analysis.rounding(t)) is not None}
+        corrected = corrected_bits(run.recipe.used_forms)
+        corrections = {
+            t.name: dict(zip(corrected, tails, strict=True))
+            for t in structure.targets
+            if corrected and (tails := analysis.corrections(t)) is not None
+        }
+        evidence = replace(
+            evidence,
+            probes=probes,
+            times=times,
+            narrowings=narrowings,
+            roundings=roundings,
+            corrections=corrections,
+        )
     with run.reporter.stage("allocate", 1):
         return [refine(plan, subject, evidence) for plan in plans]
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+from svdllm.compression.forms import bits_in
 from svdllm.compression.machine_speed import MachineSpeed, busy_share, measure_speed
 from svdllm.compression.ranks.measure_linears import NUM_SIZES, ROUNDS
 from svdllm.compression.ranks.measure_linears import SECONDS as SECONDS_PER_SHAPE
+from svdllm.compression.ranks.question import probed_unit
 from svdllm.compression.workload import Workload
 from svdllm.models.structure import Target
 
@@ -30,6 +32,8 @@ SYMMETRIC = 0.65
 NARROWING = 5
 # Time of a compressed linear, the mean over the sizes of all forms, as a share of its time dense.
 SHARE_OF_DENSE = 0.6
+# Element-wise passes over a weight that search the scales of its groups.
+SCALE_PASSES = 150
 MARGIN = 1.25  # of the longest time, for what shapes do not show
 
 
@@ -51,7 +55,7 @@ def predicted_seconds(work: Workload) -> tuple[dict[str, float], tuple[float, fl
 
 def _seconds_by_stage(work: Workload, speed: MachineSpeed, files: float = 1.0) -> dict[str, float]:
     """``files`` is how many times as fast as assumed files are read, converted and written."""
-    spectra = _spectra_seconds(work, speed)
+    spectra = _spectra_seconds(work, speed) + _rounding_seconds(work, speed)
     walk = _forward_seconds(work, work.tokens, speed) + _gram_seconds(work, work.tokens, speed)
     stages = {
         "open": _gguf_seconds(work) / files if work.gguf_bytes else 0.0,
@@ -134,7 +138,7 @@ def _probe_seconds(work: Workload, speed: MachineSpeed) -> float:
     """Seconds of probing: every probe goes from its block to the end, and through the head."""
     depth = len(work.structure.blocks)
     block_of = work.structure.block_of
-    blocks = sum(count * (depth - block_of[name]) / depth for name, count in work.num_probes.items())
+    blocks = sum(count * (depth - block_of[probed_unit(name)]) / depth for name, count in work.num_probes.items())
     count = sum(work.num_probes.values())
     head = 2 * work.vocab_size * work.hidden_size / speed.multiply + 8 * work.vocab_size / speed.elements
     products = sum(n * work.num_probes[t.unit] * 0.2 * t.break_even_rank * t.num_weights for t, n in work.kinds)
@@ -163,6 +167,16 @@ def _spectrum_seconds(target: Target, work: Workload, speed: MachineSpeed) -> fl
         operations += 2 * rows * rows * columns + rows * rows * (rank + rank) + rows**3 / 3
     operations += NARROWING * work.narrowed_width(target) ** 3
     return operations / speed.multiply64 + rank**3 / speed.eigh
+
+
+def _rounding_seconds(work: Workload, speed: MachineSpeed) -> float:
+    """Seconds of rounding every target in every number of bits: the search of scales, and the feedback of errors."""
+    num_bits = len(bits_in(work.recipe.analysed_forms))
+    if not num_bits:
+        return 0.0
+    weights = sum(count * target.num_weights for target, count in work.kinds)
+    feedback = sum(count * target.num_weights * target.in_features for target, count in work.kinds)
+    return num_bits * (SCALE_PASSES * weights / speed.elements + feedback / speed.multiply32)
 
 
 def _sequential_seconds(work: Workload, speed: MachineSpeed) -> float:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 from svdllm.checkpoint.tensors import SHARD_BYTES, shard_names, tensor_bytes
 from svdllm.common.memory import resident_bytes
+from svdllm.compression.forms import bits_in
 from svdllm.compression.probe import WINDOW as PROBE_WINDOW
 from svdllm.compression.ranks.measure_linears import work_bytes
+from svdllm.compression.rounded_targets import BYTES_OF_A_WEIGHT, WEIGHTS_AT_ONCE
 from svdllm.compression.workload import Workload
 from svdllm.models.structure import Target
 
@@ -112,10 +114,14 @@ def _probe_streams(work: Workload) -> int:
 def _decomposition(work: Workload) -> int:
     """The largest decomposition: a weight, its metric, and square matrices of its smaller side, in float64."""
 
+    num_bits = len(bits_in(work.recipe.analysed_forms))
+
     def workspace(target: Target) -> int:
         metric = 2 * target.in_features**2 if work.takes_grams else 0
         narrowing = 3 * work.narrowed_width(target) ** 2
-        return 8 * (2 * target.num_weights + max(4 * target.full_rank**2, narrowing) + metric)
+        at_once = max(target.num_weights, min(WEIGHTS_AT_ONCE, num_bits * target.num_weights))
+        rounding = BYTES_OF_A_WEIGHT * at_once if num_bits else 0
+        return 8 * (2 * target.num_weights + max(4 * target.full_rank**2, narrowing) + metric) + rounding
 
     return max(workspace(target) for target, _ in work.kinds)
 

@@ -54,7 +54,7 @@ def needs_of(
     """Predicts what a run of the recipe needs for ``num_outputs`` checkpoints of about these forms."""
     stored = subject.stored
     device, dtype = subject.placement(recipe)
-    written = compressed_tensors(stored, subject.structure.targets, forms)
+    written = compressed_tensors(stored, subject.structure.stored, forms)
     if recipe.target_speedup is not None and not forms_known:
         written = stored  # the one limit that is known then: the model is not larger than the dense one
     work = Workload(

@@ -182,6 +182,11 @@ class Recipe(AllocationSettings, FormsChoice, SequentialSettings, MetricSettings
     def _fits_the_budget(self) -> Recipe:
         if self.ranks is not None and (self.overrides or self.round_to > 1):
             raise ValueError("overrides and round_to do nothing to explicit ranks; write the ranks you want")
+        if any(self.overrides.values()) and not self.truncates:
+            raise ValueError(
+                f"an override gives a rank, and none of the forms ({', '.join(self.used_forms)}) has one; name pair "
+                "too, or leave the linear dense with a ratio of 0"
+            )
         if self.factor_bits == 4 and self.round_to % NVFP4_GROUP:
             raise ValueError(
                 f"factor_bits 4 shares a scale among {NVFP4_GROUP} inputs, and a factor of another rank gets 8 bits; "

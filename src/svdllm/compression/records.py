@@ -170,5 +170,6 @@ def report_of(
         "dense_parts": [asdict(part) for part in plan.structure.dense_parts],
         "outside_parts": [asdict(part) for part in plan.structure.outside],
         "experts": None if experts is None else asdict(experts),
+        "vocabulary": {t.name: asdict(plan.forms[t.name]) for t in plan.structure.vocabulary if t.name in plan.forms},
         "linears": [asdict(record) for record in linears],
     }

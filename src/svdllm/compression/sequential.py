@@ -27,7 +27,8 @@ from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.collect import left_metric_of
 from svdllm.compression.expert_products import expert_products
 from svdllm.compression.few_tokens import group_tokens
-from svdllm.compression.forms import FORMS
+from svdllm.compression.forms import FORMS, bits_of
+from svdllm.compression.forms.bits import CODES, fitted_rounding, rounded_matrix
 from svdllm.compression.math.linalg import anchored, corrected_bias, factorise, output_spectrum
 from svdllm.compression.math.narrowing import narrowed_anchored, with_zeros
 from svdllm.compression.parts import parts_of
@@ -35,6 +36,7 @@ from svdllm.compression.plan import Plan
 from svdllm.compression.products import Products, Sums
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.recipe_sequential import SequentialSettings
+from svdllm.compression.rounded_targets import corrected_target, rounded_each
 from svdllm.compression.session import Run
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
@@ -213,6 +215,13 @@ class Sequential:
             if self._keeps_weight(target):
                 return {"weight": star_OI}
             chosen = self.forms[target.name]
+            if (bits := bits_of(chosen)) is not None:
+                gram_II, dtype = products.compressed_II, self._source_dtype(target)
+                (rounded,) = rounded_each(target, star_OI.float(), gram_II, [bits], dtype, chosen.size)
+                return fitted_rounding(rounded)
+            if FORMS[chosen.form].curve == "correction":
+                gram_II, dtype, form = products.compressed_II, self._source_dtype(target), FORMS[chosen.form]
+                return corrected_target(target, star_OI.float(), gram_II, left_OO, form, chosen.size, dtype)
             if FORMS[chosen.form].of_mlps:
                 order_I = self.analysis.inner_order(target)
                 assert order_I is not None
@@ -225,6 +234,9 @@ class Sequential:
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
         u_OR, v_RI = factorise(star_OI, spectrum, chosen.size)
         return {"svd_u.weight": u_OR, "svd_v.weight": v_RI}
+
+    def _source_dtype(self, target: Target) -> torch.dtype:
+        return self.walk.weights.shape_and_dtype(f"{target.name}.weight")[1]
 
     def _with_dense_grams(self, target: Target, products: Products) -> Products:
         """Mixes in the Gram of the dense calibration, which has seen more tokens: the fit adapts to few ones less."""
@@ -274,4 +286,7 @@ def _product(tensors: Mapping[str, Tensor]) -> Tensor:
     """The weight (``out x in``, float64) that factors multiply out to, or a fitted dense weight."""
     if "weight" in tensors:
         return tensors["weight"].double()
-    return tensors["svd_u.weight"].double() @ tensors["svd_v.weight"].double()
+    product_OI = rounded_matrix(tensors).double() if CODES in tensors else 0.0
+    if "svd_u.weight" not in tensors:
+        return product_OI  # type: ignore[return-value]
+    return product_OI + tensors["svd_u.weight"].double() @ tensors["svd_v.weight"].double()

@@ -23,10 +23,12 @@ from svdllm.checkpoint.output import (
 from svdllm.common.device import resolve_device
 from svdllm.common.disk import explain_full_disk
 from svdllm.common.errors import ResourceError, SvdllmError
+from svdllm.common.extras import require_extra
 from svdllm.common.memory import explain_out_of_memory
 from svdllm.common.progress import Reporter
 from svdllm.common.run_options import RunOptions
 from svdllm.common.settings_file import read_settings, refuse_other_settings
+from svdllm.compression.forms import FORMS
 from svdllm.compression.plan import Plan, plan_each_ratio
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.room import require_room
@@ -103,6 +105,8 @@ def open_run(
     resolve_device(recipe.device)
     if recipe.needs_tokens:
         check_source(text)
+    if any(FORMS[name].bits or FORMS[name].factor_bits for name in recipe.analysed_forms):
+        require_extra("compressed_tensors", "A model in few bits", extra="quantize")
     output = Output.at(output_dir)
     with output.taken() as warning:
         if warning is not None:

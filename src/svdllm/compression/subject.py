@@ -15,7 +15,7 @@ from svdllm.checkpoint.tensors import Tensors, buffer_names, stored_tensors
 from svdllm.common.device import resolve_device, resolve_dtype
 from svdllm.common.errors import InputError, UnsupportedModelError
 from svdllm.common.run_options import RunOptions
-from svdllm.compression.forms import FORMS, factors_of
+from svdllm.compression.forms import FORMS, bits_in, factors_of
 from svdllm.compression.recipe import Recipe
 from svdllm.models.discover import discover
 from svdllm.models.experts import ExpertTensor, expert_tensors
@@ -26,6 +26,7 @@ from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.open import Source
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.structure import Structure, bias_corrected, left_dense
+from svdllm.models.vocabulary import vocabulary_targets
 from svdllm.models.walk import Walk
 from svdllm.models.weights import SafetensorsWeights, Weights
 from svdllm.models.wrapped import require_part
@@ -114,6 +115,10 @@ def structure_for(skeleton: PreTrainedModel, recipe: Recipe) -> Structure:
         structure = with_joint_keys_and_values(structure)
     if recipe.bias_correction:
         structure = bias_corrected(structure)
+    if bits_in(recipe.analysed_forms):
+        outside = vocabulary_targets(skeleton)
+        kept = tuple(t for t in outside if not any(map(t.matched_by, recipe.ignore)))
+        structure = replace(structure, vocabulary=kept)
     if recipe.ranks is None:  # the user has not named what becomes of each
         structure = left_dense(structure, dict.fromkeys(_too_small(structure, recipe), TOO_SMALL))
     _require_most_of(structure, recipe, type(skeleton).__name__)

@@ -99,8 +99,10 @@ def _refuse_adapter(folder: Path, name: str) -> None:
 def is_quantized(folder: Path) -> bool:
     """Whether the config of a folder says that its weights are quantised in a way that svdllm does not dequantise."""
     try:
-        settings = quantization_settings(read_object(folder / "config.json"))
-        return bool(settings) and settings.get("quant_method") not in METHODS
+        fields = read_object(folder / "config.json")
+        settings, own = quantization_settings(fields), fields.get("svdllm")
+        is_known = not settings or settings.get("quant_method") in METHODS
+        return not is_known or bool(isinstance(own, dict) and own.get("embeddings"))
     except (OSError, ValueError):
         return False  # ``load_config`` reports it
 
@@ -146,10 +148,11 @@ def refuse_several_parts(config: PreTrainedConfig, name: str) -> None:
 
 def check_quantization(config: PreTrainedConfig, name: str, allowed: bool) -> None:
     """Raises UnsupportedModelError for quantised weights where they are not allowed; they can only be run."""
+    info = LowRankInfo.of(config, name)
     settings = getattr(config, "quantization_config", None)
-    if not settings:
+    if not settings and not (info and info.embeddings):
         return
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", "svdllm")
     method = getattr(method, "value", method) or "unknown"
     if not allowed:
         raise UnsupportedModelError(

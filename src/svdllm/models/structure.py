@@ -53,6 +53,8 @@ class Target:
         parts: name and out_features of each linear, where there are several; their rows follow each other.
         inner: the side with the inner features of an MLP, if it belongs to one that can be narrowed.
         pool: of a linear of an expert, the name of these linears of all experts of its layer.
+        vocabulary: "embedding", or "head" if that has a matrix of its own: outside the blocks, stored in few bits or as
+            they are.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Target:
     parts: tuple[tuple[str, int], ...] = ()
     inner: Inner | None = None
     pool: str | None = None
+    vocabulary: Literal["", "embedding", "head"] = ""
 
     @property
     def expert(self) -> str | None:
@@ -160,6 +163,7 @@ class Structure:
         mlps: the MLPs whose inner features can be removed.
         outside: the parts of a wrapper outside its language model.
         idle: names of inner models that a text does not run, such as an encoder of images.
+        vocabulary: the embedding and an untied head, where they may be stored in few bits.
     """
 
     blocks: tuple[str, ...]
@@ -174,6 +178,12 @@ class Structure:
     mlps: tuple[Mlp, ...] = ()
     outside: tuple[OutsidePart, ...] = ()
     idle: tuple[str, ...] = ()
+    vocabulary: tuple[Target, ...] = ()
+
+    @property
+    def stored(self) -> tuple[Target, ...]:
+        """Everything that may get another form."""
+        return (*self.targets, *self.vocabulary)
 
     def block_targets(self, block: int) -> list[Target]:
         return [target for target in self.targets if target.block == block]
@@ -195,8 +205,8 @@ class Structure:
 
     @property
     def block_of(self) -> dict[str, int]:
-        """Target, MLP or pool -> index of its block."""
-        members = (*self.targets, *self.mlps)
+        """Target, MLP or pool -> index of its block; 0 for the vocabulary."""
+        members = (*self.stored, *self.mlps)
         return {name: member.block for member in members for name in (member.name, member.pool or member.name)}
 
     @property

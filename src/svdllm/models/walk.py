@@ -149,7 +149,7 @@ class Walk:
             last.replay(hidden)
             return self.skeleton(input_ids=self.ids[windows].to(self.device), use_cache=False).logits
 
-        with self._outside_loaded(everything=True), replaced(self.skeleton, stubs):
+        with self.outside_loaded(everything=True), replaced(self.skeleton, stubs):
             yield logits_of
 
     def _finite_gradient(self, hidden: Tensor, where: str) -> Tensor:
@@ -158,8 +158,8 @@ class Walk:
 
     def _skeleton_pass(self) -> None:
         self.calls = []
-        recorders = self._recorders()
-        with self._outside_loaded(everything=False), replaced(self.skeleton, recorders), torch.no_grad():
+        recorders = self.recorders()
+        with self.outside_loaded(everything=False), replaced(self.skeleton, recorders), torch.no_grad():
             for batch in self.batches:
                 self.skeleton.base_model(input_ids=self.ids[batch].to(self.device), use_cache=False)
                 recorded = list(recorders.values())
@@ -171,7 +171,8 @@ class Walk:
                     self.compressed.tensor[batch] = first.cpu()
                 self.calls.append(self._shared([recorder.taken() for recorder in recorded]))
 
-    def _recorders(self) -> dict[str, Recorder]:
+    def recorders(self) -> dict[str, Recorder]:
+        """Stand-ins for the blocks that note what they are called with."""
         structure = self.structure
         markers = {link.key: torch.empty(0) for link in structure.handed}
         return {
@@ -198,7 +199,7 @@ class Walk:
         return [next((other for other in known if other.same_as(call)), call) for call in calls]
 
     @contextmanager
-    def _outside_loaded(self, *, everything: bool):
+    def outside_loaded(self, *, everything: bool):
         """Loads the weights outside the blocks while the context lasts; those of the head with ``everything`` only."""
         skip = tuple(f"{name}." for name in (*self.structure.blocks, *self.structure.idle))
         root = self.skeleton if everything else self.skeleton.base_model

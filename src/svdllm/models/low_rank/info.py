@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from svdllm.common.errors import CheckpointError
@@ -17,6 +17,7 @@ class LowRankInfo:
     base_model_type: model type of the family, such as ``llama``.
     forms: linear -> entry of format version 2; linears that are not named are dense.
     shared_factors: linear -> linear whose first factor it uses.
+    embeddings: embedding -> bits and group size, of those in few bits.
     source: what is known of the dense model, such as its hub id under ``id``.
     """
 
@@ -24,6 +25,7 @@ class LowRankInfo:
     forms: Mapping[str, Mapping[str, Any]]
     shared_factors: Mapping[str, str]
     source: Mapping[str, Any]
+    embeddings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Any, name: str = "the model") -> LowRankInfo | None:
@@ -49,6 +51,7 @@ class LowRankInfo:
             forms=forms_of(entry),
             shared_factors=entry.get("shared_factors") or {},
             source=entry.get("source") or {},
+            embeddings=entry.get("embeddings") or {},
         )
 
     @property

@@ -118,7 +118,34 @@ class PackedLinear(nn.Module):
         return f"rank={self.rank}, side={self.side}"
 
 
+class CorrectedLinear(nn.Module):
+    """``y = W x + b + U (V x)``: a linear whose weight is stored in few bits, and what corrects it.
+
+    Shapes: ``base.weight`` is ``(out_features, in_features)``, ``svd_v.weight`` ``(rank, in_features)`` and
+    ``svd_u.weight`` ``(out_features, rank)``. It has no ``weight``, as a ``LowRankLinear``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.svd_v = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.svd_u = nn.Linear(rank, out_features, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.svd_u(self.svd_v(x))
+
+
 FACTORED = (LowRankLinear, PackedLinear)
+RANKED = (*FACTORED, CorrectedLinear)
 
 
 class Expert(nn.Module):
@@ -381,6 +408,86 @@ def _bias_of(linear: Any) -> Any:
     return (linear.svd_u if isinstance(linear, LowRankLinear) else linear).bias
 
 
+class FewBits:
+    """Makes an embedding keep its weight as packed integers: ``weight`` is unpacked when it is first asked for.
+
+    Codes of ``bits`` bits, with an offset of ``2^(bits - 1)``, lie one after the other in 32-bit integers. Shapes:
+    ``packed_codes`` ``(rows, ceil(columns * bits / 32))``, ``packed_scales`` ``(rows, columns / group_size)``.
+    """
+
+    packed_codes: Tensor
+    packed_scales: Tensor
+    bits: int
+    embedding_dim: int
+    _unpacked: tuple[Any, Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        stored = (self.packed_codes, self.packed_scales)
+        state = [(tensor.data_ptr(), tensor.device, tensor.dtype) for tensor in stored]  # moving a module changes it
+        if self._unpacked is None or self._unpacked[0] != state:
+            self.__dict__["_unpacked"] = (state, unpacked(*stored, self.bits, self.embedding_dim))
+        return self._unpacked[1]  # type: ignore[index]
+
+
+class TiedHead:
+    """Makes a head use the weight of an embedding in few bits."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.__dict__["_tied_to"].weight
+
+
+def unpacked(packed: Tensor, scales: Tensor, bits: int, columns: int, rows_at_once: int = 4096) -> Tensor:
+    """The matrix (``rows x columns``) that packed integers and the scales of their groups stand for."""
+    places = torch.arange(columns, device=packed.device) * bits
+    words, offsets = places // 32, places % 32
+    following = (words + 1).clamp(max=packed.shape[1] - 1)
+    parts = []
+    for stored, scale in zip(packed.split(rows_at_once), scales.split(rows_at_once), strict=True):
+        unsigned = stored.long() & 0xFFFFFFFF
+        codes = (unsigned[:, words] >> offsets) | (unsigned[:, following] << (32 - offsets))
+        codes = (codes & (2**bits - 1)) - 2 ** (bits - 1)
+        parts.append((codes.unflatten(1, (scale.shape[1], -1)).to(scale) * scale.unsqueeze(-1)).flatten(1))
+    return torch.cat(parts)
+
+
+def pack_embeddings(model: Any, embeddings: Mapping[str, Mapping[str, int]]) -> None:
+    """Gives the named embeddings packed weights, uninitialised, in place, and ties the head to them where it was."""
+    head = model.get_output_embeddings()
+    for name, entry in embeddings.items():
+        embedding = model.get_submodule(name)
+        weight = embedding._parameters.pop("weight")
+        rows, columns = weight.shape
+        width = -(-columns * entry["bits"] // 32)
+        empty = {"packed_codes": weight.new_zeros(rows, width, dtype=torch.int32)}
+        empty["packed_scales"] = weight.new_zeros(rows, columns // entry["group_size"])
+        for leaf, tensor in empty.items():
+            embedding.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        embedding.bits = entry["bits"]
+        embedding.__class__ = _with(FewBits, type(embedding))
+        if head is not None and model.config.get_text_config().tie_word_embeddings:
+            head._parameters.pop("weight")
+            head.__dict__["_tied_to"] = embedding
+            head.__class__ = _with(TiedHead, type(head))
+
+
+@functools.cache
+def _with(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
+    def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:  # pickle finds no class of this name
+        state = {name: value for name, value in self.__dict__.items() if name != "_unpacked"}
+        return _new_with, (mixin, base), state
+
+    return types.new_class(
+        base.__name__, (mixin, base), exec_body=lambda members: members.update({"__reduce_ex__": reduce_ex})
+    )
+
+
+def _new_with(mixin: type, base: type[nn.Module]) -> nn.Module:
+    cls = _with(mixin, base)
+    return cls.__new__(cls)
+
+
 def stacked_names(module: Any) -> tuple[str, str] | None:
     """Names of the weights of a module of stacked experts, the last that of the second linear; None for any other.
 
@@ -501,6 +608,8 @@ def _in_form(linear: nn.Module, entry: Mapping[str, Any], add_bias: bool) -> nn.
         return _narrow(linear, *sizes, bias)
     if entry["form"] == "packed":
         factored = PackedLinear(*sizes, entry["rank"], bias, entry["side"], **place)
+    elif entry["form"] == "corrected":
+        factored = CorrectedLinear(*sizes, entry["rank"], bias, **place)
     else:
         factored = LowRankLinear(*sizes, entry["rank"], bias, **place)
     return factored.train(linear.training).requires_grad_(weight.requires_grad)
@@ -526,7 +635,7 @@ def _mark_factored(module: nn.Module) -> None:
     vLLM decides once per class how to fuse a module's projections, and fails if one instance of a class is dense and
     another is factored.
     """
-    children = tuple(sorted(name for name, child in module.named_children() if isinstance(child, FACTORED)))
+    children = tuple(sorted(name for name, child in module.named_children() if isinstance(child, RANKED)))
     module.__class__ = _factored_class(getattr(type(module), "_svdllm_dense_class", type(module)), children)
 
 
@@ -571,6 +680,7 @@ class LowRankMixin(_Model):
         split_experts(self, {name.rpartition(".")[0].rpartition(".")[0] for name in forms})
         swap_linears(self, forms, settings.get("bias_correction", False))
         share_first_factors(self, shared)
+        pack_embeddings(self, self._packed_embeddings())
         check_tensor_parallel(self, _processes_of_vllm())
         self.register_load_state_dict_post_hook(_expect_once)
 
@@ -581,6 +691,18 @@ class LowRankMixin(_Model):
         for name in [name for name in state if name.startswith(repeated)]:
             del state[name]
         return state
+
+    def _packed_embeddings(self) -> dict[str, Mapping[str, int]]:
+        """The embeddings in few bits, as they are named here."""
+        entries = (getattr(self.config, "svdllm", None) or {}).get("embeddings", {})
+        prefix = f"{self.base_model_prefix}." if _is_bare(self) else ""
+        return {name.removeprefix(prefix): entry for name, entry in entries.items()}
+
+    def get_expanded_tied_weights_keys(self, *args: Any, **kwargs: Any) -> dict[str, str]:
+        """Returns what transformers finds, without what is tied to an embedding in few bits: a head reads it there."""
+        tied = super().get_expanded_tied_weights_keys(*args, **kwargs)
+        packed = {f"{name}.weight" for name in (getattr(self.config, "svdllm", None) or {}).get("embeddings", {})}
+        return {name: origin for name, origin in tied.items() if packed.isdisjoint((name, origin))}
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -599,10 +721,11 @@ class LowRankMixin(_Model):
         ``_init_weights`` of some families would ask such modules for the weights of their linears, or take a factor for
         the linear of its name.
         """
-        parts = {part for module in self.modules() if isinstance(module, FACTORED) for part in module.modules()}
+        parts = {part for module in self.modules() if isinstance(module, RANKED) for part in module.modules()}
         for module in self.modules():
             own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-            factored = module in parts or any(isinstance(child, FACTORED) for child in module.children())
+            factored = module in parts or any(isinstance(child, RANKED) for child in module.children())
+            factored = factored or isinstance(module, FewBits | TiedHead)
             if factored and all(getattr(tensor, "_is_hf_initialized", False) for tensor in own):
                 module._is_hf_initialized = True  # type: ignore[assignment]
         super().initialize_weights()
@@ -640,6 +763,9 @@ class LowRankMixin(_Model):
         # A model that was never loaded has no other layout, and a quantised one cannot be converted back to it.
         if not hasattr(self, "_weight_conversions") or getattr(self, "hf_quantizer", None) is not None:
             kwargs.setdefault("save_original_format", False)
+        compressor = getattr(getattr(self, "hf_quantizer", None), "compressor", None)
+        if compressor is not None:  # what was unpacked to be run is packed again
+            compressor.compress_model(self, skip_compressed=True)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process and _is_first_process() and not getattr(self, "_hf_peft_config_loaded", False):
             folder = Path(save_directory)
@@ -690,6 +816,12 @@ _SIZES = ("in_features", "out_features")
 
 def check_tensor_parallel(model: Any, processes: int) -> None:
     """Raises ``ValueError`` if the linears of a low-rank model cannot be split between processes."""
+    corrected = [name for name, module in model.named_modules() if isinstance(module, CorrectedLinear)]
+    if corrected and processes > 1:
+        raise ValueError(
+            f"Corrected linears cannot be split between {processes} processes, and this model has {len(corrected)}: "
+            f"{_some(corrected, 3)}. Use one process, or `svdllm export MODEL -o OUT --format adapter`."
+        )
     packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     if packed and processes > 1:
         raise ValueError(

@@ -16,7 +16,12 @@ else:
 
 FORMAT_VERSION = 2
 # What the entry of a form must have. Every form may have in_features and out_features; narrow has one of them or both.
-FORM_FIELDS: dict[str, tuple[str, ...]] = {"pair": ("rank",), "packed": ("rank", "side"), "narrow": ()}
+FORM_FIELDS: dict[str, tuple[str, ...]] = {
+    "pair": ("rank",),
+    "packed": ("rank", "side"),
+    "narrow": (),
+    "corrected": ("rank",),
+}
 # Names in transformers 4, by model type, where they differ from other families; None where the field is refused.
 _GPT_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 _PHI3 = {"rope_type": "type", "original_max_position_embeddings": None}
@@ -54,6 +59,7 @@ def check_svdllm(settings: Any) -> dict[str, Any] | None:
             "that wrote the checkpoint."
         )
     _check_shared_factors(settings.get("shared_factors", {}), forms_of(settings))
+    _check_embeddings(settings.get("embeddings", {}))
     return settings
 
 
@@ -112,9 +118,18 @@ def _check_shared_factors(shared: Any, forms: Mapping[str, Mapping[str, Any]]) -
             )
 
 
+def _check_embeddings(embeddings: Any) -> None:
+    fields = {"bits", "group_size"}
+    for name, entry in embeddings.items() if isinstance(embeddings, dict) else [("embeddings", embeddings)]:
+        if not isinstance(entry, dict) or set(entry) != fields or not all(map(_is_positive_int, entry.values())):
+            raise ValueError(f"config.svdllm.embeddings: expected bits and group_size of {name}, found {entry}.")
+        if entry["bits"] > 8:
+            raise ValueError(f"config.svdllm.embeddings: expected at most 8 bits of {name}, found {entry['bits']}.")
+
+
 def _first_factor(entry: Mapping[str, Any]) -> dict[str, Any] | None:
     """What must agree where a first factor is shared; None for a form whose first factor cannot be."""
-    if entry["form"] == "narrow" or entry.get("side") == "rows":
+    if entry["form"] in ("narrow", "corrected") or entry.get("side") == "rows":
         return None
     return {key: entry.get(key) for key in ("form", "rank", "in_features")}
 

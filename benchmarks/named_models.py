@@ -22,16 +22,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from transformers import CONFIG_MAPPING, PretrainedConfig, logging
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 
 from gpu_page import table
 from published_models import PUBLISHED, WRAPPERS, Published
 from svdllm.common.errors import SvdllmError, first_line
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.subject import Subject, discover_subject
+from svdllm.models.low_rank.families import find_head
 from svdllm.models.open import open_config
 
 ENOUGH = 0.8  # of the blocks' weights
@@ -67,9 +64,10 @@ class Reached:
 
 def published_config(model: Published) -> PretrainedConfig:
     """The config of a published model, as far as its shapes go."""
-    architectures = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    head = find_head(model.type)
+    assert head is not None
     config = CONFIG_MAPPING[model.type](**model.fields)
-    config.architectures = [architectures[model.type]]
+    config.architectures = [head.cls.__name__]
     config.dtype = "bfloat16"
     if model.quantization is not None:
         config.quantization_config = model.quantization

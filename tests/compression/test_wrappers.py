@@ -186,6 +186,7 @@ def test_two_language_models_are_refused(tmp_path: Path) -> None:
     config = CONFIG_MAPPING["qwen2_5_omni"]()
     for text in (config.thinker_config.text_config, config.talker_config):
         text.num_hidden_layers = 1
+        text.layer_types = text.layer_types[:1]
     config.save_pretrained(tmp_path / "omni")
     with pytest.raises(svdllm.UnsupportedModelError, match=r"holds 2 language models \(thinker.*, talker.*\)"):
         svdllm.plan(tmp_path / "omni", small_recipe())

@@ -157,7 +157,7 @@ class Workload:
         blocks, places = self.structure.blocks, self.subject.expert_tensors
         idle = tuple(f"{name}." for name in self.structure.idle)
         depth = blocks[0].count(".") + 1
-        numbers = dict.fromkeys(["", IDLE, *blocks], (0, 0))
+        numbers: dict[str, tuple[int, int]] = dict.fromkeys(["", IDLE, *blocks], (0, 0))
         for name, (shape, _) in self.stored.items():
             block = ".".join(name.split(".", depth)[:depth])
             block = block if block in numbers else IDLE if name.startswith(idle) else ""

@@ -69,4 +69,4 @@ def require_known_ids(ids: Tensor, config: Any, tokenizer: Any = None) -> None:
 
 def text_config(config: Any) -> Any:
     """The part of a config that describes the language model; the whole where there are no parts."""
-    return config.gettext_config() if hasattr(config, "gettext_config") else config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -52,10 +52,11 @@ def outside_parts(model: PreTrainedModel) -> tuple[OutsidePart, ...]:
     head = model.get_output_embeddings()
     inside = {id(parameter) for parameter in model.get_submodule(name).parameters()}
     inside |= set() if head is None else {id(parameter) for parameter in head.parameters()}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     sizes: dict[str, int] = {}
     total = 0
     for parameter_name, parameter in model.named_parameters():
-        total += parameter.numel()
+        total += parameter.numel() * (parameter_name not in tied)
         if id(parameter) not in inside:
             part = _beside(parameter_name, name)
             sizes[part] = sizes.get(part, 0) + parameter.numel()

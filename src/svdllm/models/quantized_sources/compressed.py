@@ -77,7 +77,8 @@ class CompressedTensors:
 
     @cached_property
     def _schemes(self) -> list[Any]:
-        return [scheme for scheme in self._config.config_groups.values() if scheme.weights is not None]
+        groups: Any = self._config.config_groups.values()  # schemes, whose config may name them only
+        return [scheme for scheme in groups if scheme.weights is not None]
 
     def _scheme_of(self, name: str) -> Any:
         """The scheme whose targets name a module or match it as ``re:...``; else the first that names a class."""

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import svdllm
 from runs import save_dense, token_windows
 from svdllm import InputError, Recipe, UnsupportedModelError, compress
 from svdllm.export.adapter import export_adapter
@@ -32,7 +31,7 @@ def test_base_and_adapter_compute_what_the_checkpoint_does(tmp_path: Path):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "export" / "base", dtype=torch.float32)
     assert base.config.model_type == "llama"
     with torch.no_grad():
-        expected = svdllm.load_model(folder, dtype=torch.float32)(ids).logits
+        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
         alone = base(ids).logits
         found = peft.PeftModel.from_pretrained(base, tmp_path / "export" / "adapter")(ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

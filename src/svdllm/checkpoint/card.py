@@ -9,7 +9,10 @@ from transformers import PreTrainedConfig
 
 from svdllm.checkpoint.report import form_of
 from svdllm.models.low_rank.info import LowRankInfo
+from svdllm.models.quantized_sources.methods import QuantizedSource
+from svdllm.models.wrapped import is_wrapper
 
+IMAGE_TEXT = "AutoModelForImageTextToText"
 SHOWN_LINEARS = 5  # those that lost most
 FORMS = {
     "pair": "as pairs of factors (`svd_u @ svd_v`)",
@@ -28,7 +31,7 @@ def model_card(report: dict[str, Any], config: PreTrainedConfig) -> str:
     It holds no times, so that two runs of one recipe write the same card.
     """
     sections = (
-        _overview(report),
+        _overview(report, config),
         _forms(report),
         _loading(report, config),
         _quantization(report),
@@ -39,7 +42,11 @@ def model_card(report: dict[str, Any], config: PreTrainedConfig) -> str:
     return "\n".join(section for section in sections if section)
 
 
-def _overview(report: dict[str, Any]) -> str:
+def _reads_images(config: PreTrainedConfig) -> bool:
+    return IMAGE_TEXT in (getattr(config, "auto_map", None) or {})
+
+
+def _overview(report: dict[str, Any], config: PreTrainedConfig) -> str:
     counts = Counter(map(form_of, report["linears"]))
     forms = "; ".join(f"{counts[form]} {text}" for form, text in FORMS.items() if counts[form])
     removed = 1 - report["params"] / report["dense_params"]
@@ -47,13 +54,15 @@ def _overview(report: dict[str, Any]) -> str:
     if history := report.get("recovery"):
         trained = "After compression it was trained: " + "; ".join(map(recovery_text, history)) + "."
     model = report["source"]["model"]
+    saved = report["achieved_ratio"] or 1 - report["file_bytes"] / report["dense_file_bytes"]  # of few bits alone
+    task = "image-text-to-text" if _reads_images(config) else "text-generation"
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags: [svdllm, low-rank, compression]
 ---
 
-# {model}, compressed by {report["achieved_ratio"]:.0%}
+# {model}, compressed by {saved:.0%}
 
 {model} with {len(report["linears"]) - counts["dense"]} of its linear layers made smaller
 (method `{report["method"]}`, [SVD-LLM](https://arxiv.org/abs/2403.07378)): {forms or "none"}.
@@ -109,16 +118,24 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
         if report.get("quantization")
         else (" A plain\nmodel of the original architecture and size: `svdllm export FOLDER -o DENSE`.")
     )
+    wraps = is_wrapper(config)
+    reader, variable = ("AutoProcessor", "processor") if wraps else ("AutoTokenizer", "tokenizer")
+    auto = IMAGE_TEXT if _reads_images(config) else "AutoModelForCausalLM"
+    copied = (
+        "\nOnly its language model was compressed, on text; everything else is the original's, bit for bit.\n"
+        if wraps
+        else ""
+    )
     return f"""## Load
 
 ```python
 import svdllm  # registers the model type {config.model_type}
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, {reader}
 
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = {auto}.from_pretrained("FOLDER")
+{variable} = {reader}.from_pretrained("FOLDER")
 ```
-
+{copied}
 Without svdllm installed, pass `trust_remote_code=True`: the code files in this folder are self-contained.{to_dense}
 """
 
@@ -156,10 +173,12 @@ def _making(report: dict[str, Any]) -> str:
     source, recipe, versions = report["source"], report["recipe"], report["versions"]
     revision = f", revision {source['revision']}" if source["revision"] else ""
     streams = "compressed" if recipe["calibration_mode"] == "sequential" else "dense"
+    quantized = report.get("quantized_source")
+    stored = f"; {QuantizedSource(**quantized).text}" if quantized else ""
     made_with = ", ".join(f"{name} {versions[name]}" for name in ("svdllm", "torch", "transformers"))
     return f"""## How it was made
 
-- Source: {source["model"]}{revision}, weights `{source["weights_fingerprint"][:16]}`
+- Source: {source["model"]}{revision}, weights `{source["weights_fingerprint"][:16]}`{stored}
 - Calibration: {_calibration(report)}
 - Metric: {recipe["metric"]}; ranks: {report["allocation"]["name"]}; inputs of the {streams} model
 - Versions: {made_with}

@@ -9,8 +9,8 @@ from pathlib import Path
 from svdllm.models.safetensors_files import read_header, weight_files
 
 # A quantised x.weight is several tensors: x._weight_qdata, x._weight_scale, ... of torchao, x.weight_packed,
-# x.weight_scale, ... of compressed-tensors.
-QUANTIZED_PREFIXES = ("_weight_", "weight_")
+# x.weight_scale, ... of compressed-tensors, x.packed_codes and x.packed_scales of an embedding of ours.
+QUANTIZED_PREFIXES = ("_weight_", "weight_", "packed_")
 
 
 @dataclass(frozen=True, kw_only=True)

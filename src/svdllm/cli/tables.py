@@ -22,7 +22,9 @@ from svdllm.evaluation.side_by_side import ModelPerplexity
 from svdllm.export.quantize import QuantizationResult
 from svdllm.models.left_dense import DensePart
 from svdllm.models.model_names import given_name
+from svdllm.models.quantized_sources.methods import QuantizedSource
 from svdllm.models.unused_tensors import UnusedTensors
+from svdllm.models.wrapped import OutsidePart
 from svdllm.recovery import RecoveryResult
 
 LEAST_SHOWN = 0.005  # share of the blocks' parameters
@@ -164,8 +166,11 @@ def report_table(report: dict[str, Any]) -> Titled:
     if speed := report.get("speed"):
         table.add_row("linears, predicted", speed_text(speed))
     add_dense_parts(table, [DensePart(**part) for part in report.get("dense_parts", [])])
+    add_outside_parts(table, [OutsidePart(**part) for part in report.get("outside_parts", [])])
     table.add_row("metric", f"{recipe['metric']}, {recipe['calibration_mode']} calibration")
     table.add_row("source weights", f"{source['weights_fingerprint'][:16]}, revision {source['revision'] or 'none'}")
+    if quantized := report.get("quantized_source"):
+        table.add_row("source files", quantized_source_text(QuantizedSource(**quantized)))
     if source["calibration"]:
         table.add_row(
             "calibration",
@@ -182,6 +187,11 @@ def report_table(report: dict[str, Any]) -> Titled:
     return f"{source['model']}, compressed", [table]
 
 
+def quantized_source_text(source: QuantizedSource) -> str:
+    """How a source is quantised, and the bytes of its files as far as they are known."""
+    return source.text + ("" if source.file_bytes is None else f"; its weight files have {size(source.file_bytes)}")
+
+
 def add_dense_parts(table: Table, parts: Sequence[DensePart]) -> None:
     """Adds a row for what stays as it is inside the blocks; what is less than 0.5 % of them is summed up."""
     large = [part for part in parts if part.share >= LEAST_SHOWN]
@@ -189,6 +199,14 @@ def add_dense_parts(table: Table, parts: Sequence[DensePart]) -> None:
     lines = [part.text for part in large] + ([f"{small:.2%} norms and other small parts"] if small else [])
     if lines:
         table.add_row("left as they are", "\n".join(lines))
+
+
+def add_outside_parts(table: Table, parts: Sequence[OutsidePart]) -> None:
+    """Adds a row for the parts of a wrapper that are copied."""
+    if parts:
+        share = sum(part.share for part in parts)
+        names = ", ".join(part.text for part in parts)
+        table.add_row("outside the language model", f"{share:.1%} of all weights, copied: {names}")
 
 
 def linears_table(linears: list[dict[str, Any]], *, every: bool) -> Table:
@@ -252,8 +270,8 @@ def speed_text(speed: dict[str, Any]) -> str:
 
 
 def kind_of(name: str) -> str:
-    """``model.layers.*.mlp.up_proj`` for every block's up projection."""
-    return re.sub(r"\.\d+\.", ".*.", name, count=1)
+    """``model.layers.*.mlp.up_proj`` for every block's up projection, and every expert's."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def summary_table() -> Table:

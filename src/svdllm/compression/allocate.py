@@ -73,7 +73,7 @@ def allocate(
     evidence = Evidence({target.name: analysis.energies(target) for target in structure.targets})
     if run.recipe.needs_probes:
         assert windows is not None
-        probes = _probes(run, subject, windows, analysis)
+        probes = _probes(run, subject, windows, analysis, plans[0])
         narrowings = {
             mlp.name: analysis.narrowing_tails(mlp.block, mlp.name)
             for mlp in structure.mlps
@@ -98,14 +98,14 @@ def allocate(
         return [refine(plan, subject, evidence) for plan in plans]
 
 
-def _probes(run: Run, subject: Subject, windows: TokenWindows, analysis: Analysis) -> Probes:
+def _probes(run: Run, subject: Subject, windows: TokenWindows, analysis: Analysis, plan: Plan) -> Probes:
     """The effect of changing each linear and MLP alone; an earlier run's, if it tried the same sizes."""
     recipe, structure = run.recipe, subject.structure
     sizes = probe_sizes(recipe, structure)
     probes = analysis.read_probes(recipe.allocation)
     if {name: list(measured) for name, measured in probes.items()} != sizes:
         ids = probe_ids(windows.ids, probe_tokens(recipe, structure, subject.skeleton))
-        walk = subject.walk(ids, recipe)
+        walk = subject.walk(ids, recipe, scratch=run.scratch(plan))
         walk.batch_tokens = ids.numel()
         probing = ALLOCATIONS[recipe.allocation].probing
         assert probing is not None

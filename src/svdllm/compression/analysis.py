@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from svdllm.checkpoint.elastic import Probes
@@ -252,18 +251,12 @@ class FinalFactors:
         tensors = {f"{name} {leaf}": tensor for name, leaves in factors.items() for leaf, tensor in leaves.items()}
         save_atomically(tensors, self._file(block))
 
-    def read(self, block: int) -> dict[str, dict[str, Tensor]]:
-        factors: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in load_file(self._file(block)).items():
-            target, leaf = name.split(" ")
-            factors.setdefault(target, {})[leaf] = tensor
-        return factors
-
     def of(self, target: Target) -> dict[str, Tensor]:
         """The tensors of one target; empty if the target keeps its dense weight."""
-        with safe_open(self._file(target.block), framework="pt") as file:
-            names = [name for name in file.keys() if name.split(" ")[0] == target.name]  # noqa: SIM118
-            return {name.split(" ")[1]: file.get_tensor(name).clone() for name in names}
+        path = self._file(target.block)
+        names = [name for name in _names_in(path, path.stat().st_mtime_ns) if name.startswith(f"{target.name} ")]
+        with safe_open(path, framework="pt") as file:
+            return {name.split(" ")[1]: file.get_tensor(name).clone() for name in sorted(names)}
 
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:04d}.safetensors"

@@ -74,7 +74,7 @@ def analyze(
     ids = torch.zeros(1, 2, dtype=torch.long)  # for a method that does not read the text
     if windows is not None and METHODS[recipe.method].needs_tokens:
         ids = windows.ids
-    walk = subject.walk(ids, recipe, run.spill_file(plans[0]))
+    walk = subject.walk(ids, recipe, run.spill_file(plans[0]), run.scratch(plans[0]))
     if recipe.needs_gradients:
         kept = min(recipe.gradient_samples, len(walk.ids))
         walk.kept_folder = run.work / "inputs"
@@ -171,7 +171,8 @@ class Calibration:
             self._forward_part(block, part, tokens, seconds)
 
     def _parts(self, block: Block) -> list[Part]:
-        return parts_of(self.walk.structure.block_targets(block.index), self.depths)
+        structure = self.walk.structure
+        return parts_of(structure.block_targets(block.index), self.depths, mixture=bool(structure.pools))
 
     def _forward_part(self, block: Block, part: Part, tokens: dict[str, int], seconds: dict[str, float]) -> None:
         """The forward walk over a part; adds the experts' tokens and the seconds to those of the parts before."""

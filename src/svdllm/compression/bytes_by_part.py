@@ -15,7 +15,7 @@ def bytes_by_part(written: Tensors, structure: Structure) -> dict[str, int]:
 
     Embedding, head and corrections are counted with their scales. The parts add up to the bytes of the files.
     """
-    parts = dict.fromkeys(PARTS, 0)
+    parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     outside = {target.name: target.vocabulary for target in structure.vocabulary}
     linears = {name for target in structure.targets for name in target.linears}
     corrected = {name.removesuffix(f".{BASE}weight_packed") for name in written}

@@ -15,6 +15,7 @@ from svdllm.compression.forms import FORMS
 from svdllm.compression.math.linalg import Spectrum, energy_alone, output_spectrum
 from svdllm.compression.math.narrowing import Narrowing
 from svdllm.compression.rounded_targets import Roundings, rounding_errors
+from svdllm.models.experts_on_disk import give_back
 from svdllm.models.structure import Target, weight_of
 from svdllm.models.walk import Block
 
@@ -77,6 +78,7 @@ def decompose(
                 roundings[target.name] = rounding_errors(target, weight_OI, metric, left_OO, bits, dtype, corrected)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
+        give_back(weight_OI)
         spectra[target.name] = spectrum.to(dtype=stored_dtype)
         seconds[target.name] = time.perf_counter() - started
     return Decomposed(spectra, narrowings, roundings, seconds)

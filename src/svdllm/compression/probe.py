@@ -30,6 +30,8 @@ from svdllm.compression.ranks import ALLOCATIONS
 from svdllm.compression.ranks.question import probed_unit, rounded
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.rounded_targets import rounded_each
+from svdllm.compression.routed import gram_values_per_token, token_shares, weights_per_token
+from svdllm.models.experts_on_disk import on_disk
 from svdllm.models.hooks import replaced
 from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.shared_state import State, moved
@@ -76,13 +78,14 @@ def probe_tokens(recipe: Recipe, structure: Structure, skeleton: PreTrainedModel
     """The number of tokens with which probing is ``probe_share`` of the work of calibration and probing together.
 
     Work is counted in multiplications, not in seconds, so that a recipe probes the same tokens on every machine. The
-    work of calibration is the forward pass of the text, even for a method that does not need it, and the Grams.
+    work of calibration is the forward pass of the text, even for a method that does not need it, and the Grams. Experts
+    count for the tokens that are routed to them.
     """
     head: Any = skeleton.get_output_embeddings()
     gram = METHODS[recipe.method].collects_gram
-    widths = {target.group: target.in_features for target in structure.targets}
-    forward = structure.num_target_params
-    calibration = recipe.samples * recipe.seqlen * (forward + gram * sum(width**2 for width in widths.values()) / 2)
+    shares = token_shares(structure, skeleton)
+    forward = weights_per_token(structure, shares)
+    calibration = recipe.samples * recipe.seqlen * (forward + gram * gram_values_per_token(structure, shares) / 2)
     num_blocks = len(structure.blocks)
     sizes, block_of = probe_sizes(recipe, structure), structure.block_of
     per_token = sum(
@@ -160,13 +163,15 @@ def _trials(
     A linear is rounded by itself.
     """
     unit, inner = members[0].unit, members[0].inner
-    factors = [_factors(walk, analysis, target, max(sizes[unit])) for target in members] if sizes[unit] else []
+    scratch = None if members[0].pool is None else walk.scratch
+    most = max(sizes[unit], default=0)
+    factors = [[on_disk(f, scratch) for f in _factors(walk, analysis, t, most)] for t in members if most]
     for rank in sizes[unit]:
-        weights = (u_OR[:, :rank] @ v_RI[:rank] for u_OR, v_RI in factors)
+        weights = (on_disk(u_OR[:, :rank] @ v_RI[:rank], scratch) for u_OR, v_RI in factors)
         yield unit, rank, _by_name(members, weights)
     if inner is not None and inner.side == "in":
         for width in sizes.get(inner.unit, ()):
-            weights = (_narrowed(walk, analysis, target, width) for target in members)
+            weights = (on_disk(_narrowed(walk, analysis, target, width), scratch) for target in members)
             yield inner.unit, width, _by_name(members, weights)
     for bits in sizes.get(rounded(unit), ()):
         weights = (_in_bits(walk, analysis, target, bits) for target in members)

@@ -18,6 +18,7 @@ from svdllm.compression.ranks import ALLOCATIONS, AllocationSettings
 from svdllm.compression.recipe_forms import FormsChoice
 from svdllm.compression.recipe_parts import BUDGETS, MetricChoice
 from svdllm.compression.recipe_sequential import SequentialSettings
+from svdllm.models.wrapped import LANGUAGE
 
 # The settings that choose a row, and the table of the rows.
 TABLES: dict[str, Mapping[str, Any]] = {"metric": METRICS, "method": METHODS, "allocation": ALLOCATIONS}
@@ -36,6 +37,11 @@ class Recipe(AllocationSettings, FormsChoice, SequentialSettings, MetricSettings
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    part: str = setting(
+        LANGUAGE,
+        "The part of a wrapper (a language model with encoders of images or sound) to compress; the others are copied.",
+        panel="Allocation",
+    )
     ignore: tuple[str, ...] = setting(
         (),
         "Linears that stay dense; may be repeated. Searched in names like model.layers.0.mlp.up_proj.",

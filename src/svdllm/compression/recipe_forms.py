@@ -69,6 +69,11 @@ class FormsChoice(Budget, MethodChoice):
     def _fits_the_forms(self) -> Self:
         if self.forms is not None and self.ranks is not None:
             raise ValueError("forms does nothing to explicit ranks; name the form there, as in {packed: 96}")
+        if self.runtime is not None and self.ranks is None and not self.used_forms:
+            raise ValueError(
+                f"runtime {self.runtime} loads {', '.join(RUNTIMES[self.runtime].forms)}, which save bytes and not "
+                "parameters; give target_size as the budget"
+            )
         for name in self.analysed_forms if self.ranks is not None else self.forms or ():
             if (reason := self._why_not(name)) is not None:
                 raise ValueError(f"form {name} cannot be used: {reason}")

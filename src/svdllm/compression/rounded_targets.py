@@ -15,6 +15,9 @@ from svdllm.compression.math.linalg import output_spectrum, tail_energies
 from svdllm.compression.math.rounding import Rounded, round_rows
 from svdllm.models.structure import Target
 
+# Weights that are rounded in one pass, and the memory that one takes.
+WEIGHTS_AT_ONCE, BYTES_OF_A_WEIGHT = 2**25, 64
+
 
 class Roundings(NamedTuple):
     """Squared errors of a target in both metrics.
@@ -35,7 +38,7 @@ def rounded_each(
     dtype: torch.dtype,
     group_size: int | None = None,
 ) -> list[Rounded]:
-    """A target in each number of bits, all rounded in one pass.
+    """A target in each number of bits, rounded in one pass while it is small.
 
     Args:
         metric: right metric of its inputs.
@@ -43,11 +46,16 @@ def rounded_each(
         group_size: inputs that share a scale; what is usual by default.
     """
     exact = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
-    rows = len(weight_OI)
-    half_O = torch.tensor([2.0 ** (each - 1) for each in bits], device=weight_OI.device).repeat_interleave(rows)
-    stacked_OI = weight_OI.to(exact).repeat(len(bits), 1)
-    rounded = round_rows(stacked_OI, metric, half_O, group_size or group_size_of(target), dtype)
-    return [Rounded(*pair) for pair in zip(rounded.codes_OI.split(rows), rounded.scales_OG.split(rows), strict=True)]
+    rows, at_once = len(weight_OI), max(1, WEIGHTS_AT_ONCE // weight_OI.numel())
+    made: list[Rounded] = []
+    for start in range(0, len(bits), at_once):
+        halves = [2.0 ** (each - 1) for each in bits[start : start + at_once]]
+        half_O = torch.tensor(halves, device=weight_OI.device).repeat_interleave(rows)
+        stacked_OI = weight_OI.to(exact).repeat(len(halves), 1)
+        rounded = round_rows(stacked_OI, metric, half_O, group_size or group_size_of(target), dtype)
+        pairs = zip(rounded.codes_OI.split(rows), rounded.scales_OG.split(rows), strict=True)
+        made += [Rounded(*pair) for pair in pairs]
+    return made
 
 
 def rounding_errors(
@@ -65,7 +73,7 @@ def rounding_errors(
         rest_OI = weight_OI.double() - rounded.matrix.double()
         errors.append(squared_error(rest_OI, metric, left_OO))
         if each in corrected_bits:
-            energies_K = output_spectrum(rest_OI, metric, 0, left_gram_OO=left_OO).energies_K
+            energies_K = output_spectrum(rest_OI, metric, 1, left_gram_OO=left_OO).energies_K
             corrections.append(tail_energies(energies_K))
     return Roundings(
         torch.tensor([list(bits), errors], dtype=torch.float64), torch.stack(corrections) if corrections else None

@@ -68,6 +68,10 @@ class Run:
         """The file of hidden states that do not fit into RAM; None where they do."""
         return self.work / "hidden-states" if plan.needs.hidden_states_on_disk else None
 
+    def scratch(self, plan: Plan) -> Path | None:
+        """The folder of the weights of experts that do not fit into RAM; None where they do."""
+        return self.work if plan.needs.experts_on_disk else None
+
     @property
     def reporter(self) -> Reporter:
         return self.options.reporter

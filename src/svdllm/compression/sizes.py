@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from svdllm.checkpoint.quantized import require_dtype
 from svdllm.checkpoint.tensors import file_bytes, num_params
 from svdllm.compression.bytes_by_part import bits_per_weight, bytes_by_part
+from svdllm.compression.forms import FORMS
 from svdllm.compression.forms.layout import compressed_tensors, params, without_bits
 from svdllm.compression.ranks.budget import elastic_bytes
 from svdllm.compression.ranks.predicted_sizes import QuantizedFiles, WrittenFiles
@@ -30,6 +31,11 @@ class Sizes:
     bits_per_weight: float  # of the targets, scales included
     bytes_by_part: dict[str, int]  # of file_bytes
 
+    @property
+    def final_file_bytes(self) -> int:
+        """Bytes of the weight files once quantised, where the budget counts ``factor_bits``; else as written."""
+        return self.file_bytes if self.quantized_file_bytes is None else self.quantized_file_bytes
+
 
 def files_for(subject: Subject, recipe: Recipe) -> WrittenFiles:
     """The weight files whose bytes the recipe counts: as they are written, or once quantised to ``factor_bits``."""
@@ -47,10 +53,15 @@ def sizes_of(subject: Subject, recipe: Recipe, files: WrittenFiles, forms: Forms
     stacked = untouched(places, forms)
     written = stacked_layout(compressed_tensors(stored, structure.stored, forms), stacked)
     at_full_bits = stacked_layout(compressed_tensors(stored, structure.targets, without_bits(forms)), stacked)
+    corrections = sum(
+        params(t, chosen) - t.num_weights
+        for t in structure.targets
+        if (chosen := forms.get(t.name)) is not None and FORMS[chosen.form].curve == "correction"
+    )
     kept = sum(params(target, forms.get(target.name)) for target in structure.targets)
     return Sizes(
         achieved_ratio=(structure.num_target_params - kept) / structure.num_target_params,
-        params=num_params(at_full_bits, buffers),
+        params=num_params(at_full_bits, buffers) + corrections,
         dense_params=num_params(stored, buffers),
         file_bytes=file_bytes(written),
         dense_file_bytes=file_bytes(stacked_layout(stored, places)),

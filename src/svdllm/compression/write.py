@@ -113,7 +113,7 @@ def _write_checkpoint(
         _write_elastic(partial, subject, factors, spare, analysis, plan.recipe.allocation)
     experts = ExpertTokens.of(analysis.expert_tokens(), subject.structure.targets)
     report = report_of(plan, plan.recipe, provenance, linears, experts)
-    finish_checkpoint(partial, plan.recipe.to_yaml(), report, device, run.reporter)
+    finish_checkpoint(partial, plan.recipe.to_yaml(), report, device, run.reporter, run.scratch(plan))
     partial.replace(folder)
 
 

@@ -27,6 +27,9 @@ from svdllm.models.low_rank.lowrank import unpacked
 from svdllm.models.safetensors_files import weight_files
 from svdllm.models.skeleton import build_skeleton
 
+# Codes of a linear, and of an embedding -> their scales.
+PACKED = {"weight_packed": "weight_scale", "packed_codes": "packed_scales"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class GgufExport:
@@ -108,11 +111,11 @@ def _stored(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
         with safe_open(path, framework="pt") as file:
             keys = set(file.keys())
             for key in sorted(keys):
-                if key.endswith(".weight_packed"):
-                    owner = key.removesuffix("_packed")
-                    parts = {leaf: f"{owner}_{leaf}" for leaf in ("packed", "scale")}
-                    yield owner, {leaf: file.get_tensor(part) for leaf, part in parts.items()}
-                elif not key.endswith((".weight_scale", ".weight_shape")):
+                owner, _, leaf = key.rpartition(".")
+                if leaf in PACKED:
+                    parts = {"packed": key, "scale": f"{owner}.{PACKED[leaf]}"}
+                    yield f"{owner}.weight", {part: file.get_tensor(name) for part, name in parts.items()}
+                elif leaf not in (*PACKED.values(), "weight_shape"):
                     yield key, {"": file.get_tensor(key)}
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 32
-Bytes = NDArray[np.uint8]
+Bytes = NDArray[Any]  # of uint8
 
 
 def block_type(bits: int) -> Any:

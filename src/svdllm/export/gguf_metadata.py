@@ -50,8 +50,9 @@ def add_config(writer: Any, config: PreTrainedConfig, architecture: str) -> None
         value = values.get("head_dim" if key == "rope.dimension_count" else name or "")
         if isinstance(value, bool) or value is None:
             continue
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(f"{architecture}.{key}", value)
+        is_real = isinstance(value, float) or key.startswith("rope.freq")
+        add = writer.add_float32 if is_real else writer.add_uint32
+        add(f"{architecture}.{key}", float(value) if is_real else int(value))
 
 
 def add_tokenizer(writer: Any, folder: Path, config: PreTrainedConfig) -> None:

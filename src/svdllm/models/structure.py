@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from svdllm.models.left_dense import IGNORED, DenseModule, DensePart, dense_parts
 from svdllm.models.linears import matches
 from svdllm.models.shared_state import Argument, Handed
+from svdllm.models.wrapped import OutsidePart
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,8 @@ class Structure:
         handed: outputs of blocks, beside the hidden states, that later blocks take.
         shared_features: number of values per token in these mappings and outputs.
         mlps: the MLPs whose inner features can be removed.
+        outside: the parts of a wrapper outside its language model.
+        idle: names of inner models that a text does not run, such as an encoder of images.
         vocabulary: the embedding and an untied head, where they may be stored in few bits.
     """
 
@@ -173,6 +176,8 @@ class Structure:
     handed: tuple[Handed, ...] = ()
     shared_features: int = 0
     mlps: tuple[Mlp, ...] = ()
+    outside: tuple[OutsidePart, ...] = ()
+    idle: tuple[str, ...] = ()
     vocabulary: tuple[Target, ...] = ()
 
     @property

@@ -54,18 +54,21 @@ def _sizes(target: Target, round_to: int, *, bits: int) -> Sequence[int]:
 
 def _shapes(target: Target, linear: str, group_size: int, *, bits: int) -> Shapes:
     rows, columns = target.out_features, target.in_features
-    shapes: Shapes = {"weight_packed": (rows, packed_width(columns, bits)), SCALES: (rows, columns // group_size)}
-    if not is_own_module(target):
-        shapes["weight_shape"] = (2,)
+    packed, scales = (rows, packed_width(columns, bits)), (rows, columns // group_size)
+    if is_own_module(target):
+        return {"packed_codes": packed, "packed_scales": scales}
+    shapes: Shapes = {"weight_packed": packed, SCALES: scales, "weight_shape": (2,)}
     return shapes | ({"bias": (rows,)} if target.has_bias else {})
 
 
 def _store(
     target: Target, fitted: Fitted, group_size: int, order: Tensor | None, *, bits: int
 ) -> dict[str, dict[str, Tensor]]:
-    stored = {"weight_packed": pack_integers(fitted[CODES], bits), SCALES: fitted[SCALES]}
-    if not is_own_module(target):
-        stored["weight_shape"] = torch.tensor([target.out_features, target.in_features])
+    packed = pack_integers(fitted[CODES], bits)
+    if is_own_module(target):
+        return {target.name: {"packed_codes": packed, "packed_scales": fitted[SCALES]}}
+    shape = torch.tensor([target.out_features, target.in_features])
+    stored = {"weight_packed": packed, SCALES: fitted[SCALES], "weight_shape": shape}
     return {target.name: stored | ({"bias": fitted["bias"]} if "bias" in fitted else {})}
 
 
@@ -74,7 +77,10 @@ def _entry(target: Target, linear: str, group_size: int) -> dict[str, Any]:
 
 
 def is_own_module(target: Target) -> bool:
-    """Whether a module of ours holds a matrix in few bits: transformers loads linears, and no embedding."""
+    """Whether a module of ours holds a matrix in few bits: transformers loads linears, and no embedding.
+
+    Its tensors have other names than those of a linear, lest they be taken for one.
+    """
     return target.vocabulary == "embedding"
 
 

@@ -17,7 +17,12 @@ from svdllm.models.chosen import Chosen, Forms
 from svdllm.models.structure import Structure, Target
 
 # Of the parts of a linear whose dtype is not the source's.
-INTEGER_DTYPES = {"order": torch.int32, "weight_packed": torch.int32, "weight_shape": torch.int64}
+INTEGER_DTYPES = {
+    "order": torch.int32,
+    "weight_packed": torch.int32,
+    "packed_codes": torch.int32,
+    "weight_shape": torch.int64,
+}
 
 
 @lru_cache(maxsize=2**17)
@@ -56,7 +61,8 @@ def compressed_tensors(stored: Tensors, targets: Sequence[Target], forms: Forms)
         elif leaf == "weight":
             chosen = forms[target.name]
             _, bias_dtype = stored.get(f"{owner}.bias", (shape, dtype if target.added_params else None))
-            dtypes = INTEGER_DTYPES | {"weight": dtype, "weight_scale": dtype, "bias": bias_dtype}
+            dtypes = INTEGER_DTYPES | dict.fromkeys(("weight", "weight_scale", "packed_scales"), dtype)
+            dtypes |= {"bias": bias_dtype}
             for part, own_shape in FORMS[chosen.form].shapes(target, owner, chosen.size).items():
                 if (own_dtype := dtypes[part.rpartition(".")[2]]) is not None:
                     result[f"{owner}.{part}"] = (own_shape, own_dtype)
@@ -102,9 +108,10 @@ def quantization_entry(structure: Structure, forms: Forms) -> dict[str, Any] | N
             groups.setdefault((form.bits, chosen.size), []).append(target.name)
         elif form.factor_bits is not None:
             for name in _packed_modules(target, form, chosen.size):
-                is_base = form.base is not None and f"{name}.".endswith(f".{BASE}")
-                bits, size = (form.base.bits, group_size_of(target)) if is_base else (form.factor_bits, None)
-                groups.setdefault((bits, size), []).append(name)
+                scheme = (form.factor_bits, None)
+                if f"{name}.".endswith(f".{BASE}") and form.base is not None and form.base.bits is not None:
+                    scheme = (form.base.bits, group_size_of(target))
+                groups.setdefault(scheme, []).append(name)
     return integer_config(groups) if groups else None
 
 

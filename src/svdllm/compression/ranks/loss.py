@@ -119,7 +119,9 @@ def _apart(target: Target, losses: Losses, question: Question, evidence: Evidenc
     ]
     choices: list[Choice[Chosen | None]] = [] if target.name in evidence.not_dense else [Choice(None, dense, 0.0)]
     by_size = losses.by_size.get(target.name)
-    for chosen in options if by_size is not None else ():
+    if by_size is None:
+        return choices + _in_bits(target, losses, question)
+    for chosen in options:
         in_factors = ROUNDING_OF_FACTORS.get(FORMS[chosen.form].factor_bits or 0, 0.0) * float(by_size[0])
         choices.append(Choice(chosen, cost(target, chosen), float(by_size[chosen.size]) + in_factors))
     return choices + _in_bits(target, losses, question)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import re
@@ -189,11 +190,28 @@ class SplitExperts(nn.Module):
         self.stacked_class, self.linear_names = type(stacked), names
         self.has_post_expert_norm = getattr(stacked, "has_post_expert_norm", False)
         self.split_count = len(getattr(stacked, names[0]))
+        if _takes_repeated_tokens(stacked):
+            self.has_gate = self.is_transposed = self.is_concatenated = True
+            self.has_bias = False
+            self.register_forward_pre_hook(_routed_by_values)
         for name, child in stacked.named_children():
             self.add_module(name, child)
         for index in range(self.split_count):
-            linears = {name: _linear_of_expert(stacked, name, index) for name in names}
+            linears = {name: self._linear_of(stacked, name, index) for name in names}
             self.add_module(str(index), Expert(linears).train(stacked.training))
+
+    def _linear_of(self, stacked: Any, name: str, index: int) -> nn.Linear:
+        """A linear of one expert, whose weight is a slice of the stacked one."""
+        weight = getattr(stacked, name)[index].detach()
+        weight = weight.mT.contiguous() if self.is_transposed else weight
+        linear = nn.Linear.__new__(nn.Linear)  # its initialisation takes seconds for thousands of experts
+        nn.Module.__init__(linear)
+        linear.out_features, linear.in_features = weight.shape
+        needs_grad = getattr(stacked, name).requires_grad
+        linear.weight = nn.Parameter(weight, needs_grad)
+        bias = getattr(stacked, f"{name}_bias")[index].detach() if self.has_bias else None
+        linear.register_parameter("bias", None if bias is None else nn.Parameter(bias, needs_grad))
+        return linear
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -208,7 +226,12 @@ class SplitExperts(nn.Module):
 
     def activated(self, made: Tensor) -> Tensor:
         """The inner features of an expert."""
-        return self._apply_gate(made) if self.has_gate else self.act_fn(made)
+        if not self.has_gate:
+            return self.act_fn(made)
+        if hasattr(self.stacked_class, "_apply_gate"):
+            return self._apply_gate(made)
+        gate, up = made.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
 
     def normalised(self, output: Tensor) -> Tensor:
         return self.post_expert_norm(output) if self.has_post_expert_norm else output
@@ -389,18 +412,18 @@ class FewBits:
     """Makes an embedding keep its weight as packed integers: ``weight`` is unpacked when it is first asked for.
 
     Codes of ``bits`` bits, with an offset of ``2^(bits - 1)``, lie one after the other in 32-bit integers. Shapes:
-    ``weight_packed`` ``(rows, ceil(columns * bits / 32))``, ``weight_scale`` ``(rows, columns / group_size)``.
+    ``packed_codes`` ``(rows, ceil(columns * bits / 32))``, ``packed_scales`` ``(rows, columns / group_size)``.
     """
 
-    weight_packed: Tensor
-    weight_scale: Tensor
+    packed_codes: Tensor
+    packed_scales: Tensor
     bits: int
     embedding_dim: int
     _unpacked: tuple[Any, Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
-        stored = (self.weight_packed, self.weight_scale)
+        stored = (self.packed_codes, self.packed_scales)
         state = [(tensor.data_ptr(), tensor.device, tensor.dtype) for tensor in stored]  # moving a module changes it
         if self._unpacked is None or self._unpacked[0] != state:
             self.__dict__["_unpacked"] = (state, unpacked(*stored, self.bits, self.embedding_dim))
@@ -437,8 +460,8 @@ def pack_embeddings(model: Any, embeddings: Mapping[str, Mapping[str, int]]) -> 
         weight = embedding._parameters.pop("weight")
         rows, columns = weight.shape
         width = -(-columns * entry["bits"] // 32)
-        empty = {"weight_packed": weight.new_zeros(rows, width, dtype=torch.int32)}
-        empty["weight_scale"] = weight.new_zeros(rows, columns // entry["group_size"])
+        empty = {"packed_codes": weight.new_zeros(rows, width, dtype=torch.int32)}
+        empty["packed_scales"] = weight.new_zeros(rows, columns // entry["group_size"])
         for leaf, tensor in empty.items():
             embedding.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
         embedding.bits = entry["bits"]
@@ -468,14 +491,35 @@ def _new_with(mixin: type, base: type[nn.Module]) -> nn.Module:
 def stacked_names(module: Any) -> tuple[str, str] | None:
     """Names of the weights of a module of stacked experts, the last that of the second linear; None for any other.
 
-    Such modules are those of classes that transformers decorates by ``use_experts_implementation``.
+    Such modules are those of classes that transformers decorates by ``use_experts_implementation``, and those that are
+    handed repeated tokens.
     """
     flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-    if isinstance(module, SplitExperts) or not all(name in vars(module) for name in flags):
+    if isinstance(module, SplitExperts):
         return None
+    if not all(name in vars(module) for name in flags):
+        return ("gate_up_proj", "down_proj") if _takes_repeated_tokens(module) else None
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     weights = [module._parameters.get(name) for name in names]
     return names if all(weight is not None and weight.ndim == 3 for weight in weights) else None
+
+
+def _takes_repeated_tokens(module: Any) -> bool:
+    """Whether stacked experts are handed all tokens once for each of them, times their routing weights (Llama 4)."""
+    made, read = (module._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
+    if made is None or read is None or made.ndim != 3 or read.ndim != 3 or not hasattr(module, "act_fn"):
+        return False
+    experts, width, features = read.shape
+    fits = made.shape == (experts, features, 2 * width)
+    return fits and len(inspect.signature(module.forward).parameters) == 1
+
+
+def _routed_by_values(experts: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Routes each row of repeated tokens to the expert whose turn it is, unless its routing weight has made it zero."""
+    rows = args[0].reshape(-1, args[0].shape[-1])
+    owners = torch.arange(experts.split_count, device=rows.device).repeat_interleave(len(rows) // experts.split_count)
+    indices = torch.where(rows.any(-1), owners, experts.split_count)
+    return rows, indices.unsqueeze(-1), rows.new_ones(len(rows), 1)
 
 
 def split_experts(model: nn.Module, names: Collection[str] | None = None) -> None:
@@ -483,19 +527,6 @@ def split_experts(model: nn.Module, names: Collection[str] | None = None) -> Non
     for name, module in list(model.named_modules()):
         if stacked_names(module) is not None and (names is None or name in names):
             model.set_submodule(name, SplitExperts(module))
-
-
-def _linear_of_expert(stacked: Any, name: str, index: int) -> nn.Linear:
-    weight = getattr(stacked, name)[index].detach()
-    weight = weight.mT.contiguous() if stacked.is_transposed else weight
-    linear = nn.Linear.__new__(nn.Linear)  # its initialisation takes seconds for thousands of experts
-    nn.Module.__init__(linear)
-    linear.out_features, linear.in_features = weight.shape
-    needs_grad = getattr(stacked, name).requires_grad
-    linear.weight = nn.Parameter(weight, needs_grad)
-    bias = getattr(stacked, f"{name}_bias")[index].detach() if stacked.has_bias else None
-    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias, needs_grad))
-    return linear
 
 
 def swap_linears(model: nn.Module, forms: Mapping[str, Mapping[str, Any]], add_biases: bool = False) -> None:
@@ -638,6 +669,7 @@ class LowRankMixin(_Model):
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        _share_weight_conversions(type(self))
         super().__init__(config, *args, **kwargs)
         settings = getattr(config, "svdllm", None) or {}
         forms, shared = config.svdllm_forms, settings.get("shared_factors", {})
@@ -714,7 +746,6 @@ class LowRankMixin(_Model):
             folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
             if folder.is_dir():
                 check_weight_files(folder)
-        _share_weight_conversions(cls)
         kwargs["ignore_mismatched_sizes"] = True  # an error below names them; transformers only logs the names
         with unpacking_one_by_one():
             loaded: Any = super().from_pretrained(

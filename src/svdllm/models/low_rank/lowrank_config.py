@@ -207,8 +207,14 @@ class LowRankConfigMixin(_Config):
 
     ``svdllm`` has ``format_version``, ``base_model_type``, ``forms`` (names as in the causal LM's ``named_modules``),
     ``shared_factors`` where linears use the first factor of others, and whatever else the writer recorded. It is
-    checked when a config is made, and kept unchanged.
+    checked when a config is made, and kept unchanged. Names of linears are those of the whole, in a wrapper too.
+
+    low_rank_head: the end of the name of the class with a head.
+    low_rank_auto_classes: the auto classes that find it.
     """
+
+    low_rank_head = "ForCausalLM"
+    low_rank_auto_classes = ("AutoModelForCausalLM",)
 
     svdllm: dict[str, Any] | None = None  # a plain attribute: this class is no dataclass
 
@@ -240,13 +246,13 @@ class LowRankConfigMixin(_Config):
 
     @classmethod
     def full_auto_map(cls) -> dict[str, str]:
-        """Maps three auto classes: serving engines need ``AutoModel``, transformers names only what it saves."""
+        """Maps all auto classes: serving engines need ``AutoModel``, transformers names only what it saves."""
         configuration, modeling = cls.code_modules()
         stem = cls.__name__.removesuffix("Config")
         return {
             "AutoConfig": f"{configuration}.{stem}Config",
             "AutoModel": f"{modeling}.{stem}Model",
-            "AutoModelForCausalLM": f"{modeling}.{stem}ForCausalLM",
+            **dict.fromkeys(cls.low_rank_auto_classes, f"{modeling}.{stem}{cls.low_rank_head}"),
         }
 
     def to_dict(self) -> dict[str, Any]:

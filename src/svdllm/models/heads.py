@@ -90,10 +90,7 @@ def _find_in(trial: BlockTrial, inside: set[str]) -> tuple[list[Channels], dict[
         if groups is None:  # everything depends on everything, as behind a norm
             continue
         if (counts := _counts_of(trial, groups)) is None:
-            refused[consumer] = (
-                f"its {groups.num_groups} heads depend on their number or hold values of their own, so that fewer of "
-                "them do not compute the same"
-            )
+            refused[consumer] = "its heads depend on each other or on their number, or hold values beside linears"
         else:
             found.append(replace(groups, counts=counts))
     return found, refused

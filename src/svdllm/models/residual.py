@@ -121,7 +121,7 @@ class _BlockRun:
         self.stream: Tensor = (args[0] if args else kwargs["hidden_states"]).clone().requires_grad_()
         trial.given = ((self.stream, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": self.stream})
         self.calls: list[_Call] = []
-        handles = [self._noted(child) for child, _ in block.named_children()]
+        handles = [self._noted(name) for name, child in block.named_children() if any(True for _ in child.parameters())]
         try:
             self.results = trial.run()
         finally:
@@ -156,7 +156,11 @@ def _halves_of(block: nn.Module, given: Arguments, name: str) -> list[Half]:
             module = block.get_submodule(norm.child)
             if not _is_root_mean_square(module):
                 kind = type(module).__name__
-                raise _refused(block, f"{name}.{norm.child} ({kind}) is not a norm by the root mean square alone")
+                raise _refused(
+                    block,
+                    f"{name}.{norm.child} ({kind}) is not a norm by the root mean square alone, as is expected in "
+                    "front of every branch",
+                )
             if not torch.allclose(norm.inputs, stream, atol=1e-5):
                 raise _refused(block, f"{name}.{norm.child} does not read the residual, as where branches are parallel")
             halves.append(_half(run, name, norm, branch))

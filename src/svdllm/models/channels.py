@@ -12,7 +12,7 @@ from torch import Tensor
 from svdllm.models.mlps import rows_by_feature
 from svdllm.models.structure import Mlp, Structure, Target
 
-SHARED = -1  # the group of rows that every group reads
+SHARED = -1  # the group of rows that every group reads, or none, and that stay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Channels:
         block: index of the block that it is in.
         are_heads: whether a group is a head of keys and values with the query heads that read it; else it is one inner
             feature of an MLP.
-        producers: target -> the group of each of its rows; ``SHARED`` for rows that every group reads.
+        producers: target -> the group of each of its rows; ``SHARED`` for rows that belong to none.
         consumer: the target that reads the channels.
         columns: the group of each column of the consumer.
         counts: integer of a module, by its full name -> its share for each group: numbers of heads and widths that the

@@ -91,14 +91,13 @@ def test_a_report_tells_what_is_left(tmp_path: Path) -> None:
     pruned("llama", "flap", 0.3, tmp_path / "out")
     report = read_report(tmp_path / "out")
     kept = report["pruning"]["kept"]
-    assert {name: total for name, (_, total) in kept.items()} == {
-        **{f"model.layers.{n}.self_attn": 2 for n in range(2)},
-        **{f"model.layers.{n}.mlp.gate_proj+up_proj+down_proj": 48 for n in range(2)},
-    }
+    totals = {"self_attn": 2, "mlp": 48}
+    assert kept
+    assert all(number < total == totals[name.split(".")[3]] for name, (number, total) in kept.items())
     rows = {row["name"]: row for row in report["linears"]}
     for name, (number, _) in kept.items():
         if "mlp" in name:
-            assert rows[f"{name.split('.mlp')[0]}.mlp.down_proj"]["size"] in (number, None)
+            assert rows[f"{name.split('.mlp')[0]}.mlp.down_proj"]["size"] == number
     assert "flap" in (tmp_path / "out/README.md").read_text()
 
 

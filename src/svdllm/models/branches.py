@@ -67,8 +67,11 @@ def _outputs_of(block: nn.Module, children: list[str], given: Arguments, name: s
 
     def on(child: str) -> Any:
         def return_zeros(module: nn.Module, args: Any, output: Any) -> Any:
-            outputs[child] = len(output) if isinstance(output, tuple) else 0
-            return (torch.zeros_like(output[0]), *output[1:]) if outputs[child] else torch.zeros_like(output)
+            if not isinstance(output, tuple):
+                outputs[child] = 0
+                return torch.zeros_like(output)
+            outputs[child] = len(output)
+            return (torch.zeros_like(output[0]), *output[1:])
 
         return (trial.stubs.get(child) or block.get_submodule(child)).register_forward_hook(return_zeros)
 

@@ -40,7 +40,7 @@ def prune(job: Job, ids: Tensor) -> Made:
     weights, stored = job.subject.weights, job.subject.stored
     return Made(
         layout={name: tensor for name, tensor in stored.items() if not name.startswith(gone)},
-        get=weights.get,
+        tensors=weights,
         entry={"dropped": {branch.name: branch.num_outputs for branch in dropped}} if dropped else {},
         removed=sum(branch.params for branch in dropped),
         details={"rounds": history},

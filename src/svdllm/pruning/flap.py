@@ -15,7 +15,8 @@ from svdllm.models.hooks import first_argument
 from svdllm.models.structure import Target, weight_of
 from svdllm.models.walk import Block
 from svdllm.pruning.job import Job, Method
-from svdllm.pruning.made import Made, narrowed
+from svdllm.pruning.made import Made
+from svdllm.pruning.narrowed import Narrowed
 
 
 class Moments:
@@ -93,7 +94,7 @@ def prune(job: Job, ids: Tensor) -> Made:
     """Scores the inputs of every ``o_proj`` and ``down_proj`` in one pass of the dense model, and cuts all at once."""
     channels, targets = job.channels, job.targets
     if not job.ratio:
-        return narrowed(job.subject, (), {}, {}, _details(channels, {}))
+        return Narrowed(job.subject, (), {}).made()
     scores: dict[str, Tensor] = {}
     means: dict[str, Tensor] = {}
     with job.walk(ids) as walk:
@@ -113,7 +114,7 @@ def prune(job: Job, ids: Tensor) -> Made:
         for each in channels
         if not bool(groups[each.name].all())
     }
-    return narrowed(job.subject, channels, groups, biases, _details(channels, groups))
+    return Narrowed(job.subject, channels, groups, biases).made()
 
 
 def _bias(job: Job, channels: Channels, groups: Tensor, mean_I: Tensor) -> Tensor:
@@ -142,10 +143,6 @@ def _moments(block: Block, targets: Sequence[Target]) -> dict[str, Moments]:
         for handle in handles:
             handle.remove()
     return moments
-
-
-def _details(channels: Sequence[Channels], groups: Mapping[str, Tensor]) -> dict[str, object]:
-    return {"kept": {each.name: [int(groups[each.name].sum()), each.num_groups] for each in channels if groups}}
 
 
 FLAP = Method(

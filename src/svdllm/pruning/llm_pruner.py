@@ -18,7 +18,8 @@ from svdllm.models.logits import loss_gradient
 from svdllm.models.structure import Target
 from svdllm.models.walk import Block
 from svdllm.pruning.job import Job, Method
-from svdllm.pruning.made import Made, narrowed
+from svdllm.pruning.made import Made
+from svdllm.pruning.narrowed import Narrowed
 
 FIRST, LAST = 4 / 32, 2 / 32  # shares of the blocks that stay whole: blocks 4 to 29 of LLaMA-7B's 32 are pruned
 
@@ -64,7 +65,7 @@ def prune(job: Job, ids: Tensor) -> Made:
     """Takes gradients of the loss of a few short texts, and removes the groups of least importance in each block."""
     channels, targets = _pruned(job), job.targets
     if not job.ratio:
-        return narrowed(job.subject, (), {}, {}, {"kept": {}})
+        return Narrowed(job.subject, (), {}).made()
     scores: dict[str, Tensor] = {}
     with job.walk(ids, gradients=True) as walk:
         for block in job.blocks(walk, "forward"):
@@ -82,8 +83,7 @@ def prune(job: Job, ids: Tensor) -> Made:
     for each in channels:
         groups[each.name] = torch.zeros(each.num_groups, dtype=torch.bool)
         groups[each.name][scores[each.name].topk(numbers[each.name]).indices] = True
-    details: dict[str, Any] = {"kept": {each.name: [numbers[each.name], each.num_groups] for each in channels}}
-    return narrowed(job.subject, channels, groups, {}, details)
+    return Narrowed(job.subject, channels, groups).made()
 
 
 def _saliences(block: Block, targets: Sequence[Target]) -> dict[str, Tensor]:

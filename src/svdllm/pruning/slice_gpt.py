@@ -144,7 +144,7 @@ def prune(job: Job, ids: Tensor) -> Made:
     """Finds the axes position by position, with everything before sliced."""
     stored = job.subject.stored
     if not job.ratio:
-        return Made(layout=stored, get=job.subject.weights.get, entry={}, removed=0, details={"width": None})
+        return Made(layout=stored, tensors=job.subject.weights, entry={}, removed=0, details={"width": None})
     residual = find_residual(job.subject.skeleton, job.subject.structure)
     width = width_for(job, residual)
     assert width is not None
@@ -161,7 +161,7 @@ def prune(job: Job, ids: Tensor) -> Made:
     removed = num_params(stored, job.subject.buffers) - num_params(layout, job.subject.buffers)
     return Made(
         layout=layout,
-        get=sliced.get,
+        tensors=sliced,
         entry=sliced.entry,
         fields={"tie_word_embeddings": False},
         removed=removed,

@@ -9,7 +9,9 @@ import pytest
 
 from runs import TEXT, save_dense
 from svdllm.common.errors import InputError
+from svdllm.common.run_options import RunOptions
 from svdllm.comparison import Grid, Measures, run_grid, variants_of
+from svdllm.comparison.target_sizes import ratios_of_sizes
 
 METHODS = ["flap", "llm-pruner", "slicegpt", "blockpruner", "svd-llm"]
 
@@ -65,3 +67,14 @@ def test_a_pruned_model_is_trained_afterwards(place: Path, tmp_path: Path) -> No
     assert [record.get("error") for record in records] == [None] * 3
     assert records[1]["recovery"][0]["settings"]["methods"] == ["distill"]
     assert records[1]["params"] < records[0]["params"]
+
+
+def test_target_sizes_are_ratios_of_the_same_bytes(place: Path, tmp_path: Path) -> None:
+    dense = (place / "dense/model.safetensors").stat().st_size
+    options = RunOptions()
+    ratios = ratios_of_sizes(str(place / "dense"), [int(0.9 * dense), int(0.8 * dense)], options)
+    (_, record) = run_grid(make_grid(place, ["flap"], ratios[1:]), tmp_path / "r")
+    assert record["file_bytes"] == pytest.approx(0.8 * dense, rel=0.02)
+    for size in (dense, 10_000):
+        with pytest.raises(InputError, match="--target-size: expected a size between"):
+            ratios_of_sizes(str(place / "dense"), [size], options)

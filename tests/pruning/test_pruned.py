@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from families import tiny_model, tiny_tokens
 from runs import token_windows
-from svdllm import InputError, Pruning, UnsupportedModelError, load_model, prune, verify
+from svdllm import CheckpointError, InputError, Pruning, UnsupportedModelError, export_dense, load_model, prune, verify
 from svdllm.checkpoint.report import read_report
 from svdllm.pruning.methods import METHODS
 
@@ -132,6 +133,49 @@ def test_what_cannot_be_pruned_says_why(family: str, method: str, text: str, tmp
     with pytest.raises(UnsupportedModelError, match=text):
         prune(tiny_model(family), settings(method, 0.2), tmp_path / "out", calibration=token_windows())
     assert not list(tmp_path.iterdir())
+
+
+def test_fewer_heads_become_a_plain_model_filled_up_with_zeros(tmp_path: Path) -> None:
+    _, model, _ = pruned("llama", "llm-pruner", 0.4, tmp_path / "out")
+    assert model.model.layers[1].self_attn.o_proj.in_features == 16
+    export_dense(tmp_path / "out", tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert type(plain) is LlamaForCausalLM
+    torch.testing.assert_close(logits(plain, tiny_tokens()), logits(model, tiny_tokens()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "text"),
+    [
+        ("llama", "blockpruner", "no place for what pruning changed .dropped"),
+        ("llama", "slicegpt", "no place for what pruning changed .embeddings, norms"),
+        ("gpt2", "llm-pruner", "no place for what pruning changed .counts"),
+        ("llama", "flap", "no place for .* biases"),
+    ],
+)
+def test_what_no_plain_model_can_hold_is_refused(family: str, method: str, text: str, tmp_path: Path) -> None:
+    pruned(family, method, 0.4, tmp_path / "out")
+    with pytest.raises(UnsupportedModelError, match=text):
+        export_dense(tmp_path / "out", tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
+def test_a_damaged_entry_of_a_pruned_model_is_told(tmp_path: Path) -> None:
+    pruned("llama", "blockpruner", 0.25, tmp_path / "out")
+    file = tmp_path / "out/config.json"
+    config = json.loads(file.read_text())
+    for key, value, text in (
+        ("dropped", {"model.layers.0.mlp": -1}, "numbers of outputs"),
+        ("counts", {"model.layers.0.self_attn.num_heads": 0}, "positive integers"),
+        ("norms", {"model.norm": {"width": 4}}, "objects with width"),
+        ("embeddings", [], "a mapping from names"),
+        ("dropped", {"model.layers.7.mlp": 0}, "not in the model: model.layers.7.mlp"),
+    ):
+        config["svdllm"] |= {key: value}
+        file.write_text(json.dumps(config))
+        with pytest.raises((UnsupportedModelError, CheckpointError), match=text):
+            load_model(tmp_path / "out")
+        del config["svdllm"][key]
 
 
 def test_an_unknown_method_is_told_with_the_known_ones() -> None:

@@ -485,6 +485,9 @@ def remove_parts(model: nn.Module, settings: Mapping[str, Any], prefix: str = ""
         settings: the ``svdllm`` entry of a config: ``counts``, ``dropped``, ``embeddings`` and ``norms``; see
             ``LowRankConfigMixin``.
         prefix: the beginning of names that the model has not.
+
+    Raises:
+        ValueError: a name is not in the model.
     """
 
     def entries(key: str) -> Iterator[tuple[str, Any]]:
@@ -492,6 +495,11 @@ def remove_parts(model: nn.Module, settings: Mapping[str, Any], prefix: str = ""
             if name.startswith(prefix):
                 yield name.removeprefix(prefix), value
 
+    modules = {"", *(name for name, _ in model.named_modules())}
+    named = [name for key in ("dropped", "embeddings", "norms") for name, _ in entries(key)]
+    named += [name.rpartition(".")[0] for name, _ in entries("counts")]
+    if missing := [name for name in named if name not in modules]:
+        raise ValueError(f"config.svdllm does not fit {type(model).__name__}: not in the model: {_some(missing)}.")
     for name, value in entries("counts"):
         holder, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(holder), leaf, value)

@@ -6,7 +6,7 @@ They are here to be compared with. ``svdllm compress`` is the method of this lib
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from svdllm.common.progress import Reporter
 from svdllm.common.run_options import RunOptions
 from svdllm.compression.inputs import calibration_windows, check_weights
 from svdllm.compression.session import Run, open_run
-from svdllm.compression.subject import Subject, discover_subject, read_weights
-from svdllm.models.open import open_config
+from svdllm.compression.subject import discover_subject, read_weights
 from svdllm.pruning.job import Job
 from svdllm.pruning.methods import METHODS, recipe_of
 from svdllm.pruning.settings import Pruning
@@ -52,15 +51,6 @@ class PruningResult:
             "warnings": self.warnings,
             "settings": self.settings.to_dict(),
         }
-
-
-def check(model: str | Path | PreTrainedModel, settings: Pruning, options: RunOptions) -> None:
-    """Raises InputError or UnsupportedModelError if a model cannot be pruned so; reads its config only."""
-    method = METHODS[settings.pruning]
-    recipe = recipe_of(settings)
-    source = open_config(model, offline=options.offline, revision=options.revision)
-    subject = discover_subject(source, recipe)
-    method.check(Job(subject, settings, recipe, Path(), options.reporter))
 
 
 def prune(
@@ -96,11 +86,10 @@ def prune(
     with open_run(
         model, recipe, output_dir, options, calibration=calibration, tokenizer=tokenizer, resume=False
     ) as run:
-        subject = _subject(run, settings)
-        job = Job(subject, settings, run.recipe, run.work, run.reporter)
-        windows = calibration_windows(run, subject)
+        job = _job(run, settings)
+        windows = calibration_windows(run, job.subject)
         assert windows is not None
-        provenance = check_weights(run, subject, windows)
+        provenance = check_weights(run, job.subject, windows)
         made = method.prune(job, windows.ids)
         with run.reporter.stage("write", 1):
             sizes = write(run.work / FINISHED, run, job, made, provenance)
@@ -115,14 +104,14 @@ def prune(
     )
 
 
-def _subject(run: Run, settings: Pruning) -> Subject:
+def _job(run: Run, settings: Pruning) -> Job:
     """Opens the model, checks that it can be pruned, and fetches its weights."""
     with run.reporter.stage("plan", 1):
-        subject = discover_subject(run.source, run.recipe)
-        METHODS[settings.pruning].check(Job(subject, settings, run.recipe, run.work, run.reporter))
+        job = Job(discover_subject(run.source, run.recipe), settings, run.recipe, run.work, run.reporter)
+        METHODS[settings.pruning].check(job)
     start_over(run.work)
     claim_work_folder(run.work)
-    if run.source.weights is None:
-        with run.reporter.stage("open", 1):
-            subject = read_weights(subject, run.model, run.options, run.work / "source")
-    return subject
+    if run.source.weights is not None:
+        return job
+    with run.reporter.stage("open", 1):
+        return replace(job, subject=read_weights(job.subject, run.model, run.options, run.work / "source"))

@@ -25,14 +25,12 @@ from svdllm.models.walk import Block, Walk
 from svdllm.pruning.job import Job, Method
 from svdllm.pruning.made import Made
 
-DAMPING = 0.01  # of the mean diagonal
 ROUND_TO = 8
 
 
 def principal_axes(gram_DD: Tensor, width: int) -> Tensor:
-    """The leading eigenvectors of a Gram with damping (``D x K``, float64), those of the largest eigenvalues first."""
-    damped = gram_DD.double() + DAMPING * gram_DD.diagonal().mean().double() * torch.eye(len(gram_DD)).to(gram_DD)
-    _, vectors_DD = torch.linalg.eigh(damped)  # ascending
+    """The leading eigenvectors of a Gram (``D x K``, float64). A ridge, as the authors add, would not change them."""
+    _, vectors_DD = torch.linalg.eigh(gram_DD.double())  # ascending
     return vectors_DD.flip(1)[:, :width].contiguous()
 
 

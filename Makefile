@@ -1,4 +1,4 @@
-# make demo | test | test-fast | families | test-newest | test-oldest | lint | docs | clean. Another interpreter: make test PYTHON=python3.12
+# make demo | test | test-fast | families | models-page | test-newest | test-oldest | lint | docs | clean. Another interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
 WORKERS ?= 2
 TESTS ?= tests
@@ -16,11 +16,11 @@ OLDEST := .venv-oldest
 # With an open range pip may take torch for CUDA, several GB. Another one: make test-newest TORCH=torch
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 # All of the extra test but onnx and openvino, which ask for a newer transformers than the package does.
-OLDEST_EXTRAS := data,eval,gguf,quantize,recover,report,serve,tensorboard
+OLDEST_EXTRAS := data,eval,gguf,quantize,quantized-sources,recover,report,serve,tensorboard
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast families newest test-newest test-oldest lint docs clean
+.PHONY: help demo test test-fast families models-page newest test-newest test-oldest lint docs clean
 
 help:
 	@echo "make demo         compress SmolLM2-135M-Instruct and compare it with the dense model"
@@ -29,6 +29,7 @@ help:
 	@echo "make test-newest  run the fast tests with the newest versions of all packages but torch"
 	@echo "make test-oldest  run the fast tests with the lower bounds of pyproject.toml, torch apart"
 	@echo "make families     run svdllm on a tiny model of every causal LM type of transformers, and print a table"
+	@echo "make models-page  write docs/models.md: what is reached of models that people use, by their published shapes"
 	@echo "make lint         ruff and pyright, as pre-commit runs them"
 	@echo "make docs         build the documentation as a site, build/site/index.html; fails on a broken link"
 	@echo "make clean        remove the environments, the caches and the demo's output"
@@ -45,6 +46,9 @@ test-fast: $(VENV)/.installed-dev
 
 families: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py --output build/families
+
+models-page: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/named_models.py --page docs/models.md
 
 test-newest: newest
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -m 'not slow' $(PYTEST_OPTIONS)

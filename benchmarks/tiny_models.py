@@ -52,7 +52,8 @@ SIZES: Fields = {
     **_all("head_dim dim_head swa_head_dim kv_channels attention_head_size v_head_dim qk_nope_head_dim", HEAD_DIM),
     **_all("kv_lora_rank o_lora_rank", 16),
     **_all("q_lora_rank", 32),
-    **_all("qk_rope_head_dim rotary_dim laurel_rank index_topk index_block_size", 8),
+    **_all("qk_rope_head_dim rotary_dim laurel_rank index_block_size", 8),
+    **_all("index_topk", 16),  # fewer than the tokens of a walk, and no fewer than those of a generation: see there
     **_all("num_experts n_routed_experts num_local_experts moe_num_experts", 4),
     **_all("num_experts_per_tok moe_topk moe_k top_k_experts moe_top_k o_groups index_topk_blocks", 2),
     **_all("n_shared_experts num_shared_experts moe_num_shared_experts topk_group n_groups", 1),

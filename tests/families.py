@@ -132,6 +132,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "glm4_moe": {**_MOE, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "head_dim": 8},
     "granitemoe": {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "minimax_m2": {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
     "dbrx": {
         "vocab_size": 128,
         "d_model": 32,
@@ -194,6 +195,22 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     },
     "lfm2": {**_GQA, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "qwen3_5_text": {**_GQA, **_DELTA, **_MIXED_LAYERS, "head_dim": 8},
+    "qwen3_next": {
+        **_MOE,
+        **_DELTA,
+        **_MIXED_LAYERS,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_expert_intermediate_size": 24,
+    },
+    "lfm2_moe": {
+        **_MOE,
+        "layer_types": ["conv", "full_attention"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_dense_layers": 1,
+    },
     "recurrent_gemma": {
         **_COMMON,
         "num_key_value_heads": 1,

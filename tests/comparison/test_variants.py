@@ -197,3 +197,16 @@ def test_only_models_of_a_recipe_are_trained(place: Path, monkeypatch: pytest.Mo
     with pytest.raises(InputError, match="shallower is not made by a recipe"):
         variants_of(["shallower+distill"], {}, {"data": "python-docs"}, teacher="x")
     assert isinstance(variants_of(["a=b+c"], {}, teacher="x")[0], Foreign)
+
+
+def test_a_mixture_with_fewer_experts_is_a_row(tmp_path: Path, tokenizer: Any) -> None:
+    save_dense(tmp_path / "dense", "mixtral", tokenizer=tokenizer)
+    (tmp_path / "text.txt").write_text(TEXT)
+    records = run_grid(make_grid(tmp_path, ["reap"], (0.2,)), tmp_path / "r", keep=True)
+    assert [(record["name"], record["status"]) for record in records] == [("dense", "done"), ("reap 0.2", "done")]
+    made = records[1]
+    assert 0.2 <= made["achieved_ratio"] < 0.3  # one of four experts
+    assert [len(kept) for kept in made["kept_experts"].values()] == [3, 3]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "r" / made["checkpoint"]).num_parameters() == made["params"]
+    with pytest.raises(InputError, match="of 4 experts remain"):
+        run_grid(make_grid(tmp_path, ["reap"], (0.2, 0.8)), tmp_path / "r2")

@@ -195,6 +195,19 @@ def test_an_expert_without_tokens_is_fitted_to_those_of_its_layer(tmp_path: Path
     verify(tmp_path / "out", "cpu")
 
 
+def test_a_layer_without_a_token_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def elsewhere(self: Any, hidden: Tensor) -> Any:
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        absent = torch.full((len(tokens), 2), self.num_experts)
+        return tokens.new_zeros(len(tokens), self.num_experts), tokens.new_zeros(len(tokens), 2), absent
+
+    model = model_of("mixtral")
+    monkeypatch.setattr(type(model.model.layers[0].mlp.gate), "forward", elsewhere)
+    with pytest.raises(InputError, match=r"layers.0.mlp.experts.0.gate_up_proj.* saw no token; leave them dense"):
+        run(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("mode", ["dense", "sequential"])
 def test_a_block_is_done_in_parts(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("qwen3_moe")

@@ -53,6 +53,7 @@ KEYS_OF_0_1 = {
     "device_bytes",
     "disk_bytes",
     "seconds_by_stage",
+    "quantized_source",
     "unused_tensors",
     "warnings",
     "peak_ram_bytes",

@@ -215,6 +215,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Another value of every setting of the recipe, with what it cannot be without.
 OTHERS: dict[str, dict[str, Any]] = {
+    "part": {},  # there is no other that can be compressed
     "method": {"method": "asvd"},
     "asvd_alpha": {"asvd_alpha": 0.25},
     "metric": {"metric": "two-sided"},
@@ -283,7 +284,7 @@ def test_what_decides_the_bytes_is_what_the_tests_walk_over(interrupted: Path) -
     assert set(stored) == {f"recipe: {name}" for name in OTHERS} | set(BESIDE_THE_RECIPE)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", sorted(OTHERS.keys() - {"part"}))
 def test_an_unfinished_run_does_not_go_on_with_any_other_setting(name: str, interrupted: Path) -> None:
     text = {"ids": "python-docs"} if name == "calibration" else {}  # given tokens stand in for that of the recipe
     refused(interrupted, f"recipe: {name}", recipe=small_recipe(**OTHERS[name]), **text)

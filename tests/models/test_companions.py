@@ -39,7 +39,6 @@ NOT_A_TOKENIZERS = (
     "consolidated.00.pth",
     "tokenizer_backup.bin",
     "tokenizer_old.py",
-    "preprocessor_config.json",
     "training_args.bin",
     "tokenizer/tokenizer.json",
     "additional_chat_templates/notes.md",

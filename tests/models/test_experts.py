@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from families import linear_targets, tiny_model, tiny_tokens
+from svdllm.common.errors import CheckpointError
 from svdllm.models.converted import StoredTensor
 from svdllm.models.experts import Routing, Stacked, expert_tensors, stacked_layout, untouched
 from svdllm.models.low_rank.lowrank import (
@@ -22,8 +23,11 @@ from svdllm.models.low_rank.lowrank import (
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.weights import MemoryWeights, SafetensorsWeights
 
-OPTIONS: dict[str, dict[str, Any]] = {"gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2}}
-STACKED = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "granitemoe", "gpt_oss"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {"moe_layers": [0, 1], "num_local_experts": 4, "num_experts_per_tok": 1},  # repeated tokens
+}
+STACKED = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "granitemoe", "gpt_oss", "llama4_text"]
 
 
 def model_of(family: str) -> Any:
@@ -46,7 +50,8 @@ def test_split_experts_compute_what_transformers_does(family: str) -> None:
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])  # joined by pairs, by names, and stored stacked
+# Joined by pairs, by names, and stored stacked.
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text"])
 def test_the_weights_of_one_expert_are_read_alone(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(family)
     model.save_pretrained(tmp_path)
@@ -64,12 +69,24 @@ def test_the_weights_of_one_expert_are_read_alone(family: str, tmp_path: Path, m
         read.clear()
         torch.testing.assert_close(weights.get(name), state[name], atol=0, rtol=0)
         torch.testing.assert_close(in_memory.get(name), state[name], atol=0, rtol=0)
-        if family == "gpt_oss":
+        if family in ("gpt_oss", "llama4_text"):
             assert len(read) == 1
             assert read[0].startswith("part of ")
         else:
             assert len(read) == (2 if "gate_up" in name else 1)
             assert all(f"experts.{place.index}." in key for key in read)
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["files", "memory"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_expert_counts_that_differ_from_the_config_are_an_error(family: str, stored: bool, tmp_path: Path) -> None:
+    model = tiny_model(family, num_local_experts=4, num_experts_per_tok=2)
+    model.config.num_local_experts = 5
+    skeleton = build_skeleton(model.config)
+    if stored:
+        model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"experts.* holds 4 experts, the config asks for 5\. "):
+        SafetensorsWeights(tmp_path, skeleton) if stored else MemoryWeights(model, skeleton)
 
 
 def test_layers_that_no_form_touches_are_stacked_again() -> None:

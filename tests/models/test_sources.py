@@ -86,20 +86,13 @@ def multimodal(kind: str) -> Any:
     return CONFIG_MAPPING["gemma3"](text_config=text, vision_config=vision, mm_tokens_per_image=4)
 
 
-@pytest.mark.parametrize(("kind", "text"), [("llava", "llama"), ("gemma3", "gemma3_text")])
-def test_the_language_model_in_a_multimodal_one(kind: str, text: str, tmp_path: Path) -> None:
-    """It is named or found, and the way that the documents show makes a model of it that computes the same."""
+@pytest.mark.parametrize("kind", ["llava", "gemma3"])
+def test_the_language_model_in_a_multimodal_one(kind: str, tmp_path: Path) -> None:
+    """The way that the documents show makes a model of it that computes the same."""
     folder, alone = tmp_path / "whole", tmp_path / "alone"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         AutoModelForImageTextToText.from_config(multimodal(kind)).save_pretrained(folder)
-    message = f"its model_type is '{kind}'. The language model in it, of type '{text}', can be compressed once it is"
-    if kind == "llava":
-        with pytest.raises(svdllm.UnsupportedModelError, match=message):
-            svdllm.plan(folder, small_recipe())
-    else:  # transformers has it among its causal language models
-        (plan,) = svdllm.plan(folder, small_recipe())
-        assert {name.rpartition(".")[0] for name in plan.structure.blocks} == {"model.language_model.layers"}
     whole: Any = AutoModelForImageTextToText.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_config(whole.config.get_text_config(), dtype=whole.dtype)
     model.base_model.load_state_dict(whole.get_decoder().state_dict())

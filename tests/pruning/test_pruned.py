@@ -148,7 +148,7 @@ def test_fewer_heads_become_a_plain_model_filled_up_with_zeros(tmp_path: Path) -
     ("family", "method", "text"),
     [
         ("llama", "blockpruner", "no place for what pruning changed .dropped"),
-        ("llama", "slicegpt", "no place for what pruning changed .embeddings, norms"),
+        ("llama", "slicegpt", "no place for what pruning changed .embedding_widths, norms"),
         ("gpt2", "llm-pruner", "no place for what pruning changed .counts"),
         ("llama", "flap", "no place for .* biases"),
     ],
@@ -168,7 +168,7 @@ def test_a_damaged_entry_of_a_pruned_model_is_told(tmp_path: Path) -> None:
         ("dropped", {"model.layers.0.mlp": -1}, "numbers of outputs"),
         ("counts", {"model.layers.0.self_attn.num_heads": 0}, "positive integers"),
         ("norms", {"model.norm": {"width": 4}}, "objects with width"),
-        ("embeddings", [], "a mapping from names"),
+        ("embedding_widths", [], "a mapping from names"),
         ("dropped", {"model.layers.7.mlp": 0}, "not in the model: model.layers.7.mlp"),
     ):
         config["svdllm"] |= {key: value}

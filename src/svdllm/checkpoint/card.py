@@ -8,13 +8,21 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from svdllm.checkpoint.report import form_of
+from svdllm.models.low_rank.info import LowRankInfo
+from svdllm.models.quantized_sources.methods import QuantizedSource
+from svdllm.models.wrapped import is_wrapper
 
+IMAGE_TEXT = "AutoModelForImageTextToText"
 SHOWN_LINEARS = 5  # those that lost most
 FORMS = {
     "pair": "as pairs of factors (`svd_u @ svd_v`)",
     "packed": "packed (pivot rows or columns, and how the others are made of them)",
     "narrow": "narrower (fewer heads, or fewer inner features of an MLP)",
     "dropped": "removed with the attention or MLP that they belong to",
+    **{f"int{bits}": f"in {bits} bits" for bits in range(8, 1, -1)},
+    **{f"int{bits}-corrected": f"in {bits} bits with a low-rank correction" for bits in (4, 3, 2)},
+    "pair-int8": "as pairs of factors in 8 bits",
+    "packed-int8": "packed, in 8 bits",
 }
 
 
@@ -25,7 +33,8 @@ def model_card(report: dict[str, Any], config: PreTrainedConfig) -> str:
     """
     made = (_pruning(report),) if "pruning" in report else (_making(report), _worst_linears(report))
     sections = (
-        _overview(report),
+        _overview(report, config),
+        _forms(report),
         _loading(report, config),
         _quantization(report),
         _smaller_sizes(report),
@@ -34,7 +43,11 @@ def model_card(report: dict[str, Any], config: PreTrainedConfig) -> str:
     return "\n".join(section for section in sections if section)
 
 
-def _overview(report: dict[str, Any]) -> str:
+def _reads_images(config: PreTrainedConfig) -> bool:
+    return IMAGE_TEXT in (getattr(config, "auto_map", None) or {})
+
+
+def _overview(report: dict[str, Any], config: PreTrainedConfig) -> str:
     counts = Counter(map(form_of, report["linears"]))
     forms = "; ".join(f"{counts[form]} {text}" for form, text in FORMS.items() if counts[form])
     removed = 1 - report["params"] / report["dense_params"]
@@ -42,13 +55,15 @@ def _overview(report: dict[str, Any]) -> str:
     if history := report.get("recovery"):
         trained = "After compression it was trained: " + "; ".join(map(recovery_text, history)) + "."
     model = report["source"]["model"]
+    saved = report["achieved_ratio"] or 1 - report["file_bytes"] / report["dense_file_bytes"]  # of few bits alone
+    task = "image-text-to-text" if _reads_images(config) else "text-generation"
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags: [svdllm, low-rank, compression]
 ---
 
-# {model}, compressed by {report["achieved_ratio"]:.0%}
+# {model}, compressed by {saved:.0%}
 
 {model} with {len(report["linears"]) - counts["dense"]} of its linear layers made smaller
 (method `{report["method"]}`{_paper(report)}): {forms or "none"}.
@@ -69,22 +84,63 @@ def _paper(report: dict[str, Any]) -> str:
     return "" if "pruning" in report else ", [SVD-LLM](https://arxiv.org/abs/2403.07378)"
 
 
+def _forms(report: dict[str, Any]) -> str:
+    """The form of every kind of linear, where some are in few bits."""
+    if not report.get("bytes_by_part", {}).get("scales"):
+        return ""
+    kinds: dict[str, Counter[str]] = {}
+    for row in report["linears"]:
+        kinds.setdefault(row["name"].rpartition(".")[2], Counter())[form_of(row)] += 1
+    kinds |= {name: Counter([chosen["form"]]) for name, chosen in report["vocabulary"].items()}
+    rows = "\n".join(
+        f"| `{kind}` | {', '.join(f'{number} {form}' for form, number in counts.most_common())} |"
+        for kind, counts in kinds.items()
+    )
+    parts = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in report["bytes_by_part"].items() if size)
+    return f"""## Bits
+
+{report["bits_per_weight"]:.2f} bits per weight of the linears, scales included. Weight files: {parts}.
+
+| linears | forms |
+|---|---|
+{rows}
+"""
+
+
 def _loading(report: dict[str, Any], config: PreTrainedConfig) -> str:
+    if LowRankInfo.of(config) is None:
+        return """## Load
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")  # needs the package compressed-tensors
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+"""
     to_dense = (
         ""
         if report.get("quantization")
         else (" A plain\nmodel of the original architecture and size: `svdllm export FOLDER -o DENSE`.")
     )
+    wraps = is_wrapper(config)
+    reader, variable = ("AutoProcessor", "processor") if wraps else ("AutoTokenizer", "tokenizer")
+    auto = IMAGE_TEXT if _reads_images(config) else "AutoModelForCausalLM"
+    copied = (
+        "\nOnly its language model was compressed, on text; everything else is the original's, bit for bit.\n"
+        if wraps
+        else ""
+    )
     return f"""## Load
 
 ```python
 import svdllm  # registers the model type {config.model_type}
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, {reader}
 
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = {auto}.from_pretrained("FOLDER")
+{variable} = {reader}.from_pretrained("FOLDER")
 ```
-
+{copied}
 Without svdllm installed, pass `trust_remote_code=True`: the code files in this folder are self-contained.{to_dense}
 """
 
@@ -132,7 +188,9 @@ def _pruning(report: dict[str, Any]) -> str:
 def _source(report: dict[str, Any]) -> str:
     source = report["source"]
     revision = f", revision {source['revision']}" if source["revision"] else ""
-    return f"{source['model']}{revision}, weights `{source['weights_fingerprint'][:16]}`"
+    quantized = report.get("quantized_source")
+    stored = f"; {QuantizedSource(**quantized).text}" if quantized else ""
+    return f"{source['model']}{revision}, weights `{source['weights_fingerprint'][:16]}`{stored}"
 
 
 def _versions(report: dict[str, Any]) -> str:

@@ -26,13 +26,22 @@ RECIPE_FILE = "svdllm/recipe.yaml"
 
 
 def finish_checkpoint(
-    partial: Path, recipe_yaml: str, report: dict[str, Any], device: torch.device, reporter: Reporter
+    partial: Path,
+    recipe_yaml: str,
+    report: dict[str, Any],
+    device: torch.device,
+    reporter: Reporter,
+    scratch: Path | None = None,
 ) -> None:
-    """Writes recipe, card, reference logits, report and hashes into a folder that has config, code and weights."""
+    """Writes recipe, card, reference logits, report and hashes into a folder that has config, code and weights.
+
+    Args:
+        scratch: see ``reference_logits``.
+    """
     config = load_config(partial, partial.name, allow_quantized=True)
     (partial / RECIPE_FILE).write_text(recipe_yaml, encoding="utf-8")
     (partial / "README.md").write_text(model_card(report, config), encoding="utf-8")
-    write_reference(partial, config, device)
+    write_reference(partial, config, device, scratch)
     report["seconds"] = {name: taken for name, taken in reporter.seconds.items() if name != "write"}
     (partial / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     write_hashes(partial)

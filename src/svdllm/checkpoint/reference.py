@@ -12,6 +12,7 @@ from svdllm.checkpoint.load import load_model
 from svdllm.common.errors import NumericalError
 from svdllm.common.files import save_tensors
 from svdllm.models.discover import discover_blocks
+from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.walk import Walk
 from svdllm.models.weights import SafetensorsWeights
@@ -21,14 +22,19 @@ REFERENCE_TOKENS = 16
 REFERENCE_POSITIONS = 4
 
 
-def write_reference(folder: Path, config: PreTrainedConfig, device: torch.device) -> None:
-    """Stores the reference logits of a checkpoint in it."""
-    ids, logits = reference_logits(folder, config, device)
+def write_reference(folder: Path, config: PreTrainedConfig, device: torch.device, scratch: Path | None = None) -> None:
+    """Stores the reference logits of a checkpoint in it; see ``reference_logits``."""
+    ids, logits = reference_logits(folder, config, device, scratch)
     save_tensors({"token_ids": ids, "logits": logits}, folder / REFERENCE_FILE)
 
 
-def reference_logits(folder: Path, config: PreTrainedConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+def reference_logits(
+    folder: Path, config: PreTrainedConfig, device: torch.device, scratch: Path | None = None
+) -> tuple[Tensor, Tensor]:
     """Computes the logits of a few fixed tokens from the files of a folder, in float32.
+
+    Args:
+        scratch: a folder for the weights of the experts of one block, in place of the memory.
 
     Returns:
         Token ids (1 x ``REFERENCE_TOKENS``) and the logits of the last ``REFERENCE_POSITIONS`` of them.
@@ -37,19 +43,25 @@ def reference_logits(folder: Path, config: PreTrainedConfig, device: torch.devic
         NumericalError: a logit is not finite.
     """
     ids = (torch.arange(REFERENCE_TOKENS).unsqueeze(0) * 7919 + 11) % config.get_text_config().vocab_size
-    logits_of = _loaded_logits if getattr(config, "quantization_config", None) else _walked_logits
-    logits = logits_of(folder, config, ids, device)[:, -REFERENCE_POSITIONS:].float().cpu().contiguous()
+    info = LowRankInfo.of(config)
+    if getattr(config, "quantization_config", None) or (info is not None and info.embeddings):
+        computed = _loaded_logits(folder, config, ids, device)
+    else:
+        computed = _walked_logits(folder, config, ids, device, scratch)
+    logits = computed[:, -REFERENCE_POSITIONS:].float().cpu().contiguous()
     if not bool(torch.isfinite(logits).all()):
         raise NumericalError("The compressed model's logits are not finite.")
     return ids, logits
 
 
-def _walked_logits(folder: Path, config: PreTrainedConfig, ids: Tensor, device: torch.device) -> Tensor:
+def _walked_logits(
+    folder: Path, config: PreTrainedConfig, ids: Tensor, device: torch.device, scratch: Path | None
+) -> Tensor:
     """Computes the logits with one block in memory at a time."""
     skeleton = build_skeleton(config)
     weights = SafetensorsWeights(folder, skeleton)
     structure = discover_blocks(skeleton)
-    walk = Walk(weights=weights, skeleton=skeleton, structure=structure, ids=ids, device=device, dtype=torch.float32)
+    walk = Walk(weights, skeleton, structure, ids, device, dtype=torch.float32, scratch=scratch)
     for block in walk.blocks():
         block.run()
     return walk.logits()

@@ -15,7 +15,8 @@ from svdllm.common.device import resolve_device
 from svdllm.common.errors import CheckpointError, NumericalError
 from svdllm.models.config_files import load_config
 from svdllm.models.logits import compare_logits
-from svdllm.models.low_rank import FACTORED, HASHES_FILE, compare_hashes
+from svdllm.models.low_rank import HASHES_FILE, RANKED, compare_hashes
+from svdllm.models.low_rank.info import LowRankInfo
 
 
 def verify(folder: str | Path, device: str = "auto") -> list[tuple[str, str]]:
@@ -35,15 +36,17 @@ def verify(folder: str | Path, device: str = "auto") -> list[tuple[str, str]]:
     problems = compare_hashes(folder)
     if problems:
         raise CheckpointError(f"{folder} is not as it was written: {' '.join(problems)} Fetch or write it again.")
-    load_config(folder, str(folder), allow_quantized=True)
+    config = load_config(folder, str(folder), allow_quantized=True)
+    options = {"check_integrity": False} if LowRankInfo.of(config) else {}  # of our classes; files are checked above
     checks = [("hashes", "every file is as it was written")]
-    model = load_model(folder, dtype=torch.float32, check_integrity=False)
-    ranks = {name: m.svd_v.out_features for name, m in model.named_modules() if isinstance(m, FACTORED)}
+    model = load_model(folder, dtype=torch.float32, **options)
+    ranks = {name: m.svd_v.out_features for name, m in model.named_modules() if isinstance(m, RANKED)}
     wanted = ranks_of(report)
     if ranks != wanted:
         different = sorted(name for name in {**ranks, **wanted} if ranks.get(name) != wanted.get(name))
         raise CheckpointError(f"{folder}: the ranks of {', '.join(different[:3])} are not those of {REPORT_FILE}.")
-    if model.num_parameters() != report["params"]:
+    in_bits = any(name.endswith(".packed_codes") for name, _ in model.named_parameters())  # counted as integers
+    if not in_bits and model.num_parameters() != report["params"]:
         raise CheckpointError(f"{folder}: {report['params']:,} parameters expected, {model.num_parameters():,} found.")
     checks.append(("shapes", f"{len(ranks)} low-rank linears, {report['params']:,} parameters"))
     for name, parameter in model.named_parameters():

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from svdllm.models.safetensors_files import read_header, weight_files
 
-# torchao stores a quantised weight as several tensors: x.weight as x._weight_qdata, x._weight_scale, ...
-QUANTIZED_PREFIX = "_weight_"
+# A quantised x.weight is several tensors: x._weight_qdata, x._weight_scale, ... of torchao, x.weight_packed,
+# x.weight_scale, ... of compressed-tensors, x.packed_codes and x.packed_scales of an embedding of ours.
+QUANTIZED_PREFIXES = ("_weight_", "weight_", "packed_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ def weight_bytes(folder: str | Path) -> WeightBytes:
     for path in paths:
         header = read_header(path)
         for key, (shape, code, size) in header.tensors.items():
-            if key.rpartition(".")[2].startswith(QUANTIZED_PREFIX):
+            if key.rpartition(".")[2].startswith(QUANTIZED_PREFIXES):
                 quantized += size
             else:
                 other += size

@@ -21,6 +21,8 @@ class Format(str, Enum):
     onnx = "onnx"
     openvino = "openvino"
     padded = "padded"
+    gguf = "gguf"
+    adapter = "adapter"
 
 
 FormatOption = Annotated[
@@ -29,7 +31,8 @@ FormatOption = Annotated[
         help="dense: the factors multiplied out, a plain model of the original architecture. pairs: packed factors as "
         "pairs, for tensor parallelism and tools that want pairs. onnx, openvino: the factors as they are, in a "
         "float32 graph for ONNX Runtime or OpenVINO. padded: the same model with more heads, which do nothing, for "
-        "tensor parallelism."
+        "tensor parallelism. gguf: a dense or quantised model without factors as one file for llama.cpp. "
+        "adapter: corrections as an adapter of PEFT beside a plain model in few bits."
     ),
 ]
 TensorParallel = Annotated[
@@ -58,7 +61,7 @@ def export(
     if tensor_parallel is not None:
         found, said = _padded(folder, output, tensor_parallel)
     else:
-        writers = {Format.dense: _dense, Format.pairs: _pairs}
+        writers = {Format.dense: _dense, Format.pairs: _pairs, Format.gguf: _gguf, Format.adapter: _adapter}
         found, said = writers.get(format, partial(_graph, format=format))(folder, output)
     if json:
         print_json({"output_dir": str(output), "format": format.value} | found)
@@ -86,6 +89,27 @@ def _pairs(folder: Path, output: Path) -> tuple[dict[str, Any], str]:
     return asdict(made), (
         f"pairs of {made.pairs} packed linears{dense}; {size(made.bytes_after)} in place of {size(made.bytes_before)}; "
         f"largest difference from the original {made.difference:.1e} of the largest logit."
+    )
+
+
+def _adapter(folder: Path, output: Path) -> tuple[dict[str, Any], str]:
+    from svdllm.export.adapter import export_adapter
+
+    made = export_adapter(folder, output)
+    return asdict(made), (
+        f"base ({size(made.base_bytes)}) and adapter ({size(made.adapter_bytes)}), which corrects {made.linears} "
+        f"linears by rank {made.rank} at most."
+    )
+
+
+def _gguf(folder: Path, output: Path) -> tuple[dict[str, Any], str]:
+    from svdllm.export.gguf import export_gguf
+
+    made = export_gguf(folder, output)
+    types = ", ".join(f"{number} {kind}" for kind, number in made.types.items())
+    return asdict(made), (
+        f"{size(made.bytes)}, tensors: {types}; largest difference from the original {made.difference:.1e} of the "
+        "largest logit."
     )
 
 

@@ -8,13 +8,30 @@ import typer
 
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, print_json, show, show_next
+from svdllm.common.run_options import RunOptions
 
 Subject = Annotated[
     str, typer.Argument(help="A checkpoint made by svdllm, or a dense model (folder or hub id).", show_default=False)
 ]
 Bits = Annotated[
-    int, o.option("8 (integers), or 4 (NVFP4: numbers of 4 bits and a scale of 8 bits for every 16).", None, True)
+    int,
+    o.option(
+        "8 (integers), or 4 (NVFP4: numbers of 4 bits and a scale of 8 bits for every 16). With --calib 8, 6, 5, 4, 3 "
+        "or 2, all of them integers.",
+        None,
+        True,
+    ),
 ]
+Calib = Annotated[
+    str | None,
+    o.option(
+        "Text, as for compress, with whose Grams a dense model is rounded (GPTQ): compress with one form for all.",
+        None,
+        "round to nearest",
+    ),
+]
+Samples = Annotated[int, o.option("Windows of the text (--calib).", None, True)]
+Seqlen = Annotated[int, o.option("Tokens of a window (--calib).", None, True)]
 GroupSize = Annotated[
     int | None,
     o.option(
@@ -40,6 +57,9 @@ def quantize_(
     bits: Bits = 8,
     group_size: GroupSize = None,
     skip: Skip = None,
+    calib: Calib = None,
+    samples: Samples = 128,
+    seqlen: Seqlen = 2048,
     device: o.Device = "auto",
     offline: o.Offline = False,
     revision: o.Revision = None,
@@ -49,11 +69,30 @@ def quantize_(
 
     Compress first, quantise last: [bold]svdllm quantize OUT -o OUT8 --bits 8[/bold]
 
+    A dense model is rounded better with a text: [bold]svdllm quantize MODEL -o OUT4 --bits 4 --calib wikitext2[/bold]
+
     For 4 bits, compress with [bold]--round-to 16[/bold]: a factor whose rank is not a multiple of 16 gets 8 bits.
     """
-    from svdllm.cli.tables import quantization_table
+    from svdllm.cli.tables import quantization_table, result_table
     from svdllm.export.quantize import quantize
 
+    if calib is not None:
+        from svdllm.export.quantize_calibrated import quantize_calibrated
+
+        made = quantize_calibrated(
+            model,
+            output,
+            bits=bits,
+            group_size=group_size,
+            skip=skip or (),
+            calibration=calib,
+            samples=samples,
+            seqlen=seqlen,
+            device=device,
+            options=RunOptions.of(offline=offline, revision=revision, reporter=ConsoleReporter()),
+        )
+        print_json(made.to_dict()) if json else show(result_table(made))
+        return
     result = quantize(
         model,
         output,

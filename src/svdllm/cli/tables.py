@@ -15,13 +15,16 @@ from svdllm.checkpoint.report import form_of
 from svdllm.cli.console import count, duration, size
 from svdllm.comparison.demo import DemoResult
 from svdllm.comparison.table import perplexity_text
+from svdllm.compression.forms import bits_of, in_few_bits
 from svdllm.compression.plan import Plan
 from svdllm.compression.records import CompressionResult
 from svdllm.evaluation.side_by_side import ModelPerplexity
 from svdllm.export.quantize import QuantizationResult
 from svdllm.models.left_dense import DensePart
 from svdllm.models.model_names import given_name
+from svdllm.models.quantized_sources.methods import QuantizedSource
 from svdllm.models.unused_tensors import UnusedTensors
+from svdllm.models.wrapped import OutsidePart
 from svdllm.pruning.run import PruningResult
 from svdllm.recovery import RecoveryResult
 
@@ -40,6 +43,10 @@ def result_table(result: CompressionResult) -> Titled:
         table.add_row("elastic files", f"{size(plan.sizes.elastic_bytes)} beside them, for `svdllm slice`")
     changed = [linear for linear in result.linears if linear.size is not None]
     table.add_row("allocation", allocation_text(plan))
+    if any(map(in_few_bits, plan.forms.values())):
+        table.add_row("bits", f"{plan.sizes.bits_per_weight:.2f} per weight of the linears, scales included")
+        if all(bits_of(chosen) is not None for chosen in plan.forms.values()):
+            table.add_row("low rank", "none: at this size, few bits alone are predicted to lose less")
     if plan.speed is not None:
         table.add_row("linears, predicted", speed_text(asdict(plan.speed)))
     if changed:
@@ -171,9 +178,12 @@ def report_table(report: dict[str, Any]) -> Titled:
     if speed := report.get("speed"):
         table.add_row("linears, predicted", speed_text(speed))
     add_dense_parts(table, [DensePart(**part) for part in report.get("dense_parts", [])])
+    add_outside_parts(table, [OutsidePart(**part) for part in report.get("outside_parts", [])])
     if "metric" in recipe:  # a pruned model has none
         table.add_row("metric", f"{recipe['metric']}, {recipe['calibration_mode']} calibration")
     table.add_row("source weights", f"{source['weights_fingerprint'][:16]}, revision {source['revision'] or 'none'}")
+    if quantized := report.get("quantized_source"):
+        table.add_row("source files", quantized_source_text(QuantizedSource(**quantized)))
     if source["calibration"]:
         table.add_row(
             "calibration",
@@ -190,6 +200,11 @@ def report_table(report: dict[str, Any]) -> Titled:
     return f"{source['model']}, compressed", [table]
 
 
+def quantized_source_text(source: QuantizedSource) -> str:
+    """How a source is quantised, and the bytes of its files as far as they are known."""
+    return source.text + ("" if source.file_bytes is None else f"; its weight files have {size(source.file_bytes)}")
+
+
 def add_dense_parts(table: Table, parts: Sequence[DensePart]) -> None:
     """Adds a row for what stays as it is inside the blocks; what is less than 0.5 % of them is summed up."""
     large = [part for part in parts if part.share >= LEAST_SHOWN]
@@ -197,6 +212,14 @@ def add_dense_parts(table: Table, parts: Sequence[DensePart]) -> None:
     lines = [part.text for part in large] + ([f"{small:.2%} norms and other small parts"] if small else [])
     if lines:
         table.add_row("left as they are", "\n".join(lines))
+
+
+def add_outside_parts(table: Table, parts: Sequence[OutsidePart]) -> None:
+    """Adds a row for the parts of a wrapper that are copied."""
+    if parts:
+        share = sum(part.share for part in parts)
+        names = ", ".join(part.text for part in parts)
+        table.add_row("outside the language model", f"{share:.1%} of all weights, copied: {names}")
 
 
 def linears_table(linears: list[dict[str, Any]], *, every: bool) -> Table:
@@ -260,8 +283,8 @@ def speed_text(speed: dict[str, Any]) -> str:
 
 
 def kind_of(name: str) -> str:
-    """``model.layers.*.mlp.up_proj`` for every block's up projection."""
-    return re.sub(r"\.\d+\.", ".*.", name, count=1)
+    """``model.layers.*.mlp.up_proj`` for every block's up projection, and every expert's."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def summary_table() -> Table:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from svdllm.common.errors import InputError, did_you_mean
 from svdllm.comparison.compressed import Compressed, Pruned, Trained
+from svdllm.comparison.fewer_experts import FewerExperts
 from svdllm.comparison.foreign import Foreign
 from svdllm.comparison.settings import DENSE
 from svdllm.comparison.variant import MadeBy, Maker, Variant
@@ -22,9 +23,13 @@ from svdllm.recovery.methods import METHODS
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A named variant: settings of a recipe, a method of pruning, or a function that makes the model in another way."""
+    """A named variant: settings of a recipe, a method of pruning, or a function that makes the model in another way.
+
+    ``kind`` is the class of a variant that has a recipe: what is made with it.
+    """
 
     settings: Mapping[str, Any] | None = None
+    kind: Callable[..., Variant] = Compressed
     pruning: str | None = None
     make: Maker | None = None
     is_baseline: bool = False  # whether the table shows gains against it
@@ -35,7 +40,7 @@ class Row:
             return MadeBy(name=name, function=self.make)
         if self.pruning is not None:
             return Pruned(name=name, pruning=make_pruning({**calibration, "pruning": self.pruning}, f"method {name}"))
-        return Compressed(name=name, recipe=make_recipe({**(self.settings or {}), **calibration}, f"method {name}"))
+        return self.kind(name=name, recipe=make_recipe({**(self.settings or {}), **calibration}, f"method {name}"))
 
 
 # The published methods with the ranks they are published with, and those of pruning; then the presets by their names.
@@ -45,6 +50,7 @@ VARIANTS: dict[str, Row] = {
     "asvd": Row(settings={"method": "asvd"}, is_baseline=True),
     "asvd-strs": Row(settings={"method": "asvd", "allocation": "strs"}, is_baseline=True),
     **{name: Row(pruning=name, is_baseline=True) for name in PRUNING_METHODS},
+    "reap": Row(kind=FewerExperts, is_baseline=True),
     "svd-llm": Row(settings=preset_settings("paper")),
     **{name: Row(settings=preset_settings(name)) for name in PRESETS if name != "paper"},
 }

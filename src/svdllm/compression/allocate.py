@@ -8,6 +8,7 @@ from dataclasses import replace
 from svdllm.checkpoint.elastic import Probes
 from svdllm.common.files import write_atomically
 from svdllm.compression.analysis import Analysis
+from svdllm.compression.forms import corrected_bits
 from svdllm.compression.plan import Plan, refine
 from svdllm.compression.probe import probe, probe_ids, probe_sizes, probe_tokens
 from svdllm.compression.ranks import ALLOCATIONS, Evidence
@@ -72,25 +73,39 @@ def allocate(
     evidence = Evidence({target.name: analysis.energies(target) for target in structure.targets})
     if run.recipe.needs_probes:
         assert windows is not None
-        probes = _probes(run, subject, windows, analysis)
+        probes = _probes(run, subject, windows, analysis, plans[0])
         narrowings = {
             mlp.name: analysis.narrowing_tails(mlp.block, mlp.name)
             for mlp in structure.mlps
             if (mlp.pool or mlp.name) in probes
         }
-        evidence = replace(evidence, probes=probes, times=times, narrowings=narrowings)
+        roundings = {t.name: errors for t in structure.targets if (errors := analysis.rounding(t)) is not None}
+        corrected = corrected_bits(run.recipe.used_forms)
+        corrections = {
+            t.name: dict(zip(corrected, tails, strict=True))
+            for t in structure.targets
+            if corrected and (tails := analysis.corrections(t)) is not None
+        }
+        evidence = replace(
+            evidence,
+            probes=probes,
+            times=times,
+            narrowings=narrowings,
+            roundings=roundings,
+            corrections=corrections,
+        )
     with run.reporter.stage("allocate", 1):
         return [refine(plan, subject, evidence) for plan in plans]
 
 
-def _probes(run: Run, subject: Subject, windows: TokenWindows, analysis: Analysis) -> Probes:
+def _probes(run: Run, subject: Subject, windows: TokenWindows, analysis: Analysis, plan: Plan) -> Probes:
     """The effect of changing each linear and MLP alone; an earlier run's, if it tried the same sizes."""
     recipe, structure = run.recipe, subject.structure
     sizes = probe_sizes(recipe, structure)
     probes = analysis.read_probes(recipe.allocation)
     if {name: list(measured) for name, measured in probes.items()} != sizes:
         ids = probe_ids(windows.ids, probe_tokens(recipe, structure, subject.skeleton))
-        walk = subject.walk(ids, recipe)
+        walk = subject.walk(ids, recipe, scratch=run.scratch(plan))
         walk.batch_tokens = ids.numel()
         probing = ALLOCATIONS[recipe.allocation].probing
         assert probing is not None

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from svdllm.checkpoint.elastic import Probes
 from svdllm.common.files import save_atomically, write_atomically
 from svdllm.common.settings_file import FINGERPRINT_FILE, read_settings, refuse_other_settings
+from svdllm.compression.decompose import Decomposed
 from svdllm.compression.math.linalg import Spectrum
 from svdllm.compression.math.narrowing import Narrowing
 from svdllm.models.structure import Target
@@ -51,10 +51,9 @@ class Analysis:
     def write(
         self,
         block: int,
-        spectra: Mapping[str, Spectrum],
+        decomposed: Decomposed,
         seconds: Mapping[str, float],
         means: Mapping[str, Tensor] | None = None,
-        narrowings: Mapping[str, Narrowing] | None = None,
         *,
         keep_metrics: bool = False,
         part: int | None = None,
@@ -64,17 +63,19 @@ class Analysis:
         A block that is done in parts has a file of each. That of the last part makes the block done.
 
         Args:
-            spectra: by target.
+            decomposed: what ``decompose`` returned.
             seconds: as ``seconds`` returns them.
             means: mean inputs by group, where biases are corrected.
-            narrowings: by MLP, where MLPs may be narrowed.
             keep_metrics: keeps the right metrics of the block, for a sequential calibration.
             part: number of the part; None for the last, or the whole block.
         """
         tensors = {f"{group}.mean": mean for group, mean in (means or {}).items()}
-        for name, narrowing in (narrowings or {}).items():
+        for name, rounding in decomposed.roundings.items():
+            parts = {f"{name}.rounding": rounding.errors, f"{name}.corrections": rounding.corrections}
+            tensors |= {part: tensor for part, tensor in parts.items() if tensor is not None}
+        for name, narrowing in decomposed.narrowings.items():
             tensors |= {f"{name}.{part}": tensor for part, tensor in narrowing._asdict().items()}
-        for name, spectrum in spectra.items():
+        for name, spectrum in decomposed.spectra.items():
             tensors[f"{name}.energies"] = spectrum.energies_K
             tensors[f"{name}.basis"] = spectrum.basis_OD
             if spectrum.dual_DO is not None:
@@ -90,6 +91,15 @@ class Analysis:
             stored = set(file.keys())
             parts = [f"{target.name}.{part}" for part in ("energies", "basis", "dual")]
             return Spectrum(*(file.get_tensor(part).clone() for part in parts if part in stored))
+
+    def rounding(self, target: Target) -> dict[int, float] | None:
+        """Bits -> squared error of a target that is rounded; None where it cannot be."""
+        found = _tensor_if_there(self._file(target.block), f"{target.name}.rounding")
+        return None if found is None else {int(bits): float(error) for bits, error in found.mT}
+
+    def corrections(self, target: Target) -> Tensor | None:
+        """The squared error at every rank of a correction (corrected bits x ranks); None where it has none."""
+        return _tensor_if_there(self._file(target.block), f"{target.name}.corrections")
 
     def narrowing(self, block: int, mlp: str) -> Narrowing:
         """How an MLP of a block is narrowed."""
@@ -241,18 +251,12 @@ class FinalFactors:
         tensors = {f"{name} {leaf}": tensor for name, leaves in factors.items() for leaf, tensor in leaves.items()}
         save_atomically(tensors, self._file(block))
 
-    def read(self, block: int) -> dict[str, dict[str, Tensor]]:
-        factors: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in load_file(self._file(block)).items():
-            target, leaf = name.split(" ")
-            factors.setdefault(target, {})[leaf] = tensor
-        return factors
-
     def of(self, target: Target) -> dict[str, Tensor]:
         """The tensors of one target; empty if the target keeps its dense weight."""
-        with safe_open(self._file(target.block), framework="pt") as file:
-            names = [name for name in file.keys() if name.split(" ")[0] == target.name]  # noqa: SIM118
-            return {name.split(" ")[1]: file.get_tensor(name).clone() for name in names}
+        path = self._file(target.block)
+        names = [name for name in _names_in(path, path.stat().st_mtime_ns) if name.startswith(f"{target.name} ")]
+        with safe_open(path, framework="pt") as file:
+            return {name.split(" ")[1]: file.get_tensor(name).clone() for name in sorted(names)}
 
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:04d}.safetensors"

@@ -6,7 +6,6 @@ Gram of the gradients of every output. Until the reverse walk reaches a block, i
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,19 +13,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from svdllm.checkpoint.output import LOCK, start_over
 from svdllm.common.locks import locked
 from svdllm.common.progress import Reporter
 from svdllm.common.settings_file import read_settings
-from svdllm.common.version import __version__
 from svdllm.compression.analysis import Analysis
+from svdllm.compression.analysis_settings import settings_beside_the_recipe
 from svdllm.compression.collect import collect_backward, collect_statistics, right_metric
 from svdllm.compression.decompose import decompose
 from svdllm.compression.few_tokens import ExpertTokens, GroupStatistic, expert_tokens
-from svdllm.compression.forms import FORMS, most_rank, rank_of
+from svdllm.compression.forms import FORMS, bits_in, corrected_bits, most_rank, rank_of
 from svdllm.compression.math.metrics import METHODS, Method
 from svdllm.compression.math.statistics import Gram, Statistic
 from svdllm.compression.parts import Part, parts_of
@@ -51,7 +49,7 @@ def open_analysis(run: Run, subject: Subject, provenance: Provenance) -> Iterato
     """
     if not run.resume or not read_settings(run.analysis_folder):
         start_over(run.work)
-    beside = _settings_beside_the_recipe(run.recipe, subject, provenance)
+    beside = settings_beside_the_recipe(run.recipe, subject, provenance)
     own = Analysis(run.analysis_folder, recipe_settings(run.recipe.to_dict()) | beside)
     own.open()
     if run.analysis_dir is None:
@@ -77,18 +75,21 @@ def analyze(
     ids = torch.zeros(1, 2, dtype=torch.long)  # for a method that does not read the text
     if windows is not None and METHODS[recipe.method].needs_tokens:
         ids = windows.ids
-    walk = subject.walk(ids, recipe, run.spill_file(plans[0]))
+    walk = subject.walk(ids, recipe, run.spill_file(plans[0]), run.scratch(plans[0]))
     if recipe.needs_gradients:
         kept = min(recipe.gradient_samples, len(walk.ids))
         walk.kept_folder = run.work / "inputs"
         walk.kept_batches = sum(batch.start < kept for batch in walk.batches)
+    bits = bits_in(recipe.analysed_forms)
     Calibration(
         walk=walk,
         recipe=recipe,
         analysis=analysis,
         depths=_depths(subject.structure, plans),
         narrows=any(FORMS[name].of_mlps for name in recipe.analysed_forms),
-        keeps_metrics=recipe.calibration_mode == "sequential" or run.analysis_dir is not None,
+        bits=bits,
+        corrected=corrected_bits(recipe.analysed_forms),
+        keeps_metrics=recipe.calibration_mode == "sequential" or run.analysis_dir is not None or bool(bits),
         shared=_shared_statistics(run, analysis),
         reporter=run.reporter,
     ).run()
@@ -105,31 +106,18 @@ def _shared_statistics(run: Run, analysis: Analysis) -> SharedStatistics | None:
     return SharedStatistics.of(run.statistics_dir, beside)
 
 
-def _settings_beside_the_recipe(recipe: Recipe, subject: Subject, provenance: Provenance) -> dict[str, Any]:
-    """Everything beside the recipe that decides the bytes of the result."""
-    device, dtype = subject.placement(recipe)
-    config = subject.source.config.to_json_string(use_diff=False)
-    return {
-        "device": str(device),
-        "computed in": str(dtype),
-        "weights of the model": provenance.weights_fingerprint,
-        "config of the model": hashlib.sha256(config.encode()).hexdigest(),
-        "calibration tokens": provenance.calibration_fingerprint,
-        "directions of a spectrum": "all" if "packed" in recipe.analysed_forms else "to break-even",
-        "narrower MLPs": any(FORMS[name].of_mlps for name in recipe.analysed_forms),
-        "svdllm version": __version__,
-        "torch version": torch.__version__,
-        "transformers version": transformers.__version__,
-    }
-
-
 def _depths(structure: Structure, plans: Sequence[Plan]) -> dict[str, int]:
-    """Target -> directions of its basis to keep: the largest rank of the recipe's forms, or a larger explicit one."""
-    forms = plans[0].recipe.used_forms
+    """Target -> directions of its basis to keep: the largest rank of the recipe's forms, or a larger explicit one.
+
+    0 for a recipe that truncates nothing.
+    """
+    forms = plans[0].recipe.analysed_forms
     depths = {target.name: max(target.break_even_rank, most_rank(target, forms)) for target in structure.targets}
+    if not plans[0].recipe.truncates:
+        depths = dict.fromkeys(depths, 0)
     for plan in plans:
         for name, chosen in plan.forms.items():
-            depths[name] = max(depths[name], rank_of(chosen) or 0)
+            depths[name] = max(depths.get(name, 0), rank_of(chosen) or 0)
     return depths
 
 
@@ -142,7 +130,9 @@ class Calibration:
     analysis: Analysis
     depths: Mapping[str, int]  # target -> directions of its basis to keep
     narrows: bool  # whether MLPs may be narrowed
-    keeps_metrics: bool  # a sequential calibration reads them
+    keeps_metrics: bool  # a sequential calibration reads them, and so does rounding
+    bits: Sequence[int] = ()  # in which targets may be stored
+    corrected: Sequence[int] = ()  # of these, those that may have a correction
     shared: SharedStatistics | None = None
     reporter: Reporter
 
@@ -183,7 +173,8 @@ class Calibration:
             self._forward_part(block, part, tokens, seconds)
 
     def _parts(self, block: Block) -> list[Part]:
-        return parts_of(self.walk.structure.block_targets(block.index), self.depths)
+        structure = self.walk.structure
+        return parts_of(structure.block_targets(block.index), self.depths, mixture=bool(structure.pools))
 
     def _forward_part(self, block: Block, part: Part, tokens: dict[str, int], seconds: dict[str, float]) -> None:
         """The forward walk over a part; adds the experts' tokens and the seconds to those of the parts before."""
@@ -268,11 +259,9 @@ class Calibration:
         """Decomposes the weights of a part; adds the seconds to those of the parts before."""
         targets = part.targets
         consumers = [t for t in targets if self.narrows and t.inner is not None and t.inner.side == "in"]
-        spectra, narrowings, taken = decompose(block, targets, metric_of, self.depths, lefts or {}, consumers)
-        seconds |= taken
-        self.analysis.write(
-            block.index, spectra, seconds, means, narrowings, keep_metrics=self.keeps_metrics, part=part.number
-        )
+        made = decompose(block, targets, metric_of, self.depths, lefts or {}, consumers, self.bits, self.corrected)
+        seconds |= made.seconds
+        self.analysis.write(block.index, made, seconds, means, keep_metrics=self.keeps_metrics, part=part.number)
         if part.is_last:
             walked = seconds[""]
             spent = sum(seconds.values()) - walked

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from svdllm.common.errors import NumericalError
 from svdllm.compression.collect import left_metric_of
-from svdllm.compression.math.linalg import Spectrum, output_spectrum
+from svdllm.compression.forms import FORMS
+from svdllm.compression.math.linalg import Spectrum, energy_alone, output_spectrum
 from svdllm.compression.math.narrowing import Narrowing
+from svdllm.compression.rounded_targets import Roundings, rounding_errors
+from svdllm.models.experts_on_disk import give_back
 from svdllm.models.structure import Target, weight_of
 from svdllm.models.walk import Block
+
+
+class Decomposed(NamedTuple):
+    """Of some targets of a block: spectra, narrowings by MLP, errors of rounding, and seconds."""
+
+    spectra: dict[str, Spectrum]
+    narrowings: dict[str, Narrowing]
+    roundings: dict[str, Roundings]
+    seconds: dict[str, float]
 
 
 def decompose(
@@ -23,22 +36,25 @@ def decompose(
     depths: Mapping[str, int],
     lefts: Mapping[str, Tensor],
     consumers: Sequence[Target] = (),
-) -> tuple[dict[str, Spectrum], dict[str, Narrowing], dict[str, float]]:
+    bits: Sequence[int] = (),
+    corrected: Sequence[int] = (),
+) -> Decomposed:
     """Decomposes the weights of a block's targets.
 
     Args:
         metric_of: gives the right metric of a target; called once per group.
-        depths: target -> directions of its basis to keep.
+        depths: target -> directions of its basis to keep; of 0, the energy alone is computed.
         lefts: target -> left metric; targets without one are measured in their outputs as they are.
         consumers: of the targets, those that read the inner features of an MLP that may be narrowed.
-
-    Returns spectra by target, narrowings by MLP, and seconds by target.
+        bits: in which the targets may be stored.
+        corrected: of these, those that may have a low-rank correction.
 
     Raises:
         NumericalError: a spectrum does not converge; names the linear.
     """
     spectra: dict[str, Spectrum] = {}
     narrowings: dict[str, Narrowing] = {}
+    roundings: dict[str, Roundings] = {}
     seconds: dict[str, float] = {}
     metrics: dict[str, Tensor | None] = {}
     stored_dtype = torch.float64 if block.walk.dtype == torch.float64 else torch.float32
@@ -51,11 +67,18 @@ def decompose(
         metric = metric if metric is None else metric.to(weight_OI.device)
         try:
             left_OO = left_metric_of(target, weight_OI, metric, lefts.get(target.name))
-            spectrum = output_spectrum(weight_OI, metric, depths[target.name], left_gram_OO=left_OO)
+            if depths[target.name]:
+                spectrum = output_spectrum(weight_OI, metric, depths[target.name], left_gram_OO=left_OO)
+            else:  # nothing will be truncated
+                spectrum = energy_alone(weight_OI, metric, left_OO)
             if target in consumers and target.inner is not None and metric is not None:
                 narrowings[target.inner.mlp] = Narrowing.of(weight_OI, metric, left_OO).to(dtype=stored_dtype)
+            if bits and FORMS[f"int{bits[0]}"].sizes(target, 1):
+                dtype = block.walk.weights.shape_and_dtype(f"{target.name}.weight")[1]
+                roundings[target.name] = rounding_errors(target, weight_OI, metric, left_OO, bits, dtype, corrected)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
+        give_back(weight_OI)
         spectra[target.name] = spectrum.to(dtype=stored_dtype)
         seconds[target.name] = time.perf_counter() - started
-    return spectra, narrowings, seconds
+    return Decomposed(spectra, narrowings, roundings, seconds)

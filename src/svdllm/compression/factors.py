@@ -10,9 +10,11 @@ from torch import Tensor
 from svdllm.common.errors import NumericalError
 from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis, FinalFactors
-from svdllm.compression.forms import FORMS, Fitted
+from svdllm.compression.forms import FORMS, Fitted, bits_of
+from svdllm.compression.forms.bits import CODES, SCALES, fitted_rounding, packed_factors
 from svdllm.compression.math.linalg import corrected_bias, factorise
 from svdllm.compression.math.narrowing import kept_rows
+from svdllm.compression.rounded_targets import corrected_target, rounded_each
 from svdllm.compression.subject import Subject
 from svdllm.models.chosen import Chosen, Forms
 from svdllm.models.structure import Target
@@ -38,8 +40,8 @@ class TargetFactors:
         structure = subject.structure
         self._weights, self._forms, self._device = subject.weights, forms, device
         self._analysis, self._finals = analysis, finals
-        self.targets = {target.name: target for target in structure.targets}
-        self._owners = {name: target for target in structure.targets for name in target.linears}
+        self.targets = {target.name: target for target in structure.stored}
+        self._owners = {name: target for target in structure.stored for name in target.linears}
         self._mlps = structure.mlp_targets
         self._made: dict[str, dict[str, dict[str, Tensor]]] = {}  # of one block, by target
         self._orders: dict[str, Tensor] = {}  # of the inputs of the packed linears among them
@@ -88,6 +90,8 @@ class TargetFactors:
             linear: {leaf: _as(tensor, bias if leaf.endswith("bias") else weight) for leaf, tensor in own.items()}
             for linear, own in made.items()
         }
+        if (bits := FORMS[chosen.form].factor_bits) is not None:
+            stored = {linear: packed_factors(own, bits) for linear, own in stored.items()}
         for linear, own in stored.items():
             for leaf, tensor in own.items():
                 if not bool(torch.isfinite(tensor).all()):
@@ -118,14 +122,14 @@ class TargetFactors:
         self._stored(consumer)
         order = self._orders[consumer.name]
         rows = kept_rows(order, len(order), target.inner.copies, target.inner.interleaved).to(self._device)
-        by_row = ("weight", "svd_u.weight", "bias")
+        by_row = ("weight", "svd_u.weight", "bias", CODES, SCALES)
         return {leaf: tensor[rows] if leaf in by_row else tensor for leaf, tensor in fitted.items()}
 
     def _fitted(self, target: Target) -> Fitted:
         """The factors or the matrix of a target, and its bias; fitted to the compressed stream if it was."""
         biases = [self._weights.get(f"{name}.bias").to(self._device) for name in target.linears if target.has_bias]
         bias = {"bias": torch.cat(biases)} if biases else {}
-        if self._finals is not None and (fitted := self._finals.of(target)):
+        if self._finals is not None and not target.vocabulary and (fitted := self._finals.of(target)):
             return bias | {leaf: tensor.to(self._device) for leaf, tensor in fitted.items()}
         stored = [self._weights.get(f"{name}.weight") for name in target.linears]
         weight_OI = target.stacked(stored).to(self._device)
@@ -136,6 +140,16 @@ class TargetFactors:
         chosen = self._forms.get(target.name, DENSE)
         if chosen is DENSE:
             return {"weight": weight_OI}
+        if (bits := bits_of(chosen)) is not None:
+            metric = None if target.vocabulary else self._analysis.metric(target)
+            metric = None if metric is None else metric.to(self._device)
+            (rounded,) = rounded_each(target, weight_OI, metric, [bits], weight_OI.dtype, chosen.size)
+            return fitted_rounding(rounded)
+        if FORMS[chosen.form].curve == "correction":
+            metrics = self._analysis.metric(target), self._analysis.left_metric(target)
+            right, left = (None if metric is None else metric.to(self._device) for metric in metrics)
+            form, dtype = FORMS[chosen.form], weight_OI.dtype
+            return corrected_target(target, weight_OI.float(), right, left, form, chosen.size, dtype)
         if FORMS[chosen.form].of_mlps:
             assert target.inner is not None
             if target.inner.side == "out":

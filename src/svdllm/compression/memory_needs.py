@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 from svdllm.checkpoint.tensors import SHARD_BYTES, shard_names, tensor_bytes
 from svdllm.common.memory import resident_bytes
+from svdllm.compression.forms import bits_in
 from svdllm.compression.probe import WINDOW as PROBE_WINDOW
 from svdllm.compression.ranks.measure_linears import work_bytes
+from svdllm.compression.rounded_targets import BYTES_OF_A_WEIGHT, WEIGHTS_AT_ONCE
 from svdllm.compression.workload import Workload
 from svdllm.models.structure import Target
 
@@ -17,10 +19,12 @@ WORKING_BYTES = 120 * 2**20
 # H200), and what its driver takes of the RAM (150 to 180 MB).
 GPU_WORKING_BYTES = GPU_RAM_BYTES = 256 * 2**20
 
+DEQUANTIZING_BYTES = 24  # per weight: codes, zero points, scales and products in 32 bits, and slack
+
 
 def ram_by_stage(work: Workload, hidden_states_on_disk: bool) -> dict[str, int]:
     """Peak bytes of RAM of every stage that the run has; ``now`` is what the process has already."""
-    base = resident_bytes() + WORKING_BYTES + (0 if work.on_cpu else GPU_RAM_BYTES)
+    base = resident_bytes() + WORKING_BYTES + (0 if work.on_cpu else GPU_RAM_BYTES) + _dequantizing(work)
     hidden = 0 if hidden_states_on_disk else work.hidden_states_bytes
     shard = max(tensor_bytes(work.written, names) for names in shard_names(work.written, SHARD_BYTES))
     stages = {"now": resident_bytes(), "read": base + 2 * work.largest_tensor_bytes}
@@ -33,6 +37,13 @@ def ram_by_stage(work: Workload, hidden_states_on_disk: bool) -> dict[str, int]:
     stages["write"] = base + shard + _decomposition(work)
     stages["check"] = base + (work.outside_bytes + work.block_bytes if work.on_cpu else work.largest_tensor_bytes)
     return stages
+
+
+def _dequantizing(work: Workload) -> int:
+    """What dequantising the largest weight of a quantised source takes beside it."""
+    if work.subject.source.quantization is None:
+        return 0
+    return DEQUANTIZING_BYTES * max(target.num_weights for target in work.structure.targets)
 
 
 def device_bytes(work: Workload) -> int:
@@ -59,10 +70,10 @@ def _computed_bytes(work: Workload) -> dict[str, int]:
 
 def _batch(work: Workload) -> int:
     """Activations of one batch at its widest moment."""
-    inputs: dict[int, dict[str, float]] = {}
-    for target in work.structure.targets:
-        inputs.setdefault(target.block, {})[target.group] = target.in_features * work.token_share(target)
-    widest = max(sum(of_block.values()) for of_block in inputs.values())
+    widest = 0.0
+    for targets in work.distinct_blocks:
+        leaders = {target.group: target for target in targets}.values()
+        widest = max(widest, sum(leader.in_features * work.token_shares[leader.pool] for leader in leaders))
     return work.batch_tokens * work.dtype.itemsize * (round(widest) + 4 * work.hidden_size)
 
 
@@ -103,12 +114,16 @@ def _probe_streams(work: Workload) -> int:
 def _decomposition(work: Workload) -> int:
     """The largest decomposition: a weight, its metric, and square matrices of its smaller side, in float64."""
 
+    num_bits = len(bits_in(work.recipe.analysed_forms))
+
     def workspace(target: Target) -> int:
         metric = 2 * target.in_features**2 if work.takes_grams else 0
         narrowing = 3 * work.narrowed_width(target) ** 2
-        return 8 * (2 * target.num_weights + max(4 * target.full_rank**2, narrowing) + metric)
+        at_once = max(target.num_weights, min(WEIGHTS_AT_ONCE, num_bits * target.num_weights))
+        rounding = BYTES_OF_A_WEIGHT * at_once if num_bits else 0
+        return 8 * (2 * target.num_weights + max(4 * target.full_rank**2, narrowing) + metric) + rounding
 
-    return max(workspace(target) for target in work.structure.targets)
+    return max(workspace(target) for target, _ in work.kinds)
 
 
 def _bases(work: Workload) -> int:

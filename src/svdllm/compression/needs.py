@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from svdllm.checkpoint.tensors import file_bytes, tensor_bytes
 from svdllm.common.memory import available_bytes
 from svdllm.compression.duration import predicted_seconds
 from svdllm.compression.forms.layout import compressed_tensors
@@ -27,6 +26,7 @@ class RunNeeds:
     ram_by_stage: dict[str, int]
     hidden_states_bytes: int
     hidden_states_on_disk: bool
+    experts_on_disk: bool  # the weights of those of the loaded block
     device_bytes: int
     disk_bytes: int
     seconds_by_stage: dict[str, float]
@@ -54,13 +54,14 @@ def needs_of(
     """Predicts what a run of the recipe needs for ``num_outputs`` checkpoints of about these forms."""
     stored = subject.stored
     device, dtype = subject.placement(recipe)
-    written = compressed_tensors(stored, subject.structure.targets, forms)
+    written = compressed_tensors(stored, subject.structure.stored, forms)
     if recipe.target_speedup is not None and not forms_known:
         written = stored  # the one limit that is known then: the model is not larger than the dense one
     work = Workload(
         subject=subject, recipe=recipe, device=device, dtype=dtype, written=written, num_outputs=num_outputs
     )
     on_disk = spill_hidden_states(work.hidden_states_bytes, hidden_states_limit)
+    work = replace(work, experts_on_disk=_spill_experts(work, on_disk))
     seconds, seconds_range = predicted_seconds(work)
     return RunNeeds(
         device=str(device),
@@ -68,6 +69,7 @@ def needs_of(
         ram_by_stage=ram_by_stage(work, on_disk),
         hidden_states_bytes=work.hidden_states_bytes,
         hidden_states_on_disk=on_disk,
+        experts_on_disk=work.experts_on_disk,
         device_bytes=device_bytes(work),
         disk_bytes=_disk_bytes(work, on_disk) + elastic_bytes,
         seconds_by_stage=seconds,
@@ -83,25 +85,36 @@ def spill_hidden_states(num_bytes: int, limit: int | None) -> bool:
     return limit is not None and num_bytes > limit
 
 
+def _spill_experts(work: Workload, hidden_states_on_disk: bool) -> bool:
+    """Whether the experts of the loaded block go to disk: on a CPU whose free memory does not hold the block."""
+    free = available_bytes()
+    if free is None or not work.on_cpu or not work.structure.pools:
+        return False
+    stages = ram_by_stage(work, hidden_states_on_disk)
+    return max(stages.values()) - stages["now"] > free
+
+
 def _disk_bytes(work: Workload, hidden_states_on_disk: bool) -> int:
     """The analysis, what waits for other stages, and the checkpoints."""
-    targets, recipe = work.structure.targets, work.recipe
+    recipe = work.recipe
     is_sequential = work.sequential_tokens > 0
     sides = 2 if recipe.needs_gradients else 1
-    needed = sum(8 * t.full_rank + 4 * sides * t.out_features * work.depth(t) for t in targets)
-    needed += sum(4 * work.narrowed_width(t) ** 2 for t in targets)
+    needed = sum(n * (8 * t.full_rank + 4 * sides * t.out_features * work.depth(t)) for t, n in work.kinds)
+    needed += sum(4 * n * work.narrowed_width(t) ** 2 for t, n in work.kinds)
     if (
         recipe.needs_gradients
     ):  # metrics and inputs that wait for the reverse walk, metrics for a sequential calibration
         needed += sum(4 * width**2 for width in work.group_widths.values())
         needed += work.gradient_tokens * work.hidden_size * work.dtype.itemsize * len(work.structure.blocks)
-        needed += is_sequential * sum(4 * t.out_features**2 for t in targets)
+        needed += is_sequential * sum(4 * n * t.out_features**2 for t, n in work.kinds)
     if is_sequential:
         needed += work.num_outputs * sum(
-            4 * max(t.num_weights, (t.in_features + t.out_features) * work.depth(t)) for t in targets
+            4 * n * max(t.num_weights, (t.in_features + t.out_features) * work.depth(t)) for t, n in work.kinds
         )
     if work.gguf_bytes:
-        needed += tensor_bytes(work.stored)
+        needed += work.stored_bytes
     if hidden_states_on_disk:
         needed += work.hidden_states_bytes
-    return needed + work.num_outputs * file_bytes(work.written)
+    if work.experts_on_disk:  # as they are; truncated, with their factors; or fitted, with theirs
+        needed += (3 if work.num_probes or is_sequential else 1) * work.experts_bytes
+    return needed + work.num_outputs * work.written_bytes

@@ -1,4 +1,4 @@
-"""Parts of a block whose statistics fit into memory at once: a block with many experts is run once for each."""
+"""Parts of a block whose statistics fit into memory at once: a block of a mixture is run once for each."""
 
 from __future__ import annotations
 
@@ -38,15 +38,18 @@ def statistics_bytes(target: Target, depth: int) -> int:
     return 8 * target.in_features**2 + 12 * target.out_features**2 + 4 * target.out_features * depth + narrowing
 
 
-def parts_of(targets: Sequence[Target], depths: Mapping[str, int]) -> list[Part]:
-    """Divides the targets of a block: everything but experts first, then as many experts as fit at a time.
+def parts_of(targets: Sequence[Target], depths: Mapping[str, int], *, mixture: bool = True) -> list[Part]:
+    """Divides the targets of a block: as many as fit at a time, everything but experts first.
+
+    An expert is not divided, nor are targets that read the same tensor.
 
     Args:
         depths: target -> directions of its basis that are kept.
+        mixture: whether the model is a mixture of experts; blocks of other models stay whole.
     """
-    units: dict[str | None, list[Target]] = {None: []}
-    for target in targets:
-        units.setdefault(target.expert, []).append(target)
+    units: dict[str | None, list[Target]] = {}
+    for target in sorted(targets, key=lambda target: target.pool is not None):
+        units.setdefault((target.expert or target.group) if mixture else None, []).append(target)
     chunks: list[list[Target]] = [[]]
     size = 0
     for members in units.values():

@@ -23,6 +23,7 @@ from svdllm.compression.subject import Subject, discover_subject
 from svdllm.models.chosen import Forms
 from svdllm.models.limits import context_length, require_context
 from svdllm.models.open import open_config
+from svdllm.models.quantized_sources.methods import QuantizedSource
 from svdllm.models.structure import Structure
 from svdllm.models.unused_tensors import UnusedTensors
 
@@ -52,6 +53,7 @@ class Plan:
     model_type: str
     dtype: str  # of the model's weights, which the checkpoint keeps
     unused_tensors: UnusedTensors | None  # in the model's files, as far as they are known
+    quantized_source: QuantizedSource | None  # where the model's files are quantised
     recipe: Recipe  # with one budget
     structure: Structure
     allocation: Allocation
@@ -136,12 +138,14 @@ class Plan:
             "ignored": list(self.structure.ignored),
             "num_block_params": self.structure.num_block_params,
             "dense_parts": [asdict(part) for part in self.structure.dense_parts],
+            "outside_parts": [asdict(part) for part in self.structure.outside],
             "ratio": self.recipe.ratio,
             "factor_bits": self.recipe.factor_bits,
             **asdict(self.sizes),
             **asdict(self.needs),
             "peak_ram_bytes": self.needs.peak_ram_bytes,
             "seconds": self.needs.seconds,
+            "quantized_source": None if self.quantized_source is None else asdict(self.quantized_source),
             "unused_tensors": None if self.unused_tensors is None else asdict(self.unused_tensors),
             "warnings": list(self.warnings),
         }
@@ -208,6 +212,7 @@ def make_plan(
         model_type=source.config.model_type,
         dtype=str(source.dtype).removeprefix("torch."),
         unused_tensors=source.unused,
+        quantized_source=source.quantization,
         recipe=recipe,
         structure=structure,
         allocation=allocation,
@@ -222,7 +227,10 @@ def make_plan(
             num_outputs=num_outputs,
             hidden_states_limit=hidden_states_limit,
         ),
-        warnings=calibration_warnings(subject, recipe, recipe.samples * recipe.seqlen),
+        warnings=[
+            *calibration_warnings(subject, recipe, recipe.samples * recipe.seqlen),
+            *_larger_than_source(sizes, source.quantization),
+        ],
     )
 
 
@@ -249,6 +257,17 @@ def _allocate(
     files = files_for(subject, recipe)
     allocation = choose_forms(recipe, subject.structure, files, evidence)
     return allocation, sizes_of(subject, recipe, files, allocation.forms, forms_known=forms_known)
+
+
+def _larger_than_source(sizes: Sizes, source: QuantizedSource | None) -> list[str]:
+    """Warns of a compressed model that is larger than the quantised files it is made of."""
+    if source is None or source.file_bytes is None or sizes.final_file_bytes <= source.file_bytes:
+        return []
+    return [
+        f"The compressed model has {sizes.final_file_bytes / 1e9:,.2f} GB, the {source.method} source only "
+        f"{source.file_bytes / 1e9:,.2f} GB: factors have 16 bits. Remove more, or quantise the result (--target-size "
+        "with --factor-bits)."
+    ]
 
 
 def calibration_warnings(subject: Subject, recipe: Recipe, num_tokens: int) -> list[str]:

@@ -22,11 +22,17 @@ from svdllm.checkpoint.elastic import Probes
 from svdllm.common.errors import NumericalError
 from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis
-from svdllm.compression.forms import FORMS
+from svdllm.compression.forms import FORMS, bits_in
 from svdllm.compression.math.measures import Measure
 from svdllm.compression.math.metrics import METHODS
+from svdllm.compression.math.rounding import Rounded
 from svdllm.compression.ranks import ALLOCATIONS
+from svdllm.compression.ranks.question import probed_unit, rounded
 from svdllm.compression.recipe import Recipe
+from svdllm.compression.rounded_targets import rounded_each
+from svdllm.compression.routed import gram_values_per_token, token_shares, weights_per_token
+from svdllm.models.experts_on_disk import on_disk
+from svdllm.models.hooks import replaced
 from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.shared_state import State, moved
 from svdllm.models.structure import Structure, Target, weight_of, weights_by_name
@@ -45,10 +51,18 @@ def probe_sizes(recipe: Recipe, structure: Structure) -> dict[str, list[int]]:
     if probing is None:
         return {target.unit: [] for target in structure.targets}
     units = {target.unit: target for target in structure.targets}
-    sizes = {name: probing.ranks(target, recipe.round_to, recipe) for name, target in units.items()}
+    curves = {FORMS[name].curve for name in recipe.used_forms}
+    sizes: dict[str, list[int]] = {name: [] for name in units}
+    if "truncation" in curves:
+        sizes |= {name: probing.ranks(target, recipe.round_to, recipe) for name, target in units.items()}
     if any(FORMS[name].of_mlps for name in recipe.used_forms):
         widths = {side.unit: side.width for target in structure.targets if (side := target.inner) is not None}
         sizes |= {name: probing.widths(width, recipe.round_to, recipe) for name, width in widths.items()}
+    if bits := bits_in(recipe.used_forms):
+        able = [target for target in structure.targets if FORMS[f"int{bits[0]}"].sizes(target, 1)]
+        sizes |= {rounded(target.name): probing.bits(bits, recipe) for target in able}
+        for target in structure.vocabulary:
+            sizes[rounded(target.name)] = [each for each in bits if FORMS[f"int{each}"].sizes(target, 1)]
     return sizes
 
 
@@ -64,17 +78,18 @@ def probe_tokens(recipe: Recipe, structure: Structure, skeleton: PreTrainedModel
     """The number of tokens with which probing is ``probe_share`` of the work of calibration and probing together.
 
     Work is counted in multiplications, not in seconds, so that a recipe probes the same tokens on every machine. The
-    work of calibration is the forward pass of the text, even for a method that does not need it, and the Grams.
+    work of calibration is the forward pass of the text, even for a method that does not need it, and the Grams. Experts
+    count for the tokens that are routed to them.
     """
     head: Any = skeleton.get_output_embeddings()
     gram = METHODS[recipe.method].collects_gram
-    widths = {target.group: target.in_features for target in structure.targets}
-    forward = structure.num_target_params
-    calibration = recipe.samples * recipe.seqlen * (forward + gram * sum(width**2 for width in widths.values()) / 2)
+    shares = token_shares(structure, skeleton)
+    forward = weights_per_token(structure, shares)
+    calibration = recipe.samples * recipe.seqlen * (forward + gram * gram_values_per_token(structure, shares) / 2)
     num_blocks = len(structure.blocks)
     sizes, block_of = probe_sizes(recipe, structure), structure.block_of
     per_token = sum(
-        len(tried) * (forward * (num_blocks - block_of[name]) / num_blocks + head.weight.numel())
+        len(tried) * (forward * (num_blocks - block_of[probed_unit(name)]) / num_blocks + head.weight.numel())
         for name, tried in sizes.items()
     )
     wanted = recipe.probe_share / (1 - recipe.probe_share) * calibration / max(per_token, 1)
@@ -93,8 +108,12 @@ def probe(walk: Walk, analysis: Analysis, sizes: Sizes, measure: Measure, report
     assert len(walk.batches) == 1
     streams: dict[tuple[str, int], _Stream] = {}
     num_streams = sum(map(len, sizes.values()))
+    outside = _rounded_vocabulary(walk, sizes)
     with reporter.stage("probe", num_streams), torch.no_grad():
         for block in walk.blocks():
+            if block.index == 0:
+                shared = walk.hidden.shared.before(0, 0)
+                streams |= {key: _Stream(_embedded(walk, own.weights()), shared) for key, own in outside.items()}
             call = walk.calls[0][block.index]
             dense = _Stream(walk.hidden.tensor, walk.hidden.shared.before(0, block.index))
             for key, stream in streams.items():
@@ -105,12 +124,12 @@ def probe(walk: Walk, analysis: Analysis, sizes: Sizes, measure: Measure, report
                         streams[name, size] = dense.through(call, block.module, walk.device)
                 reporter.advance(len(streams), num_streams)
             block.run()
-        ends = [stream.hidden for stream in streams.values()]
+        ends = [(stream.hidden, outside.get(key)) for key, stream in streams.items()]
         measured = dict(zip(streams, _measured(walk, ends, measure), strict=True))
     for (name, size), value in measured.items():
         if not isfinite(value):
             raise NumericalError(
-                f"With {name} truncated to {size} the logits are not finite; leave it dense with --ignore, or choose "
+                f"With {name} cut to {size} the logits are not finite; leave it dense with --ignore, or choose "
                 "another --allocation."
             )
     return {name: {size: measured[name, size] for size in sizes[name]} for name in sizes}
@@ -141,16 +160,22 @@ def _trials(
     """Yields what is tried on some targets of one shape, the size, and their weights then, one at a time.
 
     An MLP is narrowed in the weight of the linear that reads its inner features: the columns of the others are zero.
+    A linear is rounded by itself.
     """
     unit, inner = members[0].unit, members[0].inner
-    factors = [_factors(walk, analysis, target, max(sizes[unit], default=0)) for target in members]
+    scratch = None if members[0].pool is None else walk.scratch
+    most = max(sizes[unit], default=0)
+    factors = [[on_disk(f, scratch) for f in _factors(walk, analysis, t, most)] for t in members if most]
     for rank in sizes[unit]:
-        weights = (u_OR[:, :rank] @ v_RI[:rank] for u_OR, v_RI in factors)
+        weights = (on_disk(u_OR[:, :rank] @ v_RI[:rank], scratch) for u_OR, v_RI in factors)
         yield unit, rank, _by_name(members, weights)
-    if inner is None or inner.side == "out" or inner.unit not in sizes:
-        return
-    for width in sizes[inner.unit]:
-        yield inner.unit, width, _by_name(members, (_narrowed(walk, analysis, target, width) for target in members))
+    if inner is not None and inner.side == "in":
+        for width in sizes.get(inner.unit, ()):
+            weights = (on_disk(_narrowed(walk, analysis, target, width), scratch) for target in members)
+            yield inner.unit, width, _by_name(members, weights)
+    for bits in sizes.get(rounded(unit), ()):
+        weights = (_in_bits(walk, analysis, target, bits) for target in members)
+        yield rounded(unit), bits, _by_name(members, weights)
 
 
 def _by_name(targets: Sequence[Target], weights: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -166,6 +191,13 @@ def _factors(walk: Walk, analysis: Analysis, target: Target, rank: int) -> tuple
     return spectrum.basis_OD, dual_DO[:rank] @ weight_OI
 
 
+def _in_bits(walk: Walk, analysis: Analysis, target: Target, bits: int) -> Tensor:
+    weight_OI, metric = weight_of(walk.skeleton, target), analysis.metric(target)
+    metric = None if metric is None else metric.to(weight_OI)
+    dtype = walk.weights.shape_and_dtype(f"{target.name}.weight")[1]
+    return rounded_each(target, weight_OI, metric, [bits], dtype)[0].matrix.to(weight_OI.dtype)
+
+
 def _narrowed(walk: Walk, analysis: Analysis, target: Target, width: int) -> Tensor:
     weight_OI = weight_of(walk.skeleton, target)
     assert target.inner is not None
@@ -173,8 +205,47 @@ def _narrowed(walk: Walk, analysis: Analysis, target: Target, width: int) -> Ten
     return narrowing.consumer(weight_OI, width).to(weight_OI.dtype)
 
 
-def _measured(walk: Walk, streams: list[Tensor], measure: Measure) -> list[float]:
-    """The measure of each stream's predictions, averaged over the windows; the logits of one window fit in memory."""
+class _Outside(NamedTuple):
+    """A rounded embedding or head, under all names of its weight; unpacked when it is used."""
+
+    names: tuple[str, ...]
+    rounded: Rounded
+    dtype: torch.dtype
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict.fromkeys(self.names, self.rounded.matrix.to(self.dtype))
+
+
+def _rounded_vocabulary(walk: Walk, sizes: Sizes) -> dict[tuple[str, int], _Outside]:
+    """Probe of the embedding or the head -> what is changed."""
+    found: dict[tuple[str, int], _Outside] = {}
+    for target in walk.structure.vocabulary:
+        name = f"{target.name}.weight"
+        weight_OI = walk.weights.get(name).to(walk.device)
+        for bits in sizes.get(rounded(target.name), ()):  # one by one: together they would take much memory
+            (made,) = rounded_each(target, weight_OI, None, [bits], weight_OI.dtype)
+            found[rounded(target.name), bits] = _Outside((name, *walk.ties.get(name, ())), made, walk.dtype)
+    return found
+
+
+def _embedded(walk: Walk, weights: Mapping[str, Tensor]) -> Tensor:
+    """The hidden states before the first block, with other weights outside the blocks."""
+    recorders = walk.recorders()
+    with (
+        walk.outside_loaded(everything=True),
+        tensors_replaced(walk.skeleton, weights),
+        replaced(walk.skeleton, recorders),
+        torch.no_grad(),
+    ):
+        walk.skeleton.base_model(input_ids=walk.ids.to(walk.device), use_cache=False)
+    return recorders[walk.structure.blocks[0]].hidden.cpu()
+
+
+def _measured(walk: Walk, streams: list[tuple[Tensor, _Outside | None]], measure: Measure) -> list[float]:
+    """The measure of each stream's predictions, averaged over the windows; the logits of one window fit in memory.
+
+    A stream has its hidden states, and what is changed outside the blocks.
+    """
     totals = [0.0] * len(streams)
     with walk.head() as head:
 
@@ -185,6 +256,7 @@ def _measured(walk: Walk, streams: list[Tensor], measure: Measure) -> list[float
         for number, ids_T in enumerate(walk.ids):
             window = slice(number, number + 1)
             measure_of = measure(log_probabilities(window, walk.hidden.tensor), ids_T)
-            for index, stream in enumerate(streams):
-                totals[index] += measure_of(log_probabilities(window, stream))
+            for index, (stream, outside) in enumerate(streams):
+                with tensors_replaced(walk.skeleton, outside.weights() if outside else {}):
+                    totals[index] += measure_of(log_probabilities(window, stream))
     return [total / len(walk.ids) for total in totals]

@@ -18,6 +18,7 @@ from svdllm.compression.ranks import ALLOCATIONS, AllocationSettings
 from svdllm.compression.recipe_forms import FormsChoice
 from svdllm.compression.recipe_parts import BUDGETS, MetricChoice
 from svdllm.compression.recipe_sequential import SequentialSettings
+from svdllm.models.wrapped import LANGUAGE
 
 # The settings that choose a row, and the table of the rows.
 TABLES: dict[str, Mapping[str, Any]] = {"metric": METRICS, "method": METHODS, "allocation": ALLOCATIONS}
@@ -36,6 +37,11 @@ class Recipe(AllocationSettings, FormsChoice, SequentialSettings, MetricSettings
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    part: str = setting(
+        LANGUAGE,
+        "The part of a wrapper (a language model with encoders of images or sound) to compress; the others are copied.",
+        panel="Allocation",
+    )
     ignore: tuple[str, ...] = setting(
         (),
         "Linears that stay dense; may be repeated. Searched in names like model.layers.0.mlp.up_proj.",
@@ -176,6 +182,11 @@ class Recipe(AllocationSettings, FormsChoice, SequentialSettings, MetricSettings
     def _fits_the_budget(self) -> Recipe:
         if self.ranks is not None and (self.overrides or self.round_to > 1):
             raise ValueError("overrides and round_to do nothing to explicit ranks; write the ranks you want")
+        if any(self.overrides.values()) and not self.truncates:
+            raise ValueError(
+                f"an override gives a rank, and none of the forms ({', '.join(self.used_forms)}) has one; name pair "
+                "too, or leave the linear dense with a ratio of 0"
+            )
         if self.factor_bits == 4 and self.round_to % NVFP4_GROUP:
             raise ValueError(
                 f"factor_bits 4 shares a scale among {NVFP4_GROUP} inputs, and a factor of another rank gets 8 bits; "

@@ -8,6 +8,7 @@ from typing_extensions import Self
 from svdllm.common.settings import setting
 from svdllm.compression.after_analysis import AfterAnalysis
 from svdllm.compression.forms import FORMS
+from svdllm.compression.forms.runtimes import RUNTIMES
 from svdllm.compression.math.metrics import METHODS
 from svdllm.compression.ranks import ALLOCATIONS
 from svdllm.compression.recipe_parts import Budget, MethodChoice, rows_of
@@ -26,6 +27,13 @@ class FormsChoice(Budget, MethodChoice):
         reader="names",
     )
 
+    runtime: AfterAnalysis[str | None] = setting(
+        None,
+        f"What the model is for; it gets every form that this can load: {rows_of(RUNTIMES)}.",
+        panel="Allocation",
+        metavar="|".join(RUNTIMES),
+        shown_default="forms in the source's dtype",
+    )
     elastic: AfterAnalysis[bool] = setting(
         False,
         "Also write what every smaller size needs: `svdllm slice` then makes it in seconds, without text.",
@@ -50,14 +58,31 @@ class FormsChoice(Budget, MethodChoice):
             )
         return value
 
+    @field_validator("runtime")
+    @classmethod
+    def _known_runtime(cls, value: str | None) -> str | None:
+        if value is not None and value not in RUNTIMES:
+            raise ValueError(f"unknown runtime {value!r}; known are {', '.join(RUNTIMES)}")
+        return value
+
     @model_validator(mode="after")
     def _fits_the_forms(self) -> Self:
         if self.forms is not None and self.ranks is not None:
             raise ValueError("forms does nothing to explicit ranks; name the form there, as in {packed: 96}")
+        if self.runtime is not None and self.ranks is None and not self.used_forms:
+            raise ValueError(
+                f"runtime {self.runtime} loads {', '.join(RUNTIMES[self.runtime].forms)}, which save bytes and not "
+                "parameters; give target_size as the budget"
+            )
         for name in self.analysed_forms if self.ranks is not None else self.forms or ():
             if (reason := self._why_not(name)) is not None:
                 raise ValueError(f"form {name} cannot be used: {reason}")
         return self
+
+    @property
+    def truncates(self) -> bool:
+        """Whether linears may be truncated to a rank."""
+        return any(FORMS[name].curve == "truncation" for name in self.analysed_forms)
 
     def _why_not(self, form: str) -> str | None:
         """Why the recipe cannot use a form; None if it can."""
@@ -65,6 +90,14 @@ class FormsChoice(Budget, MethodChoice):
         if self.ranks is None and row.curve and form not in (*allocation.forms, *allocation.other_forms):
             use = " or ".join(n for n, other in ALLOCATIONS.items() if form in (*other.forms, *other.other_forms))
             return f"allocation {self.allocation} does not choose it; use allocation {use}"
+        if self.runtime is not None and row.curve and form not in RUNTIMES[self.runtime].forms:
+            can = ", ".join(RUNTIMES[self.runtime].forms)
+            return f"{self.runtime} cannot load it; it loads {can}"
+        in_bits = (row.bits or row.factor_bits) is not None
+        if in_bits and self.target_size is None and self.ranks is None:
+            return "it saves bytes and not parameters; give target_size as the budget"
+        if in_bits and self.factor_bits is not None:
+            return "factor_bits is for a model that `svdllm quantize` stores in few bits as a whole"
         if row.needs_gram and not METHODS[self.method].has_gram:
             return f"it is fitted to the Gram of the inputs, and method {self.method} has none"
         if self.bias_correction and row.curve and not row.adds_bias:
@@ -78,7 +111,9 @@ class FormsChoice(Budget, MethodChoice):
         """The forms that may take the place of dense linears: those named, or all that can."""
         if self.forms is not None:
             return self.forms
-        return tuple(name for name in ALLOCATIONS[self.allocation].forms if self._why_not(name) is None)
+        row = ALLOCATIONS[self.allocation]
+        names = row.forms if self.runtime is None else (*row.forms, *row.other_forms)
+        return tuple(name for name in names if self._why_not(name) is None)
 
     @property
     def analysed_forms(self) -> tuple[str, ...]:

@@ -165,8 +165,11 @@ def report_of(
         **asdict(plan.sizes),
         "versions": {"svdllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "warnings": plan.warnings,
+        "quantized_source": None if plan.quantized_source is None else asdict(plan.quantized_source),
         "unused_tensors": None if plan.unused_tensors is None else asdict(plan.unused_tensors),
         "dense_parts": [asdict(part) for part in plan.structure.dense_parts],
+        "outside_parts": [asdict(part) for part in plan.structure.outside],
         "experts": None if experts is None else asdict(experts),
+        "vocabulary": {t.name: asdict(plan.forms[t.name]) for t in plan.structure.vocabulary if t.name in plan.forms},
         "linears": [asdict(record) for record in linears],
     }

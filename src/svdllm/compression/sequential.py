@@ -27,7 +27,8 @@ from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.collect import left_metric_of
 from svdllm.compression.expert_products import expert_products
 from svdllm.compression.few_tokens import group_tokens
-from svdllm.compression.forms import FORMS
+from svdllm.compression.forms import FORMS, bits_of
+from svdllm.compression.forms.bits import CODES, fitted_rounding, rounded_matrix
 from svdllm.compression.math.linalg import anchored, corrected_bias, factorise, output_spectrum
 from svdllm.compression.math.narrowing import narrowed_anchored, with_zeros
 from svdllm.compression.parts import parts_of
@@ -35,11 +36,14 @@ from svdllm.compression.plan import Plan
 from svdllm.compression.products import Products, Sums
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.recipe_sequential import SequentialSettings
+from svdllm.compression.rounded_targets import corrected_target, rounded_each
 from svdllm.compression.session import Run
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
 from svdllm.models.added import Read
 from svdllm.models.chosen import Forms
+from svdllm.models.experts_on_disk import give_back, on_disk
+from svdllm.models.finite import require_finite
 from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.structure import Target, bias_of, weight_of, weights_by_name
 from svdllm.models.walk import Block, Walk
@@ -56,7 +60,7 @@ def refit(
         return None
     assert windows is not None
     ids = windows.ids[: run.recipe.sequential_samples]
-    walk = subject.walk(ids, run.recipe, run.spill_file(plan))
+    walk = subject.walk(ids, run.recipe, run.spill_file(plan), run.scratch(plan))
     walk.two_streams = True
     finals = FinalFactors(run.analysis_folder / f"sequential-{_digest(run.recipe, plan.forms)}")
     Sequential(
@@ -106,6 +110,7 @@ class Sequential:
     def _compress(self, block: Block) -> None:
         factors: dict[str, dict[str, Tensor]] = {}
         replaced: dict[str, Tensor] = {}  # parameters of the targets that are compressed already
+        stored_in = torch.float64 if self.walk.dtype == torch.float64 else torch.float32
         for stage in self._stages(block):
             made: dict[str, Tensor] = {}
             for target, products in self._targets_in(block, stage, replaced):
@@ -119,12 +124,11 @@ class Sequential:
                     bias_O = bias_of(self.walk.skeleton, target)
                     corrected_O = corrected_bias(weight_OI, u_OR, v_RI, *means, bias_O=bias_O)
                     tensors["bias"] = corrected_O + products.residual_sum_O / products.weight
-                factors[target.name] = tensors
                 made |= self._parameters(target, tensors)
+                factors[target.name] = {leaf: self._kept(target, t.to(stored_in)) for leaf, t in tensors.items()}
+                give_back(weight_OI)
             replaced |= made
-        dtype = torch.float64 if self.walk.dtype == torch.float64 else torch.float32
-        stored = {name: {leaf: t.to(dtype) for leaf, t in tensors.items()} for name, tensors in factors.items()}
-        self.finals.write(block.index, stored)
+        self.finals.write(block.index, factors)
 
     def _stages(self, block: Block) -> list[list[Target]]:
         """The targets of a block in the order in which the model calls them: by group, those of experts by pool."""
@@ -211,6 +215,13 @@ class Sequential:
             if self._keeps_weight(target):
                 return {"weight": star_OI}
             chosen = self.forms[target.name]
+            if (bits := bits_of(chosen)) is not None:
+                gram_II, dtype = products.compressed_II, self._source_dtype(target)
+                (rounded,) = rounded_each(target, star_OI.float(), gram_II, [bits], dtype, chosen.size)
+                return fitted_rounding(rounded)
+            if FORMS[chosen.form].curve == "correction":
+                gram_II, dtype, form = products.compressed_II, self._source_dtype(target), FORMS[chosen.form]
+                return corrected_target(target, star_OI.float(), gram_II, left_OO, form, chosen.size, dtype)
             if FORMS[chosen.form].of_mlps:
                 order_I = self.analysis.inner_order(target)
                 assert order_I is not None
@@ -223,6 +234,9 @@ class Sequential:
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
         u_OR, v_RI = factorise(star_OI, spectrum, chosen.size)
         return {"svd_u.weight": u_OR, "svd_v.weight": v_RI}
+
+    def _source_dtype(self, target: Target) -> torch.dtype:
+        return self.walk.weights.shape_and_dtype(f"{target.name}.weight")[1]
 
     def _with_dense_grams(self, target: Target, products: Products) -> Products:
         """Mixes in the Gram of the dense calibration, which has seen more tokens: the fit adapts to few ones less."""
@@ -239,10 +253,14 @@ class Sequential:
             share = max(share, group / (products.num_tokens + group))
         return products.mixed_with(scale * unshrunk_II, share)
 
+    def _kept(self, target: Target, tensor: Tensor) -> Tensor:
+        """A tensor of a target, on disk where the weights of experts are."""
+        return on_disk(tensor, None if target.pool is None else self.walk.scratch)
+
     def _parameters(self, target: Target, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters with which a dense linear computes what its factors, or its fitted weight, would."""
         device, dtype = self.walk.device, self.walk.dtype
-        parameters = weights_by_name(target, _product(tensors).to(device, dtype))
+        parameters = weights_by_name(target, self._kept(target, _product(tensors).to(device, dtype)))
         if (bias_O := tensors.get("bias")) is not None:
             parts = target.split(bias_O.to(device, dtype)).items()
             parameters |= {f"{name}.bias": values for name, values in parts}
@@ -251,18 +269,14 @@ class Sequential:
     def _advance(self, block: Block) -> None:
         """Carries both streams through a block."""
         assert self.walk.compressed is not None
-        finals, replaced = self.finals.read(block.index), {}
+        replaced: dict[str, Tensor] = {}
         for target in self.walk.structure.block_targets(block.index):
-            if target.name in finals:
-                replaced |= self._parameters(target, finals[target.name])
+            if tensors := self.finals.of(target):
+                replaced |= self._parameters(target, tensors)
         for number, batch in enumerate(self.walk.batches):
             with tensors_replaced(self.walk.skeleton, replaced), torch.no_grad():
                 output, written = block.run_on(self.walk.compressed, number)
-            if not bool(torch.isfinite(output).all()):
-                raise NumericalError(
-                    f"The output of the compressed block {block.index} ({block.name}) has NaN or infinite values in "
-                    f"batch {number}. If it computes in float16, try --dtype float32."
-                )
+            require_finite(output, f"The output of the compressed block {block.index} ({block.name}), batch {number},")
             self.walk.compressed.tensor[batch] = output.to("cpu", self.walk.dtype)
             self.walk.compressed.share(number, block.index, written)
         block.run()
@@ -272,4 +286,7 @@ def _product(tensors: Mapping[str, Tensor]) -> Tensor:
     """The weight (``out x in``, float64) that factors multiply out to, or a fitted dense weight."""
     if "weight" in tensors:
         return tensors["weight"].double()
-    return tensors["svd_u.weight"].double() @ tensors["svd_v.weight"].double()
+    product_OI = rounded_matrix(tensors).double() if CODES in tensors else 0.0
+    if "svd_u.weight" not in tensors:
+        return product_OI  # type: ignore[return-value]
+    return product_OI + tensors["svd_u.weight"].double() @ tensors["svd_v.weight"].double()

@@ -23,10 +23,12 @@ from svdllm.checkpoint.output import (
 from svdllm.common.device import resolve_device
 from svdllm.common.disk import explain_full_disk
 from svdllm.common.errors import ResourceError, SvdllmError
+from svdllm.common.extras import require_extra
 from svdllm.common.memory import explain_out_of_memory
 from svdllm.common.progress import Reporter
 from svdllm.common.run_options import RunOptions
 from svdllm.common.settings_file import read_settings, refuse_other_settings
+from svdllm.compression.forms import FORMS
 from svdllm.compression.plan import Plan, plan_each_ratio
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.room import require_room
@@ -66,6 +68,10 @@ class Run:
         """The file of hidden states that do not fit into RAM; None where they do."""
         return self.work / "hidden-states" if plan.needs.hidden_states_on_disk else None
 
+    def scratch(self, plan: Plan) -> Path | None:
+        """The folder of the weights of experts that do not fit into RAM; None where they do."""
+        return self.work if plan.needs.experts_on_disk else None
+
     @property
     def reporter(self) -> Reporter:
         return self.options.reporter
@@ -99,6 +105,8 @@ def open_run(
     resolve_device(recipe.device)
     if recipe.needs_tokens:
         check_source(text)
+    if any(FORMS[name].bits or FORMS[name].factor_bits for name in recipe.analysed_forms):
+        require_extra("compressed_tensors", "A model in few bits", extra="quantize")
     output = Output.at(output_dir)
     with output.taken() as warning:
         if warning is not None:

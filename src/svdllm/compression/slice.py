@@ -118,6 +118,7 @@ def _write(size: SmallerSize, linears: list[LinearRecord], partial: Path, report
     report |= {
         "versions": size.report["versions"],
         "unused_tensors": size.report.get("unused_tensors"),
+        "quantized_source": size.report.get("quantized_source"),
         "sliced_from": {"ratio": size.report["recipe"]["ratio"]},
     }
     finish_checkpoint(partial, size.recipe.to_yaml(), report, torch.device(size.plan.needs.device), reporter)

@@ -15,9 +15,8 @@ from svdllm.checkpoint.tensors import Tensors, buffer_names, stored_tensors
 from svdllm.common.device import resolve_device, resolve_dtype
 from svdllm.common.errors import InputError, UnsupportedModelError
 from svdllm.common.run_options import RunOptions
-from svdllm.compression.forms import FORMS, factors_of
+from svdllm.compression.forms import FORMS, bits_in, factors_of
 from svdllm.compression.recipe import Recipe
-from svdllm.models.config_files import refuse_several_parts
 from svdllm.models.discover import discover
 from svdllm.models.experts import ExpertTensor, expert_tensors
 from svdllm.models.hub import hub_folder
@@ -27,8 +26,10 @@ from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.open import Source
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.structure import Structure, bias_corrected, left_dense
+from svdllm.models.vocabulary import vocabulary_targets
 from svdllm.models.walk import Walk
 from svdllm.models.weights import SafetensorsWeights, Weights
+from svdllm.models.wrapped import require_part
 
 LEAST_SHARE = 0.5  # of the blocks' parameters
 
@@ -67,11 +68,12 @@ class Subject:
         device = resolve_device(recipe.device)
         return device, resolve_dtype(recipe.dtype, device, self.source.dtype)
 
-    def walk(self, ids: Tensor, recipe: Recipe, spill_file: Path | None = None) -> Walk:
+    def walk(self, ids: Tensor, recipe: Recipe, spill_file: Path | None = None, scratch: Path | None = None) -> Walk:
         """A walk that carries token ids (``windows x seqlen``) through the dense model.
 
         Args:
             spill_file: holds the hidden states; without it they stay in RAM.
+            scratch: the folder of the weights of experts; without it they stay in RAM.
         """
         device, dtype = self.placement(recipe)
         return Walk(
@@ -83,6 +85,7 @@ class Subject:
             dtype=dtype,
             batch_tokens=recipe.batch_tokens,
             spill_file=spill_file,
+            scratch=scratch,
         )
 
 
@@ -97,11 +100,7 @@ def discover_subject(source: Source, recipe: Recipe) -> Subject:
         named = f" ({info.source['id']})" if "id" in info.source else ""
         raise InputError(f"{source.name} is compressed already; compress its dense source{named}.")
     skeleton = build_skeleton(source.config)
-    try:
-        return Subject(source=source, skeleton=skeleton, structure=structure_for(skeleton, recipe))
-    except UnsupportedModelError:
-        refuse_several_parts(source.config, source.name)
-        raise
+    return Subject(source=source, skeleton=skeleton, structure=structure_for(skeleton, recipe))
 
 
 def structure_for(skeleton: PreTrainedModel, recipe: Recipe) -> Structure:
@@ -110,11 +109,16 @@ def structure_for(skeleton: PreTrainedModel, recipe: Recipe) -> Structure:
     Raises:
         InputError, UnsupportedModelError: as ``discover_subject``.
     """
+    require_part(skeleton, recipe.part)
     structure = discover(skeleton, recipe.ignore)
     if recipe.joint_kv:
         structure = with_joint_keys_and_values(structure)
     if recipe.bias_correction:
         structure = bias_corrected(structure)
+    if bits_in(recipe.analysed_forms):
+        outside = vocabulary_targets(skeleton)
+        kept = tuple(t for t in outside if not any(map(t.matched_by, recipe.ignore)))
+        structure = replace(structure, vocabulary=kept)
     if recipe.ranks is None:  # the user has not named what becomes of each
         structure = left_dense(structure, dict.fromkeys(_too_small(structure, recipe), TOO_SMALL))
     _require_most_of(structure, recipe, type(skeleton).__name__)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from math import prod
 
 import torch
 from transformers import PreTrainedModel
 
-from svdllm.checkpoint.tensors import Tensors, tensor_bytes
+from svdllm.checkpoint.tensors import Tensors, file_bytes, tensor_bytes
 from svdllm.compression.forms import FORMS, most_rank
 from svdllm.compression.math.metrics import METHODS, Method
 from svdllm.compression.parts import parts_of
 from svdllm.compression.probe import probe_sizes, probe_tokens
 from svdllm.compression.recipe import Recipe
+from svdllm.compression.routed import gram_values_per_token, token_shares, weights_per_token
 from svdllm.compression.subject import Subject
 from svdllm.models.linears import linear_shape, linears_of
 from svdllm.models.structure import Structure, Target
+
+IDLE = "<idle>"  # stands for the parts that no text runs through
+Kind = tuple[tuple[object, ...] | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,7 @@ class Workload:
     dtype: torch.dtype  # in which blocks compute
     written: Tensors  # what one checkpoint holds, at most
     num_outputs: int  # checkpoints that the run writes
+    experts_on_disk: bool = False  # the weights of those of the loaded block
 
     @property
     def structure(self) -> Structure:
@@ -62,20 +66,61 @@ class Workload:
         return {target.group: target.in_features for target in self.structure.targets}
 
     @cached_property
-    def parts(self) -> list[list[Target]]:
-        """The targets whose statistics are in memory together, of all blocks."""
-        depths = {target.name: self.depth(target) for target in self.structure.targets}
+    def kinds(self) -> list[tuple[Target, int]]:
+        """Targets that differ in what counts here, each with the number of targets like it."""
+        return [(members[0], len(members)) for members in self._alike.values()]
+
+    @cached_property
+    def _alike(self) -> dict[Kind, list[Target]]:
+        alike: dict[Kind, list[Target]] = {}
+        for target in self.structure.targets:
+            alike.setdefault(self._kind(target), []).append(target)
+        return alike
+
+    def _kind(self, target: Target) -> Kind:
+        """All of a target that memory, disk and time depend on."""
+        inner = target.inner
+        return (
+            (target.out_features, target.in_features, target.is_conv1d, target.has_bias, target.bias_corrected),
+            tuple(size for _, size in target.parts),
+            None if inner is None else (inner.side, inner.width, inner.copies),
+            (self.token_shares[target.pool], target.pool is None, target.name == target.group),
+        )
+
+    @cached_property
+    def distinct_blocks(self) -> list[list[Target]]:
+        """The targets of a block, of each kind of block."""
         blocks: list[list[Target]] = [[] for _ in self.structure.blocks]
         for target in self.structure.targets:
             blocks[target.block].append(target)
-        return [part.targets for targets in blocks for part in parts_of(targets, depths)]
+        return list({tuple(map(self._kind, targets)): targets for targets in blocks}.values())
 
-    def token_share(self, target: Target) -> float:
-        """Share of the tokens that a target is handed: of an expert, if all are routed to alike."""
-        if target.pool is None:
-            return 1.0
-        experts: Any = self.skeleton.get_submodule(target.pool.rpartition(".")[0])
-        return experts.top_k / experts.split_count
+    @cached_property
+    def parts_of_blocks(self) -> list[list[list[Target]]]:
+        """The targets whose statistics are in memory together, by block, of each kind of block."""
+        mixture = bool(self.structure.pools)
+        blocks = [parts_of(targets, self._depths, mixture=mixture) for targets in self.distinct_blocks]
+        return [[part.targets for part in parts] for parts in blocks]
+
+    @property
+    def parts(self) -> list[list[Target]]:
+        """The same of all blocks."""
+        return [part for parts in self.parts_of_blocks for part in parts]
+
+    @cached_property
+    def token_shares(self) -> dict[str | None, float]:
+        """Pool -> share of the tokens that its linears are handed."""
+        return token_shares(self.structure, self.skeleton)
+
+    @cached_property
+    def weights_per_token(self) -> float:
+        """Weights of the targets that a token is multiplied with."""
+        return weights_per_token(self.structure, self.token_shares)
+
+    @cached_property
+    def gram_values_per_token(self) -> float:
+        """Values in the Grams that a token is added to."""
+        return gram_values_per_token(self.structure, self.token_shares)
 
     @cached_property
     def linear_shapes(self) -> set[tuple[int, int]]:
@@ -84,21 +129,66 @@ class Workload:
 
     # weights
 
-    @cached_property
+    @property
     def outside_bytes(self) -> int:
-        """Everything outside the blocks: embeddings, head, last norm."""
-        return self._numel(lambda name: not name.startswith(self._insides)) * self.dtype.itemsize
+        """Everything outside the blocks that a text runs through: embeddings, head, last norm."""
+        return self._numbers[""][0] * self.dtype.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        """The largest block in memory; of experts that are on disk, only what is in memory with one of them."""
+        counts = [self._numbers[block] for block in self.structure.blocks]
+        numbers = [rest + (not self.experts_on_disk) * experts for rest, experts in counts]
+        return (max(numbers) + self.experts_on_disk * 4 * self._largest_expert) * self.dtype.itemsize
+
+    @property
+    def experts_bytes(self) -> int:
+        """The experts of the block that has most."""
+        return max(experts for _, experts in self._numbers.values()) * self.dtype.itemsize
+
+    @property
+    def all_experts_bytes(self) -> int:
+        """The experts of all blocks."""
+        return sum(experts for _, experts in self._numbers.values()) * self.dtype.itemsize
 
     @cached_property
-    def block_bytes(self) -> int:
-        """The largest block."""
-        sizes = (self._numel(lambda name, inside=inside: name.startswith(inside)) for inside in self._insides)
-        return max(sizes) * self.dtype.itemsize
+    def _numbers(self) -> dict[str, tuple[int, int]]:
+        """Block -> numbers stored in it, outside and inside experts; others under "", or under IDLE."""
+        blocks, places = self.structure.blocks, self.subject.expert_tensors
+        idle = tuple(f"{name}." for name in self.structure.idle)
+        depth = blocks[0].count(".") + 1
+        numbers: dict[str, tuple[int, int]] = dict.fromkeys(["", IDLE, *blocks], (0, 0))
+        for name, (shape, _) in self.stored.items():
+            block = ".".join(name.split(".", depth)[:depth])
+            block = block if block in numbers else IDLE if name.startswith(idle) else ""
+            rest, experts = numbers[block]
+            count, inside = prod(shape), name in places
+            numbers[block] = rest + count * (not inside), experts + count * inside
+        return numbers
+
+    @cached_property
+    def _largest_expert(self) -> int:
+        """Numbers in the expert that has most."""
+        experts: dict[str, int] = {}
+        for target, _ in self.kinds:
+            if target.expert is not None:
+                experts[target.expert] = experts.get(target.expert, 0) + target.num_weights
+        return max(experts.values(), default=0)
 
     @cached_property
     def largest_tensor_bytes(self) -> int:
         """As stored."""
-        return max(tensor_bytes(self.stored, [name]) for name in self.stored)
+        return max(prod(shape) * dtype.itemsize for shape, dtype in self.stored.values())
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        """All tensors of the source."""
+        return tensor_bytes(self.stored)
+
+    @cached_property
+    def written_bytes(self) -> int:
+        """The weight files of a checkpoint."""
+        return file_bytes(self.written)
 
     @cached_property
     def gguf_bytes(self) -> int:
@@ -108,7 +198,7 @@ class Workload:
 
     @property
     def num_stored_weights(self) -> int:
-        return self._numel(lambda name: True)
+        return sum(map(sum, self._numbers.values()))
 
     @property
     def hidden_size(self) -> int:
@@ -147,7 +237,13 @@ class Workload:
 
     def depth(self, target: Target) -> int:
         """Directions of a target's spectrum that the analysis keeps."""
-        return max(target.break_even_rank, most_rank(target, self.recipe.analysed_forms))
+        return self._depths[target.name]
+
+    @cached_property
+    def _depths(self) -> dict[str, int]:
+        forms = self.recipe.analysed_forms
+        depths = {kind: max(m[0].break_even_rank, most_rank(m[0], forms)) for kind, m in self._alike.items()}
+        return {target.name: depths[kind] for kind, members in self._alike.items() for target in members}
 
     def narrowed_width(self, target: Target) -> int:
         """Inner features of the MLP that a target reads, if it may be narrowed; else 0."""
@@ -169,11 +265,3 @@ class Workload:
         """Bytes of the hidden states of all calibration tokens, between two blocks."""
         carried = max(self.tokens, 2 * self.sequential_tokens) if self.method.needs_tokens else 0
         return carried * self.token_bytes
-
-    @cached_property
-    def _insides(self) -> tuple[str, ...]:
-        return tuple(f"{block}." for block in self.structure.blocks)
-
-    def _numel(self, wanted: Callable[[str], bool]) -> int:
-        """Stored numbers in the tensors with wanted names."""
-        return sum(torch.Size(shape).numel() for name, (shape, _) in self.stored.items() if wanted(name))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from svdllm.checkpoint.elastic import ELASTIC_STEM, ElasticIndex
@@ -19,8 +22,14 @@ from svdllm.common.version import __version__
 from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.factors import TargetFactors
 from svdllm.compression.few_tokens import ExpertTokens
-from svdllm.compression.forms import FORMS
-from svdllm.compression.forms.layout import compressed_tensors, elastic_tensors, forms_entry
+from svdllm.compression.forms import FORMS, corrected_bits
+from svdllm.compression.forms.layout import (
+    compressed_tensors,
+    elastic_tensors,
+    embeddings_entry,
+    forms_entry,
+    quantization_entry,
+)
 from svdllm.compression.math.linalg import tail_energies
 from svdllm.compression.plan import Plan
 from svdllm.compression.ranks.budget import spare_forms
@@ -33,7 +42,7 @@ from svdllm.compression.records import (
 )
 from svdllm.compression.session import Run
 from svdllm.compression.subject import Subject
-from svdllm.models.chosen import Forms
+from svdllm.models.chosen import Chosen, Forms
 from svdllm.models.companions import GENERATION_CONFIG, copy_companion_files
 from svdllm.models.experts import Stacked, stacked_layout, untouched
 from svdllm.models.low_rank import FORMAT_VERSION, family_classes, low_rank_config
@@ -93,7 +102,7 @@ def _write_checkpoint(
     (partial / "svdllm").mkdir(parents=True)
     device = resolve_device(plan.recipe.device)
     factors = TargetFactors(subject, plan.forms, analysis, finals, device, run.reporter)
-    layout = compressed_tensors(subject.stored, subject.structure.targets, plan.forms)
+    layout = compressed_tensors(subject.stored, subject.structure.stored, plan.forms)
     stacked = untouched(subject.expert_tensors, plan.forms)
     write_shards(partial, Stacked(factors, stacked), stacked_layout(layout, stacked))
     _write_config(partial, subject, plan, provenance)
@@ -104,7 +113,7 @@ def _write_checkpoint(
         _write_elastic(partial, subject, factors, spare, analysis, plan.recipe.allocation)
     experts = ExpertTokens.of(analysis.expert_tokens(), subject.structure.targets)
     report = report_of(plan, plan.recipe, provenance, linears, experts)
-    finish_checkpoint(partial, plan.recipe.to_yaml(), report, device, run.reporter)
+    finish_checkpoint(partial, plan.recipe.to_yaml(), report, device, run.reporter, run.scratch(plan))
     partial.replace(folder)
 
 
@@ -123,20 +132,48 @@ def _linear_records(subject: Subject, plan: Plan, analysis: Analysis) -> list[Li
 def _curve(target: Target, plan: Plan, analysis: Analysis) -> Tensor:
     """The squared error of a target at every size of its form."""
     chosen = plan.forms.get(target.name)
+    if chosen is not None and (bits := FORMS[chosen.form].bits) is not None:
+        return _rounding_curve(analysis.rounding(target), bits, chosen.size, analysis.energies(target).sum())
+    if chosen is not None and FORMS[chosen.form].curve == "correction":
+        tails = analysis.corrections(target)
+        energy = analysis.energies(target).sum()[None]
+        corrected = corrected_bits(plan.recipe.analysed_forms)
+        return energy if tails is None else torch.cat([energy, tails[corrected.index(_base_bits(chosen))][1:]])
     if chosen is not None and FORMS[chosen.form].of_mlps and target.inner is not None:
         tails = analysis.narrowing_tails(target.block, target.inner.mlp)
         return tails if target.inner.side == "in" else tails * 0  # the rows that stay are as they were
     return tail_energies(analysis.energies(target))
 
 
+def _base_bits(chosen: Chosen) -> int:
+    base = FORMS[chosen.form].base
+    assert base is not None
+    assert base.bits is not None
+    return base.bits
+
+
+def _rounding_curve(errors: Mapping[int, float] | None, bits: int, size: int, energy: Tensor) -> Tensor:
+    """The squared error of a rounded target, as a curve that falls from the whole energy to it."""
+    error = (errors or {}).get(bits, 0.0)
+    return torch.cat([energy[None], torch.full((size,), error, dtype=energy.dtype)])
+
+
 def _write_config(folder: Path, subject: Subject, plan: Plan, provenance: Provenance) -> None:
-    """Writes the config of the low-rank model, and the code of its classes."""
-    source = subject.source
-    config = low_rank_config(source.config, _config_entry(subject, plan, provenance))
+    """Writes the config of the model: of the low-rank family, with the code of its classes, or of the family itself.
+
+    A model whose linears are all as they are or in few bits needs no classes of ours.
+    """
+    source, entry = subject.source, _config_entry(subject, plan, provenance)
+    is_ours = bool(entry["forms"]) or "embeddings" in entry
+    config = low_rank_config(source.config, entry) if is_ours else copy.deepcopy(source.config)
     config.dtype = plan.dtype
+    config.architectures = config.architectures or [type(subject.skeleton).__name__]
+    if (quantization := quantization_entry(subject.structure, plan.forms)) is not None:
+        config.quantization_config = quantization
     config.save_pretrained(folder)
-    for name, text in family_classes(source.config.model_type).causal_lm.code_files().items():
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    if is_ours:
+        for name, text in family_classes(source.config.model_type).causal_lm.code_files().items():
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
 def _write_elastic(
@@ -172,6 +209,7 @@ def _config_entry(subject: Subject, plan: Plan, provenance: Provenance) -> dict[
         "format_version": FORMAT_VERSION,
         "base_model_type": source.config.model_type,
         **forms_entry(subject.structure.targets, plan.forms),
+        **embeddings_entry(subject.structure, plan.forms),
         **({"bias_correction": True} if plan.recipe.bias_correction else {}),
         "library_version": __version__,
         "source": {"id": source.name, "revision": source.revision, "fingerprint": provenance.weights_fingerprint},

@@ -27,6 +27,7 @@ from svdllm.inference.cache_names import cache_name, cache_of
 from svdllm.models.companions import copy_companion_files
 from svdllm.models.logits import compare_logits
 from svdllm.models.low_rank.factory import dense_config
+from svdllm.models.wrapped import refuse_wrapper
 
 GRAPH_FORMATS = ("onnx", "openvino")
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
@@ -55,6 +56,7 @@ def export_graph(folder: str | Path, output_dir: str | Path, format: str) -> tup
     if format not in GRAPH_FORMATS:
         raise InputError(f"There is no graph format {format!r}; use {' or '.join(GRAPH_FORMATS)}.")
     config = config_to_export(folder)
+    refuse_wrapper(config, str(folder), f"--format {format}")
     with new_folder(output_dir, "an export") as (output, partial):
         _check_packages(format)
         model = load_model(folder, dtype=torch.float32).eval()

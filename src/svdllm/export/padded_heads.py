@@ -25,6 +25,7 @@ from svdllm.models.logits import compare_logits
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.weights import SafetensorsWeights
+from svdllm.models.wrapped import refuse_wrapper
 
 FIXED_WIDTH = "it computes the width of a head from the number of heads, whatever config.json says."
 
@@ -67,6 +68,7 @@ def export_padded(folder: str | Path, output_dir: str | Path, processes: int) ->
     config = config_to_export(folder)
     info = LowRankInfo.of(config)
     _refuse_packed(folder, info)
+    refuse_wrapper(config, str(folder), "--format padded")
     with new_folder(output_dir, "an export") as (output, partial):
         before = _heads(config)
         after = before.for_processes(processes)

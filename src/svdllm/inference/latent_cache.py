@@ -13,6 +13,7 @@ from svdllm.inference.cache_names import CACHE_NAMES, cache_name, cache_of
 from svdllm.inference.latent_attention import LatentAttention
 from svdllm.inference.latent_keys import Positions, Seen, find_key_path, rotary_modules, watched
 from svdllm.inference.packed import is_factored, out_features_of, rank_of
+from svdllm.models.limits import text_config
 from svdllm.models.logits import compare_logits
 from svdllm.models.low_rank.info import LowRankInfo
 
@@ -87,15 +88,16 @@ def cache_size(config: Any, dtype: torch.dtype | None = None) -> CacheSize:
     and values share counts once. Whether the layers can keep latents is not checked. ``dtype`` is the config's by
     default.
     """
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    text = text_config(config)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     info = LowRankInfo.of(config)
     ranks, shared = (info.ranks, info.shared_factors) if info else ({}, {})
     latents = {name: rank for name, rank in ranks.items() if name.endswith((".k_proj", ".v_proj"))}
     kept = [
         min(rank, width * (2 if name in shared.values() else 1)) for name, rank in latents.items() if name not in shared
     ]
-    elements = 2 * config.num_hidden_layers * width
+    elements = 2 * text.num_hidden_layers * width
     size = (dtype or config.dtype or torch.float32).itemsize
     return CacheSize(elements * size, (elements - len(latents) * width + sum(kept)) * size)
 

@@ -28,6 +28,7 @@ from svdllm.models.linears import listing
 from svdllm.models.low_rank import family_classes
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.open import Source, open_config
+from svdllm.models.wrapped import is_wrapper
 
 BACKENDS = ("auto", "vllm", "transformers")
 TENSOR_PARALLEL_OPTIONS = ("--tensor-parallel-size", "--tensor_parallel_size", "-tp")
@@ -132,7 +133,9 @@ def _not_for_vllm(source: Source, device: str, kv_cache: str) -> str | None:
         return f"--device {device} is for transformers: vLLM runs on the device that it was built for."
     if kv_cache != "ordinary":
         return f"--kv-cache {kv_cache} is for transformers: vLLM keeps keys and values in pages of its own."
-    if (info := LowRankInfo.of(source.config)) and info.shared_factors:
+    if (info := LowRankInfo.of(source.config)) and is_wrapper(source.config):
+        return f"{source.name} also reads images or sound, and vLLM has not been tried with low-rank models that do."
+    if info and info.shared_factors:
         return f"{source.name} was made with --joint-kv, and vLLM needs a first factor for every linear in the files."
     return None
 

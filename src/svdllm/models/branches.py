@@ -51,7 +51,7 @@ def find_branches(skeleton: PreTrainedModel, structure: Structure) -> list[Branc
         children = dict.fromkeys(target.name.removeprefix(f"{name}.").split(".")[0] for target in targets)
         key = f"{signature_of(block)} {list(children)}"
         if key not in known:
-            with experts_computed(skeleton, "eager"), experts_tried(skeleton, first_only=True):
+            with experts_computed(skeleton, "eager"), experts_tried(skeleton):
                 known[key] = _outputs_of(block, list(children), given, name)
         for child, num_outputs in known[key].items():
             params = sum(t.num_weights for t in targets if t.name.startswith(f"{name}.{child}."))

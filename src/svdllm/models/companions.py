@@ -1,4 +1,4 @@
-"""Finds and copies the files beside a model's weights and config: its tokenizer and its generation config."""
+"""Finds and copies the files beside a model's weights and config: tokenizer, processors, generation config."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from svdllm.models.low_rank.lowrank import read_object
 
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+# Of a wrapper: how images, videos and sound become tensors, and how these are joined with text.
+PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 # Files that transformers reads for a tokenizer of any class.
 EVERY_TOKENIZER = (
     TOKENIZER_CONFIG,
@@ -40,15 +42,15 @@ DECIDING_FILES = ("config.json", TOKENIZER_CONFIG, "additional_chat_templates/*.
 
 
 def copy_companion_files(folder: Path, target: Path, *, tokenizer: bool = True) -> None:
-    """Copies the generation config and, with ``tokenizer``, the tokenizer of a model, byte for byte."""
-    for name in companion_files(folder) if tokenizer else [Path(GENERATION_CONFIG)]:
+    """Copies the generation config, processors and, with ``tokenizer``, the tokenizer of a model, byte for byte."""
+    for name in companion_files(folder) if tokenizer else map(Path, (GENERATION_CONFIG, *PROCESSORS)):
         if (folder / name).is_file():
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, target / name)
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """Lists the files of the generation config and the tokenizer of a model, relative to its folder."""
+    """Lists the files of the generation config, processors and tokenizer of a model, relative to its folder."""
     found = {path for pattern in companion_patterns(folder) for path in folder.glob(pattern) if path.is_file()}
     return sorted(path.relative_to(folder) for path in found | _code_files(folder))
 
@@ -58,7 +60,7 @@ def companion_patterns(folder: Path) -> list[str]:
 
     The code of a tokenizer is not among them, because its files are found by what they import: see ``companion_files``.
     """
-    return [GENERATION_CONFIG, *EVERY_TOKENIZER, *VOCABULARIES, *sorted(_vocabulary_names(folder))]
+    return [GENERATION_CONFIG, *PROCESSORS, *EVERY_TOKENIZER, *VOCABULARIES, *sorted(_vocabulary_names(folder))]
 
 
 def has_own_code(folder: Path) -> bool:

@@ -56,13 +56,13 @@ class Conversion:
 
     Args:
         name: in the model, of the first tensor that it makes.
-        sources: pattern of the rule and a tensor that it matches, in the order of transformers.
+        sources: pattern of the rule, name of a tensor that it matches and the tensor, in the order of transformers.
     """
 
     model: PreTrainedModel
     rule: WeightConverter
     name: str
-    sources: Sequence[tuple[str, StoredTensor]]
+    sources: Sequence[tuple[str, str, Stored]]
 
     @cached_property
     def made(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -76,7 +76,7 @@ class Conversion:
 
     def read(self, name: str) -> Tensor:
         """Reads the tensors, and makes one of them."""
-        return self._convert(StoredTensor.read)[name].contiguous()
+        return self._convert(lambda source: source.read())[name].contiguous()
 
     def read_part(self, name: str, index: int) -> Tensor:
         """Makes one of the tensors that are stacked in a tensor, of the stored tensors of this index if it can."""
@@ -85,20 +85,20 @@ class Conversion:
         if any(len(sources) != shape[0] for sources in parts):
             return self.read(name)[index]
         single = replace(self, sources=[sources[index] for sources in parts])
-        made = single._convert(StoredTensor.read)[name]
+        made = single._convert(lambda source: source.read())[name]
         return made[0] if made.shape == (1, *shape[1:]) else self.read(name)[index]
 
     @cached_property
-    def _by_pattern(self) -> dict[str, list[tuple[str, StoredTensor]]]:
-        groups: dict[str, list[tuple[str, StoredTensor]]] = {}
-        for pattern, source in self.sources:
-            groups.setdefault(pattern, []).append((pattern, source))
+    def _by_pattern(self) -> dict[str, list[tuple[str, str, Stored]]]:
+        groups: dict[str, list[tuple[str, str, Stored]]] = {}
+        for source in self.sources:
+            groups.setdefault(source[0], []).append(source)
         return groups
 
-    def _convert(self, read: Callable[[StoredTensor], Tensor]) -> Mapping[str, Tensor]:
+    def _convert(self, read: Callable[[Stored], Tensor]) -> Mapping[str, Tensor]:
         rule = deepcopy(self.rule)  # it collects tensors
-        for pattern, source in self.sources:
-            rule.add_tensor(self.name, source.key, pattern, lambda source=source: read(source))  # type: ignore[arg-type]
+        for pattern, key, source in self.sources:
+            rule.add_tensor(self.name, key, pattern, lambda source=source: read(source))  # type: ignore[arg-type]
         made = rule.convert(self.name, model=self.model, config=self.model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 

@@ -5,7 +5,7 @@ Everything here works on a *skeleton*: the model on the meta device, whose param
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from svdllm.common.errors import InputError, UnsupportedModelError
-from svdllm.models.experts import expert_tensors, pool_of
-from svdllm.models.left_dense import IGNORED, READ, SHARED, UNCALLED, dense_modules, num_block_params, shared_modules
+from svdllm.models.experts import expert_tensors, first_experts, pool_of
+from svdllm.models.left_dense import IGNORED, READ, SHARED, UNCALLED, dense_modules, parameter_owners, shared_modules
 from svdllm.models.linears import find_blocks, linear_shape, linears_of, listing, matches
 from svdllm.models.mlps import find_mlps
 from svdllm.models.structure import Structure, Target, with_mlps
 from svdllm.models.trial_pass import Trial, trial_pass
+from svdllm.models.wrapped import outside_parts
 
 
 def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure:
@@ -38,18 +39,23 @@ def discover(skeleton: PreTrainedModel, ignore: Sequence[str] = ()) -> Structure
     reasons = dict.fromkeys(_ignored(list(linears), ignore), IGNORED)
     reasons |= dict.fromkeys(shared_modules(skeleton) & linears.keys() - reasons.keys(), SHARED)
     candidates = {name: module for name, module in linears.items() if name not in reasons}
-    trial = trial_pass(skeleton, blocks, candidates)
-    reasons |= {name: UNCALLED for name in candidates if name not in trial.groups}
-    reasons |= dict.fromkeys(trial.read - reasons.keys(), READ)
-    targets = _targets(skeleton, trial, [name for name in candidates if name not in reasons])
+    first = first_experts(skeleton)
+    tried = {name for name in linears if first.get(name) == name} | (candidates.keys() - first.keys())
+    trial = trial_pass(skeleton, blocks, {name: module for name, module in linears.items() if name in tried})
+    groups = _groups(trial, candidates, first)
+    reasons |= {name: UNCALLED for name in candidates if name not in groups}
+    reasons |= {name: READ for name in candidates if first.get(name, name) in trial.read and name not in reasons}
+    targets = _targets(skeleton, trial, {name: groups[name] for name in candidates if name not in reasons})
     if not targets:
         raise UnsupportedModelError(f"The blocks of {type(skeleton).__name__} call no linear that can be compressed.")
     structure = _structure(trial, targets)
     names = {target.name for target in targets}
+    owners = list(parameter_owners(skeleton, trial.blocks))
     structure = replace(
         structure,
-        dense=dense_modules(skeleton, trial.blocks, names, reasons),
-        num_block_params=num_block_params(skeleton, trial.blocks),
+        dense=dense_modules(owners, names, reasons),
+        num_block_params=sum(params for _, _, params in owners),
+        outside=outside_parts(skeleton),
     )
     return with_mlps(structure, find_mlps(skeleton, structure, trial.arguments))
 
@@ -72,6 +78,7 @@ def _structure(trial: Trial, targets: tuple[Target, ...]) -> Structure:
         shared_arguments=trial.written.names,
         shared_features=trial.written.num_features,
         handed=tuple(trial.written.handed),
+        idle=trial.idle,
     )
 
 
@@ -79,18 +86,31 @@ def _linears_in(skeleton: nn.Module, block: str) -> list[tuple[str, nn.Module]]:
     return list(linears_of(skeleton.get_submodule(block), prefix=block))
 
 
-def _targets(skeleton: nn.Module, trial: Trial, names: Collection[str]) -> tuple[Target, ...]:
+def _groups(trial: Trial, names: Collection[str], first: Mapping[str, str]) -> dict[str, str]:
+    """Called linear -> the first linear that reads the same tensors; of an expert, as of the first of its layer."""
+    groups = {}
+    for name in names:
+        tried = first.get(name, name)
+        if tried in trial.groups:
+            leader = trial.groups[tried]
+            own = f"{name.rpartition('.')[0]}.{leader.rpartition('.')[2]}"
+            groups[name] = own if name != tried and leader in first else leader
+    return groups
+
+
+def _targets(skeleton: nn.Module, trial: Trial, groups: Mapping[str, str]) -> tuple[Target, ...]:
     """Makes targets of linears; a group is named after its first linear that is a target."""
     leaders: dict[str, str] = {}
-    for name in names:
-        leaders.setdefault(trial.groups[name], name)
+    for name, group in groups.items():
+        leaders.setdefault(group, name)
     places = expert_tensors(skeleton)
-    return tuple(
-        _as_target(name, index, skeleton.get_submodule(name), leaders[trial.groups[name]], pool_of(name, places))
-        for index, block in enumerate(trial.blocks)
-        for name in names
-        if name.startswith(f"{block}.")
-    )
+    found = [
+        _as_target(name, block, module, leaders[groups[name]], pool_of(name, places))
+        for block, stem in enumerate(trial.blocks)
+        for name, module in skeleton.get_submodule(stem).named_modules(prefix=stem)
+        if name in groups
+    ]
+    return tuple(found)
 
 
 def _as_target(name: str, block: int, module: nn.Module, group: str, pool: str | None) -> Target:

@@ -39,6 +39,26 @@ def expert_tensors(model: nn.Module) -> dict[str, ExpertTensor]:
     }
 
 
+def first_experts(model: nn.Module) -> dict[str, str]:
+    """Linear of an expert -> the same linear of the first expert of its layer."""
+    return {
+        f"{name}.{index}.{leaf}": f"{name}.0.{leaf}"
+        for name, module in model.named_modules()
+        if isinstance(module, SplitExperts)
+        for index in range(module.split_count)
+        for leaf in module.linear_names
+    }
+
+
+def distinct_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yields what ``named_modules`` does, but of the experts of a layer, which are alike, the first alone."""
+    yield name, module
+    only_first = isinstance(module, SplitExperts)
+    for leaf, child in module.named_children():
+        if not only_first or leaf == "0" or not leaf.isdecimal():
+            yield from distinct_modules(child, f"{name}.{leaf}" if name else leaf)
+
+
 def pool_of(name: str, places: Places) -> str | None:
     """The pool of a linear of an expert: those of the other experts of its layer, by the name of their tensor."""
     place = places.get(f"{name}.weight")
@@ -114,14 +134,14 @@ def untouched(places: Places, linears: Collection[str]) -> dict[str, ExpertTenso
 
 
 @contextmanager
-def experts_tried(model: nn.Module, first_only: bool = False) -> Iterator[None]:
-    """Hands every token to every expert, or to the first of each layer, while the context lasts: values decide nothing.
+def experts_tried(model: nn.Module) -> Iterator[None]:
+    """Hands every token to the first expert of each layer while the context lasts: values decide nothing.
 
-    The output is that of the routed experts among them.
+    The output is that of the tokens that are routed to it.
     """
     modules = [module for module in model.modules() if isinstance(module, SplitExperts)]
     for module in modules:
-        module.tried = 1 if first_only else module.split_count
+        module.tried = 1
     try:
         yield
     finally:

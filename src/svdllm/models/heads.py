@@ -54,7 +54,7 @@ def find_heads(skeleton: PreTrainedModel, structure: Structure) -> HeadsFound:
         inside = {name.removeprefix(f"{block}.") for name in targets - in_mlps if name.startswith(f"{block}.")}
         key = f"{signature_of(module)} {sorted(inside)}"
         if key not in known:
-            experts = experts_computed(skeleton, "eager"), experts_tried(skeleton, first_only=True)
+            experts = experts_computed(skeleton, "eager"), experts_tried(skeleton)
             with torch.enable_grad(), experts[0], experts[1]:
                 known[key] = _find_in(BlockTrial(module, given), inside)
         found, failed = known[key]
@@ -82,7 +82,7 @@ def _find_in(trial: BlockTrial, inside: set[str]) -> tuple[list[Channels], dict[
     if trial.results is None:
         return found, refused
     for consumer in sorted(inside):
-        inputs = trial.inputs[consumer]
+        inputs = trial.inputs.get(consumer, [])  # of experts, the first alone is tried
         producers = trial.sources(inputs[0]) if len(inputs) == 1 else ()
         if not producers or not inside.issuperset(producers):
             continue

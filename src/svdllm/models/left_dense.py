@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -53,15 +53,16 @@ class DensePart:
 
 
 def dense_modules(
-    model: nn.Module, blocks: Collection[str], targets: Collection[str], reasons: Mapping[str, str]
+    owners: Iterable[tuple[str, nn.Module, int]], targets: Collection[str], reasons: Mapping[str, str]
 ) -> tuple[DenseModule, ...]:
     """Lists the modules in the blocks that have parameters and are not targets.
 
     Args:
+        owners: see ``parameter_owners``.
         reasons: linear -> why it is not a target.
     """
     found = []
-    for name, module, params in _owners(model, blocks):
+    for name, module, params in owners:
         if name not in targets:
             reason = reasons.get(name, OWN_FORWARD if has_matrix(module) and not is_linear(module) else NO_LINEAR)
             found.append(DenseModule(name=name, kind=type(module).__name__, reason=reason, params=params))
@@ -86,22 +87,17 @@ def dense_parts(modules: Collection[DenseModule], num_block_params: int) -> list
     return sorted(parts, key=lambda part: -part.params)
 
 
-def num_block_params(model: nn.Module, blocks: Collection[str]) -> int:
-    """Number of parameters in the blocks; shared ones are counted once."""
-    return sum(params for _, _, params in _owners(model, blocks))
-
-
 def shared_modules(model: nn.Module) -> set[str]:
     """Names of the modules with a parameter that another place of the model has too."""
     return {name.rpartition(".")[0] for name in other_names(model)}
 
 
-def _owners(model: nn.Module, blocks: Collection[str]) -> Iterator[tuple[str, nn.Module, int]]:
+def parameter_owners(model: nn.Module, blocks: Collection[str]) -> Iterator[tuple[str, nn.Module, int]]:
     """Yields every module in the blocks that owns parameters, with their number; shared ones count at their first."""
     seen: set[int] = set()
     for block in blocks:
         for name, module in model.get_submodule(block).named_modules(prefix=block):
-            own = {id(parameter): parameter for parameter in module.parameters(recurse=False)}
+            own = {id(parameter): parameter for parameter in module._parameters.values() if parameter is not None}
             if own.keys() - seen:
                 yield name, module, sum(own[key].numel() for key in own.keys() - seen)
             seen |= own.keys()

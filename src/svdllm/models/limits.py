@@ -11,7 +11,7 @@ from svdllm.common.errors import InputError
 
 def context_length(config: Any) -> int | None:
     """The most tokens that a model takes at once; None where its config does not say (XLNet says -1)."""
-    longest = getattr(_text_config(config), "max_position_embeddings", None)
+    longest = getattr(text_config(config), "max_position_embeddings", None)
     return longest if longest is not None and longest > 0 else None
 
 
@@ -54,7 +54,7 @@ def require_known_ids(ids: Tensor, config: Any, tokenizer: Any = None) -> None:
     """
     if not ids.numel():
         return
-    vocabulary = getattr(_text_config(config), "vocab_size", None)
+    vocabulary = getattr(text_config(config), "vocab_size", None)
     lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0:
         raise InputError(f"token ids must not be negative, found {lowest}: remove padding such as -100")
@@ -67,6 +67,6 @@ def require_known_ids(ids: Tensor, config: Any, tokenizer: Any = None) -> None:
         )
 
 
-def _text_config(config: Any) -> Any:
+def text_config(config: Any) -> Any:
     """The part of a config that describes the language model; the whole where there are no parts."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -62,7 +62,7 @@ def language_model(model: nn.Module) -> tuple[str, nn.Module]:
     find = getattr(model, "get_decoder", None)
     decoder = None if find is None else find()
     names = {id(module): name for name, module in model.named_modules()}
-    if decoder is None or id(decoder) not in names or not _stacks_of(decoder, ""):
+    if decoder is None or id(decoder) not in names or not stacks_of(decoder, ""):
         return "", model
     return names[id(decoder)], decoder
 
@@ -76,7 +76,7 @@ def find_blocks(model: nn.Module) -> list[str]:
         UnsupportedModelError: there is none with weights.
     """
     name, decoder = language_model(model)
-    stacks = _stacks_of(decoder, name)
+    stacks = stacks_of(decoder, name)
     if not stacks:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no stack of decoder blocks (a ModuleList with weights). Its modules are: "
@@ -89,7 +89,7 @@ def find_blocks(model: nn.Module) -> list[str]:
     return [f"{stack}.{index}" for index in range(len(model.get_submodule(stack)))]  # type: ignore[arg-type]
 
 
-def _stacks_of(model: Any, prefix: str) -> dict[str, int]:
+def stacks_of(model: Any, prefix: str) -> dict[str, int]:
     """Outermost ``ModuleList`` with weights -> number of its weights."""
     stacks: dict[str, int] = {}
     for name, module in model.named_modules(prefix=prefix):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 
@@ -40,6 +40,7 @@ def weights_loaded(
     dtype: torch.dtype,
     skip: tuple[str, ...] = (),
     ties: Mapping[str, Sequence[str]] = NO_TIES,
+    place: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> Iterator[None]:
     """Gives a module on the meta device its weights while the context lasts; floating ones are cast to ``dtype``.
 
@@ -47,6 +48,7 @@ def weights_loaded(
         prefix: name of the module in the model; "" for the whole model.
         skip: beginnings of names, in the model, of tensors that are left alone.
         ties: name in the model -> other names of the same tensor, which is loaded once.
+        place: called with the name in the model and each tensor, puts it where it stays.
     """
     stored = set(weights.names())
     start = f"{prefix}." if prefix else ""
@@ -62,7 +64,8 @@ def weights_loaded(
             continue
         if found not in loaded:
             value = weights.get(found)
-            loaded[found] = value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            loaded[found] = place(full, value)
         values[name] = loaded[found]
     with tensors_replaced(module, values):
         yield

@@ -10,6 +10,7 @@ same subset, and nothing else may change. A norm over the inner features and att
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from svdllm.models.experts import experts_tried
+from svdllm.models.experts import distinct_modules, experts_tried
 from svdllm.models.hooks import experts_computed, first_argument, replaced
-from svdllm.models.linears import linear_shape, linears_of
+from svdllm.models.linears import is_linear, linear_shape
 from svdllm.models.low_rank.lowrank import SplitExperts
 from svdllm.models.skeleton import LARGE
 from svdllm.models.structure import Mlp, Structure
@@ -50,48 +51,66 @@ def find_mlps(skeleton: nn.Module, structure: Structure, arguments: Sequence[Arg
         arguments: what the model calls each block with; tensors on the meta device are replaced by random ones.
     """
     targets = {target.name for target in structure.targets}
-    known: dict[str, list[Found]] = {}
+    known: dict[str, list[Mlp]] = {}
     mlps: list[Mlp] = []
     for index, (name, given) in enumerate(zip(structure.blocks, arguments, strict=True)):
         block = skeleton.get_submodule(name)
         key = signature_of(block)
         if key not in known:
-            experts = experts_computed(skeleton, "eager"), experts_tried(skeleton, first_only=True)
+            experts = experts_computed(skeleton, "eager"), experts_tried(skeleton)
             with torch.enable_grad(), experts[0], experts[1]:  # also where gradients are switched off
-                known[key] = [one for found in _find_in(block, given) for one in _of_all_experts(block, found)]
-        candidates = (_as_mlp(skeleton, name, index, found) for found in known[key])
+                found = [one for first in _find_in(block, given) for one in _of_all_experts(block, first)]
+            known[key] = [_as_mlp(block, one) for one in found]
+        candidates = (_in_block(mlp, name, index) for mlp in known[key])
         mlps += [mlp for mlp in candidates if targets.issuperset(mlp.linears)]
     return tuple(mlps)
 
 
 def signature_of(block: nn.Module) -> str:
     """Text that is equal for blocks of the same modules, settings that modules show, and shapes."""
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in block.named_parameters()]
-    return f"{block!r} {shapes}"
+    modules = [
+        (name, type(module).__name__, module.extra_repr(), [tuple(own.shape) for own in module.parameters(False)])
+        for name, module in distinct_modules(block)
+    ]
+    counts = [module.split_count for module in block.modules() if isinstance(module, SplitExperts)]
+    return f"{modules} {counts}"
 
 
-def _as_mlp(skeleton: nn.Module, block_name: str, block: int, found: Found) -> Mlp:
+def _as_mlp(block: nn.Module, found: Found) -> Mlp:
+    """An MLP by its names in the block."""
     producers, consumer, interleaved = found
     parents = [name.split(".")[:-1] for name in (*producers, consumer)]
     same = takewhile(lambda level: len(set(level)) == 1, zip(*parents, strict=False))
     shared = "".join(f"{level[0]}." for level in same)
     leaves = "+".join(name.removeprefix(shared) for name in (*producers, consumer))
-    _, width = linear_shape(skeleton.get_submodule(f"{block_name}.{consumer}"))
+    _, width = linear_shape(block.get_submodule(consumer))
     return Mlp(
-        name=f"{block_name}.{shared}{leaves}",
-        block=block,
-        producers=tuple(f"{block_name}.{name}" for name in producers),
-        consumer=f"{block_name}.{consumer}",
+        name=f"{shared}{leaves}",
+        block=0,
+        producers=producers,
+        consumer=consumer,
         width=width,
         interleaved=interleaved,
-        pool=_pool(skeleton, f"{block_name}.{shared}", leaves),
+        pool=_pool(block, shared, leaves),
     )
 
 
-def _pool(skeleton: nn.Module, parent: str, leaves: str) -> str | None:
+def _in_block(mlp: Mlp, name: str, index: int) -> Mlp:
+    """An MLP by its names in the model."""
+    return replace(
+        mlp,
+        name=f"{name}.{mlp.name}",
+        block=index,
+        producers=tuple(f"{name}.{producer}" for producer in mlp.producers),
+        consumer=f"{name}.{mlp.consumer}",
+        pool=None if mlp.pool is None else f"{name}.{mlp.pool}",
+    )
+
+
+def _pool(block: nn.Module, parent: str, leaves: str) -> str | None:
     """The pool of an MLP that is an expert: the layer's, by the names of the linears."""
     experts, _, index = parent.rstrip(".").rpartition(".")
-    is_expert = index.isdecimal() and isinstance(skeleton.get_submodule(experts), SplitExperts)
+    is_expert = index.isdecimal() and isinstance(block.get_submodule(experts), SplitExperts)
     return f"{experts}.{leaves}" if is_expert else None
 
 
@@ -148,12 +167,12 @@ class BlockTrial:
     def __init__(self, block: nn.Module, given: Arguments):
         self.block = block
         self.generator = torch.Generator().manual_seed(SEED)
-        self.stubs = {name: LinearStub(linear, self.generator) for name, linear in linears_of(block)}
-        inside = tuple(f"{name}." for name in self.stubs)
+        modules = dict(distinct_modules(block))
+        self.stubs = {name: LinearStub(m, self.generator) for name, m in modules.items() if is_linear(m)}
         self.tensors = {name: self._real(buffer) for name, buffer in block.named_buffers()} | {
             name: self._random(parameter.shape)
             for name, parameter in block.named_parameters()
-            if not name.startswith(inside)
+            if (owner := name.rpartition(".")[0]) in modules and owner not in self.stubs
         }
         args, kwargs = tree_map(lambda leaf: self._real(leaf) if isinstance(leaf, Tensor) else leaf, given)
         hidden = torch.randn((args[0] if args else kwargs["hidden_states"]).shape, generator=self.generator)

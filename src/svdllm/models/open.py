@@ -14,6 +14,7 @@ from svdllm.models.config_files import check_quantization, is_quantized, load_co
 from svdllm.models.hub import hub_folder
 from svdllm.models.low_rank.lowrank import weight_file_names
 from svdllm.models.model_names import display_name, snapshot_commit
+from svdllm.models.quantized_sources.methods import QuantizedSource, quantization_of
 from svdllm.models.safetensors_files import holds_weights
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.tokenizer_files import load_tokenizer
@@ -58,6 +59,15 @@ class Source:
             return self.gguf.stat().st_size
         files = [] if self.folder is None else [self.folder / name for name in weight_file_names(self.folder)]
         return sum(path.stat().st_size for path in files if path.is_file())
+
+    @property
+    def quantization(self) -> QuantizedSource | None:
+        """How the weight files are quantised, where they are dequantised on reading."""
+        found = None if self.folder is None else quantization_of(self.folder)
+        if found is None:
+            return None
+        dtype = str(found.dtype).removeprefix("torch.")
+        return QuantizedSource(found.method.title, dtype, self.weight_bytes or None)
 
     def load_tokenizer(self, offline: bool = False) -> Any:
         """Loads the tokenizer beside the weights; see ``svdllm.models.tokenizer_files``."""
@@ -124,7 +134,8 @@ def open_config(
     """Opens a model like ``open_source``, but reads no weights; only the config of a hub id is fetched.
 
     Args:
-        allow_quantized: accept a quantised model too, which can be run but not changed.
+        allow_quantized: accept a model too that is quantised in a way that cannot be dequantised on reading; it can be
+            run but not changed.
         require_weights: refuse a folder that holds no weights.
     """
     text = "" if isinstance(model, PreTrainedModel) else _as_text(model)

@@ -29,7 +29,9 @@ SAFETENSORS_CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_DTYPES = {code: dtype for dtype, code in SAFETENSORS_CODES.items() if not code.startswith("F8")}  # of a plain model
+_DTYPES = {code: dtype for dtype, code in SAFETENSORS_CODES.items()}
+if hasattr(torch, "float8_e8m0fnu"):  # powers of two, the scales of some quantised models
+    _DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5")
 _OF_WEIGHTS = (".safetensors", *_PICKLED)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from svdllm.common.errors import UnsupportedModelError, first_line
+from svdllm.models.low_rank.families import auto_class
 from svdllm.models.low_rank.lowrank import SplitExperts, split_experts
 
 LARGE = 2**24  # values of a tensor
@@ -66,7 +67,7 @@ def build_skeleton(
 def _built(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     def build(mode: AbstractContextManager[Any]) -> PreTrainedModel:
         with init_empty_weights(include_buffers=False), mode:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            return auto_class(config.model_type).from_config(config, dtype=dtype, trust_remote_code=False)
 
     try:
         skeleton = build(_WithoutMemory())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from svdllm.models.left_dense import IGNORED, DenseModule, DensePart, dense_parts
 from svdllm.models.linears import matches
 from svdllm.models.shared_state import Argument, Handed
+from svdllm.models.wrapped import OutsidePart
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Target:
         parts: name and out_features of each linear, where there are several; their rows follow each other.
         inner: the side with the inner features of an MLP, if it belongs to one that can be narrowed.
         pool: of a linear of an expert, the name of these linears of all experts of its layer.
+        vocabulary: "embedding", or "head" if that has a matrix of its own: outside the blocks, stored in few bits or as
+            they are.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Target:
     parts: tuple[tuple[str, int], ...] = ()
     inner: Inner | None = None
     pool: str | None = None
+    vocabulary: Literal["", "embedding", "head"] = ""
 
     @property
     def expert(self) -> str | None:
@@ -157,6 +161,9 @@ class Structure:
         handed: outputs of blocks, beside the hidden states, that later blocks take.
         shared_features: number of values per token in these mappings and outputs.
         mlps: the MLPs whose inner features can be removed.
+        outside: the parts of a wrapper outside its language model.
+        idle: names of inner models that a text does not run, such as an encoder of images.
+        vocabulary: the embedding and an untied head, where they may be stored in few bits.
     """
 
     blocks: tuple[str, ...]
@@ -169,6 +176,14 @@ class Structure:
     handed: tuple[Handed, ...] = ()
     shared_features: int = 0
     mlps: tuple[Mlp, ...] = ()
+    outside: tuple[OutsidePart, ...] = ()
+    idle: tuple[str, ...] = ()
+    vocabulary: tuple[Target, ...] = ()
+
+    @property
+    def stored(self) -> tuple[Target, ...]:
+        """Everything that may get another form."""
+        return (*self.targets, *self.vocabulary)
 
     def block_targets(self, block: int) -> list[Target]:
         return [target for target in self.targets if target.block == block]
@@ -190,8 +205,8 @@ class Structure:
 
     @property
     def block_of(self) -> dict[str, int]:
-        """Target, MLP or pool -> index of its block."""
-        members = (*self.targets, *self.mlps)
+        """Target, MLP or pool -> index of its block; 0 for the vocabulary."""
+        members = (*self.stored, *self.mlps)
         return {name: member.block for member in members for name in (member.name, member.pool or member.name)}
 
     @property

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
 from svdllm.common.errors import UnsupportedModelError, said_by
@@ -32,6 +34,7 @@ class Trial:
     read: linears of which something else was asked, such as their weight.
     num_outputs, arguments: of every block; see ``Structure``.
     batch_dim: the dimension of texts in the hidden states.
+    idle: inner models of which nothing was called.
     """
 
     blocks: tuple[str, ...]
@@ -41,6 +44,7 @@ class Trial:
     batch_dim: int
     arguments: list[Arguments]
     written: WrittenArguments
+    idle: tuple[str, ...]
 
 
 def trial_pass(skeleton: PreTrainedModel, blocks: Sequence[str], linears: Mapping[str, nn.Module]) -> Trial:
@@ -137,7 +141,10 @@ def _run(skeleton: PreTrainedModel, blocks: Sequence[str], linears: Mapping[str,
     ids = torch.zeros(1, TRIAL_TOKENS, dtype=torch.long)
     experts = experts_computed(skeleton, "batched_mm" if device == "meta" else "eager")
     stubs = replaced(skeleton, watched), replaced(skeleton, probes)
-    with zeros, experts, experts_tried(skeleton), stubs[0], stubs[1], torch.no_grad():
+    run_here = set(skeleton.base_model.modules())
+    inner = {n: module for n, module in skeleton.named_modules() if isinstance(module, PreTrainedModel)}
+    noted = _calls_noted()
+    with zeros, experts, experts_tried(skeleton), stubs[0], stubs[1], noted as called, torch.no_grad():
         skeleton.base_model(input_ids=ids, use_cache=False)
     run = [probe for probe in probes.values() if probe.given is not None]
     groups: dict[str, str] = {}
@@ -153,7 +160,19 @@ def _run(skeleton: PreTrainedModel, blocks: Sequence[str], linears: Mapping[str,
         batch_dim=run[0].batch_dim if run else 0,
         arguments=[probe.given for probe in run if probe.given is not None],
         written=written,
+        idle=tuple(n for n, module in inner.items() if module in run_here and called.isdisjoint(module.modules())),
     )
+
+
+@contextmanager
+def _calls_noted() -> Iterator[set[nn.Module]]:
+    """Collects the modules that are called while the context lasts."""
+    called: set[nn.Module] = set()
+    handle = register_module_forward_pre_hook(lambda module, _: called.add(module))
+    try:
+        yield called
+    finally:
+        handle.remove()
 
 
 def _zeros_outside(skeleton: nn.Module, blocks: Sequence[str]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ for later ones (``shared_state``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,9 +25,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from svdllm.common.errors import NumericalError, UnsupportedModelError
+from svdllm.common.errors import UnsupportedModelError
 from svdllm.common.files import save_tensors
 from svdllm.models.added import Added, Followed, Read
+from svdllm.models.experts_on_disk import experts_given_back, placed_by, watched_experts_only
+from svdllm.models.finite import require_finite
 from svdllm.models.hidden_states import HiddenStates
 from svdllm.models.hooks import first_argument, replaced
 from svdllm.models.loaded_weights import weights_loaded
@@ -40,7 +42,7 @@ from svdllm.models.weights import Weights
 
 @dataclass
 class Walk:
-    """Carries windows of tokens through a model, block by block.
+    """Carries windows of tokens through a model, block by block. Inner models that a text does not run are not loaded.
 
     Args:
         ids: token ids (windows x seqlen).
@@ -49,6 +51,7 @@ class Walk:
         kept_batches: number of batches whose inputs of every block are kept for a reverse walk.
         kept_folder: the folder for these inputs; all blocks' together are many times what the walk itself carries.
         two_streams: carry a second set of hidden states, for the compressed model, from the same embeddings.
+        scratch: a folder for the weights of the experts of the loaded block, in place of the memory.
     """
 
     weights: Weights
@@ -63,6 +66,7 @@ class Walk:
     kept_batches: int = 0
     kept_folder: Path | None = None
     two_streams: bool = False
+    scratch: Path | None = None
     hidden: HiddenStates = field(init=False)
     compressed: HiddenStates | None = field(init=False, default=None)
     calls: list[list[Call]] = field(init=False)  # per batch, per block
@@ -87,7 +91,11 @@ class Walk:
         for index in indices:
             name = self.structure.blocks[index]
             module = self.skeleton.get_submodule(name)
-            with weights_loaded(module, name, self.weights, self.device, self.dtype, ties=self.ties):
+            place = placed_by(module, name, self.scratch)
+            with (
+                weights_loaded(module, name, self.weights, self.device, self.dtype, ties=self.ties, place=place),
+                nullcontext() if self.scratch is None else experts_given_back(module),
+            ):
                 yield Block(walk=self, index=index, name=name, module=module)
 
     @property
@@ -141,22 +149,17 @@ class Walk:
             last.replay(hidden)
             return self.skeleton(input_ids=self.ids[windows].to(self.device), use_cache=False).logits
 
-        with self._outside_loaded(everything=True), replaced(self.skeleton, stubs):
+        with self.outside_loaded(everything=True), replaced(self.skeleton, stubs):
             yield logits_of
 
     def _finite_gradient(self, hidden: Tensor, where: str) -> Tensor:
         assert hidden.grad is not None
-        if not bool(torch.isfinite(hidden.grad).all()):
-            raise NumericalError(
-                f"The gradient at {where}, has NaN or infinite values. If the model computes in float16, try "
-                "--dtype float32."
-            )
-        return hidden.grad.to("cpu", self.dtype)
+        return require_finite(hidden.grad, f"The gradient at {where},").to("cpu", self.dtype)
 
     def _skeleton_pass(self) -> None:
         self.calls = []
-        recorders = self._recorders()
-        with self._outside_loaded(everything=False), replaced(self.skeleton, recorders), torch.no_grad():
+        recorders = self.recorders()
+        with self.outside_loaded(everything=False), replaced(self.skeleton, recorders), torch.no_grad():
             for batch in self.batches:
                 self.skeleton.base_model(input_ids=self.ids[batch].to(self.device), use_cache=False)
                 recorded = list(recorders.values())
@@ -168,7 +171,8 @@ class Walk:
                     self.compressed.tensor[batch] = first.cpu()
                 self.calls.append(self._shared([recorder.taken() for recorder in recorded]))
 
-    def _recorders(self) -> dict[str, Recorder]:
+    def recorders(self) -> dict[str, Recorder]:
+        """Stand-ins for the blocks that note what they are called with."""
         structure = self.structure
         markers = {link.key: torch.empty(0) for link in structure.handed}
         return {
@@ -195,12 +199,12 @@ class Walk:
         return [next((other for other in known if other.same_as(call)), call) for call in calls]
 
     @contextmanager
-    def _outside_loaded(self, *, everything: bool):
+    def outside_loaded(self, *, everything: bool):
         """Loads the weights outside the blocks while the context lasts; those of the head with ``everything`` only."""
-        inside = tuple(f"{name}." for name in self.structure.blocks)
+        skip = tuple(f"{name}." for name in (*self.structure.blocks, *self.structure.idle))
         root = self.skeleton if everything else self.skeleton.base_model
         prefix = "" if root is self.skeleton else f"{self.skeleton.base_model_prefix}."
-        with weights_loaded(root, prefix[:-1], self.weights, self.device, self.dtype, skip=inside, ties=self.ties):
+        with weights_loaded(root, prefix[:-1], self.weights, self.device, self.dtype, skip=skip, ties=self.ties):
             yield
 
 
@@ -224,14 +228,12 @@ class Block:
             path = walk.kept_file(self.index)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_tensors({"inputs": walk.hidden.tensor[: walk.kept_windows].contiguous()}, path)
+        in_part = walk.scratch is not None and not advance
         for number, batch in enumerate(walk.batches):
-            with torch.no_grad():
+            with torch.no_grad(), watched_experts_only(self.module) if in_part else nullcontext():
                 output, written = self.run_on(walk.hidden, number)
-            if not bool(torch.isfinite(output).all()):
-                raise NumericalError(
-                    f"The output of block {self.index} ({self.name}) has NaN or infinite values in batch {number} "
-                    f"(windows {batch.start} to {batch.stop - 1}). If it computes in float16, try --dtype float32."
-                )
+            where = f"batch {number}, windows {batch.start} to {batch.stop - 1},"
+            require_finite(output, f"The output of block {self.index} ({self.name}), {where}")
             if not advance:
                 continue
             walk.hidden.tensor[batch] = output.to("cpu", walk.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,10 +15,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from svdllm.common.errors import CheckpointError, InputError, NumericalError, UnsupportedModelError, first_line
-from svdllm.models.converted import Conversion, Stored, StoredPart, StoredTensor, converted_tensors
-from svdllm.models.experts import ExpertTensor, expert_tensors, known_tensors, split_tensors
+from svdllm.models.converted import Conversion, Stored, StoredPart, converted_tensors
+from svdllm.models.experts import ExpertTensor, Places, expert_tensors, known_tensors, split_tensors
 from svdllm.models.model_names import display_name
-from svdllm.models.safetensors_files import dtype_of, read_header, weight_files
+from svdllm.models.quantized_sources.layout import FLOAT8
+from svdllm.models.quantized_sources.methods import tensors_in
 from svdllm.models.unused_tensors import UnusedTensors, unused_tensors, warn_of_unused
 
 
@@ -59,19 +61,17 @@ def survey(weights: Weights, buffers: Collection[str] = (), progress: Callable[[
 class SafetensorsWeights:
     """The tensors in the safetensors files of a folder. No file stays open, and nothing stays in memory, between reads.
 
-    Tensors that transformers joins or splits while it loads a model are joined or split when they are read.
+    Tensors that transformers joins or splits while it loads a model are joined or split when they are read, and
+    quantised ones are dequantised.
 
     Raises:
         CheckpointError: a file is missing or truncated, or a tensor of the model is in none of them.
-        UnsupportedModelError: the weights are pickled, or they do not fit the rules by which transformers joins them.
+        UnsupportedModelError: the weights are pickled, quantised in a way that is not known, or do not fit the rules by
+            which transformers joins them.
     """
 
     def __init__(self, folder: Path, skeleton: PreTrainedModel):
-        stored = {
-            key: StoredTensor(path, key, tensor.shape, dtype_of(path, key, tensor.code))
-            for path in weight_files(folder)
-            for key, tensor in read_header(path).tensors.items()
-        }
+        stored = tensors_in(folder)
         shapes = {key: tensor.shape for key, tensor in stored.items()}
         places = _places_in(skeleton, shapes)
         expected = known_tensors(skeleton)
@@ -89,9 +89,11 @@ class SafetensorsWeights:
                 f"{type(skeleton).__name__}: {first_line(error)}"
             ) from error
         self._settle_ties(skeleton)
+        experts = expert_tensors(skeleton)
+        _require_counts({name: tensor.shape for name, tensor in self._tensors.items()}, experts, display_name(folder))
         self._tensors = split_tensors(
             self._tensors,
-            expert_tensors(skeleton),
+            experts,
             lambda stack, place: StoredPart(stack, place.index, place.transposed),
         )
         names = {key: name for key, (name, _, _) in places.items()}
@@ -148,7 +150,9 @@ class MemoryWeights:
         shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         for name in (unknown := sorted(set(shapes).difference(known_tensors(skeleton)))):
             del self._tensors[name]
-        self._tensors = split_tensors(self._tensors, expert_tensors(skeleton), _part_of)
+        experts = expert_tensors(skeleton)
+        _require_counts(shapes, experts, holder)
+        self._tensors = split_tensors(self._tensors, experts, _part_of)
         _require_all(self, skeleton, holder, unknown)
         self.unused = unused_tensors(shapes, {name: name for name in shapes}, skeleton)
         warn_of_unused(holder, self.unused)
@@ -167,6 +171,16 @@ def _part_of(stack: Tensor, place: ExpertTensor) -> Tensor:
     return stack[place.index].mT if place.transposed else stack[place.index]
 
 
+def _require_counts(shapes: Mapping[str, tuple[int, ...]], places: Places, holder: str) -> None:
+    """Raises CheckpointError unless every stacked tensor holds as many experts as the config asks for."""
+    for name, count in Counter(place.stacked for place in places.values()).items():
+        if name in shapes and shapes[name][0] != count:
+            raise CheckpointError(
+                f"{holder}: {name} holds {shapes[name][0]} experts, the config asks for {count}. Weights and config do "
+                "not belong together: fetch or write the model again."
+            )
+
+
 def _require_all(weights: Weights, skeleton: PreTrainedModel, holder: str, unknown: Sequence[str]) -> None:
     """Raises CheckpointError unless every tensor of the skeleton is there, tied ones once, in the right shape."""
     expected = skeleton.state_dict()
@@ -180,6 +194,11 @@ def _require_all(weights: Weights, skeleton: PreTrainedModel, holder: str, unkno
             "the model, re-save it with save_pretrained (an adapter merged) and compress that folder."
         )
     for name in stored & set(expected):
+        if (dtype := weights.shape_and_dtype(name)[1]) in FLOAT8:
+            raise UnsupportedModelError(
+                f"{holder}: {name} is of dtype {str(dtype).removeprefix('torch.')}, but config.json has no "
+                "quantization_config that says how it is to be read. Use the model that it was made of."
+            )
         shape, wanted = weights.shape_and_dtype(name)[0], tuple(expected[name].shape)
         if shape != wanted:
             raise CheckpointError(f"{holder}: {name} has shape {shape}, the config asks for {wanted}.")
@@ -187,8 +206,7 @@ def _require_all(weights: Weights, skeleton: PreTrainedModel, holder: str, unkno
 
 def unused_in(folder: Path, model: PreTrainedModel) -> UnusedTensors | None:
     """The tensors in a folder's files that a model loaded from it does not use; None if it uses all."""
-    headers = map(read_header, weight_files(folder))
-    shapes = {key: tensor.shape for header in headers for key, tensor in header.tensors.items()}
+    shapes = {key: tensor.shape for key, tensor in tensors_in(folder).items()}
     names = {key: name for key, (name, _, _) in _places_in(model, shapes).items()}
     return unused_tensors(shapes, names, model)
 
@@ -215,12 +233,10 @@ def _places_in(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, Place]:
     return places
 
 
-def _conversions(
-    model: PreTrainedModel, places: Mapping[str, Place], stored: Mapping[str, StoredTensor]
-) -> list[Conversion]:
+def _conversions(model: PreTrainedModel, places: Mapping[str, Place], stored: Mapping[str, Stored]) -> list[Conversion]:
     """Gathers the stored tensors that one use of a rule needs."""
-    gathered: dict[str, tuple[WeightConverter, list[tuple[str, StoredTensor]]]] = {}
+    gathered: dict[str, tuple[WeightConverter, list[tuple[str, str, Stored]]]] = {}
     for key, (name, rule, pattern) in places.items():
         if rule is not None and pattern is not None:
-            gathered.setdefault(name, (rule, []))[1].append((pattern, stored[key]))
+            gathered.setdefault(name, (rule, []))[1].append((pattern, key, stored[key]))
     return [Conversion(model, rule, name, sources) for name, (rule, sources) in gathered.items()]

@@ -78,7 +78,7 @@ class Sliced:
         return {
             "forms": {name: {"form": "narrow", "in_features": self.width} for name in self.readers}
             | {name: {"form": "narrow", "out_features": self.width} for name in self.writers},
-            "embeddings": {residual.embedding: self.width},
+            "embedding_widths": {residual.embedding: self.width},
             "norms": {
                 half.norm: {**sizes, "eps": epsilon_of(norm(half.norm)), "branch": half.branch}
                 for half in residual.halves

@@ -17,7 +17,7 @@ from svdllm.common.errors import InputError
 from svdllm.compression.forms.layout import params as form_params
 from svdllm.compression.ranks.effective_rank import SHIFT, effective_rank, effective_ranks
 from svdllm.compression.ranks.knapsack import Choice
-from svdllm.compression.ranks.loss import least_loss, units_of
+from svdllm.compression.ranks.loss import Losses, least_loss, units_of
 from svdllm.compression.ranks.question import Evidence, Question, RankCost
 from svdllm.compression.ranks.question import Unit as Budget
 from svdllm.compression.ranks.strs import candidate_ranks, strs_ranks
@@ -57,11 +57,11 @@ def test_every_rank_below_break_even_is_offered_and_dense():
         return Question(targets, Budget("--target-params", 100, 0, form_params), ("pair",), round_to=round_to)
 
     for round_to, ranks in ((1, offered), (2, offered[1::2])):
-        (unit,) = units_of(asked(linear, round_to=round_to), {"linear": losses}, Evidence())
+        (unit,) = units_of(asked(linear, round_to=round_to), Losses({"linear": losses}, {}), Evidence())
         assert unit.alternatives == [{"linear": [dense, *ranks]}]
     # A budget for break-even of one and rank 1 of the other buys that.
     question = asked(target(10, 10, "a"), target(10, 10, "b"))
-    solution = least_loss(question, {"a": 100 * losses, "b": losses}, Evidence())
+    solution = least_loss(question, Losses({"a": 100 * losses, "b": losses}, {}), Evidence())
     assert solution is not None
     assert {name: choice.what for name, choice in solution.choices.items()} == pairs({"a": 4, "b": 1})
 

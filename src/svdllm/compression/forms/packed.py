@@ -24,7 +24,7 @@ def _side(target: Target) -> Side:
 
 
 def _sizes(target: Target, round_to: int) -> Sequence[int]:
-    if target.parts:  # one first factor for several linears has no pivots of each
+    if target.parts or target.vocabulary:  # one first factor for several linears has no pivots of each
         return ()
     return range(round_to, target.full_rank - bool(target.added_params), round_to)
 

@@ -12,7 +12,7 @@ from svdllm.models.structure import Target
 
 
 def _sizes(target: Target, round_to: int) -> Sequence[int]:
-    return range(round_to, target.break_even_rank + 1, round_to)
+    return () if target.vocabulary else range(round_to, target.break_even_rank + 1, round_to)
 
 
 def _shapes(target: Target, linear: str, rank: int) -> Shapes:

@@ -22,7 +22,7 @@ class Form:
 
     A form is applied to single linears, or ``of_mlps`` to all linears of an MLP together. Several forms may share one
     ``curve`` of error against size, and then one probe: ``truncation`` is a linear's spectrum, ``narrowing`` the error
-    of an MLP by its width.
+    of an MLP by its width, ``rounding`` that of a matrix by its bits.
 
     Args:
         sizes: ``(target, round_to)`` -> the sizes that the form can have for a target, ascending; none if it cannot.
@@ -36,6 +36,9 @@ class Form:
         nested: whether the tensors of a smaller size are parts of those of a larger one.
         needs_gram: whether it is fitted to the Gram of the inputs.
         adds_bias: whether it can take a bias that corrects the mean output.
+        bits: of a weight, where they are fewer than the source's. Such a form has as many parameters as the dense
+            matrix, and its size is the number of inputs that share a scale.
+        base: the form whose factors are stored in ``factor_bits`` bits, with a scale for each row.
     """
 
     name: str
@@ -52,6 +55,9 @@ class Form:
     nested: bool = False
     needs_gram: bool = False
     adds_bias: bool = True
+    bits: int | None = None
+    base: Form | None = None
+    factor_bits: int | None = None
 
 
 def out_features_of(target: Target, linear: str) -> int:

@@ -76,6 +76,16 @@ def output_spectrum(
     return Spectrum(energies_I.flip(0).clamp_min(0), columns_of(basis_II.flip(1)[:, :depth]))
 
 
+def energy_alone(weight_OI: Tensor, gram: Tensor | None, left_gram_OO: Tensor | None = None) -> Spectrum:
+    """The whole energy ``||L W S||_F^2`` as a spectrum of one value, without directions."""
+    weight_OI = weight_OI.double()
+    weighted_OI = weight_OI
+    if gram is not None:
+        weighted_OI = weight_OI * gram.double() if gram.ndim == 1 else weight_OI @ gram.double()
+    left_OI = weight_OI if left_gram_OO is None else left_gram_OO.double() @ weight_OI
+    return Spectrum((left_OI * weighted_OI).sum()[None].clamp_min(0), weight_OI.new_zeros(len(weight_OI), 0))
+
+
 def factorise(weight_OI: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
     """``svd_u`` (``O x R``) and ``svd_v`` (``R x I``) of a rank, in float64.
 

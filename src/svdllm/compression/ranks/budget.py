@@ -8,6 +8,7 @@ from svdllm.checkpoint.quantized import NVFP4_GROUP
 from svdllm.checkpoint.tensors import Tensors, file_bytes, tensor_bytes
 from svdllm.common.errors import InputError
 from svdllm.compression.forms import FORMS
+from svdllm.compression.forms.bits import group_size_of
 from svdllm.compression.forms.layout import elastic_tensors
 from svdllm.compression.ranks import ALLOCATIONS
 from svdllm.compression.ranks.given import explicit_forms, free_and_fixed, overridden, require_sizes_above_zero
@@ -56,7 +57,7 @@ def choose_forms(
             f"The overrides leave all {len(targets)} linears dense: nothing is left to compress. Drop one of "
             f"{', '.join(map(repr, recipe.overrides))}."
         )
-    return replace(chosen, forms={target.name: forms[target.name] for target in targets if target.name in forms})
+    return replace(chosen, forms={t.name: forms[t.name] for t in structure.stored if t.name in forms})
 
 
 def require_places(recipe: Recipe, structure: Structure) -> None:
@@ -121,7 +122,7 @@ def _question(
     if evidence is not None and evidence.times is not None:
         unit = unit_of_time(recipe, structure, free, fixed, evidence.times)
     else:
-        unit = unit_of_size(recipe, files, free, fixed)
+        unit = unit_of_size(recipe, files, [*free, *structure.vocabulary], fixed)
     return _asked(recipe, structure, free, unit)
 
 
@@ -132,7 +133,7 @@ def _asked(recipe: Recipe, structure: Structure, free: list[Target], unit: Unit)
     mlps = {
         name: members for name, members in structure.mlp_targets.items() if names.issuperset(t.name for t in members)
     }
-    return Question(free, unit, recipe.used_forms, mlps, recipe.round_to, recipe.ratio)
+    return Question(free, unit, recipe.used_forms, mlps, recipe.round_to, recipe.ratio, structure.vocabulary)
 
 
 def _about(free: list[Target], speedup: float) -> dict[str, Chosen]:
@@ -148,6 +149,8 @@ def _stand_in(question: Question, recipe: Recipe) -> Allocation:
         return ALLOCATIONS["uniform"].allocate(question, Evidence(), recipe)
     if question.ratio is not None:
         return Allocation(question.in_forms(uniform_ranks(free, question.ratio, forms=question.forms)))
+    if (in_bits := _uniform_bits(question)) is not None:
+        return Allocation(in_bits)
     able = row.least(question, recipe).forms
     dense = sum(unit.cost(target, None) for target in free if target.name not in able)
     step = NVFP4_GROUP if recipe.factor_bits == 4 else 1
@@ -156,3 +159,15 @@ def _stand_in(question: Question, recipe: Recipe) -> Allocation:
     if ranks is None:  # the least sizes fit, but not as factors
         return Allocation(able)
     return Allocation(question.in_forms(ranks))
+
+
+def _uniform_bits(question: Question) -> dict[str, Chosen] | None:
+    """One number of bits for all that can have it: the most that fit, or the fewest. None without such forms."""
+    names = sorted((name for name in question.forms if FORMS[name].bits), key=lambda name: -(FORMS[name].bits or 0))
+    forms: dict[str, Chosen] = {}
+    for name in names:
+        able = [target for target in question.priced if FORMS[name].sizes(target, 1)]
+        forms |= {target.name: Chosen(name, group_size_of(target)) for target in able}
+        if question.unit.total(question.priced, forms) <= question.unit.budget:
+            break
+    return forms or None

@@ -31,7 +31,9 @@ def explicit_forms(given: Mapping[str, Given], structure: Structure) -> dict[str
         if isinstance(wanted, Mapping) and FORMS[next(iter(wanted))].of_mlps:
             matched = [target for mlp in _matched_mlps(pattern, structure) for target in mlp]
         else:
-            matched = [target for target in structure.targets if target.matched_by(pattern)]
+            in_bits = isinstance(wanted, Mapping) and FORMS[next(iter(wanted))].bits is not None
+            able = structure.stored if in_bits else structure.targets
+            matched = [target for target in able if target.matched_by(pattern)]
         if not matched:
             example = structure.targets[0].name
             raise InputError(
@@ -52,7 +54,10 @@ def _given(pattern: str, wanted: Given, target: Target) -> Chosen | None:
         sizes = FORMS[name].sizes(target, 1)
         if size in sizes:
             return Chosen(name, size)
-        can = f"can have 1 to {sizes[-1]}" if sizes else "cannot have this form"
+        can = "cannot have this form"
+        if sizes:
+            each = ", ".join(map(str, sizes)) if FORMS[name].bits else f"1 to {sizes[-1]}"
+            can = f"can have {each}"
         raise InputError(f"ranks: {pattern!r} asks for {name} {size} of {target.name}, which {can}.")
     if isinstance(wanted, int) and not 1 <= wanted <= target.full_rank:
         raise InputError(

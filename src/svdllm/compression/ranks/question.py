@@ -23,6 +23,19 @@ Cost = Callable[[Target, Chosen | None], int]
 RankCost = Callable[[Target, int | None], int]
 
 
+ROUNDED = " in bits"
+
+
+def rounded(unit: str) -> str:
+    """The name of the probe of a unit that is rounded, beside that of the same unit truncated."""
+    return unit + ROUNDED
+
+
+def probed_unit(name: str) -> str:
+    """The unit that a probe changes."""
+    return name.removesuffix(ROUNDED)
+
+
 class Least(NamedTuple):
     """The least sizes that an allocation may choose, and how to name them in a message."""
 
@@ -84,6 +97,7 @@ class Question:
         mlps: name -> the targets of an MLP, where all of them are free.
         round_to: sizes are multiples of this, and at least this.
         ratio: the share of the targets' parameters to remove, where that is the budget.
+        vocabulary: embedding and head, where a form can store them smaller. They cost and are chosen like targets.
     """
 
     targets: Sequence[Target]
@@ -92,6 +106,12 @@ class Question:
     mlps: Mapping[str, Sequence[Target]] = field(default_factory=dict)
     round_to: int = 1
     ratio: float | None = None
+    vocabulary: Sequence[Target] = ()
+
+    @property
+    def priced(self) -> list[Target]:
+        """Everything that the budget pays for."""
+        return [*self.targets, *self.vocabulary]
 
     def cost(self, target: Target, rank: int | None) -> int:
         """The cost of a target's factors at a rank; None is its dense matrix."""
@@ -104,7 +124,7 @@ class Question:
 
     def require_met(self, least: Least) -> None:
         """Raises InputError if not even the least sizes fit."""
-        total = self.unit.total(self.targets, least.forms)
+        total = self.unit.total(self.priced, least.forms)
         if total > self.unit.budget:
             raise self.unit.cannot_be_met(total, least)
 
@@ -113,15 +133,19 @@ class Question:
 class Evidence:
     """The results of the analysis: the eigenvalues of every target (descending), and its probes if it was probed.
 
-    ``narrowings`` are the squared errors of every narrowed MLP by its width. A probe is the measure of the allocation
-    with one target or MLP changed alone, by size. ``times`` are given if time is the budget. ``held`` are the factors
-    that an elastic checkpoint has: no larger rank can be cut from it. Of the targets in ``not_dense`` it has no more.
+    ``narrowings`` are the squared errors of every narrowed MLP by its width, ``roundings`` those of targets by bits,
+    and ``corrections`` by bits those at every rank of a correction. A probe is the measure of the allocation with one
+    target or MLP changed alone, by size; of a unit that is rounded, by bits and under the name ``rounded(unit)``.
+    ``times`` are given if time is the budget. ``held`` are the factors that an elastic checkpoint has: no larger rank
+    can be cut from it. Of the targets in ``not_dense`` it has no more.
     """
 
     energies: Mapping[str, Tensor] = field(default_factory=dict)
     probes: Probes = field(default_factory=dict)
     times: LinearTimes | None = None
     narrowings: Mapping[str, Tensor] = field(default_factory=dict)
+    roundings: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    corrections: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     held: Forms | None = None
     not_dense: frozenset[str] = frozenset()
 

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from svdllm.compression.forms import FORMS
+from svdllm.compression.forms.bits import group_size_of
 from svdllm.compression.math.measures import Measure
 from svdllm.compression.ranks.question import Allocation, Evidence, Least, Question
 from svdllm.models.chosen import Chosen
@@ -20,23 +21,29 @@ class Probing:
     """The changes of single targets and MLPs that are measured before an allocation, and the measure.
 
     ``ranks(target, round_to, settings)`` are the ranks to try, ascending. ``widths(width, round_to, settings)`` are
-    those to narrow an MLP of a width to; none by default.
+    those to narrow an MLP of a width to; none by default. ``bits(bits, settings)`` are those, of the ones that may be
+    used, that every target is rounded to.
     """
 
     measure: Measure
     ranks: Callable[[Target, int, Any], list[int]]
     widths: Callable[[int, int, Any], list[int]] = lambda width, round_to, settings: []
+    bits: Callable[[list[int], Any], list[int]] = lambda bits, settings: []
     least_tokens: int = 0  # on fewer, chance has a part in what is measured, and a warning says so
     advice: str = ""  # what else to do then, from a comma on
 
 
 def multiples(question: Question, settings: Any) -> Least:
-    """Everything in its smallest form of size ``round_to``, where that is smaller than dense."""
+    """Everything in its smallest form of size ``round_to`` or in fewest bits, where that is smaller than dense."""
     size, cost = question.round_to, question.unit.cost
-    apart = [name for name in question.forms if not FORMS[name].of_mlps]
+    apart = [name for name in question.forms if not FORMS[name].of_mlps and FORMS[name].curve]
     least: dict[str, Chosen] = {}
-    for target in question.targets:
-        options = [Chosen(name, size) for name in apart if size in FORMS[name].sizes(target, size)]
+    for target in question.priced:
+        options = [
+            Chosen(name, group_size_of(target) if FORMS[name].bits else size)
+            for name in apart
+            if (FORMS[name].sizes(target, size) if FORMS[name].bits else size in FORMS[name].sizes(target, size))
+        ]
         cheapest = min(options, key=lambda chosen: cost(target, chosen), default=None)
         if cheapest is not None and cost(target, cheapest) < cost(target, None):
             least[target.name] = cheapest
@@ -47,7 +54,8 @@ def multiples(question: Question, settings: Any) -> Least:
                 cost(t, least.get(t.name)) for t in targets
             ):
                 least |= {t.name: Chosen(name, size) for t in targets}
-    return Least(least, str(size))
+    forms = sorted({chosen.form for chosen in least.values() if FORMS[chosen.form].bits})
+    return Least(least, ", ".join([str(size)] * (not forms) + forms))
 
 
 @dataclass(frozen=True, kw_only=True)

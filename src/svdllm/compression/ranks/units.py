@@ -18,7 +18,10 @@ from svdllm.models.structure import Structure, Target
 
 
 def unit_of_size(recipe: Recipe, files: WrittenFiles, free: Sequence[Target], fixed: Forms) -> Unit:
-    """The unit of ``ratio``, ``target_params`` or ``target_size``. Raises InputError if the dense model fits in it."""
+    """The unit of ``ratio``, ``target_params`` or ``target_size``; ``free`` is everything that it pays for.
+
+    Raises InputError if the dense model fits in it.
+    """
     if recipe.ratio is not None:
         assert isinstance(recipe.ratio, float)
         weights = sum(target.num_weights for target in free)

@@ -5,6 +5,7 @@ from svdllm.models.low_rank.families import families
 from svdllm.models.low_rank.lowrank import (
     FACTORED,
     HASHES_FILE,
+    RANKED,
     LowRankLinear,
     LowRankMixin,
     PackedLinear,
@@ -16,6 +17,7 @@ from svdllm.models.low_rank.lowrank_config import FORMAT_VERSION, LowRankConfigM
 
 __all__ = [
     "FACTORED",
+    "RANKED",
     "FORMAT_VERSION",
     "HASHES_FILE",
     "FamilyClasses",

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 from transformers.models.auto import tokenization_auto
 
-from svdllm.models.low_rank.families import MODEL_TYPE_PREFIX, base_classes, class_stem, families
+from svdllm.models.low_rank.families import (
+    MODEL_TYPE_PREFIX,
+    auto_classes,
+    base_classes,
+    class_stem,
+    families,
+    head_name,
+)
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.low_rank.lowrank import LowRankMixin
 from svdllm.models.low_rank.lowrank_config import LowRankConfigMixin
@@ -36,19 +37,24 @@ def _families_by_stem() -> dict[str, str]:
 def family_classes(base_model_type: str) -> FamilyClasses:
     """Makes the low-rank config, bare model and causal LM of a family, and registers them with the auto classes.
 
+    The causal LM of a wrapper is the wrapper.
+
     Raises:
         UnsupportedModelError: transformers has no causal LM of type ``base_model_type``.
     """
     base = base_classes(base_model_type)
     stem = class_stem(base_model_type)
     model_type = MODEL_TYPE_PREFIX + base_model_type
-    config = _make_class(f"{stem}Config", (LowRankConfigMixin, base.config), {"model_type": model_type})
+    head, autos = head_name(base_model_type), auto_classes(base_model_type)
+    names = {"low_rank_head": head, "low_rank_auto_classes": [auto.__name__ for auto in autos]}
+    config = _make_class(f"{stem}Config", (LowRankConfigMixin, base.config), {"model_type": model_type, **names})
     members = {"config_class": config, "code_files": classmethod(_code_files)}
     model = _make_class(f"{stem}Model", (LowRankMixin, base.model), members)
-    causal_lm = _make_class(f"{stem}ForCausalLM", (LowRankMixin, base.causal_lm), members)
+    causal_lm = _make_class(f"{stem}{head}", (LowRankMixin, base.causal_lm), members)
     AutoConfig.register(model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)
-    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+    for auto in autos:
+        auto.register(config, causal_lm, exist_ok=True)
     _share_tokenizer(base_model_type, model_type)
     return FamilyClasses(config, model, causal_lm)
 
@@ -118,7 +124,13 @@ def low_rank_config(base_config: PreTrainedConfig, svdllm: dict[str, Any]) -> An
 
 def __getattr__(name: str) -> Any:
     """Makes a class by its name, so that pickle finds it in a process that has not made it yet."""
-    for field, suffix in (("causal_lm", "ForCausalLM"), ("model", "Model"), ("config", "Config")):
+    suffixes = {
+        "ForCausalLM": "causal_lm",
+        "ForConditionalGeneration": "causal_lm",
+        "Model": "model",
+        "Config": "config",
+    }
+    for suffix, field in suffixes.items():
         if name.startswith("Svdllm") and name.endswith(suffix):
             family = _families_by_stem().get(name.removesuffix(suffix))
             if family is not None:

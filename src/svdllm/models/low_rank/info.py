@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from svdllm.common.errors import CheckpointError
@@ -18,6 +18,7 @@ class LowRankInfo:
     forms: linear -> entry of format version 2; linears that are not named are dense.
     shared_factors: linear -> linear whose first factor it uses.
     removed: what a pruned model has beside forms: keys of ``REMOVED_PARTS``.
+    embeddings: embedding -> bits and group size, of those in few bits.
     source: what is known of the dense model, such as its hub id under ``id``.
     """
 
@@ -26,6 +27,7 @@ class LowRankInfo:
     shared_factors: Mapping[str, str]
     source: Mapping[str, Any]
     removed: tuple[str, ...] = ()
+    embeddings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Any, name: str = "the model") -> LowRankInfo | None:
@@ -52,6 +54,7 @@ class LowRankInfo:
             shared_factors=entry.get("shared_factors") or {},
             source=entry.get("source") or {},
             removed=tuple(key for key in REMOVED_PARTS if entry.get(key)),
+            embeddings=entry.get("embeddings") or {},
         )
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import re
@@ -117,7 +118,34 @@ class PackedLinear(nn.Module):
         return f"rank={self.rank}, side={self.side}"
 
 
+class CorrectedLinear(nn.Module):
+    """``y = W x + b + U (V x)``: a linear whose weight is stored in few bits, and what corrects it.
+
+    Shapes: ``base.weight`` is ``(out_features, in_features)``, ``svd_v.weight`` ``(rank, in_features)`` and
+    ``svd_u.weight`` ``(out_features, rank)``. It has no ``weight``, as a ``LowRankLinear``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.svd_v = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.svd_u = nn.Linear(rank, out_features, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.svd_u(self.svd_v(x))
+
+
 FACTORED = (LowRankLinear, PackedLinear)
+RANKED = (*FACTORED, CorrectedLinear)
 
 
 class DroppedBranch(nn.Module):
@@ -214,11 +242,28 @@ class SplitExperts(nn.Module):
         self.stacked_class, self.linear_names = type(stacked), names
         self.has_post_expert_norm = getattr(stacked, "has_post_expert_norm", False)
         self.split_count = len(getattr(stacked, names[0]))
+        if _takes_repeated_tokens(stacked):
+            self.has_gate = self.is_transposed = self.is_concatenated = True
+            self.has_bias = False
+            self.register_forward_pre_hook(_routed_by_values)
         for name, child in stacked.named_children():
             self.add_module(name, child)
         for index in range(self.split_count):
-            linears = {name: _linear_of_expert(stacked, name, index) for name in names}
+            linears = {name: self._linear_of(stacked, name, index) for name in names}
             self.add_module(str(index), Expert(linears).train(stacked.training))
+
+    def _linear_of(self, stacked: Any, name: str, index: int) -> nn.Linear:
+        """A linear of one expert, whose weight is a slice of the stacked one."""
+        weight = getattr(stacked, name)[index].detach()
+        weight = weight.mT.contiguous() if self.is_transposed else weight
+        linear = nn.Linear.__new__(nn.Linear)  # its initialisation takes seconds for thousands of experts
+        nn.Module.__init__(linear)
+        linear.out_features, linear.in_features = weight.shape
+        needs_grad = getattr(stacked, name).requires_grad
+        linear.weight = nn.Parameter(weight, needs_grad)
+        bias = getattr(stacked, f"{name}_bias")[index].detach() if self.has_bias else None
+        linear.register_parameter("bias", None if bias is None else nn.Parameter(bias, needs_grad))
+        return linear
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -233,7 +278,12 @@ class SplitExperts(nn.Module):
 
     def activated(self, made: Tensor) -> Tensor:
         """The inner features of an expert."""
-        return self._apply_gate(made) if self.has_gate else self.act_fn(made)
+        if not self.has_gate:
+            return self.act_fn(made)
+        if hasattr(self.stacked_class, "_apply_gate"):
+            return self._apply_gate(made)
+        gate, up = made.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
 
     def normalised(self, output: Tensor) -> Tensor:
         return self.post_expert_norm(output) if self.has_post_expert_norm else output
@@ -410,17 +460,118 @@ def _bias_of(linear: Any) -> Any:
     return (linear.svd_u if isinstance(linear, LowRankLinear) else linear).bias
 
 
+class FewBits:
+    """Makes an embedding keep its weight as packed integers: ``weight`` is unpacked when it is first asked for.
+
+    Codes of ``bits`` bits, with an offset of ``2^(bits - 1)``, lie one after the other in 32-bit integers. Shapes:
+    ``packed_codes`` ``(rows, ceil(columns * bits / 32))``, ``packed_scales`` ``(rows, columns / group_size)``.
+    """
+
+    packed_codes: Tensor
+    packed_scales: Tensor
+    bits: int
+    embedding_dim: int
+    _unpacked: tuple[Any, Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        stored = (self.packed_codes, self.packed_scales)
+        state = [(tensor.data_ptr(), tensor.device, tensor.dtype) for tensor in stored]  # moving a module changes it
+        if self._unpacked is None or self._unpacked[0] != state:
+            self.__dict__["_unpacked"] = (state, unpacked(*stored, self.bits, self.embedding_dim))
+        return self._unpacked[1]  # type: ignore[index]
+
+
+class TiedHead:
+    """Makes a head use the weight of an embedding in few bits."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.__dict__["_tied_to"].weight
+
+
+def unpacked(packed: Tensor, scales: Tensor, bits: int, columns: int, rows_at_once: int = 4096) -> Tensor:
+    """The matrix (``rows x columns``) that packed integers and the scales of their groups stand for."""
+    places = torch.arange(columns, device=packed.device) * bits
+    words, offsets = places // 32, places % 32
+    following = (words + 1).clamp(max=packed.shape[1] - 1)
+    parts = []
+    for stored, scale in zip(packed.split(rows_at_once), scales.split(rows_at_once), strict=True):
+        unsigned = stored.long() & 0xFFFFFFFF
+        codes = (unsigned[:, words] >> offsets) | (unsigned[:, following] << (32 - offsets))
+        codes = (codes & (2**bits - 1)) - 2 ** (bits - 1)
+        parts.append((codes.unflatten(1, (scale.shape[1], -1)).to(scale) * scale.unsqueeze(-1)).flatten(1))
+    return torch.cat(parts)
+
+
+def pack_embeddings(model: Any, embeddings: Mapping[str, Mapping[str, int]]) -> None:
+    """Gives the named embeddings packed weights, uninitialised, in place, and ties the head to them where it was."""
+    head = model.get_output_embeddings()
+    for name, entry in embeddings.items():
+        embedding = model.get_submodule(name)
+        weight = embedding._parameters.pop("weight")
+        rows, columns = weight.shape
+        width = -(-columns * entry["bits"] // 32)
+        empty = {"packed_codes": weight.new_zeros(rows, width, dtype=torch.int32)}
+        empty["packed_scales"] = weight.new_zeros(rows, columns // entry["group_size"])
+        for leaf, tensor in empty.items():
+            embedding.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        embedding.bits = entry["bits"]
+        embedding.__class__ = _with(FewBits, type(embedding))
+        if head is not None and model.config.get_text_config().tie_word_embeddings:
+            head._parameters.pop("weight")
+            head.__dict__["_tied_to"] = embedding
+            head.__class__ = _with(TiedHead, type(head))
+
+
+@functools.cache
+def _with(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
+    def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:  # pickle finds no class of this name
+        state = {name: value for name, value in self.__dict__.items() if name != "_unpacked"}
+        return _new_with, (mixin, base), state
+
+    return types.new_class(
+        base.__name__, (mixin, base), exec_body=lambda members: members.update({"__reduce_ex__": reduce_ex})
+    )
+
+
+def _new_with(mixin: type, base: type[nn.Module]) -> nn.Module:
+    cls = _with(mixin, base)
+    return cls.__new__(cls)
+
+
 def stacked_names(module: Any) -> tuple[str, str] | None:
     """Names of the weights of a module of stacked experts, the last that of the second linear; None for any other.
 
-    Such modules are those of classes that transformers decorates by ``use_experts_implementation``.
+    Such modules are those of classes that transformers decorates by ``use_experts_implementation``, and those that are
+    handed repeated tokens.
     """
     flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-    if isinstance(module, SplitExperts) or not all(name in vars(module) for name in flags):
+    if isinstance(module, SplitExperts):
         return None
+    if not all(name in vars(module) for name in flags):
+        return ("gate_up_proj", "down_proj") if _takes_repeated_tokens(module) else None
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     weights = [module._parameters.get(name) for name in names]
     return names if all(weight is not None and weight.ndim == 3 for weight in weights) else None
+
+
+def _takes_repeated_tokens(module: Any) -> bool:
+    """Whether stacked experts are handed all tokens once for each of them, times their routing weights (Llama 4)."""
+    made, read = (module._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
+    if made is None or read is None or made.ndim != 3 or read.ndim != 3 or not hasattr(module, "act_fn"):
+        return False
+    experts, width, features = read.shape
+    fits = made.shape == (experts, features, 2 * width)
+    return fits and len(inspect.signature(module.forward).parameters) == 1
+
+
+def _routed_by_values(experts: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Routes each row of repeated tokens to the expert whose turn it is, unless its routing weight has made it zero."""
+    rows = args[0].reshape(-1, args[0].shape[-1])
+    owners = torch.arange(experts.split_count, device=rows.device).repeat_interleave(len(rows) // experts.split_count)
+    indices = torch.where(rows.any(-1), owners, experts.split_count)
+    return rows, indices.unsqueeze(-1), rows.new_ones(len(rows), 1)
 
 
 def split_experts(model: nn.Module, names: Collection[str] | None = None) -> None:
@@ -428,19 +579,6 @@ def split_experts(model: nn.Module, names: Collection[str] | None = None) -> Non
     for name, module in list(model.named_modules()):
         if stacked_names(module) is not None and (names is None or name in names):
             model.set_submodule(name, SplitExperts(module))
-
-
-def _linear_of_expert(stacked: Any, name: str, index: int) -> nn.Linear:
-    weight = getattr(stacked, name)[index].detach()
-    weight = weight.mT.contiguous() if stacked.is_transposed else weight
-    linear = nn.Linear.__new__(nn.Linear)  # its initialisation takes seconds for thousands of experts
-    nn.Module.__init__(linear)
-    linear.out_features, linear.in_features = weight.shape
-    needs_grad = getattr(stacked, name).requires_grad
-    linear.weight = nn.Parameter(weight, needs_grad)
-    bias = getattr(stacked, f"{name}_bias")[index].detach() if stacked.has_bias else None
-    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias, needs_grad))
-    return linear
 
 
 def swap_linears(model: nn.Module, forms: Mapping[str, Mapping[str, Any]], add_biases: bool = False) -> None:
@@ -482,7 +620,7 @@ def remove_parts(model: nn.Module, settings: Mapping[str, Any], prefix: str = ""
     """Takes out of a model what was pruned beside the rows and columns of its linears.
 
     Args:
-        settings: the ``svdllm`` entry of a config: ``counts``, ``dropped``, ``embeddings`` and ``norms``; see
+        settings: the ``svdllm`` entry of a config: ``counts``, ``dropped``, ``embedding_widths`` and ``norms``; see
             ``LowRankConfigMixin``.
         prefix: the beginning of names that the model has not.
 
@@ -496,7 +634,7 @@ def remove_parts(model: nn.Module, settings: Mapping[str, Any], prefix: str = ""
                 yield name.removeprefix(prefix), value
 
     modules = {"", *(name for name, _ in model.named_modules())}
-    named = [name for key in ("dropped", "embeddings", "norms") for name, _ in entries(key)]
+    named = [name for key in ("dropped", "embedding_widths", "norms") for name, _ in entries(key)]
     named += [name.rpartition(".")[0] for name, _ in entries("counts")]
     if missing := [name for name in named if name not in modules]:
         raise ValueError(f"config.svdllm does not fit {type(model).__name__}: not in the model: {_some(missing)}.")
@@ -505,7 +643,7 @@ def remove_parts(model: nn.Module, settings: Mapping[str, Any], prefix: str = ""
         setattr(model.get_submodule(holder), leaf, value)
     for name, num_outputs in entries("dropped"):
         model.set_submodule(name, DroppedBranch(model.get_submodule(name), num_outputs))
-    for name, width in entries("embeddings"):
+    for name, width in entries("embedding_widths"):
         embedding: Any = model.get_submodule(name)
         old = embedding.weight
         embedding.embedding_dim = width
@@ -565,6 +703,8 @@ def _in_form(linear: nn.Module, entry: Mapping[str, Any], add_bias: bool) -> nn.
         return _narrow(linear, *sizes, bias)
     if entry["form"] == "packed":
         factored = PackedLinear(*sizes, entry["rank"], bias, entry["side"], **place)
+    elif entry["form"] == "corrected":
+        factored = CorrectedLinear(*sizes, entry["rank"], bias, **place)
     else:
         factored = LowRankLinear(*sizes, entry["rank"], bias, **place)
     return factored.train(linear.training).requires_grad_(weight.requires_grad)
@@ -590,7 +730,7 @@ def _mark_factored(module: nn.Module) -> None:
     vLLM decides once per class how to fuse a module's projections, and fails if one instance of a class is dense and
     another is factored.
     """
-    children = tuple(sorted(name for name, child in module.named_children() if isinstance(child, FACTORED)))
+    children = tuple(sorted(name for name, child in module.named_children() if isinstance(child, RANKED)))
     module.__class__ = _factored_class(getattr(type(module), "_svdllm_dense_class", type(module)), children)
 
 
@@ -624,6 +764,7 @@ class LowRankMixin(_Model):
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        _share_weight_conversions(type(self))
         super().__init__(config, *args, **kwargs)
         settings = getattr(config, "svdllm", None) or {}
         forms, shared = config.svdllm_forms, settings.get("shared_factors", {})
@@ -635,6 +776,7 @@ class LowRankMixin(_Model):
         split_experts(self, {name.rpartition(".")[0].rpartition(".")[0] for name in forms})
         swap_linears(self, forms, settings.get("bias_correction", False))
         share_first_factors(self, shared)
+        pack_embeddings(self, self._packed_embeddings())
         remove_parts(self, settings, prefix)
         check_tensor_parallel(self, _processes_of_vllm())
         self.register_load_state_dict_post_hook(_expect_once)
@@ -646,6 +788,18 @@ class LowRankMixin(_Model):
         for name in [name for name in state if name.startswith(repeated)]:
             del state[name]
         return state
+
+    def _packed_embeddings(self) -> dict[str, Mapping[str, int]]:
+        """The embeddings in few bits, as they are named here."""
+        entries = (getattr(self.config, "svdllm", None) or {}).get("embeddings", {})
+        prefix = f"{self.base_model_prefix}." if _is_bare(self) else ""
+        return {name.removeprefix(prefix): entry for name, entry in entries.items()}
+
+    def get_expanded_tied_weights_keys(self, *args: Any, **kwargs: Any) -> dict[str, str]:
+        """Returns what transformers finds, without what is tied to an embedding in few bits: a head reads it there."""
+        tied = super().get_expanded_tied_weights_keys(*args, **kwargs)
+        packed = {f"{name}.weight" for name in (getattr(self.config, "svdllm", None) or {}).get("embeddings", {})}
+        return {name: origin for name, origin in tied.items() if packed.isdisjoint((name, origin))}
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -664,10 +818,11 @@ class LowRankMixin(_Model):
         ``_init_weights`` of some families would ask such modules for the weights of their linears, or take a factor for
         the linear of its name.
         """
-        parts = {part for module in self.modules() if isinstance(module, FACTORED) for part in module.modules()}
+        parts = {part for module in self.modules() if isinstance(module, RANKED) for part in module.modules()}
         for module in self.modules():
             own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-            factored = module in parts or any(isinstance(child, FACTORED) for child in module.children())
+            factored = module in parts or any(isinstance(child, RANKED) for child in module.children())
+            factored = factored or isinstance(module, FewBits | TiedHead)
             if factored and all(getattr(tensor, "_is_hf_initialized", False) for tensor in own):
                 module._is_hf_initialized = True  # type: ignore[assignment]
         super().initialize_weights()
@@ -688,7 +843,6 @@ class LowRankMixin(_Model):
             folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
             if folder.is_dir():
                 check_weight_files(folder)
-        _share_weight_conversions(cls)
         kwargs["ignore_mismatched_sizes"] = True  # an error below names them; transformers only logs the names
         with unpacking_one_by_one():
             loaded: Any = super().from_pretrained(
@@ -706,6 +860,9 @@ class LowRankMixin(_Model):
         # A model that was never loaded has no other layout, and a quantised one cannot be converted back to it.
         if not hasattr(self, "_weight_conversions") or getattr(self, "hf_quantizer", None) is not None:
             kwargs.setdefault("save_original_format", False)
+        compressor = getattr(getattr(self, "hf_quantizer", None), "compressor", None)
+        if compressor is not None:  # what was unpacked to be run is packed again
+            compressor.compress_model(self, skip_compressed=True)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process and _is_first_process() and not getattr(self, "_hf_peft_config_loaded", False):
             folder = Path(save_directory)
@@ -756,6 +913,12 @@ _SIZES = ("in_features", "out_features")
 
 def check_tensor_parallel(model: Any, processes: int) -> None:
     """Raises ``ValueError`` if the linears of a low-rank model cannot be split between processes."""
+    corrected = [name for name, module in model.named_modules() if isinstance(module, CorrectedLinear)]
+    if corrected and processes > 1:
+        raise ValueError(
+            f"Corrected linears cannot be split between {processes} processes, and this model has {len(corrected)}: "
+            f"{_some(corrected, 3)}. Use one process, or `svdllm export MODEL -o OUT --format adapter`."
+        )
     packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     if packed and processes > 1:
         raise ValueError(

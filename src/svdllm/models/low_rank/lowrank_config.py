@@ -16,7 +16,12 @@ else:
 
 FORMAT_VERSION = 2
 # What the entry of a form must have. Every form may have in_features and out_features; narrow has one of them or both.
-FORM_FIELDS: dict[str, tuple[str, ...]] = {"pair": ("rank",), "packed": ("rank", "side"), "narrow": ()}
+FORM_FIELDS: dict[str, tuple[str, ...]] = {
+    "pair": ("rank",),
+    "packed": ("rank", "side"),
+    "narrow": (),
+    "corrected": ("rank",),
+}
 # Names in transformers 4, by model type, where they differ from other families; None where the field is refused.
 _GPT_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 _PHI3 = {"rope_type": "type", "original_max_position_embeddings": None}
@@ -56,6 +61,7 @@ def check_svdllm(settings: Any) -> dict[str, Any] | None:
     _check_shared_factors(settings.get("shared_factors", {}), forms_of(settings))
     for key, (is_valid, expected) in REMOVED_PARTS.items():
         _check_removed(key, settings.get(key, {}), is_valid, expected)
+    _check_embeddings(settings.get("embeddings", {}))
     return settings
 
 
@@ -122,9 +128,18 @@ def _check_shared_factors(shared: Any, forms: Mapping[str, Mapping[str, Any]]) -
             )
 
 
+def _check_embeddings(embeddings: Any) -> None:
+    fields = {"bits", "group_size"}
+    for name, entry in embeddings.items() if isinstance(embeddings, dict) else [("embeddings", embeddings)]:
+        if not isinstance(entry, dict) or set(entry) != fields or not all(map(_is_positive_int, entry.values())):
+            raise ValueError(f"config.svdllm.embeddings: expected bits and group_size of {name}, found {entry}.")
+        if entry["bits"] > 8:
+            raise ValueError(f"config.svdllm.embeddings: expected at most 8 bits of {name}, found {entry['bits']}.")
+
+
 def _first_factor(entry: Mapping[str, Any]) -> dict[str, Any] | None:
     """What must agree where a first factor is shared; None for a form whose first factor cannot be."""
-    if entry["form"] == "narrow" or entry.get("side") == "rows":
+    if entry["form"] in ("narrow", "corrected") or entry.get("side") == "rows":
         return None
     return {key: entry.get(key) for key in ("form", "rank", "in_features")}
 
@@ -146,7 +161,7 @@ def _is_sliced_norm(entry: Any) -> bool:
 REMOVED_PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "counts": (_is_positive_int, "positive integers"),
     "dropped": (lambda value: value == 0 or _is_positive_int(value), "numbers of outputs"),
-    "embeddings": (_is_positive_int, "positive integers"),
+    "embedding_widths": (_is_positive_int, "positive integers"),
     "norms": (_is_sliced_norm, "objects with width, full_width, eps and branch"),
 }
 
@@ -220,10 +235,18 @@ class LowRankConfigMixin(_Config):
 
     ``svdllm`` has ``format_version``, ``base_model_type``, ``forms`` (names as in the causal LM's ``named_modules``),
     ``shared_factors`` where linears use the first factor of others, and whatever else the writer recorded. It is
-    checked when a config is made, and kept unchanged. That of a pruned model may have ``counts`` (integers of modules
-    that count heads or channels), ``dropped`` (removed attentions and MLPs, with the number of their outputs),
-    ``embeddings`` (of fewer features) and ``norms`` (those of a residual with fewer features).
+    checked when a config is made, and kept unchanged. Names of linears are those of the whole, in a wrapper too.
+
+    That of a pruned model may have ``counts`` (integers of modules that count heads or channels), ``dropped`` (removed
+    attentions and MLPs, with the number of their outputs), ``embedding_widths`` and ``norms`` (those of a residual with
+    fewer features).
+
+    low_rank_head: the end of the name of the class with a head.
+    low_rank_auto_classes: the auto classes that find it.
     """
+
+    low_rank_head = "ForCausalLM"
+    low_rank_auto_classes = ("AutoModelForCausalLM",)
 
     svdllm: dict[str, Any] | None = None  # a plain attribute: this class is no dataclass
 
@@ -255,13 +278,13 @@ class LowRankConfigMixin(_Config):
 
     @classmethod
     def full_auto_map(cls) -> dict[str, str]:
-        """Maps three auto classes: serving engines need ``AutoModel``, transformers names only what it saves."""
+        """Maps all auto classes: serving engines need ``AutoModel``, transformers names only what it saves."""
         configuration, modeling = cls.code_modules()
         stem = cls.__name__.removesuffix("Config")
         return {
             "AutoConfig": f"{configuration}.{stem}Config",
             "AutoModel": f"{modeling}.{stem}Model",
-            "AutoModelForCausalLM": f"{modeling}.{stem}ForCausalLM",
+            **dict.fromkeys(cls.low_rank_auto_classes, f"{modeling}.{stem}{cls.low_rank_head}"),
         }
 
     def to_dict(self) -> dict[str, Any]:

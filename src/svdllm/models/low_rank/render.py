@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 
 import transformers
 
-from svdllm.models.low_rank.families import MODEL_TYPE_PREFIX, base_classes, class_stem
+from svdllm.models.low_rank.families import MODEL_TYPE_PREFIX, auto_classes, base_classes, class_stem, head_name
 
 _CONFIG = """
 
 class {stem}Config(LowRankConfigMixin, {base}):
     model_type = "{model_type}"
+"""
+
+_HEAD = """    low_rank_head = "{head}"
+    low_rank_auto_classes = {autos}
 """
 
 _MODELS = """
@@ -20,7 +25,7 @@ class {stem}Model(LowRankMixin, {model}):
     config_class = {stem}Config
 
 
-class {stem}ForCausalLM(LowRankMixin, {causal_lm}):
+class {stem}{head}(LowRankMixin, {causal_lm}):
     config_class = {stem}Config
 """
 
@@ -36,13 +41,16 @@ def render(base_model_type: str, modules: tuple[str, str]) -> dict[str, str]:
     """
     base, stem = base_classes(base_model_type), class_stem(base_model_type)
     configuration, modeling = modules
+    head, autos = head_name(base_model_type), [cls.__name__ for cls in auto_classes(base_model_type)]
+    plain = autos == ["AutoModelForCausalLM"]
     config_text = _with_imports("lowrank_config.py", [_import_of(base.config)]) + _CONFIG.format(
         stem=stem, base=base.config.__name__, model_type=MODEL_TYPE_PREFIX + base_model_type
     )
+    config_text += "" if plain else _HEAD.format(head=head, autos=json.dumps(autos))
     imports = sorted({_import_of(base.model), _import_of(base.causal_lm)})
     modeling_text = _with_imports(
         "lowrank.py", [*imports, f"from .{configuration} import {stem}Config"]
-    ) + _MODELS.format(stem=stem, model=base.model.__name__, causal_lm=base.causal_lm.__name__)
+    ) + _MODELS.format(stem=stem, model=base.model.__name__, head=head, causal_lm=base.causal_lm.__name__)
     return {f"{configuration}.py": config_text, f"{modeling}.py": modeling_text}
 
 

@@ -1,0 +1,164 @@
+"""Runs that store weights in few bits, end to end on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import svdllm
+from runs import save_dense, token_windows
+from svdllm import InputError, Recipe, UnsupportedModelError, compress
+from svdllm.checkpoint.report import read_report
+from svdllm.checkpoint.weight_sizes import weight_bytes
+from svdllm.compression.recipe_files import make_recipe
+
+pytest.importorskip("compressed_tensors")
+
+WIDTHS = {"hidden_size": 64, "intermediate_size": 96}
+TEXT = {"samples": 8, "seqlen": 32, "gradient_samples": 2}
+INTEGERS = ("int8", "int5", "int4", "int3", "int2")
+
+
+def _compressed(folder: Path, family: str = "llama", overrides: dict[str, Any] | None = None, **settings: Any) -> Any:
+    save_dense(folder / "dense", family, **WIDTHS, **(overrides or {}))
+    return compress(folder / "dense", Recipe(**TEXT, **settings), folder / "out", calibration=_ids())
+
+
+def _ids():
+    return token_windows(8, 32, vocab=300)
+
+
+def _logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(_ids()[:2]).logits
+
+
+@pytest.mark.parametrize("mode", ["dense", "sequential"])
+def test_a_size_is_kept_and_the_files_are_as_predicted(tmp_path: Path, mode: str):
+    result = _compressed(tmp_path, target_size=60_000, forms=INTEGERS, calibration_mode=mode)
+    files = weight_bytes(result.output_dir)
+    assert files.files == result.plan.file_bytes <= 60_000
+    assert result.plan.allocation.gap == 0
+    parts = result.plan.sizes.bytes_by_part
+    assert sum(parts.values()) == files.files
+    report = read_report(result.output_dir)
+    assert report["params"] == report["dense_params"]
+    assert report["vocabulary"]
+    names = [name for name, _ in svdllm.verify(result.output_dir)]
+    assert names[-1] == "logits"
+    dense = _logits(svdllm.load_model(tmp_path / "dense", dtype=torch.float32))
+    assert (
+        _logits(svdllm.load_model(result.output_dir, dtype=torch.float32)) - dense
+    ).abs().max() < 0.2 * dense.abs().max()
+
+
+def _native(folder: Path, **options: Any) -> Any:
+    """The model as transformers loads it, its weights unpacked by compressed-tensors."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+
+
+def _assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within what weights in bfloat16 differ from those in float32."""
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_a_tied_embedding_stays_tied_and_is_saved_as_it_was(tmp_path: Path):
+    ranks = {"embed_tokens": {"int4": 32}, "up_proj": {"int4": 32}}
+    result = _compressed(tmp_path, ranks=ranks, calibration_mode="dense")
+    model = _native(result.output_dir)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    logits = _logits(model)
+    model.save_pretrained(tmp_path / "again")
+    assert weight_bytes(tmp_path / "again").files < 1.5 * weight_bytes(result.output_dir).files
+    assert torch.equal(_logits(_native(tmp_path / "again")), logits)
+    _assert_close(_logits(_native(result.output_dir, trust_remote_code=True)), logits)
+    _assert_close(_logits(svdllm.load_model(result.output_dir, dtype=torch.float32)), logits)
+
+
+def test_without_low_rank_the_folder_is_one_of_the_family(tmp_path: Path):
+    ranks = {"layers": {"int4": 32}}
+    result = _compressed(tmp_path, ranks=ranks, calibration_mode="dense")
+    config = json.loads((result.output_dir / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert "svdllm" not in config
+    assert not list(result.output_dir.glob("*.py"))
+    svdllm.verify(result.output_dir)
+    _assert_close(
+        _logits(svdllm.load_model(result.output_dir, dtype=torch.float32)), _logits(_native(result.output_dir))
+    )
+
+
+def test_factors_in_8_bits_compute_what_they_did(tmp_path: Path):
+    forms = {"q_proj": ("pair", 16), "o_proj": ("packed", 24), "down_proj": ("packed", 16)}
+    logits = {}
+    for bits in ("", "-int8"):
+        ranks = {name: {f"{form}{bits}": size} for name, (form, size) in forms.items()}
+        result = _compressed(tmp_path / f"x{bits}", "qwen2", ranks=ranks, calibration_mode="dense")
+        svdllm.verify(result.output_dir)
+        logits[bits] = _logits(svdllm.load_model(result.output_dir, dtype=torch.float32))
+    assert not torch.equal(logits[""], logits["-int8"])
+    assert (logits[""] - logits["-int8"]).abs().max() < 0.03 * logits[""].abs().max()
+
+
+def test_a_size_below_the_smallest_forms_is_refused_with_them(tmp_path: Path):
+    with pytest.raises(InputError, match=r"cannot be met.*int2"):
+        _compressed(tmp_path, target_size=20_000, forms=INTEGERS)
+
+
+def test_a_group_that_does_not_divide_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match=r"asks for int4 128 of .*, which can have 32, 64"):
+        _compressed(tmp_path, ranks={"up_proj": {"int4": 128}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"forms": ("int4",), "ratio": 0.3}, "give target_size as the budget"),
+        ({"forms": ("int4",), "target_size": 10**6, "method": "svd", "allocation": "loss"}, "method svd has none"),
+        ({"forms": ("pair",), "target_size": 10**6, "runtime": "llama.cpp"}, "llama.cpp cannot load it"),
+        ({"runtime": "word", "target_size": 10**6}, "unknown runtime"),
+        ({"runtime": "llama.cpp", "ratio": 0.3}, "give target_size as the budget"),
+        ({"forms": ("int4",), "target_size": 10**6, "overrides": {"up_proj": 0.5}}, "an override gives a rank"),
+        ({"forms": ("int4",), "target_size": 10**6, "factor_bits": 8}, "svdllm quantize"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str):
+    with pytest.raises(InputError, match=message):
+        make_recipe(settings)
+
+
+def test_an_embedding_in_few_bits_is_not_compressed_again(tmp_path: Path):
+    result = _compressed(tmp_path, ranks={"embed_tokens": {"int8": 32}}, calibration_mode="dense")
+    svdllm.verify(result.output_dir)
+    with pytest.raises((InputError, UnsupportedModelError), match=r"is quantised|compressed already"):
+        compress(result.output_dir, Recipe(ratio=0.2, **TEXT), tmp_path / "twice", calibration=_ids())
+
+
+@pytest.mark.parametrize("mode", ["dense", "sequential"])
+def test_corrections_are_chosen_stored_and_lose_less_than_bits_alone(tmp_path: Path, mode: str):
+    losses = {}
+    for form, given in (("int2", {"int2": 32}), ("int2-corrected", {"int2-corrected": 6})):
+        ranks = {"up_proj|down_proj|o_proj": given}
+        result = _compressed(tmp_path / form, ranks=ranks, calibration_mode=mode)
+        svdllm.verify(result.output_dir)
+        losses[form] = sum(linear.loss**2 for linear in result.linears)
+        dense = _logits(svdllm.load_model(tmp_path / form / "dense", dtype=torch.float32))
+        difference = (_logits(svdllm.load_model(result.output_dir, dtype=torch.float32)) - dense).square().mean()
+        losses[form, "logits"] = float(difference)
+    assert losses["int2-corrected"] < losses["int2"]
+    assert losses["int2-corrected", "logits"] < losses["int2", "logits"]
+    parts = result.plan.sizes.bytes_by_part
+    assert parts["corrections"] > 0
+    assert sum(parts.values()) == weight_bytes(result.output_dir).files
+
+
+def test_every_form_that_transformers_loads_is_considered(tmp_path: Path):
+    result = _compressed(tmp_path, target_size=90_000, runtime="transformers", round_to=8)
+    assert {"pair", "packed-int8", "int3", "int4-corrected"} <= set(result.recipe.used_forms)
+    assert weight_bytes(result.output_dir).files <= 90_000
+    svdllm.verify(result.output_dir)

@@ -12,10 +12,21 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from families import tiny_model, tiny_tokens
-from runs import token_windows
-from svdllm import CheckpointError, InputError, Pruning, UnsupportedModelError, export_dense, load_model, prune, verify
+from runs import TEXT, token_windows
+from svdllm import (
+    CheckpointError,
+    InputError,
+    Pruning,
+    UnsupportedModelError,
+    export_dense,
+    load_model,
+    prune,
+    recover,
+    verify,
+)
 from svdllm.checkpoint.report import read_report
 from svdllm.pruning.methods import METHODS
+from svdllm.recovery import make_recovery
 
 ALL = {"flap", "llm-pruner", "slicegpt", "blockpruner"}
 # The methods that can prune a family.
@@ -158,6 +169,22 @@ def test_what_no_plain_model_can_hold_is_refused(family: str, method: str, text:
     with pytest.raises(UnsupportedModelError, match=text):
         export_dense(tmp_path / "out", tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
+
+
+def test_hidden_states_of_a_sliced_model_are_not_compared_with_the_teachers(tmp_path: Path) -> None:
+    dense, _, _ = pruned("llama", "slicegpt", 0.25, tmp_path / "out")
+    dense.save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(TEXT)
+    settings = make_recovery(
+        {
+            "methods": ("blockwise",),
+            "data": str(tmp_path / "text.txt"),
+            "teacher": str(tmp_path / "dense"),
+            "seqlen": 16,
+        }
+    )
+    with pytest.raises(InputError, match="its residual was sliced. Use --method distill"):
+        recover(tmp_path / "out", tmp_path / "trained", settings)
 
 
 def test_a_damaged_entry_of_a_pruned_model_is_told(tmp_path: Path) -> None:

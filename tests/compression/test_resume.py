@@ -19,6 +19,7 @@ import svdllm
 from families import tiny_model
 from runs import TEXT, digests, run, save_dense, small_recipe, token_windows
 from svdllm.common.errors import InputError
+from svdllm.compression import analysis_settings
 
 # Its processes start with the library imported.
 FORKS = multiprocessing.get_context("forkserver")
@@ -192,7 +193,6 @@ def test_other_settings_refuse_to_go_on(change: dict[str, object], named: str, t
     assert not (tmp_path / "out.partial").exists()
 
 
-ANALYZE = sys.modules["svdllm.compression.analyze"]
 SUBJECT = sys.modules["svdllm.compression.subject"]
 
 
@@ -232,6 +232,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "ranks": {"ratio": None, "ranks": {"q_proj": 3}},
     "allocation": {"allocation": "v2"},
     "forms": {"forms": ("packed",)},
+    "runtime": {"ratio": None, "target_size": 80_000, "runtime": "transformers", "allocation": "loss"},
     "probe_share": {"probe_share": 0.25},
     "strs_ratios": {"strs_ratios": (0.5,)},
     "ignore": {"ignore": ("o_proj",)},
@@ -266,9 +267,9 @@ BESIDE_THE_RECIPE = {
     "computed in": lambda dense, patch: patch.setattr(SUBJECT, "resolve_dtype", lambda *_: torch.float64),
     "directions of a spectrum": lambda dense, patch: patch.setattr(svdllm.Recipe, "analysed_forms", ("packed",)),
     "narrower MLPs": lambda dense, patch: patch.setattr(svdllm.Recipe, "analysed_forms", ("narrow",)),
-    "svdllm version": lambda dense, patch: patch.setattr(ANALYZE, "__version__", "0.0.1"),
-    "torch version": lambda dense, patch: patch.setattr(ANALYZE.torch, "__version__", "0.0.1"),
-    "transformers version": lambda dense, patch: patch.setattr(ANALYZE.transformers, "__version__", "0.0.1"),
+    "svdllm version": lambda dense, patch: patch.setattr(analysis_settings, "__version__", "0.0.1"),
+    "torch version": lambda dense, patch: patch.setattr(analysis_settings.torch, "__version__", "0.0.1"),
+    "transformers version": lambda dense, patch: patch.setattr(analysis_settings.transformers, "__version__", "0.0.1"),
 }
 
 

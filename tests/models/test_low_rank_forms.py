@@ -162,8 +162,8 @@ def test_low_rank_inside_a_narrower_mlp() -> None:
     ("forms", "message"),
     [
         ([], "forms: expected a mapping"),
-        ({Q: "pair"}, f"forms: {Q}: expected a form of pair, packed, narrow, found pair"),
-        ({Q: {"form": "sparse"}}, "expected a form of pair, packed, narrow, found"),
+        ({Q: "pair"}, f"forms: {Q}: expected a form of pair, packed, narrow, corrected, found pair"),
+        ({Q: {"form": "sparse"}}, "expected a form of pair, packed, narrow, corrected, found"),
         ({Q: {"form": "pair"}}, "pair lacks rank"),
         ({Q: {"form": "packed", "rank": 4}}, "packed lacks side"),
         ({Q: PACKED | {"side": "left"}}, "expected the side rows or columns, found 'left'"),

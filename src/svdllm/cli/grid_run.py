@@ -81,14 +81,14 @@ def _ratios(model: str, variants: tuple[Variant, ...], options: GridOptions) -> 
     """The ratios asked for, or those of models as large as the simulated ones.
 
     Raises:
-        InputError: a ratio is not one or is given twice, or no method is simulated.
+        InputError: a ratio or a size is not one, cannot be reached or is given twice, or no method is simulated.
     """
     from svdllm.common.run_options import RunOptions
     from svdllm.comparison.simulated.variants import SIMULATED_SYSTEMS, ratios_of_equal_bytes
     from svdllm.comparison.table import NEAR
 
-    if options.ratios != EQUAL_BYTES:
-        return options.different_ratios()
+    if options.ratios != EQUAL_BYTES or options.target_size is not None:
+        return options.different_ratios(model)
     run = RunOptions.of(offline=options.offline, revision=options.revision)
     ratios = ratios_of_equal_bytes(variants, model, run, NEAR)
     if not ratios:

@@ -40,6 +40,7 @@ from svdllm.models.open import Source, open_config, open_source
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.structure import Target, weight_of, weights_by_name
 from svdllm.models.walk import Block, Walk
+from svdllm.models.wrapped import require_part
 from svdllm.recovery.trained_weights import TrainedWeights
 
 SIGNS_SEED = 0  # of the random signs of rotations
@@ -108,6 +109,7 @@ def copy_beside_weights(source: Source, folder: Path) -> None:
 
 def _subject(source: Source, recipe: Recipe) -> Subject:
     skeleton = build_skeleton(source.config)
+    require_part(skeleton, recipe.part)
     return Subject(source=source, skeleton=skeleton, structure=discover(skeleton, recipe.ignore))
 
 

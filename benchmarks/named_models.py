@@ -21,10 +21,12 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig, logging
 
 from gpu_page import table
 from published_models import PUBLISHED, WRAPPERS, Published
+from svdllm.checkpoint.tensors import buffer_names, loaded_tensors, num_params
 from svdllm.common.errors import SvdllmError, first_line
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.subject import Subject, discover_subject
@@ -98,7 +100,8 @@ def reached(name: str, model: Published) -> Reached:
 
 
 def _num_params(subject: Subject) -> int:
-    return sum({id(p): p.numel() for p in subject.skeleton.parameters()}.values())
+    skeleton = subject.skeleton
+    return num_params(loaded_tensors(skeleton, torch.bfloat16), buffer_names(skeleton))
 
 
 def summary(rows: Sequence[Reached]) -> list[str]:

@@ -197,7 +197,20 @@ HYBRIDS: dict[str, Published] = {
         },
     ),
     "Kimi-Linear-48B-A3B": Published(type="kimi_linear", hybrid=True),
-    "MiniMax-Text-01": Published(type="minimax", hybrid=True),
+    "MiniMax-Text-01": Published(
+        type="minimax",
+        hybrid=True,
+        fields=_decoder(
+            6144,
+            9216,
+            80,
+            (64, 8),
+            200064,
+            head_dim=128,
+            num_local_experts=32,
+            layer_types=_layers(80, "linear_attention", tuple(range(7, 80, 8))),
+        ),
+    ),
     "LFM2-1.2B": Published(
         type="lfm2", hybrid=True, fields=_decoder(2048, 12288, 16, (32, 8), full_attn_idxs=[2, 5, 8, 10, 12, 14])
     ),

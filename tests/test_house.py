@@ -17,7 +17,7 @@ LAYERS = (
     ("models", "data"),
     ("checkpoint",),
     ("compression", "evaluation", "inference"),
-    ("recovery", "export"),
+    ("recovery", "export", "pruning"),
     ("comparison",),
     ("cli",),
 )

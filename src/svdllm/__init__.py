@@ -37,6 +37,8 @@ if not is_command_line():
     from svdllm.inference.latent_cache import use_latent_cache, use_ordinary_cache
     from svdllm.models.low_rank import register_all
     from svdllm.models.unused_tensors import UnusedTensors, UnusedTensorsWarning
+    from svdllm.pruning.run import PruningResult, prune
+    from svdllm.pruning.settings import Pruning
     from svdllm.recovery import Recovery, RecoveryResult, recover
 
     warn_if_untested()
@@ -52,6 +54,8 @@ __all__ = [
     "PairsExport",
     "Perplexity",
     "Plan",
+    "Pruning",
+    "PruningResult",
     "QuantizationResult",
     "Recipe",
     "Recovery",
@@ -75,6 +79,7 @@ __all__ = [
     "load_model",
     "perplexity",
     "plan",
+    "prune",
     "quantize",
     "recover",
     "slice_checkpoint",

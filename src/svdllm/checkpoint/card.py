@@ -17,7 +17,8 @@ SHOWN_LINEARS = 5  # those that lost most
 FORMS = {
     "pair": "as pairs of factors (`svd_u @ svd_v`)",
     "packed": "packed (pivot rows or columns, and how the others are made of them)",
-    "narrow": "narrower (fewer inner features of an MLP)",
+    "narrow": "narrower (fewer heads, or fewer inner features of an MLP)",
+    "dropped": "removed with the attention or MLP that they belong to",
     **{f"int{bits}": f"in {bits} bits" for bits in range(8, 1, -1)},
     **{f"int{bits}-corrected": f"in {bits} bits with a low-rank correction" for bits in (4, 3, 2)},
     "pair-int8": "as pairs of factors in 8 bits",
@@ -30,14 +31,14 @@ def model_card(report: dict[str, Any], config: PreTrainedConfig) -> str:
 
     It holds no times, so that two runs of one recipe write the same card.
     """
+    made = (_pruning(report),) if "pruning" in report else (_making(report), _worst_linears(report))
     sections = (
         _overview(report, config),
         _forms(report),
         _loading(report, config),
         _quantization(report),
         _smaller_sizes(report),
-        _making(report),
-        _worst_linears(report),
+        *made,
     )
     return "\n".join(section for section in sections if section)
 
@@ -65,7 +66,7 @@ tags: [svdllm, low-rank, compression]
 # {model}, compressed by {saved:.0%}
 
 {model} with {len(report["linears"]) - counts["dense"]} of its linear layers made smaller
-(method `{report["method"]}`, [SVD-LLM](https://arxiv.org/abs/2403.07378)): {forms or "none"}.
+(method `{report["method"]}`{_paper(report)}): {forms or "none"}.
 {counts["dense"]} stay dense.
 
 | | dense | this model |
@@ -77,6 +78,10 @@ tags: [svdllm, low-rank, compression]
 {trained} Measure its quality on your own text before you use it:
 `svdllm eval FOLDER --base ORIGINAL --ppl your-text.txt`.
 """
+
+
+def _paper(report: dict[str, Any]) -> str:
+    return "" if "pruning" in report else ", [SVD-LLM](https://arxiv.org/abs/2403.07378)"
 
 
 def _forms(report: dict[str, Any]) -> str:
@@ -169,19 +174,38 @@ The files `svdllm/elastic*` are for this only.
 """
 
 
-def _making(report: dict[str, Any]) -> str:
-    source, recipe, versions = report["source"], report["recipe"], report["versions"]
-    revision = f", revision {source['revision']}" if source["revision"] else ""
-    streams = "compressed" if recipe["calibration_mode"] == "sequential" else "dense"
-    quantized = report.get("quantized_source")
-    stored = f"; {QuantizedSource(**quantized).text}" if quantized else ""
-    made_with = ", ".join(f"{name} {versions[name]}" for name in ("svdllm", "torch", "transformers"))
+def _pruning(report: dict[str, Any]) -> str:
     return f"""## How it was made
 
-- Source: {source["model"]}{revision}, weights `{source["weights_fingerprint"][:16]}`{stored}
+- Source: {_source(report)}
+- Method: {report["method"]}, a published method of pruning, as `svdllm prune` implements it
+- Calibration: {_calibration(report)}
+- Versions: {_versions(report)}
+- `svdllm/recipe.yaml` has the settings, `svdllm/report.json` what was removed of every layer.
+"""
+
+
+def _source(report: dict[str, Any]) -> str:
+    source = report["source"]
+    revision = f", revision {source['revision']}" if source["revision"] else ""
+    quantized = report.get("quantized_source")
+    stored = f"; {QuantizedSource(**quantized).text}" if quantized else ""
+    return f"{source['model']}{revision}, weights `{source['weights_fingerprint'][:16]}`{stored}"
+
+
+def _versions(report: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {report['versions'][name]}" for name in ("svdllm", "torch", "transformers"))
+
+
+def _making(report: dict[str, Any]) -> str:
+    recipe = report["recipe"]
+    streams = "compressed" if recipe["calibration_mode"] == "sequential" else "dense"
+    return f"""## How it was made
+
+- Source: {_source(report)}
 - Calibration: {_calibration(report)}
 - Metric: {recipe["metric"]}; ranks: {report["allocation"]["name"]}; inputs of the {streams} model
-- Versions: {made_with}
+- Versions: {_versions(report)}
 - `svdllm/recipe.yaml` has the settings (`svdllm compress MODEL -o OUT --recipe svdllm/recipe.yaml` repeats a run whose
   text was named, not handed over in Python); `svdllm/report.json` has every layer's form, size, kept energy and loss.
 """

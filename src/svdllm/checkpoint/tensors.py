@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def num_params(tensors: Tensors, buffers: Collection[str] = ()) -> int:
 
 def tensor_bytes(tensors: Tensors, names: Sequence[str] | None = None) -> int:
     chosen = tensors if names is None else {name: tensors[name] for name in names}
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in chosen.values())
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in chosen.values())
 
 
 def shard_names(tensors: Tensors, limit: int = SHARD_BYTES) -> list[list[str]]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from svdllm.cli import options as o
 from svdllm.cli.generated import options_of
 from svdllm.cli.options import option
-from svdllm.cli.readers import read_names, read_ratio_list
+from svdllm.cli.readers import read_bytes, read_names, read_ratio_list
 from svdllm.common.errors import InputError
+from svdllm.common.run_options import RunOptions
 
 if TYPE_CHECKING:
     from svdllm.comparison import Measures
@@ -22,6 +23,9 @@ CALIBRATION = ("calibration", "samples", "seqlen", "seed", "device", "dtype")
 
 Output = Annotated[Path, option("Folder of the report; a killed run continues in it.", None, False, "-o", "--output")]
 Ratios = Annotated[str, option("Shares of the linears' parameters to remove.", None, True)]
+TargetSize = Annotated[
+    str | None, option("Sizes of the weight files, as in 100MB,80MB, in place of --ratios; in the model's own dtype.")
+]
 Recover = Annotated[
     str | None,
     option(
@@ -61,6 +65,7 @@ class GridOptions:
     """The options of compare and ablate, apart from the methods and the settings of the calibration."""
 
     ratios: Ratios
+    target_size: TargetSize = None
     recover: Recover = None
     title: Title = None
     keep: Keep = False
@@ -77,11 +82,23 @@ class GridOptions:
     offline: o.Offline = False
     json: o.Json = False
 
-    def different_ratios(self) -> tuple[float, ...]:
-        """Raises InputError if a ratio is not one, or is given twice."""
-        ratios = read_ratio_list(self.ratios, "--ratios")
+    def different_ratios(self, model: str) -> tuple[float, ...]:
+        """The ratios, or those at which files of ``model`` have the sizes asked for.
+
+        Raises:
+            InputError: a ratio or a size is not one, cannot be reached, or is given twice.
+        """
+        if self.target_size is None:
+            flag, text = "--ratios", self.ratios
+            ratios = read_ratio_list(text, flag)
+        else:
+            from svdllm.comparison.target_sizes import ratios_of_sizes
+
+            flag, text = "--target-size", self.target_size
+            options = RunOptions(offline=self.offline, revision=self.revision)
+            ratios = ratios_of_sizes(model, [read_bytes(size, flag) for size in read_names(text)], options)
         if len(set(ratios)) < len(ratios):
-            raise InputError(f"--ratios {self.ratios!r} names a ratio twice.")
+            raise InputError(f"{flag} {text!r} names {'a ratio' if flag == '--ratios' else 'a size'} twice.")
         return ratios
 
     def training(self) -> dict[str, Any] | None:

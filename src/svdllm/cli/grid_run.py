@@ -67,7 +67,7 @@ def _grid(
         model=model,
         # auto is the default of recipes
         variants=variants({name: value for name, value in given.items() if value != "auto"}, options.training()),
-        ratios=options.different_ratios(),
+        ratios=options.different_ratios(model),
         measures=options.measures(config, device, dtype),
         title=options.title or f"{short_name(model)}: {subject}",
         revision=options.revision,

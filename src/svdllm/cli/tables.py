@@ -25,6 +25,7 @@ from svdllm.models.model_names import given_name
 from svdllm.models.quantized_sources.methods import QuantizedSource
 from svdllm.models.unused_tensors import UnusedTensors
 from svdllm.models.wrapped import OutsidePart
+from svdllm.pruning.run import PruningResult
 from svdllm.recovery import RecoveryResult
 
 LEAST_SHOWN = 0.005  # share of the blocks' parameters
@@ -60,6 +61,17 @@ def result_table(result: CompressionResult) -> Titled:
             f"peak on {plan.needs.device}",
             f"{size(result.peak_device_bytes)} (planned {size(plan.needs.device_bytes)})",
         )
+    return str(result.output_dir), [table]
+
+
+def pruning_table(result: PruningResult) -> Titled:
+    """The checkpoint that a pruning run made: size, time and memory."""
+    sizes, table = result.sizes, summary_table()
+    table.add_row("method", f"{result.settings.pruning}, {sizes.achieved_ratio:.2%} of the linears' parameters removed")
+    table.add_row("parameters", f"{count(sizes.dense_params)} -> {count(sizes.params)}")
+    table.add_row("weight files", f"{size(sizes.dense_file_bytes)} -> {size(sizes.file_bytes)}")
+    table.add_row("time", duration(sum(result.seconds.values())))
+    table.add_row("peak memory", size(result.peak_ram_bytes))
     return str(result.output_dir), [table]
 
 
@@ -167,7 +179,8 @@ def report_table(report: dict[str, Any]) -> Titled:
         table.add_row("linears, predicted", speed_text(speed))
     add_dense_parts(table, [DensePart(**part) for part in report.get("dense_parts", [])])
     add_outside_parts(table, [OutsidePart(**part) for part in report.get("outside_parts", [])])
-    table.add_row("metric", f"{recipe['metric']}, {recipe['calibration_mode']} calibration")
+    if "metric" in recipe:  # a pruned model has none
+        table.add_row("metric", f"{recipe['metric']}, {recipe['calibration_mode']} calibration")
     table.add_row("source weights", f"{source['weights_fingerprint'][:16]}, revision {source['revision'] or 'none'}")
     if quantized := report.get("quantized_source"):
         table.add_row("source files", quantized_source_text(QuantizedSource(**quantized)))
@@ -218,13 +231,13 @@ def linears_table(linears: list[dict[str, Any]], *, every: bool) -> Table:
     for row in linears:
         groups.setdefault(row["name"] if every else kind_of(row["name"]), []).append(row)
     for name, rows in groups.items():
-        kept = [row["kept_energy"] for row in rows]
+        kept = [row["kept_energy"] for row in rows if row["kept_energy"] is not None]  # of a pruned one none is known
         table.add_row(
             name,
             f"{rows[0]['out_features']} x {rows[0]['in_features']}",
             size_range([(form_of(row), row.get("size", row["rank"])) for row in rows]),
-            f"{sum(kept) / len(kept):.4f}",
-            f"{min(kept):.4f}",
+            f"{sum(kept) / len(kept):.4f}" if kept else "",
+            f"{min(kept):.4f}" if kept else "",
         )
     return table
 

@@ -1,4 +1,4 @@
-"""Variants that this library makes: compressed by a recipe, and trained afterwards."""
+"""Variants that this library makes: compressed by a recipe or pruned, and trained afterwards."""
 
 from __future__ import annotations
 
@@ -19,15 +19,20 @@ from svdllm.compression.recipe import Recipe
 from svdllm.compression.recipe_files import make_recipe
 from svdllm.compression.run import compress
 from svdllm.data import check_source
+from svdllm.pruning.methods import recipe_of
+from svdllm.pruning.run import prune
+from svdllm.pruning.settings import Pruning
 from svdllm.recovery import Recovery, make_recovery, recover
 from svdllm.recovery.checks import check_data
 from svdllm.recovery.distributed import own_device
 from svdllm.recovery.methods import METHODS
 
+COPIED = ("achieved_ratio", "dense_params", "file_bytes", "dense_file_bytes")  # from a report to a record
 GO_ON = "When there is more memory, the same command goes on with what is finished."
 LESS_COMPRESSING = (
     f"{GO_ON} A recipe file with a lower batch_tokens or probe_share needs less: name it among the methods."
 )
+LESS_PRUNING = f"{GO_ON} Fewer --samples or a lower --seqlen need less: give them with another folder."
 LESS_TRAINING = (
     f"{GO_ON} A lower micro_batch or seqlen, or gradient_checkpointing, needs less: give it in --recover, and another "
     "folder."
@@ -44,6 +49,10 @@ class Compressed(Variant):
     def key(self) -> str:
         settings = json.dumps(self.recipe.analysis_settings(), sort_keys=True)
         return hashlib.sha256(settings.encode()).hexdigest()[:16]
+
+    @property
+    def device(self) -> str:
+        return self.recipe.device
 
     @property
     def calibration(self) -> str | None:
@@ -70,10 +79,8 @@ class Compressed(Variant):
     def is_made(self, folder: Path, settings: dict[str, Any]) -> bool | None:
         if not is_checkpoint(folder):
             return False
-        report = read_report(folder)
-        trained = [with_new_recovery(entry["settings"]) for entry in report.get("recovery", [])]
-        wanted = [] if settings["recovery"] is None else [settings["recovery"]]
-        return (with_new_fields(report["recipe"]) == settings["recipe"] and trained == wanted) or None
+        made = with_new_fields(read_report(folder)["recipe"])
+        return (made == settings["recipe"] and _is_trained(folder, settings)) or None
 
     def make(self, model: str, ratio: float | None, folder: Path, analysis: Path, options: RunOptions) -> Path:
         """Runs Algorithm 1; every other ratio and allocation of the recipe finds its analysis done."""
@@ -92,8 +99,7 @@ class Compressed(Variant):
 
     def record(self, folder: str | Path) -> dict[str, Any]:
         report = read_report(Path(folder))
-        copied = ("achieved_ratio", "dense_params", "file_bytes", "dense_file_bytes", "linears")
-        record = {key: report[key] for key in copied}
+        record = {key: report[key] for key in (*COPIED, "linears")}
         record |= {"compression_seconds": report["seconds"], "allocation": report["allocation"]}
         return record | {"recovery": report.get("recovery")}
 
@@ -102,19 +108,74 @@ class Compressed(Variant):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained(Variant):
-    """A compressed model, trained afterwards."""
+class Pruned(Variant):
+    """A model made smaller by a published method of pruning, at the same ratios and on the same text.
 
-    compressed: Compressed
+    What a method cannot do with a model is said by its cells, so that those of other methods are made.
+    """
+
+    pruning: Pruning
+
+    @property
+    def device(self) -> str:
+        return self.pruning.device
+
+    @property
+    def calibration(self) -> str:
+        recipe = recipe_of(self.pruning)
+        return f"{recipe.samples} windows of {recipe.seqlen} tokens of {recipe.calibration}, seed {recipe.seed}"
+
+    def within(self, context: int | None) -> Pruned:
+        seqlen = recipe_of(self.pruning).within(context).seqlen
+        return replace(self, pruning=self.pruning.model_copy(update={"seqlen": seqlen}))
+
+    def at(self, ratio: float) -> Pruning:
+        return self.pruning.model_copy(update={"ratio": ratio})
+
+    def check(self, model: str, ratios: tuple[float, ...], options: RunOptions) -> None:
+        check_source(self.pruning.calibration)
+
+    def settings(self, ratio: float | None) -> dict[str, Any]:
+        return super().settings(ratio) | {"pruning": None if ratio is None else self.at(ratio).to_dict()}
+
+    def is_made(self, folder: Path, settings: dict[str, Any]) -> bool | None:
+        if not is_checkpoint(folder):
+            return False
+        made = read_report(folder)["recipe"]
+        return (made == settings["pruning"] and _is_trained(folder, settings)) or None
+
+    def make(self, model: str, ratio: float | None, folder: Path, analysis: Path, options: RunOptions) -> Path:
+        assert ratio is not None
+        with _advising(LESS_PRUNING):
+            prune(
+                model,
+                self.at(ratio),
+                folder,
+                offline=options.offline,
+                revision=options.revision,
+                reporter=options.reporter,
+            )
+        return folder
+
+    def record(self, folder: str | Path) -> dict[str, Any]:
+        report = read_report(Path(folder))
+        record = super().record(folder) | {"compression_seconds": report["seconds"]}
+        return record | {key: report[key] for key in COPIED} | {"recovery": report.get("recovery")}
+
+    def describe(self) -> str:
+        return self.pruning.to_yaml()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Variant):
+    """A compressed or pruned model, trained afterwards."""
+
+    compressed: Compressed | Pruned
     recovery: Recovery
 
     @property
-    def base(self) -> Compressed:
+    def base(self) -> Compressed | Pruned:
         return self.compressed
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.compressed.recipe
 
     @property
     def key(self) -> str:
@@ -156,6 +217,12 @@ class Trained(Variant):
     def describe(self) -> str:
         recovery = json.dumps(self.recovery.model_dump(mode="json"))
         return f"{self.compressed.describe()}recovery: {recovery}\n"
+
+
+def _is_trained(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a checkpoint was trained as the settings say."""
+    trained = [with_new_recovery(entry["settings"]) for entry in read_report(folder).get("recovery", [])]
+    return trained == ([] if settings["recovery"] is None else [settings["recovery"]])
 
 
 def with_new_fields(recipe: dict[str, Any] | None) -> dict[str, Any] | None:

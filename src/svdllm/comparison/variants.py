@@ -8,26 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from svdllm.common.errors import InputError, did_you_mean
-from svdllm.comparison.compressed import Compressed, Trained
+from svdllm.comparison.compressed import Compressed, Pruned, Trained
 from svdllm.comparison.fewer_experts import FewerExperts
 from svdllm.comparison.foreign import Foreign
 from svdllm.comparison.settings import DENSE
 from svdllm.comparison.variant import MadeBy, Maker, Variant
 from svdllm.compression.recipe_files import PRESETS, load_settings, make_recipe, preset_settings
 from svdllm.compression.recipe_parts import BUDGETS, OF_A_BUDGET
+from svdllm.pruning.settings import METHODS as PRUNING_METHODS
+from svdllm.pruning.settings import make_pruning
 from svdllm.recovery import Recovery, make_recovery
 from svdllm.recovery.methods import METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A named variant: settings of a recipe, or a function that makes the model in another way.
+    """A named variant: settings of a recipe, a method of pruning, or a function that makes the model in another way.
 
     ``kind`` is the class of a variant that has a recipe: what is made with it.
     """
 
     settings: Mapping[str, Any] | None = None
     kind: Callable[..., Variant] = Compressed
+    pruning: str | None = None
     make: Maker | None = None
     is_baseline: bool = False  # whether the table shows gains against it
 
@@ -35,15 +38,18 @@ class Row:
         """The variant, calibrated as all others."""
         if self.make is not None:
             return MadeBy(name=name, function=self.make)
+        if self.pruning is not None:
+            return Pruned(name=name, pruning=make_pruning({**calibration, "pruning": self.pruning}, f"method {name}"))
         return self.kind(name=name, recipe=make_recipe({**(self.settings or {}), **calibration}, f"method {name}"))
 
 
-# The published methods with the ranks they are published with; then the presets by their names.
+# The published methods with the ranks they are published with, and those of pruning; then the presets by their names.
 VARIANTS: dict[str, Row] = {
     "svd": Row(settings={"method": "svd"}, is_baseline=True),
     "fwsvd": Row(settings={"method": "fwsvd"}, is_baseline=True),
     "asvd": Row(settings={"method": "asvd"}, is_baseline=True),
     "asvd-strs": Row(settings={"method": "asvd", "allocation": "strs"}, is_baseline=True),
+    **{name: Row(pruning=name, is_baseline=True) for name in PRUNING_METHODS},
     "reap": Row(kind=FewerExperts, is_baseline=True),
     "svd-llm": Row(settings=preset_settings("paper")),
     **{name: Row(settings=preset_settings(name)) for name in PRESETS if name != "paper"},
@@ -110,9 +116,9 @@ def _variant(name: str, calibration: Mapping[str, Any], recover: Mapping[str, An
         raise InputError(_unknown(name, base, [*VARIANTS, *METHODS]))
     if not training:
         return variant
-    if not isinstance(variant, Compressed):
-        raise InputError(f"Method {name}: {base} is not made by a recipe, and only models that are can be trained.")
-    recovery = _recovery(name, training, recover, teacher, variant.recipe.device)
+    if not isinstance(variant, Compressed | Pruned):
+        raise InputError(f"Method {name}: {base} is made by a function, and only models made by svdllm can be trained.")
+    recovery = _recovery(name, training, recover, teacher, variant.device)
     return Trained(name="+".join([variant.name, *training]), compressed=variant, recovery=recovery)
 
 

@@ -35,6 +35,7 @@ from svdllm.compression.session import Run, recipe_settings
 from svdllm.compression.shared_statistics import SharedStatistics
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
+from svdllm.models.logits import loss_gradient
 from svdllm.models.structure import Structure, Target
 from svdllm.models.walk import Block, Walk
 
@@ -154,8 +155,9 @@ class Calibration:
             for block in self.walk.blocks():
                 self._forward(block)
         if self.reverse:
+            ids = self.walk.ids
             with self._stage("gradients", self.walk.kept_batches):
-                for block in self.walk.reversed_blocks(self._loss_gradient):
+                for block in self.walk.reversed_blocks(lambda windows, logits: loss_gradient(ids[windows], logits)):
                     self._backward(block)
         self.walk.close()
 
@@ -264,14 +266,6 @@ class Calibration:
             walked = seconds[""]
             spent = sum(seconds.values()) - walked
             self.reporter.block_done(block.index, len(self.walk.structure.blocks), walked, spent)
-
-    def _loss_gradient(self, windows: slice, logits: Tensor) -> Tensor:
-        """The gradient of the text's summed loss in the logits: ``softmax - one-hot`` where a token follows."""
-        following = self.walk.ids[windows, 1:, None].to(logits.device)
-        gradient = logits.float().softmax(-1)
-        gradient[:, :-1].scatter_add_(-1, following, torch.full_like(following, -1, dtype=gradient.dtype))
-        gradient[:, -1] = 0
-        return gradient.to(logits.dtype)
 
     def _stage(self, name: str, batches: int):
         steps = len(self.walk.structure.blocks) * batches

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from svdllm.checkpoint.tensors import Tensors, file_bytes, tensor_bytes
 from svdllm.compression.forms.bits import BASE
 from svdllm.models.structure import Structure
@@ -25,9 +27,8 @@ def bytes_by_part(written: Tensors, structure: Structure) -> dict[str, int]:
     return parts
 
 
-def bits_per_weight(written: Tensors, structure: Structure) -> float:
-    """The bits that a weight of the targets takes, with its share of the scales."""
-    parts = bytes_by_part(written, structure)
+def bits_per_weight(parts: Mapping[str, int], structure: Structure) -> float:
+    """The bits that a weight of the targets takes, with its share of the scales, by ``bytes_by_part``."""
     return 8 * (parts["linears"] + parts["corrections"] + parts["scales"]) / max(1, structure.num_target_params)
 
 

@@ -42,6 +42,21 @@ def load_settings(path: str | Path) -> dict[str, Any]:
     return settings
 
 
+def settings_of_copy(file: Path) -> tuple[str, dict[str, Any]]:
+    """The settings of a checkpoint that is made of another: their YAML, and the mapping for its report.
+
+    The files that smaller sizes are sliced from do not go with it. The settings of a pruned model are no recipe.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    settings = load_settings(file)
+    if "pruning" in settings:
+        return file.read_text(encoding="utf-8"), settings
+    recipe = make_recipe(settings | {"elastic": False})
+    return recipe.to_yaml(), recipe.to_dict()
+
+
 def allocation_file(path: str | Path) -> dict[str, Any]:
     """Explicit forms from a JSON or YAML file: a regular expression -> rank, ``full``, ``dense`` or ``{form: size}``.
 

@@ -59,6 +59,7 @@ def sizes_of(subject: Subject, recipe: Recipe, files: WrittenFiles, forms: Forms
         if (chosen := forms.get(t.name)) is not None and FORMS[chosen.form].curve == "correction"
     )
     kept = sum(params(target, forms.get(target.name)) for target in structure.targets)
+    parts = bytes_by_part(written, structure)
     return Sizes(
         achieved_ratio=(structure.num_target_params - kept) / structure.num_target_params,
         params=num_params(at_full_bits, buffers) + corrections,
@@ -67,6 +68,6 @@ def sizes_of(subject: Subject, recipe: Recipe, files: WrittenFiles, forms: Forms
         dense_file_bytes=file_bytes(stacked_layout(stored, places)),
         quantized_file_bytes=None if recipe.factor_bits is None else files.num_bytes(forms),
         elastic_bytes=elastic_bytes(recipe, structure, stored, forms, forms_known),
-        bits_per_weight=bits_per_weight(written, structure),
-        bytes_by_part=bytes_by_part(written, structure),
+        bits_per_weight=bits_per_weight(parts, structure),
+        bytes_by_part=parts,
     )

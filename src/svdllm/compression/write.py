@@ -106,7 +106,7 @@ def _write_checkpoint(
     stacked = untouched(subject.expert_tensors, plan.forms)
     write_shards(partial, Stacked(factors, stacked), stacked_layout(layout, stacked))
     _write_config(partial, subject, plan, provenance)
-    _copy_companions(partial, subject.source, run.tokenizer)
+    copy_companions(partial, subject.source, run.tokenizer)
     if plan.recipe.elastic:
         spare = spare_forms(plan.recipe, subject.structure, plan.forms)
         factors = TargetFactors(subject, spare, analysis, None, device, run.reporter)
@@ -216,7 +216,8 @@ def _config_entry(subject: Subject, plan: Plan, provenance: Provenance) -> dict[
     }
 
 
-def _copy_companions(folder: Path, source: Source, tokenizer: Any) -> None:
+def copy_companions(folder: Path, source: Source, tokenizer: Any) -> None:
+    """Copies what belongs to a source beside its weights; ``tokenizer`` is saved in place of its own, if given."""
     if source.folder is not None:
         copy_companion_files(source.folder, folder, tokenizer=tokenizer is None)
     elif source.model is not None and source.model.generation_config is not None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from svdllm.checkpoint.output import new_folder
 from svdllm.checkpoint.shards import write_shards
 from svdllm.checkpoint.tensors import tensor_bytes
-from svdllm.common.errors import InputError
+from svdllm.common.errors import InputError, UnsupportedModelError
 from svdllm.export.copies import config_to_export, require_intact
 from svdllm.export.mlp_widths import Plain
 from svdllm.export.rewritten import Rewritten
@@ -45,12 +45,18 @@ def export_dense(folder: str | Path, output_dir: str | Path) -> PlainMlps:
         InputError: ``folder`` is not a checkpoint, or ``output_dir`` is not empty.
         CheckpointError: a file is truncated or altered.
         ResourceError: the disk is too small.
-        UnsupportedModelError: the base family has no biases where bias correction added some.
+        UnsupportedModelError: the base family has no biases where bias correction added some, or no place for what a
+            method of pruning has changed beside widths.
     """
     folder = Path(folder)
     config = config_to_export(folder)
     if (info := LowRankInfo.of(config)) is None:
         raise InputError(f"{folder} is already a dense model ({config.model_type}); it has no factors to multiply out.")
+    if info.removed:
+        raise UnsupportedModelError(
+            f"{folder} cannot become a plain model of type {info.base_model_type}, which has no place for what pruning "
+            f"changed ({', '.join(info.removed)} in its config.json). Use the checkpoint as it is."
+        )
     with new_folder(output_dir, "an export") as (output, partial):
         require_intact(folder)
         original = _plain(dense_config(config), info)

@@ -32,7 +32,7 @@ from svdllm.common.extras import require_extra
 from svdllm.common.memory import require_memory
 from svdllm.common.progress import Reporter
 from svdllm.common.version import __version__
-from svdllm.compression.recipe_files import load_settings, make_recipe
+from svdllm.compression.recipe_files import settings_of_copy
 from svdllm.models.companions import copy_companion_files
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.open import Source, open_config
@@ -194,9 +194,9 @@ def _finish(
     checkpoint: Path, partial: Path, result: QuantizationResult, place: torch.device, reporter: Reporter
 ) -> None:
     """Recipe, report, card, reference logits and hashes of a checkpoint that was quantised."""
-    recipe = make_recipe(load_settings(checkpoint / RECIPE_FILE) | {"elastic": False})
-    report = _report(checkpoint, result) | {"recipe": recipe.to_dict()}
-    finish_checkpoint(partial, recipe.to_yaml(), report, place, reporter)
+    text, settings = settings_of_copy(checkpoint / RECIPE_FILE)
+    report = _report(checkpoint, result) | {"recipe": settings}
+    finish_checkpoint(partial, text, report, place, reporter)
 
 
 def _report(folder: Path, result: QuantizationResult) -> dict[str, Any]:

@@ -51,8 +51,8 @@ class Rewritten:
         if dropped:
             raise UnsupportedModelError(
                 f"{type(self._skeleton).__name__} has no place for {len(dropped)} biases that --bias-correction added, "
-                f"such as {dropped[0]}: a plain model would compute without them. Use the checkpoint as it is, or "
-                "compress without --bias-correction."
+                f"or flap, such as {dropped[0]}: a plain model would compute without them. Use the checkpoint as it "
+                "is, or compress without --bias-correction."
             )
 
     def get(self, name: str) -> Tensor:

@@ -98,6 +98,7 @@ def parameter_owners(model: nn.Module, blocks: Collection[str]) -> Iterator[tupl
     for block in blocks:
         for name, module in model.get_submodule(block).named_modules(prefix=block):
             own = {id(parameter): parameter for parameter in module._parameters.values() if parameter is not None}
-            if own.keys() - seen:
-                yield name, module, sum(own[key].numel() for key in own.keys() - seen)
-            seen |= own.keys()
+            first = own.keys() - (own.keys() & seen)  # not less ``seen``, which is looked through as a whole
+            if first:
+                yield name, module, sum(own[key].numel() for key in first)
+            seen |= first

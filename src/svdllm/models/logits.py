@@ -30,3 +30,17 @@ def compare_logits(found: Tensor, expected: Tensor, refusal: Callable[[str], Svd
 def tolerance_of(dtype: torch.dtype) -> float:
     """The largest difference that rounding explains: the square root of the dtype's precision, at least 1e-3."""
     return max(LEAST_TOLERANCE, torch.finfo(dtype).eps ** 0.5)
+
+
+def loss_gradient(ids: Tensor, logits: Tensor) -> Tensor:
+    """The gradient of the text's summed cross-entropy in the logits: ``softmax - one-hot`` where a token follows.
+
+    Args:
+        ids: tokens (``windows x seqlen``), on any device.
+        logits: of these tokens (``windows x seqlen x vocabulary``).
+    """
+    following = ids[:, 1:, None].to(logits.device)
+    gradient = logits.float().softmax(-1)
+    gradient[:, :-1].scatter_add_(-1, following, torch.full_like(following, -1, dtype=gradient.dtype))
+    gradient[:, -1] = 0
+    return gradient.to(logits.dtype)

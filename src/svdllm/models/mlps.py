@@ -9,7 +9,7 @@ same subset, and nothing else may change. A norm over the inner features and att
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -55,7 +55,7 @@ def find_mlps(skeleton: nn.Module, structure: Structure, arguments: Sequence[Arg
     mlps: list[Mlp] = []
     for index, (name, given) in enumerate(zip(structure.blocks, arguments, strict=True)):
         block = skeleton.get_submodule(name)
-        key = _signature(block)
+        key = signature_of(block)
         if key not in known:
             experts = experts_computed(skeleton, "eager"), experts_tried(skeleton)
             with torch.enable_grad(), experts[0], experts[1]:  # also where gradients are switched off
@@ -66,7 +66,7 @@ def find_mlps(skeleton: nn.Module, structure: Structure, arguments: Sequence[Arg
     return tuple(mlps)
 
 
-def _signature(block: nn.Module) -> str:
+def signature_of(block: nn.Module) -> str:
     """Text that is equal for blocks of the same modules, settings that modules show, and shapes."""
     modules = [
         (name, type(module).__name__, module.extra_repr(), [tuple(own.shape) for own in module.parameters(False)])
@@ -127,7 +127,7 @@ def _of_all_experts(block: nn.Module, found: Found) -> list[Found]:
 
 def _find_in(block: nn.Module, given: Arguments) -> list[Found]:
     """The MLPs of a block in the order of their consumers. No linear is in two of them."""
-    trial = _Trial(block, given)
+    trial = BlockTrial(block, given)
     taken: set[str] = set()
     found = []
     for producers, consumer in trial.candidates():
@@ -140,7 +140,7 @@ def _find_in(block: nn.Module, given: Arguments) -> list[Found]:
     return found
 
 
-class _LinearStub(BlockStub):
+class LinearStub(BlockStub):
     """Takes the place of a linear. Keeps its inputs; the outputs of its calls are random, and the same in every run."""
 
     def __init__(self, linear: nn.Module, generator: torch.Generator):
@@ -161,14 +161,14 @@ class _LinearStub(BlockStub):
         return outputs.clone() if self.kept is None else outputs[..., self.kept]
 
 
-class _Trial:
+class BlockTrial:
     """Runs a block in float32 with stubs for its linears and random values for its other parameters."""
 
     def __init__(self, block: nn.Module, given: Arguments):
         self.block = block
         self.generator = torch.Generator().manual_seed(SEED)
         modules = dict(distinct_modules(block))
-        self.stubs = {name: _LinearStub(m, self.generator) for name, m in modules.items() if is_linear(m)}
+        self.stubs = {name: LinearStub(m, self.generator) for name, m in modules.items() if is_linear(m)}
         self.tensors = {name: self._real(buffer) for name, buffer in block.named_buffers()} | {
             name: self._random(parameter.shape)
             for name, parameter in block.named_parameters()
@@ -177,19 +177,19 @@ class _Trial:
         args, kwargs = tree_map(lambda leaf: self._real(leaf) if isinstance(leaf, Tensor) else leaf, given)
         hidden = torch.randn((args[0] if args else kwargs["hidden_states"]).shape, generator=self.generator)
         self.given: Arguments = ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
-        self.results = self._run()
+        self.results = self.run()
         self.inputs = {name: stub.inputs for name, stub in self.stubs.items()}
 
     def candidates(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Yields each linear with the linears that its input depends on, if it is called once and the widths fit."""
         called_once = {name: inputs[0] for name, inputs in self.inputs.items() if len(inputs) == 1}
         for consumer, inputs in called_once.items() if self.results is not None else ():
-            producers, width = self._sources(inputs), inputs.shape[-1]
+            producers, width = self.sources(inputs), inputs.shape[-1]
             widths_fit = width > 1 and all(self.stubs[name].shape[0] % width == 0 for name in producers)
             if producers and widths_fit:
                 yield producers, consumer
 
-    def _sources(self, tensor: Tensor) -> tuple[str, ...]:
+    def sources(self, tensor: Tensor) -> tuple[str, ...]:
         """The linears from whose outputs a tensor was computed."""
         if not tensor.requires_grad:
             return ()
@@ -208,20 +208,25 @@ class _Trial:
         """Whether fewer and reordered features of the producers give the same features of the consumer's input."""
         width = self.inputs[consumer][0].shape[-1]
         order = torch.randperm(width, generator=self.generator)[: width - width // 3]
+        kept = {}
         for name in producers:
-            rows = torch.arange(self.stubs[name].shape[0])
-            by_feature_WC = rows.view(width, -1) if interleaved else rows.view(-1, width).mT
-            kept_CW = by_feature_WC[order].mT
-            self.stubs[name].kept = (kept_CW.mT if interleaved else kept_CW).flatten()
-        results = self._run()
-        for name in producers:
+            kept_CW = rows_by_feature(self.stubs[name].shape[0], width, interleaved)[order].mT
+            kept[name] = (kept_CW.mT if interleaved else kept_CW).flatten()
+        return self.selects(kept, consumer, order)
+
+    def selects(self, rows: Mapping[str, Tensor], consumer: str, columns: Tensor) -> bool:
+        """Whether producers that return these rows make these features of the consumer's input, and change no other."""
+        for name, kept in rows.items():
+            self.stubs[name].kept = kept
+        results = self.run()
+        for name in rows:
             self.stubs[name].kept = None
-        expected = self.inputs | {consumer: [self.inputs[consumer][0][..., order]]}
+        expected = self.inputs | {consumer: [self.inputs[consumer][0][..., columns]]}
         return results is not None and _same(
             [results, *(stub.inputs for stub in self.stubs.values())], [self.results, *expected.values()]
         )
 
-    def _run(self) -> list[Tensor] | None:
+    def run(self) -> list[Tensor] | None:
         """The tensors that the block returns and that its arguments hold afterwards; None if it fails."""
         for stub in self.stubs.values():
             stub.inputs = []
@@ -245,6 +250,12 @@ class _Trial:
         if tensor.is_floating_point():
             return torch.randn(tensor.shape, generator=self.generator)
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+
+def rows_by_feature(rows: int, width: int, interleaved: bool) -> Tensor:
+    """The rows of a producer that belong to each of ``width`` inner features (``width x copies``)."""
+    numbers = torch.arange(rows)
+    return numbers.view(width, -1) if interleaved else numbers.view(-1, width).mT
 
 
 def _same(ours: Any, theirs: Any) -> bool:

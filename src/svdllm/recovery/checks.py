@@ -40,6 +40,7 @@ def check_cheaply(
     for method in (METHODS[name] for name in settings.methods):
         method.check_extra(f"--method {method.name}")
         _check_factors(models, method)
+        _check_residual(models, method)
         _check_processes(method)
         _check_teacher(models, method)
     for name in settings.methods:
@@ -87,6 +88,16 @@ def _check_factors(models: Models, method: Method) -> None:
         raise InputError(
             f"--method {method.name} trains factors, and {models.folder} has none: its linears are dense or narrower. "
             "Use --method distill or blockwise."
+        )
+
+
+def _check_residual(models: Models, method: Method) -> None:
+    """Raises InputError if a method compares hidden states with the teacher's, of which a sliced model has a part."""
+    info = LowRankInfo.of(models.config)
+    if "hidden_size" in method.same_as_teacher and info and "embedding_widths" in info.removed:
+        raise InputError(
+            f"--method {method.name} compares hidden states with those of the teacher, and {models.folder} has fewer "
+            "features in them: its residual was sliced. Use --method distill."
         )
 
 

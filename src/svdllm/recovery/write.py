@@ -9,7 +9,7 @@ from typing import Any
 from svdllm.checkpoint.finish import RECIPE_FILE, copy_companions, finish_checkpoint
 from svdllm.checkpoint.report import read_report
 from svdllm.checkpoint.shards import write_shards
-from svdllm.compression.recipe_files import load_settings, make_recipe
+from svdllm.compression.recipe_files import settings_of_copy
 from svdllm.recovery.models import Models
 
 
@@ -23,7 +23,6 @@ def write_trained(new: Path, models: Models, history: dict[str, Any]) -> None:
         copy_companions(folder, new)
         shutil.copyfile(folder / "config.json", new / "config.json")
         report = read_report(folder)
-        # The files that smaller sizes are sliced from were not trained.
-        recipe = make_recipe(load_settings(folder / RECIPE_FILE) | {"elastic": False})
+        settings, _ = settings_of_copy(folder / RECIPE_FILE)
         report["recovery"] = [*report.get("recovery", []), history]
-        finish_checkpoint(new, recipe.to_yaml(), report, models.device, models.reporter)
+        finish_checkpoint(new, settings, report, models.device, models.reporter)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from svdllm.common.errors import CheckpointError
-from svdllm.models.low_rank.lowrank_config import check_svdllm, forms_of
+from svdllm.models.low_rank.lowrank_config import REMOVED_PARTS, check_svdllm, forms_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,7 @@ class LowRankInfo:
     base_model_type: model type of the family, such as ``llama``.
     forms: linear -> entry of format version 2; linears that are not named are dense.
     shared_factors: linear -> linear whose first factor it uses.
+    removed: what a pruned model has beside forms: keys of ``REMOVED_PARTS``.
     embeddings: embedding -> bits and group size, of those in few bits.
     source: what is known of the dense model, such as its hub id under ``id``.
     """
@@ -25,6 +26,7 @@ class LowRankInfo:
     forms: Mapping[str, Mapping[str, Any]]
     shared_factors: Mapping[str, str]
     source: Mapping[str, Any]
+    removed: tuple[str, ...] = ()
     embeddings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @classmethod
@@ -51,6 +53,7 @@ class LowRankInfo:
             forms=forms_of(entry),
             shared_factors=entry.get("shared_factors") or {},
             source=entry.get("source") or {},
+            removed=tuple(key for key in REMOVED_PARTS if entry.get(key)),
             embeddings=entry.get("embeddings") or {},
         )
 

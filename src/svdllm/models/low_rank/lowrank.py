@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
@@ -146,6 +146,58 @@ class CorrectedLinear(nn.Module):
 
 FACTORED = (LowRankLinear, PackedLinear)
 RANKED = (*FACTORED, CorrectedLinear)
+
+
+class DroppedBranch(nn.Module):
+    """Takes the place of an attention or MLP that was removed: it has no weights and adds zeros to the residual.
+
+    An attention keeps one zero for each token in the cache, whose length is that of its first layer.
+
+    Args:
+        num_outputs: outputs of the branch in a tuple; 0 if it returns a tensor.
+    """
+
+    def __init__(self, branch: nn.Module, num_outputs: int) -> None:
+        super().__init__()
+        self.layer_idx, self.num_outputs = getattr(branch, "layer_idx", None), num_outputs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        hidden = args[0] if args else kwargs.get("hidden_states", given[0])
+        cache: Any = next((value for value in given if isinstance(value, Cache)), None)
+        if cache is not None and self.layer_idx is not None:
+            nothing = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+            cache.update(nothing, nothing, self.layer_idx)
+        zeros = torch.zeros_like(hidden)
+        return (zeros, *[None] * (self.num_outputs - 1)) if self.num_outputs else zeros
+
+
+class SlicedNorm(nn.Module):
+    """A norm by the root mean square over ``full_width`` features, of which the first ``width`` are there.
+
+    The residual that it reads is turned into another basis for the branch that it feeds: ``shortcut`` is the change of
+    basis less the identity, and its output is added to that of the branch. The last norm has none.
+    """
+
+    def __init__(self, width: int, full_width: int, eps: float, has_shortcut: bool, **place: Any) -> None:
+        super().__init__()
+        self.width, self.full_width, self.eps = width, full_width, eps
+        self.shortcut = nn.Linear(width, width, bias=False, **place) if has_shortcut else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.shortcut is not None:
+            self.__dict__["turned"] = self.shortcut(x)
+        wide = x.float() if x.dtype.itemsize < 4 else x
+        mean = wide.square().sum(-1, keepdim=True) / self.full_width
+        return (wide * torch.rsqrt(mean + self.eps)).to(x.dtype)
+
+    def add_turned(self, branch: nn.Module, args: Any, output: Any) -> Any:
+        """A forward hook of the branch: adds the change of the residual to its output."""
+        turned = self.__dict__.pop("turned")
+        return (output[0] + turned, *output[1:]) if isinstance(output, tuple) else output + turned
+
+    def extra_repr(self) -> str:
+        return f"{self.width} of {self.full_width}, eps={self.eps}"
 
 
 class Expert(nn.Module):
@@ -564,6 +616,49 @@ def swap_linears(model: nn.Module, forms: Mapping[str, Mapping[str, Any]], add_b
         _mark_factored(modules[parent_name])
 
 
+def remove_parts(model: nn.Module, settings: Mapping[str, Any], prefix: str = "") -> None:
+    """Takes out of a model what was pruned beside the rows and columns of its linears.
+
+    Args:
+        settings: the ``svdllm`` entry of a config: ``counts``, ``dropped``, ``embedding_widths`` and ``norms``; see
+            ``LowRankConfigMixin``.
+        prefix: the beginning of names that the model has not.
+
+    Raises:
+        ValueError: a name is not in the model.
+    """
+
+    def entries(key: str) -> Iterator[tuple[str, Any]]:
+        for name, value in settings.get(key, {}).items():
+            if name.startswith(prefix):
+                yield name.removeprefix(prefix), value
+
+    modules = {"", *(name for name, _ in model.named_modules())}
+    named = [name for key in ("dropped", "embedding_widths", "norms") for name, _ in entries(key)]
+    named += [name.rpartition(".")[0] for name, _ in entries("counts")]
+    if missing := [name for name in named if name not in modules]:
+        raise ValueError(f"config.svdllm does not fit {type(model).__name__}: not in the model: {_some(missing)}.")
+    for name, value in entries("counts"):
+        holder, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(holder), leaf, value)
+    for name, num_outputs in entries("dropped"):
+        model.set_submodule(name, DroppedBranch(model.get_submodule(name), num_outputs))
+    for name, width in entries("embedding_widths"):
+        embedding: Any = model.get_submodule(name)
+        old = embedding.weight
+        embedding.embedding_dim = width
+        embedding.weight = nn.Parameter(old.new_zeros(len(old), width), old.requires_grad)
+    for name, entry in entries("norms"):
+        place: dict[str, Any] = {}
+        if (old := next(model.get_submodule(name).parameters(), None)) is not None:
+            place = {"device": old.device, "dtype": old.dtype}
+        branch = entry.get("branch")
+        norm = SlicedNorm(entry["width"], entry["full_width"], entry["eps"], branch is not None, **place)
+        model.set_submodule(name, norm)
+        if branch is not None:
+            model.get_submodule(branch.removeprefix(prefix)).register_forward_hook(norm.add_turned)
+
+
 def share_first_factors(model: nn.Module, shared: Mapping[str, str]) -> None:
     """Makes low-rank linears (keys) use the first factor of others (values): both have the same ``svd_v`` then."""
     for name, first in shared.items():
@@ -673,6 +768,7 @@ class LowRankMixin(_Model):
         super().__init__(config, *args, **kwargs)
         settings = getattr(config, "svdllm", None) or {}
         forms, shared = config.svdllm_forms, settings.get("shared_factors", {})
+        prefix = ""
         if _is_bare(self):  # linears are named as in the causal LM, whose base model this is
             prefix = f"{self.base_model_prefix}."
             forms = {name.removeprefix(prefix): entry for name, entry in forms.items() if name.startswith(prefix)}
@@ -681,6 +777,7 @@ class LowRankMixin(_Model):
         swap_linears(self, forms, settings.get("bias_correction", False))
         share_first_factors(self, shared)
         pack_embeddings(self, self._packed_embeddings())
+        remove_parts(self, settings, prefix)
         check_tensor_parallel(self, _processes_of_vllm())
         self.register_load_state_dict_post_hook(_expect_once)
 

@@ -6,7 +6,7 @@ This file is copied into every checkpoint, so it imports nothing but transformer
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,8 +59,18 @@ def check_svdllm(settings: Any) -> dict[str, Any] | None:
             "that wrote the checkpoint."
         )
     _check_shared_factors(settings.get("shared_factors", {}), forms_of(settings))
+    for key, (is_valid, expected) in REMOVED_PARTS.items():
+        _check_removed(key, settings.get(key, {}), is_valid, expected)
     _check_embeddings(settings.get("embeddings", {}))
     return settings
+
+
+def _check_removed(key: str, entries: Any, is_valid: Callable[[Any], bool], expected: str) -> None:
+    """Raises ValueError unless an entry of a pruned model is a mapping from names to valid values."""
+    if not isinstance(entries, dict):
+        raise ValueError(f"config.svdllm.{key}: expected a mapping from names, found {type(entries).__name__}.")
+    if bad := {name: value for name, value in entries.items() if not is_valid(value)}:
+        raise ValueError(f"config.svdllm.{key}: expected {expected}, found {bad}.")
 
 
 def forms_of(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -138,6 +148,24 @@ def _is_positive_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _is_sliced_norm(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and all(_is_positive_int(entry.get(key)) for key in ("width", "full_width"))
+        and isinstance(entry.get("eps"), float)
+        and isinstance(entry.get("branch", ""), str)
+    )
+
+
+# What a pruned model has beside forms: entry -> whether a value is valid, and what is expected.
+REMOVED_PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "counts": (_is_positive_int, "positive integers"),
+    "dropped": (lambda value: value == 0 or _is_positive_int(value), "numbers of outputs"),
+    "embedding_widths": (_is_positive_int, "positive integers"),
+    "norms": (_is_sliced_norm, "objects with width, full_width, eps and branch"),
+}
+
+
 def low_rank_tp_plan(base_plan: dict[str, str], pairs: Iterable[str]) -> dict[str, str]:
     """Makes the rules of tensor parallelism for a model whose linears in ``pairs`` are pairs of factors.
 
@@ -208,6 +236,10 @@ class LowRankConfigMixin(_Config):
     ``svdllm`` has ``format_version``, ``base_model_type``, ``forms`` (names as in the causal LM's ``named_modules``),
     ``shared_factors`` where linears use the first factor of others, and whatever else the writer recorded. It is
     checked when a config is made, and kept unchanged. Names of linears are those of the whole, in a wrapper too.
+
+    That of a pruned model may have ``counts`` (integers of modules that count heads or channels), ``dropped`` (removed
+    attentions and MLPs, with the number of their outputs), ``embedding_widths`` and ``norms`` (those of a residual with
+    fewer features).
 
     low_rank_head: the end of the name of the class with a head.
     low_rank_auto_classes: the auto classes that find it.

@@ -228,7 +228,7 @@ def test_what_cannot_be_compared_is_named_before_any_work(
 
 def test_only_models_of_a_recipe_are_trained(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(VARIANTS, "shallower", Row(make=shallower))
-    with pytest.raises(InputError, match="shallower is not made by a recipe"):
+    with pytest.raises(InputError, match="shallower is made by a function, and only models"):
         variants_of(["shallower+distill"], {}, {"data": "python-docs"}, teacher="x")
     assert isinstance(variants_of(["a=b+c"], {}, teacher="x")[0], Foreign)
 

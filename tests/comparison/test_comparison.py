@@ -153,7 +153,8 @@ def test_checkpoints_of_other_settings_are_not_taken(place: Path, tmp_path: Path
     grid = make_grid(place, [LORA])
     (variant,) = grid.variants
     assert isinstance(variant, Trained)
-    other_recipe = variant.recipe.model_copy(update={"samples": 4})
+    assert isinstance(variant.compressed, compressed.Compressed)
+    other_recipe = variant.compressed.recipe.model_copy(update={"samples": 4})
     other = replace(variant, compressed=replace(variant.compressed, recipe=other_recipe))
     with pytest.raises(InputError, match=r"svd-llm-0\.3 was made with other settings"):
         run_grid(replace(grid, variants=(other,)), tmp_path / "r", keep=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from svdllm.cli import main
 from svdllm.common.errors import InputError
 from svdllm.comparison import VARIANTS, Foreign, Grid, MadeBy, Measures, run_grid, variants_of
 from svdllm.comparison.report import GridReport, write_report
+from svdllm.comparison.table import columns_of, groups_of
 from svdllm.comparison.variants import Row
 from svdllm.data import evaluation_tokens
+from tokenizers_local import byte_tokenizer
 
 
 def shallower(model: str, ratio: float, folder: Path) -> Path:
@@ -111,6 +114,45 @@ def test_a_model_with_more_parameters_has_no_ratio(place: Path, tmp_path: Path, 
     assert "| unknown | deeper |" in pages(grid, records, tmp_path / "r")[1]
 
 
+def test_a_model_with_its_own_tokenizer_is_compared_by_bytes_of_text(place: Path, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(261)  # hardly a merge
+    other = save_dense(tmp_path / "other", tokenizer=tokenizer, seed=5, num_hidden_layers=1)
+    grid = make_grid(place, ["svd", f"other={other}"])
+    records = run_grid(grid, tmp_path / "r")
+    assert [record.get("own_tokenizer", False) for record in records] == [False, False, True]
+    text = place / "text.txt"
+    for record, folder in ((records[0], place / "dense"), (records[2], other)):
+        found = record["perplexity"][str(text)]
+        encoded = AutoTokenizer.from_pretrained(folder)(text.read_text(), return_offsets_mapping=True)
+        letters = encoded["offset_mapping"][6 * 16 - 1][1]  # a byte each
+        nats = math.log(measured(folder, text))
+        assert found["perplexity"] == pytest.approx(math.exp(nats), rel=1e-5)
+        assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) * (6 * 16) / letters, rel=1e-5)
+        assert found["bits_per_byte_stderr"] > 0
+    markdown = pages(grid, records, tmp_path / "r")[1]
+    assert "text.txt ↓ | text.txt, bits per byte ↓ |" in markdown
+    row = next(line for line in markdown.splitlines() if "| other" in line)
+    assert f"{records[2]['perplexity'][str(text)]['bits_per_byte']:.3f}" in row
+    assert "perplexity by token does not compare" in markdown
+    assert "bits per byte" not in pages(grid, records[:2], tmp_path / "r")[1]
+
+
+def test_perplexities_of_other_tokens_are_never_the_best() -> None:
+    def record(name: str, perplexity: float, bits: float, **more: Any) -> dict[str, Any]:
+        measured = {"perplexity": perplexity, "stderr": 0.1, "bits_per_byte": bits, "bits_per_byte_stderr": 0.01}
+        common = {"name": name, "variant": name, "ratio": 0.5, "status": "done", "params": 1, "weight_bytes": 1}
+        return common | {"perplexity": {"text": measured}} | more
+
+    records = [record("svd-llm", 9.0, 1.5), record("balanced", 8.0, 1.4), record("x", 3.0, 1.2, own_tokenizer=True)]
+    columns = columns_of(records)
+    (group,) = groups_of(records, columns)
+    assert [[entry.best for entry in row.entries] for row in group.rows] == [
+        [False, False],
+        [True, False],
+        [False, True],
+    ]
+
+
 def test_a_function_makes_a_model_at_every_ratio(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(VARIANTS, "shallower", Row(make=shallower))
     grid = make_grid(place, ["svd", "shallower"], (0.1, 0.5))
@@ -157,16 +199,9 @@ def test_from_the_command_line(place: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.fixture
-def wrong(tmp_path: Path, tokenizer: Any) -> Path:
+def wrong(tmp_path: Path) -> Path:
     """Folders that cannot be compared with the dense model."""
     save_dense(tmp_path / "no-tokenizer")
-    other = save_dense(tmp_path / "other-tokenizer", tokenizer=tokenizer)
-    file = other / "tokenizer.json"
-    content = json.loads(file.read_text())
-    vocabulary = content["model"]["vocab"]
-    first, second = list(vocabulary)[-2:]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    file.write_text(json.dumps(content))
     BertConfig(vocab_size=300, architectures=["BertModel"]).save_pretrained(tmp_path / "encoder")
     return tmp_path
 
@@ -176,7 +211,6 @@ def wrong(tmp_path: Path, tokenizer: Any) -> Path:
     [
         ("theirs=nowhere/at-all", 2, "No such model: nowhere/at-all"),
         ("theirs={wrong}/no-tokenizer", 2, "no-tokenizer has no tokenizer"),
-        ("theirs={wrong}/other-tokenizer", 2, "other-tokenizer: its tokenizer is not that of"),
         ("theirs={wrong}/encoder", 3, "encoder is not a causal language model"),
         ("svd-llm={wrong}/encoder", 2, "svd-llm is the name of another method. Choose another name"),
         ("dense={wrong}/encoder", 2, "dense is the name of another method"),
@@ -194,7 +228,7 @@ def test_what_cannot_be_compared_is_named_before_any_work(
 
 def test_only_models_of_a_recipe_are_trained(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(VARIANTS, "shallower", Row(make=shallower))
-    with pytest.raises(InputError, match="shallower is not made by a recipe"):
+    with pytest.raises(InputError, match="shallower is made by a function, and only models"):
         variants_of(["shallower+distill"], {}, {"data": "python-docs"}, teacher="x")
     assert isinstance(variants_of(["a=b+c"], {}, teacher="x")[0], Foreign)
 

@@ -11,11 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import svdllm
+from runs import TEXT as TEXT_OF_WORDS
 from runs import save_dense, token_windows
 from svdllm import InputError, Recipe, UnsupportedModelError, compress
 from svdllm.checkpoint.report import read_report
 from svdllm.checkpoint.weight_sizes import weight_bytes
 from svdllm.compression.recipe_files import make_recipe
+from svdllm.export.quantize_calibrated import quantize_calibrated
 
 pytest.importorskip("compressed_tensors")
 
@@ -162,3 +164,16 @@ def test_every_form_that_transformers_loads_is_considered(tmp_path: Path):
     assert {"pair", "packed-int8", "int3", "int4-corrected"} <= set(result.recipe.used_forms)
     assert weight_bytes(result.output_dir).files <= 90_000
     svdllm.verify(result.output_dir)
+
+
+def test_quantize_with_a_text_gives_all_linears_one_form(tmp_path: Path, tokenizer: Any):
+    save_dense(tmp_path / "dense", tokenizer=tokenizer, **WIDTHS)
+    (tmp_path / "text.txt").write_text(TEXT_OF_WORDS)
+    options = {"skip": ["o_proj"], "calibration": str(tmp_path / "text.txt"), "samples": 4, "seqlen": 16}
+    result = quantize_calibrated(tmp_path / "dense", tmp_path / "out", bits=4, group_size=32, **options)
+    assert {chosen.form for chosen in result.plan.forms.values()} == {"int4"}
+    assert len(result.plan.forms) == 12
+    assert not any("o_proj" in name for name in result.plan.forms)
+    svdllm.verify(result.output_dir)
+    with pytest.raises(InputError, match="expected one of 8, 6, 5, 4, 3, 2"):
+        quantize_calibrated(tmp_path / "dense", tmp_path / "other", bits=7, **options)

@@ -15,13 +15,15 @@ DEFAULT = "svd,fwsvd,asvd,svd-llm,balanced"
 
 def method_options() -> list[Parameter]:
     """The option --methods, which lists the methods that there are."""
-    from svdllm.comparison import VARIANTS
+    from svdllm.comparison import SIMULATED_SYSTEMS, VARIANTS
     from svdllm.recovery.methods import METHODS
 
     option = o.option(
         f"Methods: {', '.join(VARIANTS)} (svd-llm as published, asvd-strs with its search for ranks), recipe files "
         "(.yaml), or NAME=MODEL for a model made elsewhere. With "
-        f"{', '.join(f'+{name}' for name in METHODS)} behind it, a model is trained afterwards (see --recover).",
+        f"{', '.join(f'+{name}' for name in METHODS)} behind it, a model is trained afterwards (see --recover). In few "
+        f"bits, simulated: {', '.join(SIMULATED_SYSTEMS)}; gptq-2-g64 for groups of 64, svd-llm+quip-2 for factors in "
+        "few bits.",
         None,
         True,
     )

@@ -22,7 +22,16 @@ if TYPE_CHECKING:
 CALIBRATION = ("calibration", "samples", "seqlen", "seed", "device", "dtype")
 
 Output = Annotated[Path, option("Folder of the report; a killed run continues in it.", None, False, "-o", "--output")]
-Ratios = Annotated[str, option("Shares of the linears' parameters to remove.", None, True)]
+EQUAL_BYTES = "equal-bytes"
+Ratios = Annotated[
+    str,
+    option(
+        f"Shares of the linears' parameters to remove; {EQUAL_BYTES} for those at which models are as large as the "
+        "simulated ones among the methods.",
+        None,
+        True,
+    ),
+]
 TargetSize = Annotated[
     str | None, option("Sizes of the weight files, as in 100MB,80MB, in place of --ratios; in the model's own dtype.")
 ]

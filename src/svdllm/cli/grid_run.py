@@ -14,7 +14,8 @@ from rich.table import Table
 
 from svdllm.cli.console import ConsoleReporter, console, print_json
 from svdllm.cli.generated import read_flags
-from svdllm.cli.grid_options import GridOptions
+from svdllm.cli.grid_options import EQUAL_BYTES, GridOptions
+from svdllm.common.errors import InputError
 
 if TYPE_CHECKING:
     from svdllm.comparison import Grid, Study, Variant
@@ -63,16 +64,39 @@ def _grid(
     device, dtype = given.get("device", "auto"), given.get("dtype", "auto")
     config = open_config(model, offline=options.offline, revision=options.revision).config
     subject = "methods compared" if study is None else study.summary
+    # auto is the default of recipes
+    made = variants({name: value for name, value in given.items() if value != "auto"}, options.training())
     return Grid(
         model=model,
-        # auto is the default of recipes
-        variants=variants({name: value for name, value in given.items() if value != "auto"}, options.training()),
-        ratios=options.different_ratios(model),
+        variants=made,
+        ratios=_ratios(model, made, options),
         measures=options.measures(config, device, dtype),
         title=options.title or f"{short_name(model)}: {subject}",
         revision=options.revision,
         offline=options.offline,
     ).within(context_length(config))
+
+
+def _ratios(model: str, variants: tuple[Variant, ...], options: GridOptions) -> tuple[float, ...]:
+    """The ratios asked for, or those of models as large as the simulated ones.
+
+    Raises:
+        InputError: a ratio or a size is not one, cannot be reached or is given twice, or no method is simulated.
+    """
+    from svdllm.common.run_options import RunOptions
+    from svdllm.comparison.simulated.variants import SIMULATED_SYSTEMS, ratios_of_equal_bytes
+    from svdllm.comparison.table import NEAR
+
+    if options.ratios != EQUAL_BYTES or options.target_size is not None:
+        return options.different_ratios(model)
+    run = RunOptions.of(offline=options.offline, revision=options.revision)
+    ratios = ratios_of_equal_bytes(variants, model, run, NEAR)
+    if not ratios:
+        raise InputError(
+            f"--ratios {EQUAL_BYTES}: none of the methods is simulated. Add one of {', '.join(SIMULATED_SYSTEMS)}, or "
+            "give ratios."
+        )
+    return ratios
 
 
 def _reported(grid: Grid, output: Path, keep: bool, study: Study | None) -> GridReport:

@@ -1,4 +1,7 @@
-"""A model that somebody else made, as a row beside ours: ``--methods name=FOLDER``."""
+"""A model that somebody else made, as a row beside ours: ``--methods name=FOLDER``.
+
+It may be another model than the dense one, with a tokenizer of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from svdllm.common.errors import InputError
 from svdllm.common.run_options import RunOptions
 from svdllm.comparison.fingerprint import fingerprint_of
 from svdllm.comparison.variant import Variant
@@ -29,18 +31,17 @@ class Foreign(Variant):
         return (None,)
 
     def check(self, model: str, ratios: tuple[float, ...], options: RunOptions) -> None:
-        """Raises InputError unless its tokens are those of the dense model: perplexities could not be compared."""
+        """Raises InputError or UnsupportedModelError unless there is such a model, with a tokenizer."""
+        self.has_own_tokenizer(model, options)
+
+    def has_own_tokenizer(self, model: str, options: RunOptions) -> bool:
+        """Whether its tokens are not those of the dense model, so that perplexities by token do not compare."""
         theirs = open_config(self.source, offline=options.offline, allow_quantized=True)
         ours = open_config(model, offline=options.offline, revision=options.revision)
         tokenizers = [source.load_tokenizer(options.offline) for source in (ours, theirs)]
-        sizes = [len(tokenizer.get_vocab()) for tokenizer in tokenizers]
-        same_vocabulary = tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
-        if not same_vocabulary or len({tuple(tokenizer(SAMPLE)["input_ids"]) for tokenizer in tokenizers}) > 1:
-            how = f"{sizes[1]:,} tokens, {model} has {sizes[0]:,}" if sizes[0] != sizes[1] else "other tokens or merges"
-            raise InputError(
-                f"Method {self.name}={self.source}: its tokenizer is not that of {model} ({how}). Perplexities over "
-                "different tokens cannot be compared: give a model that was made from this one."
-            )
+        if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+            return True
+        return len({tuple(tokenizer(SAMPLE)["input_ids"]) for tokenizer in tokenizers}) > 1
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:

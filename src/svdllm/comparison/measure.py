@@ -13,6 +13,7 @@ from svdllm.common.device import resolve_device
 from svdllm.common.run_options import RunOptions
 from svdllm.comparison.settings import Measures
 from svdllm.data.tokens import encode
+from svdllm.evaluation.bytes import bits_per_byte, bytes_per_token
 from svdllm.evaluation.perplexity import evaluation_mode
 from svdllm.evaluation.side_by_side import OpenedModel, evaluate_loaded
 from svdllm.evaluation.tasks import TaskSuite
@@ -45,11 +46,11 @@ def measure(
         offline=options.offline,
         reporter=options.reporter,
     )
-    record: dict[str, Any] = {
-        "params": found.params,
-        "weight_bytes": found.weight_bytes,
-        "perplexity": {text: row.to_dict() for text, row in found.perplexity.items()},
+    rows = {
+        text: row.to_dict() | bits_per_byte(row, bytes_per_token(row.measured(ids[text]), model.tokenizer))
+        for text, row in found.perplexity.items()
     }
+    record: dict[str, Any] = {"params": found.params, "weight_bytes": found.weight_bytes, "perplexity": rows}
     if found.tasks is not None:
         record["tasks"] = found.tasks.to_dict()
     if measures.prompts:

@@ -16,7 +16,7 @@ from svdllm.common.version import __version__
 from svdllm.comparison.figures import Figure, figures_of
 from svdllm.comparison.settings import Grid
 from svdllm.comparison.studies import Study
-from svdllm.comparison.table import Column, Entry, Group, columns_of, groups_of
+from svdllm.comparison.table import Column, Entry, Group, columns_of, groups_of, has_own_tokenizer
 from svdllm.comparison.variants import is_baseline
 
 Record = dict[str, Any]
@@ -88,6 +88,20 @@ class GridReport:
             lines.append(
                 f"Perplexity by the protocol {described[0]['protocol']}: {described[0]['description']}. ± is the "
                 "standard error over windows."
+            )
+        if any(map(has_own_tokenizer, self.records)):
+            lines.append(
+                "Models with a tokenizer of their own: perplexity by token does not compare, bits per byte of text do. "
+                "As many windows of other tokens may end at another place of the text."
+            )
+        if simulated := [record for record in self.records if record.get("simulated")]:
+            stored = ", ".join(
+                f"{record['name']} {record['simulated']['stored_bits_per_weight']:.2f}" for record in simulated
+            )
+            lines.append(
+                "Simulated: the model ran with dequantised weights, and its bytes are counted by the formula of the "
+                "method's authors; the ratio is the share of the linears' bytes that it saves. Bits of a weight with "
+                f"everything that must be stored (masks, scales): {stored}."
             )
         if measures.tasks:
             limit = "all examples" if measures.limit is None else f"the first {measures.limit} examples"

@@ -18,7 +18,7 @@ from svdllm.common.locks import locked
 from svdllm.common.progress import Reporter, SubReporter
 from svdllm.comparison.cells import GRID_FILE, Cells, Record
 from svdllm.comparison.fingerprint import identity_of
-from svdllm.comparison.foreign import removed_share
+from svdllm.comparison.foreign import Foreign, removed_share
 from svdllm.comparison.measure import measure
 from svdllm.comparison.settings import Cell, Grid
 from svdllm.data import check_source
@@ -144,8 +144,10 @@ class _Run:
         self.cells.write_spectra(cell.variant)
         is_ours = Path(place).is_relative_to(self.cells.folder)
         kept = str(Path(place).relative_to(self.cells.folder)) if self.cells.keep and is_ours else None
-        record: Record = cell.variant.record(place) | {"checkpoint": kept}
-        record |= measure(place, self.grid.measures, self.suite, options)
+        described: Record = cell.variant.record(place) | {"checkpoint": kept}
+        record = measure(place, self.grid.measures, self.suite, options) | described
+        if isinstance(cell.variant, Foreign):
+            record["own_tokenizer"] = cell.variant.has_own_tokenizer(self.grid.model, self.grid.options(reporter))
         if "achieved_ratio" not in record:
             record["achieved_ratio"] = self._removed_share(record["params"], reporter)
         return record

@@ -25,13 +25,17 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A measured quantity. ``gain`` describes a value relative to the best baseline's."""
+    """A measured quantity.
+
+    ``gain`` describes a value relative to the best baseline's. Values ``by_token`` of other tokens are not compared.
+    """
 
     title: str
     lower_is_better: bool
     of: Callable[[Record], Measurement | None]
     show: Callable[[float], str]
     gain: Callable[[float, float], str] | None = None
+    by_token: bool = False
 
     @property
     def heading(self) -> str:
@@ -77,17 +81,7 @@ def columns_of(records: Sequence[Record]) -> list[Column]:
     }
     accuracies = [task for task, score in scores.items() if score["main"]["name"] == "acc"]
     others = [task for task in scores if task not in accuracies]
-    names = text_names(texts)
-    columns = [
-        Column(
-            title=names[text],
-            lower_is_better=True,
-            of=lambda record, text=text: _perplexity(record, text),
-            show=perplexity_text,
-            gain=_relative,
-        )
-        for text in texts
-    ]
+    columns = _perplexities(texts, by_bytes=any(map(has_own_tokenizer, records)))
     columns += [_task(task, scores[task], None) for task in accuracies]
     if len(accuracies) > 1:
         columns.append(
@@ -100,6 +94,39 @@ def columns_of(records: Sequence[Record]) -> list[Column]:
             )
         )
     return columns + [_task(task, scores[task], _difference) for task in others]
+
+
+def _perplexities(texts: Iterable[str], *, by_bytes: bool) -> list[Column]:
+    """Perplexity on every text, and bits per byte where tokenizers differ."""
+    names = text_names(texts)
+    columns = [
+        Column(
+            title=names[text],
+            lower_is_better=True,
+            of=lambda record, text=text: _perplexity(record, text),
+            show=perplexity_text,
+            gain=_relative,
+            by_token=True,
+        )
+        for text in texts
+    ]
+    if by_bytes:
+        columns += [
+            Column(
+                title=f"{names[text]}, bits per byte",
+                lower_is_better=True,
+                of=lambda record, text=text: _bits_per_byte(record, text),
+                show=_share,
+                gain=_relative,
+            )
+            for text in texts
+        ]
+    return columns
+
+
+def has_own_tokenizer(record: Record) -> bool:
+    """Whether a model has other tokens than the dense one."""
+    return record.get("own_tokenizer", False)
 
 
 def groups_of(records: Sequence[Record], columns: Sequence[Column]) -> list[Group]:
@@ -147,7 +174,11 @@ def _rows(members: Sequence[Record], columns: Sequence[Column], place: float) ->
     rows = [_row(record, columns, place) for record in members]
     compared = [(record, row) for record, row in zip(members, rows, strict=True) if row.entries and record["variant"]]
     for position, column in enumerate(columns):
-        values = [(found.value, record, row) for record, row in compared if (found := column.of(record)) is not None]
+        values = [
+            (found.value, record, row)
+            for record, row in compared
+            if (found := column.of(record)) is not None and not (column.by_token and has_own_tokenizer(record))
+        ]
         if not values:
             continue
         sign = 1 if column.lower_is_better else -1
@@ -176,13 +207,21 @@ def _row(record: Record, columns: Sequence[Column], place: float) -> Row:
         else:
             stderr = "" if found.stderr is None else f"± {column.show(found.stderr)}"
             entries.append(Entry(text=column.show(found.value), stderr=stderr))
-    params = f"{record['params'] / 1e6:,.1f} M"
-    return Row(method=method, params=params, size=f"{record['weight_bytes'] / 1e6:,.0f} MB", entries=entries)
+    params, size = f"{record['params'] / 1e6:,.1f} M", f"{record['weight_bytes'] / 1e6:,.0f} MB"
+    if (simulated := record.get("simulated")) is not None:
+        size += f" (simulated, {simulated['bits_per_weight']:.2f} bits)"
+    return Row(method=method, params=params, size=size, entries=entries)
 
 
 def _perplexity(record: Record, text: str) -> Measurement | None:
     found = record.get("perplexity", {}).get(text)
     return None if found is None else Measurement(value=found["perplexity"], stderr=found["stderr"])
+
+
+def _bits_per_byte(record: Record, text: str) -> Measurement | None:
+    found = record.get("perplexity", {}).get(text, {})
+    bits = found.get("bits_per_byte")
+    return None if bits is None else Measurement(value=bits, stderr=found["bits_per_byte_stderr"])
 
 
 def _score(record: Record, task: str) -> Measurement | None:

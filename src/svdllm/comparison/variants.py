@@ -12,6 +12,9 @@ from svdllm.comparison.compressed import Compressed, Pruned, Trained
 from svdllm.comparison.fewer_experts import FewerExperts
 from svdllm.comparison.foreign import Foreign
 from svdllm.comparison.settings import DENSE
+from svdllm.comparison.simulated.one_bit import DEFAULTS, METHOD
+from svdllm.comparison.simulated.systems import System, find_system
+from svdllm.comparison.simulated.variants import ONE_BIT, SIMULATED_SYSTEMS, OneBit, Quantised
 from svdllm.comparison.variant import MadeBy, Maker, Variant
 from svdllm.compression.recipe_files import PRESETS, load_settings, make_recipe, preset_settings
 from svdllm.compression.recipe_parts import BUDGETS, OF_A_BUDGET
@@ -58,7 +61,9 @@ VARIANTS: dict[str, Row] = {
 
 def is_baseline(name: str) -> bool:
     """Whether a variant of this name is one that the paper compares itself with."""
-    return name in VARIANTS and VARIANTS[name].is_baseline
+    if name in VARIANTS:
+        return VARIANTS[name].is_baseline
+    return name.partition(",")[0] == ONE_BIT or find_system(name) is not None
 
 
 def variants_of(
@@ -73,7 +78,8 @@ def variants_of(
 
     A name is one of ``VARIANTS`` or a recipe file. ``NAME+TRAINING`` is the same model trained afterwards, as in
     ``svd-llm+sequential-lora`` or ``balanced+blockwise+distill``. ``NAME=MODEL`` is a model that somebody else made: a
-    folder that ``from_pretrained`` loads, a hub id, or a GGUF file.
+    folder that ``from_pretrained`` loads, a hub id, or a GGUF file. A name of ``SIMULATED_SYSTEMS`` is the dense model
+    in few bits; ``NAME+SYSTEM``, as in ``svd-llm+quip-2``, is a compressed model whose factors are in few bits.
 
     Args:
         calibration: settings of all recipes.
@@ -90,7 +96,7 @@ def variants_of(
     for variant in variants:
         if [other.name for other in variants].count(variant.name) > 1:
             raise InputError(f"Method {variant.name!r} is given twice.")
-    if recover is not None and not any(isinstance(variant, Trained) for variant in variants):
+    if recover is not None and not any(isinstance(variant, Trained | OneBit) for variant in variants):
         raise InputError(
             "Training settings are given, but no method is trained: write svd-llm+sequential-lora among the methods."
         )
@@ -101,25 +107,54 @@ def _foreign(text: str, offline: bool) -> Foreign:
     name, source = (part.strip() for part in text.split("=", 1))
     if not name or not source:
         raise InputError(f"Method {text!r}: expected NAME=MODEL, as in pruned=models/pruned.")
-    if name in (*VARIANTS, DENSE) or "+" in name:
+    if name in (*VARIANTS, ONE_BIT, DENSE) or "+" in name or find_system(name) is not None:
         raise InputError(f"Method {text!r}: {name} is the name of another method. Choose another name for {source}.")
     return Foreign(name=name, source=source, offline=offline)
 
 
 def _variant(name: str, calibration: Mapping[str, Any], recover: Mapping[str, Any] | None, teacher: str) -> Variant:
     base, *training = name.split("+")
+    if (system := find_system(training[-1] if training else base)) is not None:
+        return _quantised(name, system, calibration, recover, teacher)
+    if name == ONE_BIT:
+        return _one_bit(calibration, recover, teacher)
     if base in VARIANTS:
         variant = VARIANTS[base].variant(base, calibration)
     elif Path(base).suffix in (".yaml", ".yml", ".json"):
         variant = _of_recipe_file(base, calibration)
     else:
-        raise InputError(_unknown(name, base, [*VARIANTS, *METHODS]))
+        raise InputError(_unknown(name, base, [*VARIANTS, *SIMULATED_SYSTEMS, *METHODS]))
     if not training:
         return variant
     if not isinstance(variant, Compressed | Pruned):
         raise InputError(f"Method {name}: {base} is made by a function, and only models made by svdllm can be trained.")
     recovery = _recovery(name, training, recover, teacher, variant.device)
     return Trained(name="+".join([variant.name, *training]), compressed=variant, recovery=recovery)
+
+
+def _quantised(
+    name: str, system: System, calibration: Mapping[str, Any], recover: Mapping[str, Any] | None, teacher: str
+) -> Quantised:
+    """The dense model by a system, or the factors of the model that is named before it."""
+    compressed, recipe = None, make_recipe({**preset_settings("paper"), **calibration}, f"method {name}")
+    if "+" in name:
+        compressed = _variant(name.rpartition("+")[0], calibration, recover, teacher)
+        if not isinstance(compressed, Compressed):
+            raise InputError(
+                f"Method {name}: {compressed.name} is not a model compressed by a recipe alone, and only the factors "
+                f"of such a model are quantised here, as in svd-llm+{system.name}."
+            )
+    return Quantised(name=name, recipe=recipe, system=system, compressed=compressed)
+
+
+def _one_bit(calibration: Mapping[str, Any], recover: Mapping[str, Any] | None, teacher: str) -> OneBit:
+    """OneBit, by the settings of the training; its name says for how long it is trained."""
+    recipe = make_recipe({**preset_settings("paper"), **calibration}, f"method {ONE_BIT}")
+    settings = None if recover is None else {**DEFAULTS, **recover}
+    recovery = _recovery(ONE_BIT, [METHOD], settings, teacher, recipe.device)
+    schedule = recovery.schedule(METHOD)
+    length = f"{schedule.epochs:g} epochs" if schedule.steps is None else f"{schedule.steps} steps"
+    return OneBit(name=f"{ONE_BIT}, {length}", recipe=recipe, recovery=recovery)
 
 
 def _of_recipe_file(path: str, calibration: Mapping[str, Any]) -> Compressed:
@@ -147,5 +182,6 @@ def _recovery(name: str, training: list[str], recover: Mapping[str, Any] | None,
 def _unknown(name: str, part: str, known: list[str]) -> str:
     return (
         f"Unknown method {name!r}{did_you_mean(part, known) or '.'} Known are {', '.join(VARIANTS)}, a recipe file "
-        f"(.yaml), each of these with +{', +'.join(METHODS)} behind it, and NAME=MODEL for a model made elsewhere."
+        f"(.yaml), each of these with +{', +'.join(METHODS)} behind it, {', '.join(SIMULATED_SYSTEMS)} (in few bits, "
+        "simulated; also behind a +), and NAME=MODEL for a model made elsewhere."
     )

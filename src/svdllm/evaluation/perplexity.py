@@ -57,6 +57,10 @@ class Perplexity:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def measured(self, token_ids: Tensor) -> Tensor:
+        """The part of a text's ids (``num_tokens``) that the windows cover."""
+        return token_ids.flatten()[: self.num_windows * self.seqlen]
+
 
 def perplexity(
     model: nn.Module,

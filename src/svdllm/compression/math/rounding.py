@@ -99,7 +99,7 @@ def round_with_feedback(
         torch.linalg.LinAlgError: the Gram has NaN or infinite values.
     """
     order_I = gram_II.diagonal().argsort(descending=True, stable=True)
-    factor_II = _feedback_factor(gram_II[order_I][:, order_I], damping).to(weight_OI)
+    factor_II = feedback_factor(gram_II[order_I][:, order_I], damping).to(weight_OI)
     scales_OI = scales_OG.to(weight_OI).repeat_interleave(weight_OI.shape[1] // scales_OG.shape[1], 1)[:, order_I]
     codes_OI = _fed_back(weight_OI[:, order_I], factor_II, half_O.to(weight_OI), scales_OI)
     fed_back = Rounded(codes_OI[:, order_I.argsort()].to(torch.int8), scales_OG)
@@ -132,7 +132,7 @@ def round_rows(
     return round_with_feedback(weight_OI, gram_II, half_O, scales_OG)
 
 
-def _feedback_factor(gram_II: Tensor, damping: float) -> Tensor:
+def feedback_factor(gram_II: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of the inverse of a Gram (float64), damped until it is positive definite."""
     gram_II = gram_II.double()
     mean = gram_II.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)

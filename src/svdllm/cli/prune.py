@@ -33,7 +33,7 @@ def prune_(
     The result is a checkpoint that [bold]from_pretrained[/bold] loads. [bold]svdllm recover[/bold] trains it.
     """
     from svdllm.cli.generated import read_flags
-    from svdllm.cli.tables import pruning_table
+    from svdllm.cli.pruning_tables import pruning_table
     from svdllm.pruning.run import prune
     from svdllm.pruning.settings import Pruning, make_pruning
 

@@ -73,7 +73,8 @@ def quantize_(
 
     For 4 bits, compress with [bold]--round-to 16[/bold]: a factor whose rank is not a multiple of 16 gets 8 bits.
     """
-    from svdllm.cli.tables import quantization_table, result_table
+    from svdllm.cli.quantization_tables import quantization_table
+    from svdllm.cli.tables import result_table
     from svdllm.export.quantize import quantize
 
     if calib is not None:

@@ -19,13 +19,11 @@ from svdllm.compression.forms import bits_of, in_few_bits
 from svdllm.compression.plan import Plan
 from svdllm.compression.records import CompressionResult
 from svdllm.evaluation.side_by_side import ModelPerplexity
-from svdllm.export.quantize import QuantizationResult
 from svdllm.models.left_dense import DensePart
 from svdllm.models.model_names import given_name
 from svdllm.models.quantized_sources.methods import QuantizedSource
 from svdllm.models.unused_tensors import UnusedTensors
 from svdllm.models.wrapped import OutsidePart
-from svdllm.pruning.run import PruningResult
 from svdllm.recovery import RecoveryResult
 
 LEAST_SHOWN = 0.005  # share of the blocks' parameters
@@ -61,17 +59,6 @@ def result_table(result: CompressionResult) -> Titled:
             f"peak on {plan.needs.device}",
             f"{size(result.peak_device_bytes)} (planned {size(plan.needs.device_bytes)})",
         )
-    return str(result.output_dir), [table]
-
-
-def pruning_table(result: PruningResult) -> Titled:
-    """The checkpoint that a pruning run made: size, time and memory."""
-    sizes, table = result.sizes, summary_table()
-    table.add_row("method", f"{result.settings.pruning}, {sizes.achieved_ratio:.2%} of the linears' parameters removed")
-    table.add_row("parameters", f"{count(sizes.dense_params)} -> {count(sizes.params)}")
-    table.add_row("weight files", f"{size(sizes.dense_file_bytes)} -> {size(sizes.file_bytes)}")
-    table.add_row("time", duration(sum(result.seconds.values())))
-    table.add_row("peak memory", size(result.peak_ram_bytes))
     return str(result.output_dir), [table]
 
 
@@ -113,23 +100,6 @@ def recovery_table(result: RecoveryResult) -> Titled:
                 stderr = "" if row.stderr is None else f"{row.stderr:.2f}"
                 measured.add_row(text, name, f"{row.perplexity:.2f}", stderr, f"{row.num_tokens:,}")
     return str(result.output_dir), [table, measured] if result.perplexity else [table]
-
-
-def quantization_table(result: QuantizationResult) -> Titled:
-    """The linears by the bits they are stored in, and what was left as it was."""
-    table = summary_table()
-    for scheme, number in result.by_scheme().items():
-        table.add_row("linears", f"{number} in {scheme}")
-    others = [linear for linear in result.linears if linear.reason]
-    if others:
-        table.add_row("", f"{len(others)} of them for their shape, as {others[0].name}: {others[0].reason}")
-    for reason in dict.fromkeys(result.left.values()):
-        names = [name for name, why in result.left.items() if why == reason]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        table.add_row("left as it was", f"{', '.join(names[:3])}{more} ({reason})")
-    table.add_row("weight files", f"{size(result.bytes_before)} -> {size(result.bytes_after)}")
-    table.add_row("time", duration(sum(result.seconds.values())))
-    return str(result.output_dir), [table]
 
 
 def demo_table(result: DemoResult) -> Table:

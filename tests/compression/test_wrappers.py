@@ -57,6 +57,10 @@ def compressed(model_type: str, place: Path, tokenizer: Any = None, **text: Any)
 
 @pytest.fixture(scope="module", params=WRAPPERS)
 def wrapper(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Compressed:
+    try:
+        logits(tiny_wrapper(request.param), with_image(request.param))
+    except AttributeError as error:  # Llama 4 in 5.24.0
+        pytest.skip(f"this version of transformers cannot run its own model: {error}")
     return compressed(request.param, tmp_path_factory.mktemp(request.param))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from svdllm.checkpoint.report import is_checkpoint, read_report
 from svdllm.common.errors import InputError, ResourceError
 from svdllm.common.run_options import RunOptions
-from svdllm.comparison.variant import Variant
+from svdllm.comparison.variant import Variant, calibrated_on
 from svdllm.compression.plan import plan
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.recipe_files import make_recipe
@@ -56,10 +56,7 @@ class Compressed(Variant):
 
     @property
     def calibration(self) -> str | None:
-        recipe = self.recipe
-        if not recipe.needs_tokens:
-            return None
-        return f"{recipe.samples} windows of {recipe.seqlen} tokens of {recipe.calibration}, seed {recipe.seed}"
+        return calibrated_on(self.recipe) if self.recipe.needs_tokens else None
 
     def within(self, context: int | None) -> Compressed:
         return replace(self, recipe=self.recipe.within(context))
@@ -122,8 +119,7 @@ class Pruned(Variant):
 
     @property
     def calibration(self) -> str:
-        recipe = recipe_of(self.pruning)
-        return f"{recipe.samples} windows of {recipe.seqlen} tokens of {recipe.calibration}, seed {recipe.seed}"
+        return calibrated_on(recipe_of(self.pruning))
 
     def within(self, context: int | None) -> Pruned:
         seqlen = recipe_of(self.pruning).within(context).seqlen

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from svdllm.common.run_options import RunOptions
-from svdllm.comparison.variant import Variant
+from svdllm.comparison.variant import Variant, calibrated_on
 from svdllm.compression.drop_experts import check_drop, drop_experts
 from svdllm.compression.recipe import Recipe
 from svdllm.data import check_source
@@ -25,8 +25,7 @@ class FewerExperts(Variant):
 
     @property
     def calibration(self) -> str:
-        recipe = self.recipe
-        return f"{recipe.samples} windows of {recipe.seqlen} tokens of {recipe.calibration}, seed {recipe.seed}"
+        return calibrated_on(self.recipe)
 
     def within(self, context: int | None) -> FewerExperts:
         return replace(self, recipe=self.recipe.within(context))

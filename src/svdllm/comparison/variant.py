@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from svdllm.common.run_options import RunOptions
+from svdllm.compression.recipe import Recipe
 
 # model, ratio, folder -> folder: makes a model of ``model``, with ``ratio`` of its linears' parameters removed.
 Maker = Callable[[str, float, Path], "str | Path"]
+
+
+def calibrated_on(recipe: Recipe) -> str:
+    """The text that a recipe calibrates on, in a sentence for the report."""
+    return f"{recipe.samples} windows of {recipe.seqlen} tokens of {recipe.calibration}, seed {recipe.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,13 +21,12 @@ from svdllm.checkpoint.tensors import Tensors, loaded_tensors, tensor_bytes
 from svdllm.common.errors import InputError
 from svdllm.common.progress import Reporter
 from svdllm.common.run_options import RunOptions
+from svdllm.compression.inputs import read_windows
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.subject import Subject, discover_subject
-from svdllm.data import calibration_windows
 from svdllm.models.companions import copy_companion_files
 from svdllm.models.experts import Stacked, expert_tensors, stacked_layout
 from svdllm.models.fewer_experts import KeptTensors, experts_of, with_num_experts
-from svdllm.models.limits import require_known_ids
 from svdllm.models.open import Source, open_config, open_source
 from svdllm.models.skeleton import build_skeleton
 
@@ -98,15 +97,8 @@ def check_drop(model: str | Path, recipe: Recipe, *, offline: bool = False, revi
 
 def expert_scores(subject: Subject, recipe: Recipe, options: RunOptions) -> dict[str, Tensor]:
     """Module of a layer's experts -> ``mean p ||f_e(x)||`` of each expert over its tokens; 0 without a token."""
-    windows = calibration_windows(
-        recipe.calibration,
-        subject.source.load_tokenizer(options.offline),
-        samples=recipe.samples,
-        seqlen=recipe.seqlen,
-        seed=recipe.seed,
-        offline=options.offline,
-    )
-    require_known_ids(windows.ids, subject.source.config, None)
+    tokenizer = subject.source.load_tokenizer(options.offline)
+    windows = read_windows(recipe.calibration, tokenizer, recipe, subject.source, options)
     walk = subject.walk(windows.ids, recipe)
     sums: dict[str, Tensor] = {}
     for block in walk.blocks():

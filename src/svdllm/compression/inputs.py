@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from svdllm.common.errors import InputError
+from svdllm.common.run_options import RunOptions
 from svdllm.compression.plan import calibration_warnings
+from svdllm.compression.recipe import Recipe
 from svdllm.compression.records import Provenance
 from svdllm.compression.session import Run
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
 from svdllm.data import calibration_windows as windows_of
 from svdllm.models.limits import require_known_ids
+from svdllm.models.open import Source
 from svdllm.models.weights import survey
 
 
@@ -32,17 +37,27 @@ def calibration_windows(run: Run, subject: Subject) -> TokenWindows | None:
                     "A model in memory needs its tokenizer (tokenizer=...), or token ids (calibration=...)."
                 )
             tokenizer = subject.source.load_tokenizer(run.options.offline)
-        windows = windows_of(
-            run.calibration,
-            tokenizer,
-            samples=recipe.samples,
-            seqlen=recipe.seqlen,
-            seed=recipe.seed,
-            offline=run.options.offline,
-        )
-    require_known_ids(windows.ids, subject.source.config, tokenizer)
+        windows = read_windows(run.calibration, tokenizer, recipe, subject.source, run.options)
     for warning in calibration_warnings(subject, recipe, windows.num_tokens):
         run.reporter.warn(warning)
+    return windows
+
+
+def read_windows(calibration: Any, tokenizer: Any, recipe: Recipe, source: Source, options: RunOptions) -> TokenWindows:
+    """A text as the windows that a recipe asks for, of tokens that the model has.
+
+    Raises:
+        InputError: the text or a token is wrong.
+    """
+    windows = windows_of(
+        calibration,
+        tokenizer,
+        samples=recipe.samples,
+        seqlen=recipe.seqlen,
+        seed=recipe.seed,
+        offline=options.offline,
+    )
+    require_known_ids(windows.ids, source.config, tokenizer)
     return windows
 
 

@@ -106,7 +106,7 @@ def _write_checkpoint(
     stacked = untouched(subject.expert_tensors, plan.forms)
     write_shards(partial, Stacked(factors, stacked), stacked_layout(layout, stacked))
     _write_config(partial, subject, plan, provenance)
-    copy_companions(partial, subject.source, run.tokenizer)
+    copy_source_companions(partial, subject.source, run.tokenizer)
     if plan.recipe.elastic:
         spare = spare_forms(plan.recipe, subject.structure, plan.forms)
         factors = TargetFactors(subject, spare, analysis, None, device, run.reporter)
@@ -172,8 +172,7 @@ def _write_config(folder: Path, subject: Subject, plan: Plan, provenance: Proven
         config.quantization_config = quantization
     config.save_pretrained(folder)
     if is_ours:
-        for name, text in family_classes(source.config.model_type).causal_lm.code_files().items():
-            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+        family_classes(source.config.model_type).causal_lm.write_code_files(folder)
 
 
 def _write_elastic(
@@ -216,7 +215,7 @@ def _config_entry(subject: Subject, plan: Plan, provenance: Provenance) -> dict[
     }
 
 
-def copy_companions(folder: Path, source: Source, tokenizer: Any) -> None:
+def copy_source_companions(folder: Path, source: Source, tokenizer: Any) -> None:
     """Copies what belongs to a source beside its weights; ``tokenizer`` is saved in place of its own, if given."""
     if source.folder is not None:
         copy_companion_files(source.folder, folder, tokenizer=tokenizer is None)

@@ -52,8 +52,7 @@ def write_model(
     (partial / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     copy_companion_files(folder, partial)
     if info is not None:
-        for name, text in family_classes(info.base_model_type).causal_lm.code_files().items():
-            (partial / name).write_text(text, encoding="utf-8", newline="\n")
+        family_classes(info.base_model_type).causal_lm.write_code_files(partial)
         write_hashes(partial)
 
 

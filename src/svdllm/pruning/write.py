@@ -18,7 +18,7 @@ from svdllm.common.version import __version__
 from svdllm.compression.records import Provenance
 from svdllm.compression.session import Run
 from svdllm.compression.subject import Subject
-from svdllm.compression.write import copy_companions
+from svdllm.compression.write import copy_source_companions
 from svdllm.models.experts import Stacked, stacked_layout, untouched
 from svdllm.models.low_rank import FORMAT_VERSION, family_classes, low_rank_config
 from svdllm.models.structure import Target
@@ -53,7 +53,7 @@ def write(folder: Path, run: Run, job: Job, made: Made, provenance: Provenance) 
     written = stacked_layout(made.layout, stacked)
     write_shards(partial, Stacked(made.tensors, stacked), written)
     _write_config(partial, subject, made, provenance)
-    copy_companions(partial, subject.source, run.tokenizer)
+    copy_source_companions(partial, subject.source, run.tokenizer)
     sizes = _sizes(subject, made, written)
     report = _report(job, made, provenance, sizes)
     finish_checkpoint(partial, settings.to_yaml(), report, resolve_device(settings.device), run.reporter)
@@ -87,8 +87,7 @@ def _write_config(folder: Path, subject: Subject, made: Made, provenance: Proven
         setattr(config, name, value)
     config.dtype = source.dtype
     config.save_pretrained(folder)
-    for name, text in family_classes(source.config.model_type).causal_lm.code_files().items():
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    family_classes(source.config.model_type).causal_lm.write_code_files(folder)
 
 
 def _report(job: Job, made: Made, provenance: Provenance, sizes: Sizes) -> dict[str, Any]:

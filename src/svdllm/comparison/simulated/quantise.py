@@ -24,16 +24,15 @@ from svdllm.common.run_options import RunOptions
 from svdllm.comparison.simulated.bits import DenseBytes, SimulatedBits, bits_of, dense_bytes, write_simulated
 from svdllm.comparison.simulated.systems import System
 from svdllm.compression.collect import collect_statistics, right_metric
+from svdllm.compression.inputs import read_windows
 from svdllm.compression.math.few_bits.quantised import Quantised
 from svdllm.compression.math.metrics import METHODS
 from svdllm.compression.parts import parts_of
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.subject import Subject
-from svdllm.data import calibration_windows
 from svdllm.models.companions import copy_companion_files
 from svdllm.models.discover import discover
 from svdllm.models.experts import Stacked, stacked_layout
-from svdllm.models.limits import require_known_ids
 from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.open import Source, open_config, open_source
@@ -81,7 +80,8 @@ def simulate(
         subject = _subject(source, recipe)
         system.check(subject.structure.targets)
         with options.reporter.stage("tokenise", 1):
-            ids = _token_ids(source, recipe, options)
+            tokenizer = source.load_tokenizer(options.offline)
+            ids = read_windows(recipe.calibration, tokenizer, recipe, source, options).ids
         run = _Run(walk=subject.walk(ids, recipe), system=system, recipe=recipe, work=work, reporter=options.reporter)
         made = run.execute()
         layout = subject.stored
@@ -108,23 +108,10 @@ def copy_beside_weights(source: Source, folder: Path) -> None:
 
 
 def _subject(source: Source, recipe: Recipe) -> Subject:
+    """The linears of a model; unlike ``discover_subject`` it takes the factors of a low-rank one, and all sizes."""
     skeleton = build_skeleton(source.config)
     require_part(skeleton, recipe.part)
     return Subject(source=source, skeleton=skeleton, structure=discover(skeleton, recipe.ignore))
-
-
-def _token_ids(source: Source, recipe: Recipe, options: RunOptions) -> Tensor:
-    tokenizer = source.load_tokenizer(options.offline)
-    windows = calibration_windows(
-        recipe.calibration,
-        tokenizer,
-        samples=recipe.samples,
-        seqlen=recipe.seqlen,
-        seed=recipe.seed,
-        offline=options.offline,
-    )
-    require_known_ids(windows.ids, source.config, tokenizer)
-    return windows.ids
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import re
 import struct
 import sys
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -526,17 +526,23 @@ def pack_embeddings(model: Any, embeddings: Mapping[str, Mapping[str, int]]) -> 
 
 @functools.cache
 def _with(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
-    def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:  # pickle finds no class of this name
-        state = {name: value for name, value in self.__dict__.items() if name != "_unpacked"}
-        return _new_with, (mixin, base), state
-
     return types.new_class(
-        base.__name__, (mixin, base), exec_body=lambda members: members.update({"__reduce_ex__": reduce_ex})
+        base.__name__, (mixin, base), exec_body=lambda members: members.update(_copied_by(_with, mixin, base))
     )
 
 
-def _new_with(mixin: type, base: type[nn.Module]) -> nn.Module:
-    cls = _with(mixin, base)
+def _copied_by(make: Callable[..., type[nn.Module]], *arguments: Any) -> dict[str, Any]:
+    """The member that copies and pickles a module by ``make(*arguments)``: its class has no name to be found by."""
+
+    def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        state = {name: value for name, value in self.__dict__.items() if name != "_unpacked"}  # that is made anew
+        return _new, (make, *arguments), state
+
+    return {"__reduce_ex__": reduce_ex}
+
+
+def _new(make: Callable[..., type[nn.Module]], *arguments: Any) -> nn.Module:
+    cls = make(*arguments)
     return cls.__new__(cls)
 
 
@@ -736,24 +742,16 @@ def _mark_factored(module: nn.Module) -> None:
 
 @functools.cache
 def _factored_class(dense_class: type[nn.Module], children: tuple[str, ...]) -> type[nn.Module]:
-    def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:  # pickle finds no class of this name
-        return _new_factored, (dense_class, children), self.__dict__
-
     # The name stays: `_no_split_modules` and output recorders look modules up by the name of their class.
     members = {
         "__module__": dense_class.__module__,
         "__qualname__": dense_class.__qualname__,
         "__doc__": dense_class.__doc__,
-        "__reduce_ex__": reduce_ex,
+        **_copied_by(_factored_class, dense_class, children),
         "_svdllm_dense_class": dense_class,
         "_svdllm_factored": children,
     }
     return types.new_class(dense_class.__name__, (dense_class,), exec_body=lambda namespace: namespace.update(members))
-
-
-def _new_factored(dense_class: type[nn.Module], children: tuple[str, ...]) -> nn.Module:
-    cls = _factored_class(dense_class, children)
-    return cls.__new__(cls)
 
 
 class LowRankMixin(_Model):
@@ -865,10 +863,8 @@ class LowRankMixin(_Model):
             compressor.compress_model(self, skip_compressed=True)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process and _is_first_process() and not getattr(self, "_hf_peft_config_loaded", False):
-            folder = Path(save_directory)
-            for name, text in self.code_files().items():
-                (folder / name).write_text(text, encoding="utf-8", newline="\n")
-            write_hashes(folder)
+            self.write_code_files(Path(save_directory))
+            write_hashes(Path(save_directory))
         if push_to_hub:
             repo_id = hub_kwargs.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, **hub_kwargs)
@@ -880,6 +876,12 @@ class LowRankMixin(_Model):
         files = (str(sys.modules[c.__module__].__file__) for c in (config_class, cls))
         texts = (Path(file).read_text(encoding="utf-8") for file in files)
         return {f"{name}.py": text for name, text in zip(config_class.code_modules(), texts, strict=True)}
+
+    @classmethod
+    def write_code_files(cls, folder: Path) -> None:
+        """Writes the code files of a checkpoint into its folder."""
+        for name, text in cls.code_files().items():
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
     def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
         """Gives the rule for a factored linear to its factors, and none to the low-rank linear itself."""

@@ -4,7 +4,9 @@ Shape suffixes: ``O`` out_features (rows), ``I`` in_features, ``B`` columns of a
 
 With the upper Cholesky factor ``U`` of the inverse of the Gram, the columns after a block ``B`` make up best for its
 error ``E`` by ``-E U_BB^-1 U_B,rest``. Blocks of one column are GPTQ (arXiv 2210.17323), larger ones the block LDLQ of
-QuIP# (arXiv 2402.04396), from the other end.
+QuIP# (arXiv 2402.04396), from the other end. Few bits as forms have a loop of their own for single columns, in
+``math/rounding.py``: it rounds every linear of a model in six numbers of bits, so its columns lie in one piece of
+memory and no system is solved for each.
 """
 
 from __future__ import annotations
@@ -14,8 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Columns whose errors are gathered before they are fed back to the columns after them in one product.
-PANEL = 128
+from svdllm.compression.math.rounding import PANEL
 
 # Columns (``O x B``) as they are by now, and their places -> the values that take their place.
 QuantiseBlock = Callable[[Tensor, slice], Tensor]

@@ -28,9 +28,10 @@ from svdllm.common.memory import explain_out_of_memory
 from svdllm.common.progress import Reporter
 from svdllm.common.run_options import RunOptions
 from svdllm.common.settings_file import read_settings, refuse_other_settings
-from svdllm.compression.forms import FORMS
+from svdllm.compression.forms import FORMS, in_bits
 from svdllm.compression.plan import Plan, plan_each_ratio
 from svdllm.compression.recipe import Recipe
+from svdllm.compression.recipe_forms import IN_SOURCE_DTYPE
 from svdllm.compression.room import require_room
 from svdllm.compression.subject import Subject, discover_subject, read_weights
 from svdllm.data import check_source
@@ -105,8 +106,8 @@ def open_run(
     resolve_device(recipe.device)
     if recipe.needs_tokens:
         check_source(text)
-    if any(FORMS[name].bits or FORMS[name].factor_bits for name in recipe.analysed_forms):
-        require_extra("compressed_tensors", "A model in few bits", extra="quantize")
+    if any(in_bits(FORMS[name]) for name in recipe.analysed_forms):
+        require_extra("compressed_tensors", "A model in few bits", extra="quantize", instead=IN_SOURCE_DTYPE)
     output = Output.at(output_dir)
     with output.taken() as warning:
         if warning is not None:

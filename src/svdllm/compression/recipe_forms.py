@@ -16,7 +16,6 @@ from svdllm.compression.math.metrics import METHODS
 from svdllm.compression.ranks import ALLOCATIONS
 from svdllm.compression.recipe_parts import Budget, MethodChoice, rows_of
 
-
 # Ends an error about few bits.
 IN_SOURCE_DTYPE = ", or keep the source's dtype with --forms pair,packed,narrow"
 

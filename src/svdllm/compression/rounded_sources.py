@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import metadata_load
 
@@ -38,7 +39,8 @@ def original_of(folder: Path) -> str | None:
     if not (folder / CARD).is_file():
         return None
     try:
-        base = (metadata_load(folder / CARD) or {}).get("base_model")
+        base: Any = (metadata_load(folder / CARD) or {}).get("base_model")
     except ValueError:  # a card whose head is not a mapping
         return None
-    return base[0] if isinstance(base, list) and base else base or None
+    found = base[0] if isinstance(base, list) and base else base
+    return found if isinstance(found, str) else None

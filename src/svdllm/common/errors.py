@@ -14,6 +14,7 @@ class SvdllmError(Exception):
     """Base of every error that svdllm raises on purpose; the command line exits with ``exit_code``."""
 
     exit_code = 1
+    told: bool | None = None  # whether another process reports it; None where that is not known
 
 
 class InputError(SvdllmError, ValueError):

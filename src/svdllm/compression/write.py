@@ -72,7 +72,7 @@ def write(
     folder = run.work / FINISHED / ratio
     linears = _linear_records(subject, plan, analysis)
     with run.reporter.stage("write", len(subject.structure.blocks)):
-        if not (folder / REPORT_FILE).is_file():
+        if run.processes.is_first and not (folder / REPORT_FILE).is_file():
             _write_checkpoint(folder, run, subject, provenance, analysis, plan, finals, linears)
     return CompressionResult(
         output_dir=run.output.path / ratio,

@@ -25,12 +25,15 @@ from svdllm.common.processes import ALONE, Processes, num_local_processes, num_p
 
 # A process may compute or write for long while the others wait: one that is killed is noticed by its closed connection.
 LONGEST_STAGE = timedelta(days=30)
-# For the other processes, when one has stopped: to notice it, and to clean up.
-PATIENCE = timedelta(seconds=60)
-NOTICE_SECONDS = 5.0
+# For the other processes, when one has stopped: to stop too and clean up, or to tell why.
+PATIENCE, NOTICE = 60.0, 5.0
 FOLDER_SECONDS = 2.0  # until a file that was just written is seen on another host
 # Keys in the store.
 ERROR, LEFT = "svdllm error", "svdllm first process left"
+
+
+class EndedError(ResourceError):
+    """Another process has ended and told nobody why."""
 
 
 @contextmanager
@@ -160,7 +163,12 @@ class ConnectedProcesses(Processes):
             return
         self._has_stopped = True
         ours = as_ours(error)
-        own = {"rank": self.rank, "kind": type(ours).__name__, "message": str(ours or error)}
+        own = {
+            "rank": self.rank,
+            "kind": "ResourceError" if isinstance(ours, EndedError) else type(ours).__name__,
+            "message": str(ours or error),
+            "seconds": NOTICE if isinstance(error, EndedError) else PATIENCE,
+        }
         with suppress(RuntimeError):  # where the store has gone with its process
             first = json.loads(self._store.compare_set(ERROR, "", json.dumps(own)))
             error.told = first["rank"] != self.rank  # type: ignore[attr-defined]
@@ -168,7 +176,7 @@ class ConnectedProcesses(Processes):
             dist.destroy_process_group()  # which ends the waiting of the others
             self._store.set(_stopped(self.rank), "")
             others = [_stopped(rank) for rank in range(self.count) if rank != self.rank]
-            self._store.wait(others if self.is_first else [LEFT], PATIENCE)
+            self._appear(others if self.is_first else [LEFT], first["seconds"])
 
     def leave(self) -> None:
         """Lets the other processes go, which wait for the first one to clean up after an error."""
@@ -187,16 +195,22 @@ class ConnectedProcesses(Processes):
             raise self._reason() from error
 
     def _reason(self) -> SvdllmError:
-        until = time.monotonic() + NOTICE_SECONDS
         with suppress(RuntimeError):
-            while time.monotonic() < until:
-                if self._store.check([ERROR]):
-                    return _error_of(json.loads(self._store.get(ERROR)))
-                time.sleep(0.05)
-        return ResourceError(
+            if self._appear([ERROR], NOTICE):
+                return _error_of(json.loads(self._store.get(ERROR)))
+        return EndedError(
             "Another process of this run has ended without a word, as it does when the system runs out of memory.",
             "Finished blocks are kept: the same command goes on with them, also with fewer processes.",
         )
+
+    def _appear(self, keys: list[str], seconds: float) -> bool:
+        """Waits until all keys are in the store; returns False after some seconds without."""
+        until = time.monotonic() + seconds
+        while not self._store.check(keys):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
+        return True
 
 
 def _stopped(rank: int) -> str:
@@ -205,7 +219,7 @@ def _stopped(rank: int) -> str:
 
 def _error_of(told: Mapping[str, Any]) -> SvdllmError:
     """The error of another process, which that process reports."""
-    kind = getattr(errors, told["kind"], SvdllmError)
+    kind = getattr(errors, told["kind"], SvdllmError)  # the base for an error that nobody expected
     error = kind(told["message"])
     error.told = True
     return error

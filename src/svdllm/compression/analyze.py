@@ -167,6 +167,7 @@ class Calibration:
                 self._forward(block, is_ready=ready[block.index])
         if self.reverse:
             ids = self.walk.ids
+            self.processes.wait()  # for the files that the first one writes
             with self._stage("gradients", len(self.walk.kept)):
                 for block in self.walk.reversed_blocks(lambda windows, logits: loss_gradient(ids[windows], logits)):
                     self._backward(block, is_done=done[block.index])

@@ -79,10 +79,11 @@ def require_batches(num_batches: int, num_processes: int) -> None:
     """Raises InputError if a text has fewer batches, or fewer shards, than there are processes."""
     most = min(SHARDS, num_batches)
     if num_processes > most:
+        batches = "1 batch" if num_batches == 1 else f"{num_batches} batches"
         advice = ", or lower --batch-tokens" if num_batches < SHARDS else ""
         raise InputError(
-            f"{num_processes} processes cannot share a calibration text of {num_batches} batches: expected at most "
-            f"{most}. Start fewer{advice}."
+            f"{num_processes} processes cannot share {batches} of calibration text: expected at most {most}. "
+            f"Start fewer processes{advice}."
         )
 
 

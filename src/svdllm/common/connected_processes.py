@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from svdllm.common import errors
 from svdllm.common.device import resolve_device
-from svdllm.common.errors import InputError, ResourceError, SvdllmError, as_ours, explaining
+from svdllm.common.errors import EndedError, InputError, SvdllmError, as_ours, explaining
 from svdllm.common.processes import ALONE, Processes, num_local_processes, num_processes
 
 # A process may compute or write for long while the others wait: one that is killed is noticed by its closed connection.
@@ -30,10 +30,6 @@ PATIENCE, NOTICE = 60.0, 5.0
 FOLDER_SECONDS = 2.0  # until a file that was just written is seen on another host
 # Keys in the store.
 ERROR, LEFT = "svdllm error", "svdllm first process left"
-
-
-class EndedError(ResourceError):
-    """Another process has ended and told nobody why."""
 
 
 @contextmanager
@@ -64,9 +60,9 @@ def connected(device: str) -> Iterator[Processes]:
         processes.wait()
     except Exception as error:
         processes.stopped(error)
-        if processes.error is not None and error.__dict__.get("told"):
-            raise processes.error from error
-        raise
+        if processes.error is None:
+            raise
+        raise processes.error from error
     finally:
         processes.leave()
         if is_ours and dist.is_initialized():
@@ -78,7 +74,7 @@ class ConnectedProcesses(Processes):
 
     def __init__(self) -> None:
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
-        self.error: SvdllmError | None = None  # which another process has reported
+        self.error: SvdllmError | None = None  # which ends the run; None for one that nobody expected here
         self._store: Any = _get_default_store()
         self._has_stopped = False
 
@@ -165,14 +161,14 @@ class ConnectedProcesses(Processes):
         ours = as_ours(error)
         own = {
             "rank": self.rank,
-            "kind": "ResourceError" if isinstance(ours, EndedError) else type(ours).__name__,
+            "kind": type(ours).__name__,
             "message": str(ours or error),
             "seconds": NOTICE if isinstance(error, EndedError) else PATIENCE,
         }
         with suppress(RuntimeError):  # where the store has gone with its process
             first = json.loads(self._store.compare_set(ERROR, "", json.dumps(own)))
-            error.told = first["rank"] != self.rank  # type: ignore[attr-defined]
-            self.error = _error_of(first)
+            told = first["rank"] != self.rank
+            self.error = _error_of(first, told=told) if told or ours else None
             dist.destroy_process_group()  # which ends the waiting of the others
             self._store.set(_stopped(self.rank), "")
             others = [_stopped(rank) for rank in range(self.count) if rank != self.rank]
@@ -197,7 +193,7 @@ class ConnectedProcesses(Processes):
     def _reason(self) -> SvdllmError:
         with suppress(RuntimeError):
             if self._appear([ERROR], NOTICE):
-                return _error_of(json.loads(self._store.get(ERROR)))
+                return _error_of(json.loads(self._store.get(ERROR)), told=True)
         return EndedError(
             "Another process of this run has ended without a word, as it does when the system runs out of memory.",
             "Finished blocks are kept: the same command goes on with them, also with fewer processes.",
@@ -217,9 +213,9 @@ def _stopped(rank: int) -> str:
     return f"svdllm process {rank} stopped"
 
 
-def _error_of(told: Mapping[str, Any]) -> SvdllmError:
-    """The error of another process, which that process reports."""
-    kind = getattr(errors, told["kind"], SvdllmError)  # the base for an error that nobody expected
-    error = kind(told["message"])
-    error.told = True
+def _error_of(record: Mapping[str, Any], *, told: bool) -> SvdllmError:
+    """The error that a process has left in the store; ``told`` says whether another process reports it."""
+    kind = getattr(errors, record["kind"], SvdllmError)  # the base for an error that nobody expected
+    error = kind(record["message"])
+    error.told = told
     return error

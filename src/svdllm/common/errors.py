@@ -39,6 +39,10 @@ class ResourceError(SvdllmError):
         self.problem, self.advice = problem, advice
 
 
+class EndedError(ResourceError):
+    """Another process of the run has ended, and told nobody why."""
+
+
 class NumericalError(SvdllmError):
     """Weights, activations or logits have a NaN or an infinity; the message says where."""
 

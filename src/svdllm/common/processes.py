@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 def is_first() -> bool:
     """Whether this process is the one that writes and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return num_processes() == 1 or int(os.environ.get("RANK", "0")) == 0
 
 
 def num_processes() -> int:
@@ -89,7 +89,7 @@ class Processes:
         """Raises InputError unless all processes find the same folder at a path, which the first one has made."""
 
     def stopped(self, error: Exception) -> None:
-        """Tells the other processes of an error, and returns when they have stopped, or do not answer."""
+        """Tells the other processes of an error, and returns when they have stopped or do not answer."""
 
     def own(self, costs: Sequence[float]) -> list[int]:
         """The pieces of work that fall to this process; see ``shared_out``."""

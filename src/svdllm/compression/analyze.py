@@ -62,7 +62,10 @@ def open_analysis(run: Run, subject: Subject, provenance: Provenance) -> Iterato
         if warning is not None:
             run.reporter.warn(warning)
         shared = Analysis(run.analysis_dir, recipe_settings(run.recipe.analysis_settings()) | beside)
-        processes.first_then_others(shared.open)
+        if processes.is_first:
+            shared.open()
+        processes.require_shared(run.analysis_dir)
+        shared.open()
         yield shared
         processes.wait()
 

@@ -81,8 +81,8 @@ def write(
         plan=plan,
         linears=linears,
         seconds=dict(run.reporter.seconds),
-        peak_ram_bytes=peak_bytes(),
-        peak_device_bytes=device_peak_bytes(resolve_device(plan.recipe.device)),
+        peak_ram_bytes=max(run.processes.gather(peak_bytes())),
+        peak_device_bytes=max(run.processes.gather(device_peak_bytes(resolve_device(plan.recipe.device)))),
         warnings=list(run.reporter.warnings),
     )
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 import svdllm
 from runs import digests, save_dense, small_recipe, token_windows
+from svdllm.common.connected_processes import ConnectedProcesses
 from svdllm.common.errors import NumericalError
 from svdllm.compression import analyze
 from together import together
@@ -43,6 +46,19 @@ def fail(model: Path, output: Path, settings: dict[str, Any], how: str) -> None:
 
     analyze.decompose = decompose
     compress(model, output, settings)
+
+
+def count(model: Path, output: Path, settings: dict[str, Any]) -> int:
+    """The bytes of the sums that the process gets from the others."""
+    plain, got = ConnectedProcesses.in_turn, [0]
+
+    def in_turn(self: ConnectedProcesses, tensor: Tensor) -> Iterator[Tensor]:
+        got[0] += (self.count - 1) * tensor.nbytes
+        return plain(self, tensor)
+
+    ConnectedProcesses.in_turn = in_turn
+    compress(model, output, settings)
+    return got[0]
 
 
 def bytes_of(folder: Path) -> dict[str, str]:
@@ -89,6 +105,17 @@ def test_one_process_tells_the_error_of_all_and_the_first_cleans_up(tmp_path: Pa
     assert [error[::2] for error in found] == [("ResourceError", True), ("ResourceError", False)]
     assert "Out of memory (no room)" in found[0][1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "full.partial"]  # with a finished block
+
+
+def test_what_goes_over_the_network_is_planned(tmp_path: Path) -> None:
+    model, settings = save_dense(tmp_path / "dense"), TEXT | {"metric": "two-sided", "gradient_samples": 16}
+    (planned,) = svdllm.plan(model, small_recipe(**settings), processes=2)
+    (alone,) = svdllm.plan(model, small_recipe(**settings))
+    first, second = together(2, count, model, tmp_path / "out", settings)
+    assert first == second == pytest.approx(planned.needs.network_bytes, rel=0.1)  # beside the sums of tokens
+    assert alone.needs.network_bytes == 0
+    assert 2 * planned.needs.hidden_states_bytes == alone.needs.hidden_states_bytes
+    assert planned.needs.seconds < alone.needs.seconds
 
 
 def test_more_processes_than_batches(tmp_path: Path) -> None:

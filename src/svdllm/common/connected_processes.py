@@ -131,8 +131,9 @@ class ConnectedProcesses(Processes):
                     tensor = own[number][2].contiguous()
                 else:
                     tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=kind)
-                with self._together():
-                    dist.broadcast(tensor.view(-1).view(torch.uint8), src=rank)
+                if tensor.numel():
+                    with self._together():
+                        dist.broadcast(tensor.view(-1).view(torch.uint8), src=rank)
                 merged.setdefault(name, {})[leaf] = tensor
         return merged
 

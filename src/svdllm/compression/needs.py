@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from svdllm.common.memory import available_bytes
 from svdllm.compression.duration import predicted_seconds
 from svdllm.compression.forms.layout import compressed_tensors
+from svdllm.compression.math.statistics import gram_values
 from svdllm.compression.memory_needs import device_bytes, ram_by_stage
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.subject import Subject
@@ -107,19 +108,19 @@ def _spill_experts(work: Workload, hidden_states_on_disk: bool) -> bool:
 
 
 def _network_bytes(work: Workload) -> int:
-    """The shards of all sums that a process gets from the others, and what they have fitted."""
-    if work.processes == 1:
-        return 0
-    shards = min(SHARDS, work.num_batches) * (1 - 1 / work.processes)
+    """Bytes that a process gets from the others: their shards of all sums, and what they have fitted."""
+    others = work.processes - 1
     widths = work.group_widths.values()
-    sums = 4 * sum(width**2 for width in widths) if work.takes_grams else 0
+    grams = sum(map(gram_values, widths))
+    forward = 8 * grams if work.takes_grams else 0
+    backward = fitted = 0
     if work.recipe.needs_gradients:
-        sums += 4 * sum(n * t.out_features**2 for t, n in work.kinds)
-    fitted = 0
+        backward = 8 * sum(n * gram_values(t.out_features) for t, n in work.kinds)
     if work.sequential_tokens:
-        sums += work.num_outputs * 12 * sum(width**2 for width in widths)
+        forward += work.num_outputs * 8 * (grams + sum(width**2 for width in widths))
         fitted = work.num_outputs * sum(4 * n * (t.in_features + t.out_features) * work.depth(t) for t, n in work.kinds)
-    return round(shards * sums + fitted * (1 - 1 / work.processes))
+    rounds = -(-min(SHARDS, work.num_batches) // work.processes)
+    return round(rounds * others * (forward + backward) + fitted * others / work.processes)
 
 
 def _disk_bytes(work: Workload, hidden_states_on_disk: bool) -> int:

@@ -135,6 +135,12 @@ def weighted(tokens_TI: Tensor, weights_T: Tensor) -> Tensor:
     return tokens_TI.to(dtype) * weights_T.to(dtype)[:, None]
 
 
+def gram_values(in_features: int) -> int:
+    """Numbers that a Gram keeps of a shard."""
+    starts = range(0, in_features, PANEL)
+    return sum(min(PANEL, in_features - start) * (in_features - start) for start in starts)
+
+
 class CrossGram(Totals):
     """``X Y^T`` (``first x second``) of two features of the same tokens."""
 

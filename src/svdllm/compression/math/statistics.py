@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from svdllm.compression.math.linalg import PANEL, upper_panels
+from svdllm.compression.math.symmetric import PANEL, upper_panels
 
 # Tokens of one float32 product before it is added to the float64 sum.
 TOKENS_PER_PRODUCT = 4096

@@ -73,7 +73,7 @@ def write(
     linears = _linear_records(subject, plan, analysis)
     give_back_freed()  # by the sequential calibration
     with run.reporter.stage("write", len(subject.structure.blocks)):
-        if not (folder / REPORT_FILE).is_file():
+        if run.processes.is_first and not (folder / REPORT_FILE).is_file():
             _write_checkpoint(folder, run, subject, provenance, analysis, plan, finals, linears)
     return CompressionResult(
         output_dir=run.output.path / ratio,
@@ -81,8 +81,8 @@ def write(
         plan=plan,
         linears=linears,
         seconds=dict(run.reporter.seconds),
-        peak_ram_bytes=peak_bytes(),
-        peak_device_bytes=device_peak_bytes(resolve_device(plan.recipe.device)),
+        peak_ram_bytes=max(run.processes.gather(peak_bytes())),
+        peak_device_bytes=max(run.processes.gather(device_peak_bytes(resolve_device(plan.recipe.device)))),
         warnings=list(run.reporter.warnings),
     )
 

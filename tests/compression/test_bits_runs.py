@@ -242,3 +242,13 @@ def test_quantize_with_a_text_gives_all_linears_one_form(tmp_path: Path, tokeniz
     svdllm.verify(result.output_dir)
     with pytest.raises(InputError, match="expected one of 8, 6, 5, 4, 3, 2"):
         quantize_calibrated(tmp_path / "dense", tmp_path / "other", bits=7, **options)
+
+
+def test_what_has_no_form_in_few_bits_is_named(tmp_path: Path):
+    asked = Recipe(target_size=10**5, **TEXT)
+    for family, said in (("gpt2", "8 of 8 linears, such as transformer.h.0"), ("llama", None)):
+        dense = save_dense(tmp_path / family, family, **(WIDTHS if family == "llama" else {}))
+        (plan,) = svdllm.plan(dense, asked)
+        found = [warning for warning in plan.warnings if "few bits" in warning]
+        assert len(found) == (said is not None)
+        assert said is None or said in found[0]

@@ -69,7 +69,9 @@ def compress(
 def _next_commands(model: str, folder: Path, recipe: Recipe) -> list[str]:
     commands = [f"eval {folder} --base {model} --ppl python-docs --seqlen 512", f"inspect {folder}"]
     if (bits := recipe.factor_bits) is not None:
-        commands.append(f"quantize {folder} -o {folder.with_name(f'{folder.name}-{bits}bits')} --bits {bits}")
+        commands.append(
+            f"quantize {folder} -o {folder.with_name(f'{folder.name}-{bits}bits')} --bits {bits} --format torchao"
+        )
     if recipe.elastic:
         commands.append(f"slice {folder} --ratio ... -o ...")
     return commands

@@ -29,9 +29,10 @@ from svdllm.common.processes import ALONE, Processes
 from svdllm.common.progress import Reporter
 from svdllm.common.run_options import RunOptions
 from svdllm.common.settings_file import read_settings, refuse_other_settings
-from svdllm.compression.forms import FORMS
+from svdllm.compression.forms import FORMS, in_bits
 from svdllm.compression.plan import Plan, plan_each_ratio
 from svdllm.compression.recipe import Recipe
+from svdllm.compression.recipe_forms import IN_SOURCE_DTYPE
 from svdllm.compression.room import require_room
 from svdllm.compression.subject import Subject, discover_subject, read_weights
 from svdllm.data import check_source
@@ -114,8 +115,8 @@ def open_run(
     resolve_device(recipe.device)
     if recipe.needs_tokens:
         check_source(text)
-    if any(FORMS[name].bits or FORMS[name].factor_bits for name in recipe.analysed_forms):
-        require_extra("compressed_tensors", "A model in few bits", extra="quantize")
+    if any(in_bits(FORMS[name]) for name in recipe.analysed_forms):
+        require_extra("compressed_tensors", "A model in few bits", extra="quantize", instead=IN_SOURCE_DTYPE)
     output = Output.at(output_dir)
     with _taken(output, processes, options.reporter), _cleaning_up(output.work, recipe.batch_tokens, processes):
         with options.reporter.stage("open", 1):

@@ -16,8 +16,10 @@ from svdllm.common.device import resolve_device, resolve_dtype
 from svdllm.common.errors import InputError, UnsupportedModelError
 from svdllm.common.processes import ALONE, Processes
 from svdllm.common.run_options import RunOptions
-from svdllm.compression.forms import FORMS, bits_in, factors_of
+from svdllm.compression.forms import FORMS, bits_in, factors_of, in_bits
 from svdllm.compression.recipe import Recipe
+from svdllm.compression.recipe_forms import IN_SOURCE_DTYPE
+from svdllm.compression.rounded_sources import require_unrounded
 from svdllm.models.batches import Batches, windows_per_batch
 from svdllm.models.discover import discover
 from svdllm.models.experts import ExpertTensor, expert_tensors
@@ -115,6 +117,8 @@ def discover_subject(source: Source, recipe: Recipe) -> Subject:
     if info := LowRankInfo.of(source.config, source.name):
         named = f" ({info.source['id']})" if "id" in info.source else ""
         raise InputError(f"{source.name} is compressed already; compress its dense source{named}.")
+    if any(in_bits(FORMS[name]) for name in recipe.analysed_forms):
+        require_unrounded(source, IN_SOURCE_DTYPE)
     skeleton = build_skeleton(source.config)
     return Subject(source=source, skeleton=skeleton, structure=structure_for(skeleton, recipe))
 

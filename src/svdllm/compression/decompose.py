@@ -77,7 +77,8 @@ def decompose(
         try:
             left_OO = left_metric_of(target, weight_OI, metric, lefts.get(target.name))
             if depths[target.name]:
-                spectrum = output_spectrum(weight_OI, metric, depths[target.name], left_gram_OO=left_OO)
+                depth = depths[target.name]
+                spectrum = output_spectrum(weight_OI, metric, depth, left_gram_OO=left_OO, dtype=stored_dtype)
             else:  # nothing will be truncated
                 spectrum = energy_alone(weight_OI, metric, left_OO)
             if target in consumers and target.inner is not None and metric is not None:

@@ -163,10 +163,11 @@ def _spectrum_seconds(target: Target, work: Workload, speed: MachineSpeed) -> fl
     operations = 2 * SYMMETRIC * rank * rank * columns
     if work.takes_grams:
         operations += 2 * rank * columns * columns
-    if rows > columns:  # its column space first, by a Cholesky factor
+    if rows > columns:  # a Cholesky factor of W^T G W first
         operations += 2 * SYMMETRIC * columns * columns * rows + columns**3 + 2 * rows * columns * rank
     if work.gradient_tokens:
-        operations += 2 * rows * rows * columns + rows * rows * (rank + rank) + rows**3 / 3
+        operations += 2 * rows * rows * columns + 2 * rows * rank * min(rows, columns)
+        operations += rows**3 / 3 if rows <= columns else 0
     operations += NARROWING * work.narrowed_width(target) ** 3
     return operations / speed.multiply64 + rank**3 / speed.eigh
 

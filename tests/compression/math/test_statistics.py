@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from svdllm.common.processes import ALONE, Processes
-from svdllm.compression.math.linalg import PANEL
 from svdllm.compression.math.statistics import TOKENS_PER_PRODUCT, Gram, MeanAbsolute
+from svdllm.compression.math.symmetric import PANEL
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:

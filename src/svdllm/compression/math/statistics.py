@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from svdllm.common.processes import Processes
-from svdllm.compression.math.linalg import PANEL, upper_panels
+from svdllm.compression.math.symmetric import PANEL, upper_panels
 from svdllm.compression.math.totals import Total, Totals
 
 # Tokens of one float32 product before it is added to the float64 sum.

@@ -59,7 +59,7 @@ def test_fisher_weights_are_those_of_the_whole_models_gradients(family: str, tmp
     run = analysed(tiny_model(family), tmp_path, ids, method="fwsvd", gradient_samples=3)
     model = run.model.double().requires_grad_(True)
     squares = {target.name: 0.0 for target in run.structure.targets}
-    for window in ids[: run.walk.kept_windows, None]:
+    for window in ids[:4, None]:  # two batches
         logits = model(input_ids=window, use_cache=False).logits[0, :-1]
         model.zero_grad()
         torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").backward()

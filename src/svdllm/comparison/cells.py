@@ -13,6 +13,7 @@ from svdllm.common.files import write_atomically
 from svdllm.common.progress import Reporter
 from svdllm.common.settings_file import differences
 from svdllm.comparison.compressed import with_new_fields, with_new_recovery
+from svdllm.comparison.paired import with_log_ratios
 from svdllm.comparison.settings import Cell, Grid, file_name_of
 from svdllm.comparison.spectra import read_spectra
 from svdllm.comparison.variant import Variant
@@ -41,8 +42,8 @@ class Cells:
         write_atomically(self.folder / GRID_FILE, about.encode())
 
     def records(self) -> list[Record]:
-        """The records so far, in the grid's order."""
-        return [record for cell in self.grid.cells if (record := self.read(cell)) is not None]
+        """The records so far, in the grid's order, compared with the dense model window by window."""
+        return with_log_ratios([record for cell in self.grid.cells if (record := self.read(cell)) is not None])
 
     def read(self, cell: Cell) -> Record | None:
         file = self._file(cell)

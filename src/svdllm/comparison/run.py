@@ -19,6 +19,7 @@ from svdllm.common.progress import Reporter, SubReporter
 from svdllm.comparison.cells import GRID_FILE, Cells, Record
 from svdllm.comparison.fingerprint import identity_of
 from svdllm.comparison.foreign import Foreign, removed_share
+from svdllm.comparison.machines import machine_of
 from svdllm.comparison.measure import measure
 from svdllm.comparison.settings import Cell, Grid
 from svdllm.data import check_source
@@ -131,6 +132,7 @@ class _Run:
             record |= {"status": "failed", "error": _described(error)}
             self.reporter.warn(f"{cell.name} failed: {first_line(error)}")
         record |= {"stages": dict(reporter.seconds), "total_seconds": time.perf_counter() - started}
+        record["machine"] = machine_of(self.grid.measures.device)
         self.cells.write(cell, record)
         return cell
 

@@ -83,16 +83,16 @@ def _head(work: Workload, tokens: int) -> int:
 
 
 def _forward_block(work: Workload) -> int:
-    """A block with its statistics, and a batch's activations or a decomposition."""
+    """A block with its statistics, of two shards with a batch's activations, and of all with a decomposition."""
     power = 2 if work.takes_grams else 1
     statistics = _largest_part(work, lambda target: 8 * target.in_features**power)
-    return work.block_bytes + statistics + max(_batch(work), _decomposition(work) + _bases(work))
+    return work.block_bytes + max(statistics + _batch(work), statistics // 2 + _decomposition(work) + _bases(work))
 
 
 def _backward_block(work: Workload) -> int:
     """A block with the Grams of its outputs, and a batch's activations and their gradients or a decomposition."""
     lefts = _largest_part(work, lambda target: 12 * target.out_features**2, by_group=False)
-    inputs = work.gradient_tokens * work.hidden_size * work.dtype.itemsize
+    inputs = round(work.share * work.gradient_tokens) * work.hidden_size * work.dtype.itemsize
     return work.block_bytes + inputs + lefts + max(3 * _batch(work), _decomposition(work) + 2 * _bases(work))
 
 
@@ -102,13 +102,13 @@ def _sequential_block(work: Workload) -> int:
     Of the experts of a part, there are the sums of all.
     """
     widest = max(work.group_widths.values())
-    experts = _largest_part(work, lambda target: 16 * target.in_features**2 if target.pool else 0)
+    experts = _largest_part(work, lambda target: 24 * target.in_features**2 if target.pool else 0)
     return 2 * work.block_bytes + 8 * 10 * widest**2 + experts + max(2 * _batch(work), _decomposition(work))
 
 
 def _probe_streams(work: Workload) -> int:
     """Hidden states of every probe, and of the dense model."""
-    return (sum(work.num_probes.values()) + 1) * work.probe_tokens * work.token_bytes
+    return (-(-sum(work.num_probes.values()) // work.processes) + 1) * work.probe_tokens * work.token_bytes
 
 
 def _decomposition(work: Workload) -> int:

@@ -158,12 +158,12 @@ def plan(
     offline: bool = False,
     revision: str | None = None,
     hidden_states_limit: int | None = None,
+    processes: int = 1,
 ) -> list[Plan]:
     """Plans a run from configs and file headers; of a hub model, only its config is fetched.
 
     A folder may hold no more than a config. The plan then takes the weights as the config describes them.
-
-    Returns one plan per ratio of the recipe.
+    ``processes`` share the run, and memory is that of one of them. Returns one plan per ratio of the recipe.
 
     Raises:
         InputError, UnsupportedModelError: as ``compress`` would, before any work.
@@ -171,30 +171,37 @@ def plan(
     recipe.require_budget()
     source = open_config(model, offline=offline, revision=revision, require_weights=False)
     recipe = recipe.within(context_length(source.config))
-    plans = plan_each_ratio(discover_subject(source, recipe), recipe, hidden_states_limit)
+    plans = plan_each_ratio(discover_subject(source, recipe), recipe, hidden_states_limit, processes)
     if source.weights is None and not isinstance(model, PreTrainedModel) and Path(model).is_dir():
         warning = f"{source.name} holds no weights: the plan is of its config alone."
         return [replace(single, warnings=[*single.warnings, warning]) for single in plans]
     return plans
 
 
-def plan_each_ratio(subject: Subject, recipe: Recipe, hidden_states_limit: int | None) -> list[Plan]:
+def plan_each_ratio(
+    subject: Subject, recipe: Recipe, hidden_states_limit: int | None, processes: int = 1
+) -> list[Plan]:
     """One plan per ratio of a recipe, with uniform ranks in place of those that only an analysis can tell."""
     singles = recipe.single()
-    return [
-        make_plan(subject, single, num_outputs=len(singles), hidden_states_limit=hidden_states_limit)
-        for single in singles
-    ]
+    machine = {"num_outputs": len(singles), "hidden_states_limit": hidden_states_limit, "processes": processes}
+    return [make_plan(subject, single, **machine) for single in singles]
 
 
 def make_plan(
-    subject: Subject, recipe: Recipe, *, num_outputs: int = 1, hidden_states_limit: int | None = None
+    subject: Subject,
+    recipe: Recipe,
+    *,
+    num_outputs: int = 1,
+    hidden_states_limit: int | None = None,
+    processes: int = 1,
 ) -> Plan:
     """The plan of a recipe with one budget.
 
     Args:
         num_outputs: checkpoints that the run writes in all, for its disk and time.
-        hidden_states_limit: bytes of hidden states kept in RAM; by default half of what is free.
+        hidden_states_limit: bytes of hidden states that a process keeps in RAM; by default its part of half of what is
+            free.
+        processes: that share the run.
     """
     source, structure = subject.source, subject.structure
     if recipe.needs_tokens:
@@ -226,6 +233,7 @@ def make_plan(
             elastic_bytes=sizes.elastic_bytes,
             num_outputs=num_outputs,
             hidden_states_limit=hidden_states_limit,
+            processes=processes,
         ),
         warnings=[
             *calibration_warnings(subject, recipe, recipe.samples * recipe.seqlen),

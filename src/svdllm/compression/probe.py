@@ -11,6 +11,7 @@ Legend: ``T`` tokens of a window, ``V`` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import compress, cycle
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -99,6 +100,8 @@ def probe_tokens(recipe: Recipe, structure: Structure, skeleton: PreTrainedModel
 def probe(walk: Walk, analysis: Analysis, sizes: Sizes, measure: Measure, reporter: Reporter) -> Probes:
     """Probes every target and MLP at its sizes; the experts of a layer all at once.
 
+    The processes that share the walk carry all tokens, and each makes some of the probes.
+
     Args:
         walk: carries the tokens of the probes, all in one batch.
 
@@ -107,7 +110,8 @@ def probe(walk: Walk, analysis: Analysis, sizes: Sizes, measure: Measure, report
     """
     assert len(walk.batches) == 1
     streams: dict[tuple[str, int], _Stream] = {}
-    num_streams = sum(map(len, sizes.values()))
+    mine = cycle(rank == walk.processes.rank for rank in range(walk.processes.count))
+    num_streams = -(-sum(map(len, sizes.values())) // walk.processes.count)
     outside = _rounded_vocabulary(walk, sizes)
     with reporter.stage("probe", num_streams), torch.no_grad():
         for block in walk.blocks():
@@ -118,14 +122,15 @@ def probe(walk: Walk, analysis: Analysis, sizes: Sizes, measure: Measure, report
             dense = _Stream(walk.hidden.tensor, walk.hidden.shared.before(0, block.index))
             for key, stream in streams.items():
                 streams[key] = stream.through(call, block.module, walk.device)
-            for members in _units(walk.structure.block_targets(block.index)):
+            for members in compress(_units(walk.structure.block_targets(block.index)), mine):
                 for name, size, weights in _trials(walk, analysis, members, sizes):
                     with tensors_replaced(walk.skeleton, weights):
                         streams[name, size] = dense.through(call, block.module, walk.device)
-                reporter.advance(len(streams), num_streams)
+                reporter.advance(min(len(streams), num_streams), num_streams)
             block.run()
         ends = [(stream.hidden, outside.get(key)) for key, stream in streams.items()]
-        measured = dict(zip(streams, _measured(walk, ends, measure), strict=True))
+        found = [(*key, value) for key, value in zip(streams, _measured(walk, ends, measure), strict=True)]
+        measured = {(name, size): value for own in walk.processes.gather(found) for name, size, value in own}
     for (name, size), value in measured.items():
         if not isfinite(value):
             raise NumericalError(
@@ -217,12 +222,14 @@ class _Outside(NamedTuple):
 
 
 def _rounded_vocabulary(walk: Walk, sizes: Sizes) -> dict[tuple[str, int], _Outside]:
-    """Probe of the embedding or the head -> what is changed."""
+    """Probe of the embedding or the head -> what is changed; those of this process."""
     found: dict[tuple[str, int], _Outside] = {}
+    processes = walk.processes
     for target in walk.structure.vocabulary:
         name = f"{target.name}.weight"
         weight_OI = walk.weights.get(name).to(walk.device)
-        for bits in sizes.get(rounded(target.name), ()):  # one by one: together they would take much memory
+        # one by one: together they would take much memory
+        for bits in sizes.get(rounded(target.name), ())[processes.rank :: processes.count]:
             (made,) = rounded_each(target, weight_OI, None, [bits], weight_OI.dtype)
             found[rounded(target.name), bits] = _Outside((name, *walk.ties.get(name, ())), made, walk.dtype)
     return found

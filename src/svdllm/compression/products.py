@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from svdllm.common.processes import Processes
 from svdllm.compression.math.statistics import CrossGram, Gram, weighted
+from svdllm.compression.math.totals import Total
 
 # Share of the mean diagonal that is added to a Gram, so that a text with fewer directions than inputs can be fitted to.
 RIDGE = 1e-6
@@ -79,10 +81,10 @@ class Sums:
 
     def __init__(self, in_features: int, device: torch.device):
         self.compressed = Gram(in_features, device)
-        self.dense_sum_I = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.dense_sum = Total(in_features, device=device)
         self.cross = CrossGram(in_features, in_features, device)
         self.residual: CrossGram | None = None
-        self.residual_sum_O = NOTHING.to(device)
+        self.residual_sum: Total | None = None
 
     def add(
         self,
@@ -98,25 +100,38 @@ class Sums:
         """
         self.compressed.add(compressed, weights_T)
         if weights_T is None:
-            self.dense_sum_I += dense.flatten(0, -2).sum(0, dtype=torch.float64)
+            self.dense_sum.shard.add_(dense.flatten(0, -2).sum(0, dtype=torch.float64))
             self.cross.add(dense, compressed)
         else:
-            self.dense_sum_I += weights_T.double().square() @ dense.double()
+            self.dense_sum.shard.add_(weights_T.double().square() @ dense.double())
             self.cross.add(weighted(dense, weights_T), weighted(compressed, weights_T))
         if residual is not None:
             out_features, in_features = residual.shape[-1], compressed.shape[-1]
             self.residual = self.residual or CrossGram(out_features, in_features, residual.device)
             self.residual.add(residual, compressed)
-            self.residual_sum_O = self.residual_sum_O + residual.flatten(0, -2).sum(0, dtype=torch.float64)
+            self.residual_sum = self.residual_sum or Total(out_features, device=residual.device)
+            self.residual_sum.shard.add_(residual.flatten(0, -2).sum(0, dtype=torch.float64))
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether nothing was added since the last ``fold``."""
+        return self.dense_sum.is_folded
+
+    def fold(self, processes: Processes) -> None:
+        """Adds what the processes have collected since they last did; see ``Total.fold``."""
+        for sums in (self.compressed, self.dense_sum, self.cross, self.residual, self.residual_sum):
+            if sums is not None:
+                sums.fold(processes)
 
     def value(self) -> Products:
+        device = self.dense_sum.value().device
         return Products(
             compressed_II=self.compressed.value(),
             cross_II=self.cross.value(),
-            dense_sum_I=self.dense_sum_I,
+            dense_sum_I=self.dense_sum.value(),
             compressed_sum_I=self.compressed.total(),
             weight=self.compressed.total_weight,
             num_tokens=self.compressed.num_tokens,
-            residual_OI=NOTHING.to(self.residual_sum_O.device) if self.residual is None else self.residual.value(),
-            residual_sum_O=self.residual_sum_O,
+            residual_OI=NOTHING.to(device) if self.residual is None else self.residual.value(),
+            residual_sum_O=NOTHING.to(device) if self.residual_sum is None else self.residual_sum.value(),
         )

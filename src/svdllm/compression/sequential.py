@@ -25,6 +25,7 @@ from svdllm.common.errors import NumericalError
 from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.collect import left_metric_of
+from svdllm.compression.decompose import cost
 from svdllm.compression.expert_products import expert_products
 from svdllm.compression.few_tokens import group_tokens
 from svdllm.compression.forms import FORMS, bits_of
@@ -38,6 +39,7 @@ from svdllm.compression.recipe import Recipe
 from svdllm.compression.recipe_sequential import SequentialSettings
 from svdllm.compression.rounded_targets import corrected_target, rounded_each
 from svdllm.compression.session import Run
+from svdllm.compression.stages import stages_of
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
 from svdllm.models.added import Read
@@ -45,6 +47,7 @@ from svdllm.models.chosen import Forms
 from svdllm.models.experts_on_disk import give_back, on_disk
 from svdllm.models.finite import require_finite
 from svdllm.models.loaded_weights import tensors_replaced
+from svdllm.models.read import read
 from svdllm.models.structure import Target, bias_of, weight_of, weights_by_name
 from svdllm.models.walk import Block, Walk
 
@@ -60,7 +63,7 @@ def refit(
         return None
     assert windows is not None
     ids = windows.ids[: run.recipe.sequential_samples]
-    walk = subject.walk(ids, run.recipe, run.spill_file(plan), run.scratch(plan))
+    walk = subject.walk(ids, run.recipe, run.spill_file(plan), run.scratch(plan), run.processes)
     walk.two_streams = True
     finals = FinalFactors(run.analysis_folder / f"sequential-{_digest(run.recipe, plan.forms)}")
     Sequential(
@@ -69,6 +72,7 @@ def refit(
         recipe=run.recipe,
         analysis=analysis,
         finals=finals,
+        num_tokens=ids.numel(),
         num_dense_tokens=windows.num_tokens,
         reporter=run.reporter,
     ).run()
@@ -91,18 +95,21 @@ class Sequential:
     recipe: Recipe
     analysis: Analysis
     finals: FinalFactors
+    num_tokens: int
     num_dense_tokens: int  # of the dense calibration, whose Grams are mixed in
     reporter: Reporter
 
     def run(self) -> None:
-        blocks = self.walk.structure.blocks
+        blocks, processes = self.walk.structure.blocks, self.walk.processes
         self.finals.folder.mkdir(parents=True, exist_ok=True)
-        if all(map(self.finals.is_done, range(len(blocks)))):
+        done = processes.from_first(lambda: list(map(self.finals.is_done, range(len(blocks)))))
+        if all(done):
             return
         with self.reporter.stage("sequential", len(blocks)):
             for block in self.walk.blocks():
-                if not self.finals.is_done(block.index):
+                if not done[block.index]:
                     self._compress(block)
+                    processes.wait()  # for the file
                 self._advance(block)
                 self.reporter.advance(block.index + 1, len(blocks))
         self.walk.close()
@@ -111,8 +118,8 @@ class Sequential:
         factors: dict[str, dict[str, Tensor]] = {}
         replaced: dict[str, Tensor] = {}  # parameters of the targets that are compressed already
         stored_in = torch.float64 if self.walk.dtype == torch.float64 else torch.float32
-        for stage in self._stages(block):
-            made: dict[str, Tensor] = {}
+        for stage in stages_of(block):
+            made: dict[str, dict[str, Tensor]] = {}
             for target, products in self._targets_in(block, stage, replaced):
                 weight_OI = weight_of(self.walk.skeleton, target)
                 if self._keeps_weight(target) and self.recipe.beta == 0 and products.residual is None:
@@ -124,47 +131,36 @@ class Sequential:
                     bias_O = bias_of(self.walk.skeleton, target)
                     corrected_O = corrected_bias(weight_OI, u_OR, v_RI, *means, bias_O=bias_O)
                     tensors["bias"] = corrected_O + products.residual_sum_O / products.weight
-                made |= self._parameters(target, tensors)
-                factors[target.name] = {leaf: self._kept(target, t.to(stored_in)) for leaf, t in tensors.items()}
+                made[target.name] = self._kept(target, {leaf: t.to(stored_in) for leaf, t in tensors.items()})
                 give_back(weight_OI)
-            replaced |= made
-        self.finals.write(block.index, factors)
-
-    def _stages(self, block: Block) -> list[list[Target]]:
-        """The targets of a block in the order in which the model calls them: by group, those of experts by pool."""
-        targets = {target.name: target for target in self.walk.structure.block_targets(block.index)}
-        called: dict[str, None] = {}
-
-        def note(name: str):
-            return lambda *_: called.setdefault(name)
-
-        handles = [
-            block.walk.skeleton.get_submodule(target.linears[0]).register_forward_pre_hook(note(target.name))
-            for target in targets.values()
-        ]
-        with torch.no_grad():
-            block.run_on(self.walk.hidden, 0)
-        for handle in handles:
-            handle.remove()
-        stages: dict[str, list[Target]] = {}
-        for name in called:
-            stages.setdefault(targets[name].pool or targets[name].group, []).append(targets[name])
-        for target in targets.values():  # experts that no token of the batch was routed to
-            if target.pool in stages and target.name not in called:
-                stages[target.pool].append(target)
-        return list(stages.values())
+            everything = self.walk.processes.merged(made)
+            for target in stage:
+                if target.name in everything:
+                    fitted = made.get(target.name) or self._kept(target, everything[target.name])
+                    factors[target.name] = fitted
+                    replaced |= self._parameters(target, fitted)
+        if self.walk.processes.is_first:
+            self.finals.write(block.index, factors)
 
     def _targets_in(
         self, block: Block, stage: list[Target], replaced: Mapping[str, Tensor]
     ) -> Iterator[tuple[Target, Products]]:
-        """Yields the targets of a stage with the products of their inputs; experts without tokens are left out."""
+        """Yields the targets of a stage that this process fits, with the products of their inputs.
+
+        Experts without tokens are left out.
+        """
         if stage[0].pool is None:
             products = self._products(block, stage, replaced)
-            yield from ((target, products) for target in stage)
+            yield from ((target, products) for target in self._own(stage))
             return
         for part in parts_of(stage, {target.name: target.full_rank for target in stage}):
             of_experts = expert_products(block, part.targets, replaced)
-            yield from ((target, of_experts[target.name]) for target in part.targets if target.name in of_experts)
+            found = [target for target in part.targets if target.name in of_experts]
+            yield from ((target, of_experts[target.name]) for target in self._own(found))
+
+    def _own(self, targets: list[Target]) -> list[Target]:
+        """The targets that this process fits."""
+        return [targets[number] for number in self.walk.processes.own(list(map(cost, targets)))]
 
     def _products(self, block: Block, group: list[Target], replaced: Mapping[str, Tensor]) -> Products:
         """The products of a group over all batches of the two streams."""
@@ -172,12 +168,14 @@ class Sequential:
         leader = group[0]
         module = self.walk.skeleton.get_submodule(leader.linears[0])
         sums = Sums(leader.in_features, self.walk.device)
-        for number in range(len(self.walk.batches)):
-            dense = block.read(module, self.walk.hidden, number)
-            with tensors_replaced(self.walk.skeleton, replaced):
-                compressed = block.read(module, self.walk.compressed, number)
-            residual = self._residual(dense, compressed) if len(group) == 1 else None
-            sums.add(dense.inputs, compressed.inputs, residual)
+        for numbers in self.walk.text.rounds:
+            for number in numbers:
+                dense = read(block, module, self.walk.hidden, number)
+                with tensors_replaced(self.walk.skeleton, replaced):
+                    compressed = read(block, module, self.walk.compressed, number)
+                residual = self._residual(dense, compressed) if len(group) == 1 else None
+                sums.add(dense.inputs, compressed.inputs, residual)
+            sums.fold(self.walk.processes)
         products = sums.value()
         if not all(bool(torch.isfinite(product).all()) for product in (products.compressed_II, products.cross_II)):
             raise NumericalError(f"The inputs of {leader.name} have NaN or infinite values over the calibration text.")
@@ -246,21 +244,22 @@ class Sequential:
         metric_II = metric.to(self.walk.device, torch.float64)
         diagonal_II = torch.diag(metric_II.diagonal())
         unshrunk_II = (metric_II - recipe.shrinkage * diagonal_II) / (1 - recipe.shrinkage)
-        scale = self.walk.ids.numel() / self.num_dense_tokens
+        scale = self.num_tokens / self.num_dense_tokens
         share = recipe.sequential_shrinkage
         if target.pool is not None:  # few tokens: more of the Gram that has seen more, and others of the layer
             group = group_tokens(target.in_features)
             share = max(share, group / (products.num_tokens + group))
         return products.mixed_with(scale * unshrunk_II, share)
 
-    def _kept(self, target: Target, tensor: Tensor) -> Tensor:
-        """A tensor of a target, on disk where the weights of experts are."""
-        return on_disk(tensor, None if target.pool is None else self.walk.scratch)
+    def _kept(self, target: Target, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a target, on disk where the weights of experts are."""
+        folder = None if target.pool is None else self.walk.scratch
+        return {name: on_disk(tensor, folder) for name, tensor in tensors.items()}
 
     def _parameters(self, target: Target, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters with which a dense linear computes what its factors, or its fitted weight, would."""
         device, dtype = self.walk.device, self.walk.dtype
-        parameters = weights_by_name(target, self._kept(target, _product(tensors).to(device, dtype)))
+        parameters = self._kept(target, weights_by_name(target, _product(tensors).to(device, dtype)))
         if (bias_O := tensors.get("bias")) is not None:
             parts = target.split(bias_O.to(device, dtype)).items()
             parameters |= {f"{name}.bias": values for name, values in parts}
@@ -276,7 +275,8 @@ class Sequential:
         for number, batch in enumerate(self.walk.batches):
             with tensors_replaced(self.walk.skeleton, replaced), torch.no_grad():
                 output, written = block.run_on(self.walk.compressed, number)
-            require_finite(output, f"The output of the compressed block {block.index} ({block.name}), batch {number},")
+            where = f"block {block.index} ({block.name}), {self.walk.text.where(number)}"
+            require_finite(output, f"The output of the compressed {where}")
             self.walk.compressed.tensor[batch] = output.to("cpu", self.walk.dtype)
             self.walk.compressed.share(number, block.index, written)
         block.run()

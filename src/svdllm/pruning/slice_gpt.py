@@ -24,6 +24,7 @@ from svdllm.checkpoint.tensors import Tensors, num_params
 from svdllm.common.errors import InputError
 from svdllm.common.files import save_tensors
 from svdllm.models.norms import epsilon_of, scale_and_shift
+from svdllm.models.read import read
 from svdllm.models.residual import Half, Residual, find_residual
 from svdllm.models.walk import Block, Walk
 from svdllm.pruning.job import Job, Method
@@ -227,7 +228,7 @@ def _after_first(block: Block, halves: tuple[Half, ...]) -> Iterator[Tensor]:
     """The residual that the second norm reads, batch by batch."""
     norm = block.walk.skeleton.get_submodule(halves[1].norm)
     for number in range(len(block.walk.batches)):
-        yield block.read(norm, block.walk.hidden, number).inputs
+        yield read(block, norm, block.walk.hidden, number).inputs
 
 
 def _after_second(block: Block, first: Half) -> Iterator[Tensor]:

@@ -19,6 +19,7 @@ class Runtime:
     forms: tuple[str, ...]
 
 
+DEFAULT_RUNTIME = "transformers"
 RUNTIMES = {
     row.name: row
     for row in (

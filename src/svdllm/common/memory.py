@@ -57,7 +57,7 @@ def give_back_freed() -> None:
 
 def forget_peaks(device: torch.device) -> bool:
     """Lets ``peak_bytes`` and ``device_peak_bytes`` begin anew; False where the system cannot."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM

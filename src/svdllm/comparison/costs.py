@@ -39,7 +39,9 @@ def cost_notes(records: Sequence[Record]) -> list[str]:
         )
     if len({(speed["prompt"], str(speed["machine"])) for speed in measured}) > 1:
         lines.append("Not all speeds were measured on one machine with one prompt length: see report.json.")
-    return lines + [f"{name} has no speed: {speed['error']}." for name, speed in speeds if speed["error"] is not None]
+    return lines + [
+        f"{name} has no speed: {speed['error'].rstrip('.')}." for name, speed in speeds if speed["error"] is not None
+    ]
 
 
 def _time(record: Record) -> str:

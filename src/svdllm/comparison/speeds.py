@@ -9,7 +9,7 @@ from typing import Any
 
 from svdllm.checkpoint.load import load_model
 from svdllm.common.device import resolve_device, resolve_dtype
-from svdllm.common.errors import SvdllmError
+from svdllm.common.errors import as_ours, first_line
 from svdllm.common.memory import explain_out_of_memory
 from svdllm.common.progress import Reporter, SubReporter
 from svdllm.comparison.cells import Cells, Record
@@ -73,8 +73,8 @@ def _speed(cells: Cells, place: str | Path, reporter: Reporter) -> Record:
                 MODEL: load_model(place, **loading).to(device),  # type: ignore[arg-type]
             }
             found = benchmark_loaded(models, DENSE, settings, reporter=reporter)
-    except SvdllmError as error:
-        return _none(str(error))
+    except Exception as error:  # whatever it is, the other models shall be measured
+        return _none(str(as_ours(error) or f"{type(error).__name__}: {first_line(error)}"))
     of_dense, of_model = (cell.to_dict() for cell in found.cells)
     shape = {"prompt": of_model["prompt"], "gen": of_model["gen"], "machine": found.machine}
     return {"error": of_model["error"] or of_dense["error"], **shape, "dense": of_dense, MODEL: of_model}

@@ -213,7 +213,7 @@ def _outside(skeleton: PreTrainedModel, blocks: Sequence[str]) -> dict[str, Any]
     for name, module in skeleton.named_modules():
         if name.startswith(inside) or name in blocks or not any(True for _ in module.parameters(recurse=False)):
             continue
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) and module.embedding_dim == tokens.embedding_dim:
             embeddings.insert(0 if module is tokens else len(embeddings), name)
             continue
         kind = (
@@ -255,19 +255,25 @@ def _embeddings_given(skeleton: nn.Module, embeddings: Sequence[str], turn_DD: T
 def _require_turned_entry(
     skeleton: PreTrainedModel, structure: Structure, embeddings: Sequence[str], entered: Arguments
 ) -> None:
-    """Raises unless what enters the first block is linear in the embeddings, and turns with them."""
+    """Raises unless what enters the first block is linear in the embeddings, turns with them, and depends on each."""
+
+    def entry(names: Sequence[str], turn_DD: Tensor | None = None) -> Tensor:
+        with _embeddings_given(skeleton, names, turn_DD):
+            return _hidden(trial_pass(skeleton, structure.blocks, {}).arguments[0])
+
     states = _hidden(entered)
     vector_D = torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(0))
     vector_D /= vector_D.norm()
     turn_DD = 2 * (torch.eye(len(vector_D)) - 2 * vector_D[:, None] * vector_D)
-    with _embeddings_given(skeleton, embeddings, turn_DD):
-        turned = _hidden(trial_pass(skeleton, structure.blocks, {}).arguments[0])
-    if not torch.allclose(turned, states @ turn_DD, rtol=0.02, atol=0.02):
+    if not torch.allclose(entry(embeddings, turn_DD), states @ turn_DD, rtol=0.02, atol=0.02):
         raise _refused(
             skeleton,
             f"{structure.blocks[0]} is handed more than the sum of {' and '.join(embeddings)}, as where positions have "
             "no weights or a norm follows",
         )
+    for number, name in enumerate(embeddings[1:], start=1):
+        if torch.allclose(entry(embeddings[:number]), entry(embeddings[: number + 1])):
+            raise _refused(skeleton, f"{name} is an embedding that {structure.blocks[0]} is not handed")
 
 
 def _hidden(arguments: Arguments) -> Tensor:

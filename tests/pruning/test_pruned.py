@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from svdllm import (
     CheckpointError,
     InputError,
     Pruning,
+    ResourceError,
     UnsupportedModelError,
     export_dense,
     load_model,
@@ -148,6 +150,16 @@ def test_a_ratio_that_leaves_nothing_is_refused(method: str, ratio: float, text:
 def test_what_cannot_be_pruned_says_why(family: str, method: str, text: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=text):
         prune(tiny_model(family), settings(method, 0.2), tmp_path / "out", calibration=token_windows())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_memory_keeps_nothing_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any) -> Any:
+        raise MemoryError("no room")
+
+    monkeypatch.setitem(METHODS, "flap", replace(METHODS["flap"], prune=out_of_memory))
+    with pytest.raises(ResourceError, match=r"Nothing is kept, .* Lower --batch-tokens \(now 32\), --samples or --seqlen"):
+        prune(tiny_model("llama"), settings("flap", 0.2), tmp_path / "out", calibration=token_windows())
     assert not list(tmp_path.iterdir())
 
 

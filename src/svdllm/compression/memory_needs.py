@@ -95,7 +95,8 @@ def _backward_block(work: Workload) -> int:
     inputs = round(work.share * work.gradient_tokens) * work.hidden_size * work.dtype.itemsize
 
     def part(targets: Sequence[Target]) -> int:
-        lefts = sum(12 * target.out_features**2 for target in targets)
+        squares = [target.out_features**2 for target in targets]
+        lefts = max(8 * sum(squares) + 8 * max(squares), 12 * sum(squares))  # being shrunk, or written in float32
         return lefts + max(3 * _batch(work), _decomposition_of(work, targets) + 2 * _bases_of(work, targets))
 
     return work.block_bytes + inputs + max(map(part, work.parts))
@@ -132,7 +133,7 @@ def _fit(work: Workload, group: Sequence[Target]) -> int:
     copies = products if len(group) > 1 else 0
     weights = 8 * 4 * max(target.num_weights for target in group)
     fitted = (products + 8) * square + narrowing
-    return copies * square + weights + max(fitted, products * square + _decomposition_of(work, group, metrics=0))
+    return copies * square + weights + max(fitted, products * square + _decomposition_of(work, group, fitted=True))
 
 
 def _decomposition(work: Workload) -> int:
@@ -140,13 +141,16 @@ def _decomposition(work: Workload) -> int:
     return _decomposition_of(work, [target for target, _ in work.kinds])
 
 
-def _decomposition_of(work: Workload, targets: Sequence[Target], metrics: int = 2) -> int:
-    """The largest decomposition of some targets: a weight, its metric, and squares of its smaller side, in float64."""
+def _decomposition_of(work: Workload, targets: Sequence[Target], *, fitted: bool = False) -> int:
+    """The largest decomposition of some targets: a weight, its metric, and squares of its smaller side, in float64.
+
+    That of a fitted weight narrows nothing; its metric is counted with the fit.
+    """
     num_bits = len(bits_in(work.recipe.analysed_forms))
 
     def workspace(target: Target) -> int:
-        metric = metrics * target.in_features**2 if work.takes_grams else 0
-        narrowing = 2 * work.narrowed_width(target) ** 2
+        metric = 2 * target.in_features**2 if work.takes_grams and not fitted else 0
+        narrowing = 0 if fitted else 2 * work.narrowed_width(target) ** 2
         at_once = max(target.num_weights, min(WEIGHTS_AT_ONCE, num_bits * target.num_weights))
         rounding = BYTES_OF_A_WEIGHT * at_once if num_bits else 0
         return 8 * (2 * target.num_weights + max(4 * target.full_rank**2, narrowing) + metric) + rounding

@@ -106,12 +106,13 @@ def _probes(run: Run, subject: Subject, windows: TokenWindows, analysis: Analysi
     probes = analysis.read_probes(recipe.allocation)
     if {name: list(measured) for name, measured in probes.items()} != sizes:
         ids = probe_ids(windows.ids, probe_tokens(recipe, structure, subject.skeleton))
-        walk = subject.walk(ids, recipe, scratch=run.scratch(plan))
+        walk = subject.walk(ids, recipe, run.spill_file(plan), run.scratch(plan))
         walk.batch_tokens = ids.numel()
         probing = ALLOCATIONS[recipe.allocation].probing
         assert probing is not None
         walk.processes = run.processes
-        probes = probe(walk, analysis, sizes, probing.measure, run.reporter)
+        folder = run.work if plan.needs.hidden_states_on_disk else None
+        probes = probe(walk, analysis, sizes, probing.measure, run.reporter, folder)
         walk.close()
         if run.processes.is_first:
             analysis.write_probes(recipe.allocation, probes)

@@ -262,7 +262,9 @@ class Calibration:
             for targets in (part.targets, part.grouped)
         )
         statistics = collect_backward(block, replace(part, targets=weighed, grouped=grouped), left.statistic)
-        return {t.name: left.of(t, statistics[t.name].value(), self.recipe) for t in weighed if t.name in statistics}
+        return {
+            t.name: left.of(t, statistics.pop(t.name).value(), self.recipe) for t in weighed if t.name in statistics
+        }
 
     def _decompose(
         self,

@@ -71,7 +71,8 @@ def needs_of(
         num_outputs=num_outputs,
         processes=processes,
     )
-    on_disk = spill_hidden_states(work.hidden_states_bytes, hidden_states_limit, processes)
+    most = max(work.hidden_states_bytes, work.probe_streams_bytes)
+    on_disk = spill_hidden_states(most, hidden_states_limit, processes)
     work = replace(work, experts_on_disk=_spill_experts(work, on_disk))
     seconds, seconds_range = predicted_seconds(work)
     return RunNeeds(
@@ -143,7 +144,7 @@ def _disk_bytes(work: Workload, hidden_states_on_disk: bool) -> int:
     if work.gguf_bytes:
         needed += work.stored_bytes
     if hidden_states_on_disk:
-        needed += work.processes * work.hidden_states_bytes
+        needed += work.processes * max(work.hidden_states_bytes, work.probe_streams_bytes)
     if work.experts_on_disk:  # as they are; truncated, with their factors; or fitted, with theirs
         needed += work.processes * (3 if work.num_probes or is_sequential else 1) * work.experts_bytes
     return needed + work.num_outputs * work.written_bytes

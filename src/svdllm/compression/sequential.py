@@ -2,7 +2,7 @@
 
 Two streams of hidden states go through the blocks, one of the dense model and one of the compressed model. Within a
 block the groups are compressed in the order in which the model calls them: q, k, v; o; gate, up; down. Each linear is
-fitted to ``W* = W (beta K + (1 - beta) S') S'^-1`` in the metric of ``S'``, which corrects part of the error of the
+fitted to ``W* = W + beta W (X - X') X'^T S'^-1`` in the metric of ``S'``, which corrects part of the error of the
 linears before it. A linear whose output is added to the residual stream is fitted to ``W X + R``: ``R`` is what the
 dense stream has there and the compressed one lacks. A linear that stays dense becomes ``W*`` itself, which costs no
 parameters. A narrower MLP reads the features that the dense analysis kept, by the regression on them. The forms must be
@@ -29,7 +29,7 @@ from svdllm.compression.decompose import cost
 from svdllm.compression.expert_products import expert_products
 from svdllm.compression.few_tokens import group_tokens
 from svdllm.compression.forms import FORMS, bits_of
-from svdllm.compression.forms.bits import CODES, fitted_rounding, rounded_matrix
+from svdllm.compression.forms.bits import fitted_rounding, product_of
 from svdllm.compression.math.linalg import anchored, corrected_bias, factorise, output_spectrum
 from svdllm.compression.math.narrowing import narrowed_anchored, with_zeros
 from svdllm.compression.parts import parts_of
@@ -122,7 +122,7 @@ class Sequential:
             made: dict[str, dict[str, Tensor]] = {}
             for target, products in self._targets_in(block, stage, replaced):
                 weight_OI = weight_of(self.walk.skeleton, target)
-                if self._keeps_weight(target) and self.recipe.beta == 0 and products.residual is None:
+                if self._keeps_weight(target) and not products.lacks(self.recipe.beta):
                     continue
                 tensors = self._fit(target, weight_OI, products)
                 if self._corrects_bias(target):
@@ -150,8 +150,9 @@ class Sequential:
         Experts without tokens are left out.
         """
         if stage[0].pool is None:
-            products = self._products(block, stage, replaced)
-            yield from ((target, products) for target in self._own(stage))
+            products, own = self._products(block, stage, replaced), self._own(stage)
+            for target in own:
+                yield target, products if target is own[-1] else products.cloned()
             return
         for part in parts_of(stage, {target.name: target.full_rank for target in stage}):
             of_experts = expert_products(block, part.targets, replaced)
@@ -167,7 +168,9 @@ class Sequential:
         assert self.walk.compressed is not None
         leader = group[0]
         module = self.walk.skeleton.get_submodule(leader.linears[0])
-        sums = Sums(leader.in_features, self.walk.device)
+        alone = len(group) == 1 and leader.out_features < leader.in_features
+        fitted = (weight_of(self.walk.skeleton, leader), self.recipe.beta) if alone else None
+        sums = Sums(leader.in_features, self.walk.device, fitted)
         for numbers in self.walk.text.rounds:
             for number in numbers:
                 dense = read(block, module, self.walk.hidden, number)
@@ -177,7 +180,8 @@ class Sequential:
                 sums.add(dense.inputs, compressed.inputs, residual)
             sums.fold(self.walk.processes)
         products = sums.value()
-        if not all(bool(torch.isfinite(product).all()) for product in (products.compressed_II, products.cross_II)):
+        summed = products.compressed_II, products.difference_II, products.missing_OI
+        if not all(bool(torch.isfinite(product).all()) for product in summed):
             raise NumericalError(f"The inputs of {leader.name} have NaN or infinite values over the calibration text.")
         return products
 
@@ -201,55 +205,63 @@ class Sequential:
         return target.inner is not None and target.inner.side == "in"
 
     def _fit(self, target: Target, weight_OI: Tensor, products: Products) -> dict[str, Tensor]:
-        """Fits a target: ``svd_u`` and ``svd_v``, or ``weight`` with zeros for inner features that go; float64."""
+        """Fits a target: ``svd_u`` and ``svd_v``, or ``weight`` with zeros for inner features that go; float64.
+
+        The products are changed.
+        """
         if self._corrects_bias(target):
-            products = products.centred()
-        products = self._with_dense_grams(target, products).shrunk(self.recipe.shrinkage)
+            products.centre()
+        self._mix_in_dense_gram(target, products)
+        products.shrink(self.recipe.shrinkage)
+        missing_OI = products.missing(weight_OI, self.recipe.beta)
         left_OO = self.analysis.left_metric(target)
         left_OO = None if left_OO is None else left_OO.to(self.walk.device)
         try:
-            grams = products.compressed_II, products.cross_II, self.recipe.beta
-            star_OI = anchored(weight_OI, *grams, products.residual)
+            gram_II, rooted = products.compressed_II, missing_OI is not None and self._needs_root_only(target)
+            star_OI = anchored(weight_OI, gram_II, missing_OI, overwrite=rooted)
             if self._keeps_weight(target):
                 return {"weight": star_OI}
             chosen = self.forms[target.name]
             if (bits := bits_of(chosen)) is not None:
-                gram_II, dtype = products.compressed_II, self._source_dtype(target)
+                dtype = self._source_dtype(target)
                 (rounded,) = rounded_each(target, star_OI.float(), gram_II, [bits], dtype, chosen.size)
                 return fitted_rounding(rounded)
             if FORMS[chosen.form].curve == "correction":
-                gram_II, dtype, form = products.compressed_II, self._source_dtype(target), FORMS[chosen.form]
+                dtype, form = self._source_dtype(target), FORMS[chosen.form]
                 return corrected_target(target, star_OI.float(), gram_II, left_OO, form, chosen.size, dtype)
             if FORMS[chosen.form].of_mlps:
                 order_I = self.analysis.inner_order(target)
                 assert order_I is not None
                 kept_W = order_I[: chosen.size].to(weight_OI.device)
-                kept_OW = narrowed_anchored(weight_OI, *grams, kept_W, products.residual)
+                kept_OW = narrowed_anchored(weight_OI, gram_II, kept_W, missing_OI)
                 return {"weight": with_zeros(kept_OW, kept_W, len(order_I))}
-            left_OO = left_metric_of(target, star_OI, products.compressed_II, left_OO)
-            spectrum = output_spectrum(star_OI, products.compressed_II, chosen.size, left_gram_OO=left_OO)
+            measured_OI, metric_II = (star_OI @ gram_II.mT, None) if rooted else (star_OI, gram_II)
+            left_OO = left_metric_of(target, measured_OI, metric_II, left_OO)
+            spectrum = output_spectrum(measured_OI, metric_II, chosen.size, left_gram_OO=left_OO)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
         u_OR, v_RI = factorise(star_OI, spectrum, chosen.size)
         return {"svd_u.weight": u_OR, "svd_v.weight": v_RI}
 
+    def _needs_root_only(self, target: Target) -> bool:
+        """Whether a target is measured by ``W* L`` alone, where ``S' = L L^T``; a tall one would lose digits so."""
+        is_wide = target.out_features <= target.in_features
+        return self._keeps_weight(target) or (is_wide and FORMS[self.forms[target.name].form].curve == "truncation")
+
     def _source_dtype(self, target: Target) -> torch.dtype:
         return self.walk.weights.shape_and_dtype(f"{target.name}.weight")[1]
 
-    def _with_dense_grams(self, target: Target, products: Products) -> Products:
+    def _mix_in_dense_gram(self, target: Target, products: Products) -> None:
         """Mixes in the Gram of the dense calibration, which has seen more tokens: the fit adapts to few ones less."""
         recipe, metric = self.recipe, self.analysis.metric(target)
         if metric is None or recipe.shrinkage == 1 or recipe.bias_correction != self._corrects_bias(target):
-            return products
-        metric_II = metric.to(self.walk.device, torch.float64)
-        diagonal_II = torch.diag(metric_II.diagonal())
-        unshrunk_II = (metric_II - recipe.shrinkage * diagonal_II) / (1 - recipe.shrinkage)
+            return
         scale = self.num_tokens / self.num_dense_tokens
         share = recipe.sequential_shrinkage
         if target.pool is not None:  # few tokens: more of the Gram that has seen more, and others of the layer
             group = group_tokens(target.in_features)
             share = max(share, group / (products.num_tokens + group))
-        return products.mixed_with(scale * unshrunk_II, share)
+        products.mix_in(metric.to(self.walk.device), share, scale=scale, shrinkage=recipe.shrinkage)
 
     def _kept(self, target: Target, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of a target, on disk where the weights of experts are."""
@@ -259,7 +271,7 @@ class Sequential:
     def _parameters(self, target: Target, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters with which a dense linear computes what its factors, or its fitted weight, would."""
         device, dtype = self.walk.device, self.walk.dtype
-        parameters = self._kept(target, weights_by_name(target, _product(tensors).to(device, dtype)))
+        parameters = self._kept(target, weights_by_name(target, product_of(tensors).to(device, dtype)))
         if (bias_O := tensors.get("bias")) is not None:
             parts = target.split(bias_O.to(device, dtype)).items()
             parameters |= {f"{name}.bias": values for name, values in parts}
@@ -280,13 +292,3 @@ class Sequential:
             self.walk.compressed.tensor[batch] = output.to("cpu", self.walk.dtype)
             self.walk.compressed.share(number, block.index, written)
         block.run()
-
-
-def _product(tensors: Mapping[str, Tensor]) -> Tensor:
-    """The weight (``out x in``, float64) that factors multiply out to, or a fitted dense weight."""
-    if "weight" in tensors:
-        return tensors["weight"].double()
-    product_OI = rounded_matrix(tensors).double() if CODES in tensors else 0.0
-    if "svd_u.weight" not in tensors:
-        return product_OI  # type: ignore[return-value]
-    return product_OI + tensors["svd_u.weight"].double() @ tensors["svd_v.weight"].double()

@@ -273,6 +273,13 @@ class Workload:
         return (self.hidden_size + self.structure.shared_features) * self.dtype.itemsize
 
     @property
+    def probe_streams_bytes(self) -> int:
+        """Bytes of the hidden states of a process's probes and of the dense model, between two blocks."""
+        if not self.probe_tokens:
+            return 0
+        return (-(-sum(self.num_probes.values()) // self.processes) + 1) * self.probe_tokens * self.token_bytes
+
+    @property
     def hidden_states_bytes(self) -> int:
         """Bytes of the hidden states of a process's calibration tokens, between two blocks."""
         carried = max(self.tokens, 2 * self.sequential_tokens) if self.method.needs_tokens else 0

@@ -221,3 +221,13 @@ FACTOR = ".weight"  # how the names of factors end within a linear
 INTEGERS = tuple(map(_row, BITS))
 FACTORS_IN_BITS = (_factors_in_bits(PAIR, 8), _factors_in_bits(PACKED, 8))
 CORRECTED = tuple(_corrected(row) for row in INTEGERS if row.bits in (4, 3, 2))
+
+
+def product_of(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The weight (``out x in``, float64) that factors multiply out to, or a fitted dense weight."""
+    if "weight" in tensors:
+        return tensors["weight"].double()
+    product_OI = rounded_matrix(tensors).double() if CODES in tensors else 0.0
+    if "svd_u.weight" not in tensors:
+        return product_OI  # type: ignore[return-value]
+    return product_OI + tensors["svd_u.weight"].double() @ tensors["svd_v.weight"].double()

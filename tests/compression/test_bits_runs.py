@@ -211,6 +211,19 @@ def test_the_original_of_a_folder_of_ours_is_named(tmp_path: Path):
         svdllm.plan(folder, Recipe(target_size=10**6, **TEXT))
 
 
+def test_what_vllm_joins_has_one_form(tmp_path: Path):
+    result = _compressed(tmp_path, target_size=135_000, runtime="vllm")
+    forms = result.plan.forms
+    assert {chosen.form for chosen in forms.values()} == {"int8", "int4"}
+    for block in (0, 1):
+        for joined in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            assert len({forms.get(f"model.layers.{block}.{name}") for name in joined}) == 1
+    assert all("layers" in name for name in forms)
+    assert weight_bytes(result.output_dir).files == result.plan.file_bytes <= 135_000
+    assert result.plan.allocation.gap == 0
+    svdllm.verify(result.output_dir)
+
+
 def test_every_form_that_transformers_loads_is_considered(tmp_path: Path):
     result = _compressed(tmp_path, target_size=90_000, runtime="transformers", round_to=8)
     assert {"pair", "packed-int8", "int3", "int4-corrected"} <= set(result.recipe.used_forms)
@@ -229,3 +242,13 @@ def test_quantize_with_a_text_gives_all_linears_one_form(tmp_path: Path, tokeniz
     svdllm.verify(result.output_dir)
     with pytest.raises(InputError, match="expected one of 8, 6, 5, 4, 3, 2"):
         quantize_calibrated(tmp_path / "dense", tmp_path / "other", bits=7, **options)
+
+
+def test_what_has_no_form_in_few_bits_is_named(tmp_path: Path):
+    asked = Recipe(target_size=10**5, **TEXT)
+    for family, said in (("gpt2", "8 of 8 linears, such as transformer.h.0"), ("llama", None)):
+        dense = save_dense(tmp_path / family, family, **(WIDTHS if family == "llama" else {}))
+        (plan,) = svdllm.plan(dense, asked)
+        found = [warning for warning in plan.warnings if "few bits" in warning]
+        assert len(found) == (said is not None)
+        assert said is None or said in found[0]

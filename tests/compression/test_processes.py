@@ -70,13 +70,15 @@ def bytes_of(folder: Path) -> dict[str, str]:
     [
         ("qwen3_moe", RICH, (1, 2)),
         ("llama", RICH | {"ratio": (0.2, 0.4), "forms": ("pair", "packed", "narrow")}, (1, 4, 3)),
+        ("qwen2", RICH | {"target_size": 60_000, "forms": ("int8", "int4", "int3")}, (1, 2)),
     ],
-    ids=["mixture", "forms"],
+    ids=["mixture", "forms", "bits"],
 )
 def test_the_bytes_are_the_same_for_any_number_of_processes(
     family: str, settings: dict[str, Any], counts: tuple[int, ...], tmp_path: Path
 ) -> None:
-    model = save_dense(tmp_path / "dense", family)
+    wide = {"hidden_size": 64, "intermediate_size": 96} if "target_size" in settings else {}
+    model = save_dense(tmp_path / "dense", family, **wide)
     for count in counts:
         assert together(count, compress, model, tmp_path / f"by-{count}", settings) == [None] * count
     made = [bytes_of(tmp_path / f"by-{count}") for count in counts]

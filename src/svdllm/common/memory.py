@@ -55,6 +55,17 @@ def give_back_freed() -> None:
         trim(0)
 
 
+def forget_peaks(device: torch.device) -> bool:
+    """Lets ``peak_bytes`` and ``device_peak_bytes`` begin anew; False where the system cannot."""
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
+    except OSError:
+        return False
+    return True
+
+
 def available_bytes() -> int | None:
     """Memory that is free without swapping, within a container's limit; None where the system does not report it."""
     found = []

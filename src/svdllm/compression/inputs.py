@@ -8,7 +8,7 @@ from torch import Tensor
 
 from svdllm.common.errors import InputError
 from svdllm.common.run_options import RunOptions
-from svdllm.compression.plan import calibration_warnings
+from svdllm.compression.plan_warnings import calibration_warnings
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.records import Provenance
 from svdllm.compression.session import Run

@@ -19,12 +19,17 @@ WORKING_BYTES = 120 * 2**20
 # H200), and what its driver takes of the RAM (150 to 180 MB).
 GPU_WORKING_BYTES = GPU_RAM_BYTES = 256 * 2**20
 
+# Of a process that shares the run: connections to the others, and memory that the pieces of their sums leave in pieces
+# (120 MB beside a model of 135M parameters).
+CONNECTED_BYTES = 128 * 2**20
+
 DEQUANTIZING_BYTES = 24  # per weight: codes, zero points, scales and products in 32 bits, and slack
 
 
 def ram_by_stage(work: Workload, hidden_states_on_disk: bool) -> dict[str, int]:
     """Peak bytes of RAM of every stage that the run has; ``now`` is what the process has already."""
     base = resident_bytes() + WORKING_BYTES + (0 if work.on_cpu else GPU_RAM_BYTES) + _dequantizing(work)
+    base += CONNECTED_BYTES if work.processes > 1 else 0
     hidden = 0 if hidden_states_on_disk else work.hidden_states_bytes
     probes = 3 * work.probe_tokens * work.token_bytes if hidden_states_on_disk else work.probe_streams_bytes
     shard = max(min(SHARD_BYTES, tensor_bytes(work.written)), work.largest_tensor_bytes)

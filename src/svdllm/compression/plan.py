@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 from svdllm.common.errors import InputError
 from svdllm.compression.forms import rank_of
 from svdllm.compression.forms.layout import params
-from svdllm.compression.math.metrics import METHODS
 from svdllm.compression.needs import RunNeeds, needs_of
-from svdllm.compression.probe import probe_sizes, probe_tokens
+from svdllm.compression.plan_warnings import plan_warnings
 from svdllm.compression.ranks import ALLOCATIONS, Allocation, Evidence
 from svdllm.compression.ranks.budget import choose_forms, require_places
 from svdllm.compression.ranks.linear_times import LinearTimes, Speed
@@ -235,10 +234,7 @@ def make_plan(
             hidden_states_limit=hidden_states_limit,
             processes=processes,
         ),
-        warnings=[
-            *calibration_warnings(subject, recipe, recipe.samples * recipe.seqlen),
-            *_larger_than_source(sizes, source.quantization),
-        ],
+        warnings=plan_warnings(subject, recipe, sizes),
     )
 
 
@@ -265,36 +261,3 @@ def _allocate(
     files = files_for(subject, recipe)
     allocation = choose_forms(recipe, subject.structure, files, evidence)
     return allocation, sizes_of(subject, recipe, files, allocation.forms, forms_known=forms_known)
-
-
-def _larger_than_source(sizes: Sizes, source: QuantizedSource | None) -> list[str]:
-    """Warns of a compressed model that is larger than the quantised files it is made of."""
-    if source is None or source.file_bytes is None or sizes.final_file_bytes <= source.file_bytes:
-        return []
-    return [
-        f"The compressed model has {sizes.final_file_bytes / 1e9:,.2f} GB, the {source.method} source only "
-        f"{source.file_bytes / 1e9:,.2f} GB: factors have 16 bits. Remove more, or quantise the result (--target-size "
-        "with --factor-bits)."
-    ]
-
-
-def calibration_warnings(subject: Subject, recipe: Recipe, num_tokens: int) -> list[str]:
-    """Warns of too little calibration text for the Grams, or for probing."""
-    warnings = []
-    widest = max(subject.structure.targets, key=lambda target: target.in_features)
-    if METHODS[recipe.method].collects_gram and num_tokens < widest.in_features:
-        warnings.append(
-            f"Only {num_tokens:,} calibration tokens ({recipe.samples} x {recipe.seqlen}), fewer than the widest input "
-            f"has features ({widest.in_features:,}, {widest.name}): its Gram is singular and the result fits these "
-            f"tokens only. Use at least {widest.in_features:,} tokens, better ten times as many."
-        )
-    structure, skeleton = subject.structure, subject.skeleton
-    probing = ALLOCATIONS[recipe.allocation].probing
-    if probing is not None and (probed := probe_tokens(recipe, structure, skeleton)) < probing.least_tokens:
-        tried = sum(map(len, probe_sizes(recipe, structure).values()))
-        warnings.append(
-            f"Allocation {recipe.allocation} measures the loss of {tried:,} truncations on {probed:,} tokens only: "
-            "chance has a part in which it takes. Use more --samples or --probe-share (now "
-            f"{recipe.probe_share}){probing.advice}."
-        )
-    return warnings

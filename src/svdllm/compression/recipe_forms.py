@@ -99,6 +99,17 @@ class FormsChoice(Budget, MethodChoice):
         return self
 
     @property
+    def joins(self) -> bool:
+        """Whether linears that read the same tensor get one form, as the runtime needs them."""
+        return self.runtime is not None and RUNTIMES[self.runtime].joins
+
+    @property
+    def stores_vocabulary(self) -> bool:
+        """Whether embedding and head may be in few bits."""
+        loads = self.runtime is None or RUNTIMES[self.runtime].vocabulary
+        return loads and bool(bits_in(self.analysed_forms))
+
+    @property
     def truncates(self) -> bool:
         """Whether linears may be truncated to a rank."""
         return any(FORMS[name].curve == "truncation" for name in self.analysed_forms)

@@ -96,6 +96,7 @@ def open_run(
     calibration: Any = None,
     tokenizer: Any = None,
     resume: bool = True,
+    goes_on: bool = True,
     hidden_states_limit: int | None = None,
     analysis_dir: str | Path | None = None,
     statistics_dir: str | Path | None = None,
@@ -118,7 +119,10 @@ def open_run(
     if any(in_bits(FORMS[name]) for name in recipe.analysed_forms):
         require_extra("compressed_tensors", "A model in few bits", extra="quantize", instead=IN_SOURCE_DTYPE)
     output = Output.at(output_dir)
-    with _taken(output, processes, options.reporter), _cleaning_up(output.work, recipe.batch_tokens, processes):
+    with (
+        _taken(output, processes, options.reporter),
+        _cleaning_up(output.work, recipe.batch_tokens, processes, goes_on),
+    ):
         with options.reporter.stage("open", 1):
             source = open_config(model, offline=options.offline, revision=options.revision)
         run = Run(
@@ -209,16 +213,12 @@ def _refuse_other_recipe(run: Run) -> None:
 
 
 @contextmanager
-def _cleaning_up(work: Path, batch_tokens: int, processes: Processes) -> Iterator[None]:
+def _cleaning_up(work: Path, batch_tokens: int, processes: Processes, goes_on: bool) -> Iterator[None]:
     """Leaves nothing behind when a run fails, unless there is work worth going on with."""
     new = not work.exists()
-    goes_on = "Finished blocks are kept: the same command goes on with them"
-    advice = (
-        f"{goes_on} when there is more memory. To start over with less, use --no-resume and lower --batch-tokens (now "
-        f"{batch_tokens}) or --samples; `svdllm plan` tells what a run needs."
-    )
+    memory, disk = _advice(batch_tokens) if goes_on else _advice_from_the_start(batch_tokens)
     try:
-        with explain_out_of_memory(advice), explain_full_disk(work, f"{goes_on}."):
+        with explain_out_of_memory(memory), explain_full_disk(work, disk):
             yield
     except SvdllmError as error:
         processes.stopped(error)
@@ -230,3 +230,19 @@ def _cleaning_up(work: Path, batch_tokens: int, processes: Processes) -> Iterato
         elif isinstance(error, ResourceError):
             remove_scratch(work)
         raise
+
+
+def _advice(batch_tokens: int) -> tuple[str, str]:
+    """What to do when memory, and when the disk, did not suffice for a run that keeps finished blocks."""
+    kept = "Finished blocks are kept: the same command goes on with them"
+    return (
+        f"{kept} when there is more memory. To start over with less, use --no-resume and lower --batch-tokens (now "
+        f"{batch_tokens}) or --samples; `svdllm plan` tells what a run needs.",
+        f"{kept}.",
+    )
+
+
+def _advice_from_the_start(batch_tokens: int) -> tuple[str, str]:
+    """The same for a run that keeps nothing."""
+    nothing = "Nothing is kept, and the same command begins anew."
+    return f"{nothing} Lower --batch-tokens (now {batch_tokens}), --samples or --seqlen to need less.", nothing

@@ -16,7 +16,7 @@ from svdllm.common.device import resolve_device, resolve_dtype
 from svdllm.common.errors import InputError, UnsupportedModelError
 from svdllm.common.processes import ALONE, Processes
 from svdllm.common.run_options import RunOptions
-from svdllm.compression.forms import FORMS, bits_in, factors_of, in_bits
+from svdllm.compression.forms import FORMS, factors_of, in_bits
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.recipe_forms import IN_SOURCE_DTYPE
 from svdllm.compression.rounded_sources import require_unrounded
@@ -135,7 +135,7 @@ def structure_for(skeleton: PreTrainedModel, recipe: Recipe) -> Structure:
         structure = with_joint_keys_and_values(structure)
     if recipe.bias_correction:
         structure = bias_corrected(structure)
-    if bits_in(recipe.analysed_forms):
+    if recipe.stores_vocabulary:
         outside = vocabulary_targets(skeleton)
         kept = tuple(t for t in outside if not any(map(t.matched_by, recipe.ignore)))
         structure = replace(structure, vocabulary=kept)

@@ -176,7 +176,7 @@ def test_no_directions_and_no_finite_number():
     assert alone.basis_ND.shape == (SIZE, 0)
     expected = eigenpairs(weight_OI, gram, SIZE, torch.float64).energies_N
     torch.testing.assert_close(alone.energies_N, expected, rtol=0, atol=1e-14 * float(expected[0]))
-    with pytest.raises(torch.linalg.LinAlgError):
+    with pytest.raises(torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
         eigenpairs(torch.full((SIZE, SIZE), math.nan), gram, SIZE, torch.float32)
 
 

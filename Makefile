@@ -1,7 +1,8 @@
-# make demo | test | test-fast | families | models-page | test-newest | test-oldest | lint | docs | clean. Another interpreter: make test PYTHON=python3.12
+# make demo | test | test-fast | families | report | models-page | test-newest | test-oldest | lint | docs | clean. Another interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
 WORKERS ?= 2
 TESTS ?= tests
+OUTPUT ?= build/record
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +21,7 @@ OLDEST_EXTRAS := data,eval,gguf,quantize,quantized-sources,recover,report,serve,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast families models-page newest test-newest test-oldest lint docs clean
+.PHONY: help demo test test-fast families report models-page newest test-newest test-oldest lint docs clean
 
 help:
 	@echo "make demo         compress SmolLM2-135M-Instruct and compare it with the dense model"
@@ -29,6 +30,7 @@ help:
 	@echo "make test-newest  run the fast tests with the newest versions of all packages but torch"
 	@echo "make test-oldest  run the fast tests with the lower bounds of pyproject.toml, torch apart"
 	@echo "make families     run svdllm on a tiny model of every causal LM type of transformers, and print a table"
+	@echo "make report       the whole record of a model: MODEL=... CALIB=text TEXTS='text text' OPTIONS='...'"
 	@echo "make models-page  write docs/models.md: what is reached of models that people use, by their published shapes"
 	@echo "make lint         ruff and pyright, as pre-commit runs them"
 	@echo "make docs         build the documentation as a site, build/site/index.html; fails on a broken link"
@@ -46,6 +48,10 @@ test-fast: $(VENV)/.installed-dev
 
 families: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py --output build/families
+
+# A killed run goes on with the same command. What else there is: python benchmarks/record.py --help
+report: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/record.py '$(MODEL)' -o '$(OUTPUT)' --calib '$(CALIB)' $(TEXTS:%=--ppl '%') $(OPTIONS)
 
 models-page: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/named_models.py --page docs/models.md

@@ -90,6 +90,8 @@ def test_cells_are_what_runs_of_their_own_make(made: Any, place: Path, tmp_path:
     without_times = ({**row, "seconds": 0} for row in cells["svd-llm 0.5"]["linears"])
     assert list(without_times) == [{**row, "seconds": 0} for row in reported]
     assert cells["dense"]["params"] > cells["svd 0.3"]["params"] > cells["svd 0.5"]["params"]
+    row, dense = (cells[name]["perplexity"][str(place / "text.txt")] for name in ("svd-llm 0.5", "dense"))
+    assert row["log_ratio"] == pytest.approx(math.log(row["perplexity"] / dense["perplexity"]), rel=1e-6)
 
 
 def test_trained_cells_begin_with_the_untrained_model(made: Any, place: Path) -> None:
@@ -301,7 +303,12 @@ def test_the_report_is_one_page_without_a_network(made: Any, tmp_path: Path) -> 
     page, markdown, document = written(grid, records, tmp_path)
     assert all(source.startswith("data:") for source in re.findall(r'(?:src|href)="([^"]*)"', page))
     assert "http" not in re.sub(r'"data:[^"]*"', "", page)
-    assert document["cells"] == records
+    rows = [row for record in records for row in record["perplexity"].values()]
+    assert {len(row["window_nll"]) for row in rows} == {6}
+    short = [{key: value for key, value in row.items() if key != "window_nll"} for row in rows]
+    assert [row for cell in document["cells"] for row in cell["perplexity"].values()] == short
+    assert [cell | {"perplexity": 0} for cell in document["cells"]] == [r | {"perplexity": 0} for r in records]
+    assert "text.txt, ln(ppl / dense) ↓" in markdown
     for record in records:
         shown = perplexity_text(next(iter(record["perplexity"].values()))["perplexity"])
         assert shown in page

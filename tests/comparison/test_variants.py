@@ -130,7 +130,8 @@ def test_a_model_with_its_own_tokenizer_is_compared_by_bytes_of_text(place: Path
         assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) * (6 * 16) / letters, rel=1e-5)
         assert found["bits_per_byte_stderr"] > 0
     markdown = pages(grid, records, tmp_path / "r")[1]
-    assert "text.txt ↓ | text.txt, bits per byte ↓ |" in markdown
+    assert "text.txt ↓ | text.txt, ln(ppl / dense) ↓ | text.txt, bits per byte ↓ |" in markdown
+    assert "log_ratio" not in records[2]["perplexity"][str(text)]
     row = next(line for line in markdown.splitlines() if "| other" in line)
     assert f"{records[2]['perplexity'][str(text)]['bits_per_byte']:.3f}" in row
     assert "perplexity by token does not compare" in markdown

@@ -80,6 +80,8 @@ def test_agrees_with_one_prefix_at_a_time(llama):
     assert result.mean_nll == pytest.approx(math.fsum(flat) / len(flat), rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(math.fsum(flat) / len(flat)), rel=1e-6)
     assert result.perplexity > VOCABULARY / 2
+    assert result.window_nll == pytest.approx([math.fsum(window) / len(window) for window in losses], rel=1e-6)
+    assert "window_nll" not in result.to_dict()
 
 
 def test_uniform_model_has_the_perplexity_of_its_vocabulary():

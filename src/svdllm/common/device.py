@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import re
+from pathlib import Path
+
 import torch
 
 from svdllm.common.errors import InputError
@@ -17,6 +21,11 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "," in name:
+        raise InputError(
+            f"--device {name}: a process computes on one device. For several, start one process for each: torchrun "
+            f"--nproc-per-node {name.count(',') + 1} -m svdllm compress ... --device cuda."
+        )
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -26,6 +35,15 @@ def resolve_device(name: str) -> torch.device:
     if device.type in ("meta", "mps"):
         raise InputError(f"--device {name!r} has no float64, which decompositions need; use cpu or cuda.")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """Names the GPU or the processor, as its maker does."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def resolve_dtype(name: str, device: torch.device, source_dtype: torch.dtype) -> torch.dtype:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from svdllm.common.device import resolve_device
 from svdllm.common.run_options import RunOptions
+from svdllm.comparison.paired import WINDOW_NLL
 from svdllm.comparison.settings import Measures
 from svdllm.data.tokens import encode
 from svdllm.evaluation.bytes import bits_per_byte, bytes_per_token
@@ -47,7 +48,9 @@ def measure(
         reporter=options.reporter,
     )
     rows = {
-        text: row.to_dict() | bits_per_byte(row, bytes_per_token(row.measured(ids[text]), model.tokenizer))
+        text: row.to_dict()
+        | bits_per_byte(row, bytes_per_token(row.measured(ids[text]), model.tokenizer))
+        | {WINDOW_NLL: list(row.window_nll)}
         for text, row in found.perplexity.items()
     }
     record: dict[str, Any] = {"params": found.params, "weight_bytes": found.weight_bytes, "perplexity": rows}

@@ -13,7 +13,10 @@ import transformers
 
 from svdllm.common.files import write_atomically
 from svdllm.common.version import __version__
+from svdllm.comparison.costs import cost_notes, cost_table
 from svdllm.comparison.figures import Figure, figures_of
+from svdllm.comparison.machines import of_one_machine
+from svdllm.comparison.paired import WINDOW_NLL
 from svdllm.comparison.settings import Grid
 from svdllm.comparison.studies import Study
 from svdllm.comparison.table import Column, Entry, Group, columns_of, groups_of, has_own_tokenizer
@@ -89,6 +92,11 @@ class GridReport:
                 f"Perplexity by the protocol {described[0]['protocol']}: {described[0]['description']}. ± is the "
                 "standard error over windows."
             )
+        if any("log_ratio" in row for row in described):
+            lines.append(
+                "ln(ppl / dense): the mean difference of a window's loss from the dense model's, in nats per token; ± "
+                "is its standard error over windows, in which the difficulty of the text cancels."
+            )
         if any(map(has_own_tokenizer, self.records)):
             lines.append(
                 "Models with a tokenizer of their own: perplexity by token does not compare, bits per byte of text do. "
@@ -106,6 +114,8 @@ class GridReport:
         if measures.tasks:
             limit = "all examples" if measures.limit is None else f"the first {measures.limit} examples"
             lines.append(f"Tasks: lm-evaluation-harness, {limit} of each; ± is the harness's standard error.")
+        if (machine := self._timed[1]) is not None:
+            lines.append(f"Models were made on several machines. Times are those of {machine} only.")
         calibrations = [variant.calibration for variant in self.grid.variants]
         lines += dict.fromkeys(f"Calibration: {text}." for text in calibrations if text is not None)
         if self.baselines:
@@ -117,14 +127,27 @@ class GridReport:
 
     @property
     def times(self) -> dict[str, dict[str, float]]:
-        """Seconds by variant and stage, at the ratio for which calibration was done."""
+        """Seconds by variant and stage, at the ratio for which calibration was done, on one machine."""
         times: dict[str, dict[str, float]] = {}
-        for record in self.records:
-            if record["status"] == "done" and record["variant"]:
-                found = _stages(record)
-                if sum(found.values()) > sum(times.get(record["variant"], {}).values()):
-                    times[record["variant"]] = found
+        for record in self._timed[0]:
+            found = _stages(record)
+            if sum(found.values()) > sum(times.get(record["variant"], {}).values()):
+                times[record["variant"]] = found
         return times
+
+    @property
+    def _timed(self) -> tuple[list[Record], str | None]:
+        """The models whose times compare, and their machine if others were made on another one."""
+        return of_one_machine(record for record in self.records if record["status"] == "done" and record["variant"])
+
+    @property
+    def costs(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Headings and rows: time and memory of making each model, and its speed."""
+        return cost_table(self.records)
+
+    @property
+    def cost_notes(self) -> list[str]:
+        return cost_notes(self.records)
 
     @property
     def generations(self) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -159,7 +182,7 @@ class GridReport:
             "command": self.command,
             "versions": self.versions,
             "measures": self.grid.measures.to_dict(),
-            "cells": [_without_harness(record) for record in self.records],
+            "cells": [_shortened(record) for record in self.records],
         }
 
 
@@ -191,8 +214,11 @@ def _template(name: str) -> Any:
     return environment.from_string(text)
 
 
-def _without_harness(record: Record) -> Record:
-    """Leaves out the harness's own document, which is in the cell."""
+def _shortened(record: Record) -> Record:
+    """Leaves out the harness's own document and the loss of every window, which are in the cell."""
+    if "perplexity" in record:
+        rows = {text: {k: v for k, v in row.items() if k != WINDOW_NLL} for text, row in record["perplexity"].items()}
+        record = record | {"perplexity": rows}
     if "tasks" not in record:
         return record
     left_out = ("harness", "model")  # long; and where the model was while it was measured

@@ -81,7 +81,8 @@ def columns_of(records: Sequence[Record]) -> list[Column]:
     }
     accuracies = [task for task, score in scores.items() if score["main"]["name"] == "acc"]
     others = [task for task in scores if task not in accuracies]
-    columns = _perplexities(texts, by_bytes=any(map(has_own_tokenizer, records)))
+    compared = [text for text in texts if any(_log_ratio(record, text) for record in records)]
+    columns = _perplexities(texts, compared, by_bytes=any(map(has_own_tokenizer, records)))
     columns += [_task(task, scores[task], None) for task in accuracies]
     if len(accuracies) > 1:
         columns.append(
@@ -96,8 +97,8 @@ def columns_of(records: Sequence[Record]) -> list[Column]:
     return columns + [_task(task, scores[task], _difference) for task in others]
 
 
-def _perplexities(texts: Iterable[str], *, by_bytes: bool) -> list[Column]:
-    """Perplexity on every text, and bits per byte where tokenizers differ."""
+def _perplexities(texts: Iterable[str], compared: Iterable[str], *, by_bytes: bool) -> list[Column]:
+    """Perplexity on every text, beside the dense model's if ``compared``, and bits per byte where tokenizers differ."""
     names = text_names(texts)
     columns = [
         Column(
@@ -109,6 +110,15 @@ def _perplexities(texts: Iterable[str], *, by_bytes: bool) -> list[Column]:
             by_token=True,
         )
         for text in texts
+    ]
+    columns += [
+        Column(
+            title=f"{names[text]}, ln(ppl / dense)",
+            lower_is_better=True,
+            of=lambda record, text=text: _log_ratio(record, text),
+            show=_share,
+        )
+        for text in compared
     ]
     if by_bytes:
         columns += [
@@ -216,6 +226,12 @@ def _row(record: Record, columns: Sequence[Column], place: float) -> Row:
 def _perplexity(record: Record, text: str) -> Measurement | None:
     found = record.get("perplexity", {}).get(text)
     return None if found is None else Measurement(value=found["perplexity"], stderr=found["stderr"])
+
+
+def _log_ratio(record: Record, text: str) -> Measurement | None:
+    found = record.get("perplexity", {}).get(text, {})
+    value = found.get("log_ratio")
+    return None if value is None else Measurement(value=value, stderr=found["log_ratio_stderr"])
 
 
 def _bits_per_byte(record: Record, text: str) -> Measurement | None:

@@ -29,6 +29,15 @@ class Decomposed(NamedTuple):
     seconds: dict[str, float]
 
 
+def cost(target: Target) -> float:
+    """Work of a decomposition, in operations: the eigenvectors of the smaller side, and the products with the metrics.
+
+    It compares targets with each other, so that they are shared evenly among processes.
+    """
+    rows, columns, rank = target.out_features, target.in_features, target.full_rank
+    return 10.0 * rank**3 + 2 * rank * columns * (rank + columns) + (rows > columns) * 4 * rows * columns * columns
+
+
 def decompose(
     block: Block,
     targets: list[Target],

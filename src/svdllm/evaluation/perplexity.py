@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Perplexity:
     num_tokens: predicted tokens.
     protocol: its name, see ``svdllm.evaluation.windows``; ``description`` describes it in words.
     begins_with_bos: whether the tokenizer put a BOS at the start of the text; None if this is not known.
+    window_nll: mean negative log likelihood of each window, in nats; not in the dictionary.
     """
 
     perplexity: float
@@ -53,9 +54,10 @@ class Perplexity:
     description: str
     begins_with_bos: bool | None
     seconds: float
+    window_nll: tuple[float, ...] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "window_nll"}
 
     def measured(self, token_ids: Tensor) -> Tensor:
         """The part of a text's ids (``num_tokens``) that the windows cover."""
@@ -202,5 +204,6 @@ def _record(sums_N: Tensor, counts_N: Tensor, **what: Any) -> Perplexity:
         mean_nll=mean.item(),
         num_tokens=tokens,
         num_windows=windows,
+        window_nll=tuple((sums_N / counts_N).tolist()),
         **what,
     )

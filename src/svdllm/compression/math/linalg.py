@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from svdllm.compression.math.eigenpairs import eigenpairs
-from svdllm.compression.math.symmetric import symmetric_product
+from svdllm.compression.math.symmetric import cholesky_in_place, symmetric_product
 
 # Directions below this share of the leading energy get the scale of this share. The data never excites them, and an
 # unbounded 1/scale would only cost range in half precision. The product of the factors does not change.
@@ -142,14 +142,19 @@ def shrunk_to_diagonal(gram: Tensor | None, amount: float) -> Tensor | None:
     """``(1 - a) C + a diag(C)``: less trust in correlations that the calibration text happens to have."""
     if gram is None or gram.ndim == 1 or amount == 0:
         return gram
-    return (1 - amount) * gram + amount * torch.diag(gram.diagonal())
+    shrunk = (1 - amount) * gram
+    shrunk.diagonal().copy_(gram.diagonal())
+    return shrunk
 
 
 def shrunk_to_mean(gram_OO: Tensor, amount: float) -> Tensor:
     """``(1 - a) G + a tr(G)/d I``, scaled to a mean diagonal of 1; the identity if ``G`` is zero."""
     mean = gram_OO.diagonal().mean()
-    identity_OO = torch.eye(len(gram_OO), dtype=gram_OO.dtype, device=gram_OO.device)
-    return identity_OO if mean <= 0 else (1 - amount) / mean * gram_OO + amount * identity_OO
+    if mean <= 0:
+        return torch.eye(len(gram_OO), dtype=gram_OO.dtype, device=gram_OO.device)
+    shrunk_OO = (1 - amount) / mean * gram_OO
+    shrunk_OO.diagonal().add_(amount)
+    return shrunk_OO
 
 
 def without_zeros(values: Tensor) -> Tensor:
@@ -183,29 +188,28 @@ def corrected_bias(
     return bias if bias_O is None else bias + bias_O.double()
 
 
-def anchored(
-    weight_OI: Tensor, gram_II: Tensor, cross_II: Tensor, beta: float, residual_OI: Tensor | None = None
-) -> Tensor:
-    """``W* = (W (beta K + (1 - beta) S') + R X'^T) S'^-1``, float64: what to approximate on the compressed stream.
+def anchored(weight_OI: Tensor, gram_II: Tensor, missing_OI: Tensor | None, *, overwrite: bool = False) -> Tensor:
+    """``W* = W + M X'^T S'^-1``, float64: what to approximate on the compressed stream.
 
-    ``S' = X' X'^T`` is the Gram of the inputs that the compressed blocks before this one make of the text, and
-    ``K = X X'^T`` their product with the inputs of the dense model. For ``beta`` 1, ``W* X'`` is the regression that
-    comes nearest to the dense outputs ``W X`` (AA-SVD). For ``beta`` 0, ``W*`` is ``W``.
+    ``S' = X' X'^T`` is the Gram of the inputs that the compressed blocks before this one make of the text, and ``M`` is
+    what the outputs ``W X'`` lack. For ``M = W (X - X')``, ``W* X'`` is the regression that comes nearest to the
+    outputs ``W X`` of the dense model (AA-SVD).
 
     Args:
-        residual_OI: ``R X'^T``, where ``R`` is to be added to the outputs; nothing by default.
+        missing_OI: ``M X'^T``; nothing for None.
+        overwrite: makes ``gram_II`` the transposed Cholesky factor of ``S'``, if there is anything missing.
 
     Raises:
         torch.linalg.LinAlgError: ``S'`` is not positive definite; shrink it.
     """
     weight_OI = weight_OI.double()
-    if beta == 0 and residual_OI is None:
+    if missing_OI is None:
         return weight_OI
-    root_II = torch.linalg.cholesky(gram_II)
-    difference_OI = beta * (weight_OI @ (cross_II - gram_II))
-    if residual_OI is not None:
-        difference_OI += residual_OI
-    return weight_OI + torch.cholesky_solve(difference_OI.mT, root_II).mT
+    root_II, found = cholesky_in_place(gram_II if overwrite else gram_II.clone())
+    if not found:
+        raise torch.linalg.LinAlgError("the Gram of the inputs is not positive definite")  # pyright: ignore[reportPrivateImportUsage]
+    half_IO = torch.linalg.solve_triangular(root_II, missing_OI.mT, upper=False)
+    return weight_OI + torch.linalg.solve_triangular(root_II.mT, half_IO, upper=True).mT
 
 
 def _balancing_scales(weight_OI: Tensor, energies_K: Tensor) -> Tensor:

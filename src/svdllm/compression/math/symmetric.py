@@ -36,6 +36,17 @@ def symmetric_product(left_NM: Tensor, right_MN: Tensor) -> Tensor:
     return product_NN
 
 
+def cholesky_in_place(matrix_NN: Tensor) -> tuple[Tensor, bool]:
+    """The lower Cholesky factor of a contiguous symmetric matrix, in its memory, and whether there is one.
+
+    LAPACK wants columns that are contiguous, which the rows of a symmetric matrix are.
+    """
+    root_NN = matrix_NN.mT
+    info = torch.empty((), dtype=torch.int32, device=matrix_NN.device)
+    torch.linalg.cholesky_ex(root_NN, out=(root_NN, info))
+    return root_NN, not info.item()
+
+
 def upper_panels(left_NM: Tensor, right_MN: Tensor, buffer: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
     """Computes the upper triangle of a symmetric product in panels.
 

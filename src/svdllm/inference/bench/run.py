@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from svdllm.checkpoint.load import load_model
-from svdllm.common.device import resolve_device, resolve_dtype
+from svdllm.common.device import device_name, resolve_device, resolve_dtype
 from svdllm.common.errors import InputError
 from svdllm.common.memory import explain_out_of_memory, parameter_bytes
 from svdllm.common.progress import Reporter
@@ -131,7 +129,7 @@ def machine_facts(model: PreTrainedModel) -> dict[str, Any]:
     """Records what speed depends on beside the model and the settings."""
     on_cuda = model.device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(model.device) if on_cuda else _processor(),
+        "device": device_name(model.device),
         "device_type": model.device.type,
         "threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
@@ -171,9 +169,3 @@ def _threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
-    return found[1] if found else platform.processor() or platform.machine()

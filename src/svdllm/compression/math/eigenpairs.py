@@ -27,12 +27,17 @@ LEAST_SIZE = 1024
 # Shares of the channels and directions that are taken out, and the size of the subspace over the number of directions.
 CHANNELS, DIRECTIONS, OVERSAMPLING = 1 / 64, 1 / 16, 1.5
 ITERATIONS = 2
+LEAST_CHANNELS = 64
 # Share of the directions that are rotated in float64 after eigh.
 ROTATED = 3 / 16
 # Least energy, over the common level, that float32 resolves, and the share of all energy that need not be resolved.
-RESOLVED, NEGLIGIBLE = 2**-8, 1e-6
+RESOLVED, NEGLIGIBLE = 2**-8, 1e-4
+# Least common level, over the largest energy, above what float64 rounds away.
+LEAST_LEVEL = 1e-10
 # Largest error of a product (Frobenius), over the common level and the square root of its size.
 TOLERATED = 2e-6
+# Energies up to this multiple of the common level stay: the subspace iteration has not found their directions exactly.
+LOWERED = 2
 PROBES = 8
 # Rows of a metric that are copied at once.
 ROWS = 1024
@@ -52,7 +57,7 @@ def eigenpairs(weight_NI: Tensor, gram: Tensor | None, depth: int, dtype: torch.
         gram: ``C`` as ``None`` (identity), ``(I,)`` (diagonal) or ``(I, I)``.
         depth: how many eigenvectors to return. None are computed for 0.
         dtype: of the eigenvectors. With float32, large matrices are decomposed in float32 where the loss of a
-            truncation at any rank is above the optimum by about 1e-7 of it, or 1e-13 of the whole energy.
+            truncation at any rank is above the optimum by less than 1e-6 of it, or 1e-9 of the whole energy.
 
     Raises:
         torch.linalg.LinAlgError: the iteration does not converge (non-finite input).
@@ -77,12 +82,14 @@ def _in_float32(weight_NI: Tensor, gram: Tensor | None, depth: int) -> Eigenpair
         matrix_NN = congruence(weight_NI, gram)
         leading_K, directions_NK = _leading_pairs(matrix_NN)
     level = leading_K[-1]
-    if not bool(level > 0):
+    if not bool(level > LEAST_LEVEL * leading_K[0]):
         return None
-    excess_K = leading_K - level * (1 + (leading_K / level).log())
+    kept_K = leading_K.clamp_max(LOWERED * level)
+    excess_K = leading_K - kept_K * (1 + (leading_K / kept_K).log())
     lowered_NN = torch.addmm(matrix_NN, directions_NK * excess_K, directions_NK.mT, alpha=-1).div_(level)
     values_N, vectors_NN = torch.linalg.eigh(lowered_NN.float())
     energies_N, basis_ND = values_N.flip(0).double() * level, vectors_NN.flip(1)[:, :depth]
+    energies_N[:depth] += excess_K @ (directions_NK.float().mT @ basis_ND).double().square()
     rotated = min(int(ROTATED * len(matrix_NN)), depth)
     pairs = _within(matrix_NN, basis_ND[:, :rotated].double())
     energies_N[:rotated], basis_ND[:, :rotated] = pairs.energies_N, pairs.basis_ND.float()
@@ -98,7 +105,7 @@ def _fast_congruence(weight_NI: Tensor, gram: Tensor | None) -> tuple[Tensor, fl
     if gram is None or gram.ndim == 1:
         return congruence(weight_NI, gram), 0.0
     weight_NI, single_NI = weight_NI.double(), weight_NI.float()
-    channels_C = gram.diagonal().topk(max(1, int(CHANNELS * len(gram)))).indices
+    channels_C = gram.diagonal().topk(max(LEAST_CHANNELS, int(CHANNELS * len(gram)))).indices
     rows_CI = gram[channels_C].double()
     factor_CC, info = torch.linalg.cholesky_ex(rows_CI[:, channels_C])
     if info.item():
@@ -107,10 +114,10 @@ def _fast_congruence(weight_NI: Tensor, gram: Tensor | None) -> tuple[Tensor, fl
     weighted_NI = torch.zeros_like(single_NI)
     for start in range(0, len(gram), ROWS):
         rows = slice(start, start + ROWS)
-        weighted_NI.addmm_(single_NI[:, rows], (gram[rows] - root_CI[:, rows].mT @ root_CI).float())
-    matrix_NN = symmetric_product(weighted_NI, single_NI.mT).double()
+        rest = torch.addmm(gram[rows].double(), root_CI[:, rows].mT, root_CI, alpha=-1)
+        weighted_NI.addmm_(single_NI[:, rows], rest.float())
     outputs_NC = weight_NI @ root_CI.mT
-    matrix_NN += symmetric_product(outputs_NC, outputs_NC.mT)
+    matrix_NN = symmetric_product(weighted_NI, single_NI.mT).double().addmm_(outputs_NC, outputs_NC.mT)
     return matrix_NN, _error(matrix_NN, weight_NI, gram)
 
 

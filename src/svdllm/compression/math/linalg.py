@@ -122,18 +122,20 @@ def energy_alone(weight_OI: Tensor, gram: Tensor | None, left_gram_OO: Tensor | 
 
 
 def factorise(weight_OI: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
-    """``svd_u`` (``O x R``) and ``svd_v`` (``R x I``) of a rank, in float64.
+    """``svd_u`` (``O x R``) and ``svd_v`` (``R x I``) of a rank, float64.
 
     ``U_r (U_r^T W)``, or ``L^-1 U_r (U_r^T L W)``, with the square root of the singular values on either side, as in
     Algorithm 1 of the paper. The scales are relative to the leading one and carry the size of ``W``, so they depend
     neither on the scale of the data nor on ``rank``. The factors of a smaller rank are the first columns and rows of
     these, to the last bit: the product is taken with the whole basis, because products of other sizes round
-    differently.
+    differently. It is taken in float32 if weight and basis are no wider.
     """
-    weight_OI, basis_OD = weight_OI.double(), spectrum.basis_OD.double()
-    dual_DO = basis_OD.mT if spectrum.dual_DO is None else spectrum.dual_DO.double()
-    scale_R = _balancing_scales(weight_OI, spectrum.energies_K.double())[:rank]
-    return basis_OD[:, :rank] * scale_R, (dual_DO @ weight_OI)[:rank] / scale_R[:, None]
+    basis_OD = spectrum.basis_OD
+    dual_DO = basis_OD.mT if spectrum.dual_DO is None else spectrum.dual_DO
+    product = torch.promote_types(torch.promote_types(weight_OI.dtype, basis_OD.dtype), torch.float32)
+    v_RI = (dual_DO.to(product) @ weight_OI.to(product))[:rank].double()
+    scale_R = _balancing_scales(weight_OI.double(), spectrum.energies_K.double())[:rank]
+    return basis_OD[:, :rank] * scale_R, v_RI / scale_R[:, None]
 
 
 def shrunk_to_diagonal(gram: Tensor | None, amount: float) -> Tensor | None:

@@ -29,8 +29,11 @@ def symmetric_product(left_NM: Tensor, right_MN: Tensor) -> Tensor:
     size = left_NM.shape[0]
     product_NN = left_NM.new_empty(size, size)
     for start, stop, panel in upper_panels(left_NM, right_MN):
+        corner = panel[:, : stop - start].triu_()
+        corner += corner.triu(1).mT
         product_NN[start:stop, start:] = panel
-    return product_NN.triu() + product_NN.triu(1).mT
+        product_NN[stop:, start:stop] = panel[:, stop - start :].mT
+    return product_NN
 
 
 def cholesky_in_place(matrix_NN: Tensor) -> tuple[Tensor, bool]:

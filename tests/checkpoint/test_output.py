@@ -340,6 +340,7 @@ def test_of_several_processes_only_the_first_takes_the_output(
 ) -> None:
     """What the others are told comes from the checks that follow."""
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with Output.at(tmp_path / "out").taken(), pytest.raises(InputError, match="no-such-text"):
         recovered(dense, place, tmp_path / "out", data="no-such-text.txt")
 

@@ -65,7 +65,7 @@ def test_help_shows_descriptions_and_defaults(capsys: pytest.CaptureFixture[str]
 
 
 def test_plan_takes_what_compress_takes():
-    assert set(flags_of("plan")) == set(flags_of("compress"))
+    assert set(flags_of("plan")) == {*flags_of("compress"), "--processes"}
 
 
 @pytest.mark.parametrize("command", ["compare", "ablate"])

@@ -89,37 +89,18 @@ def quantize_(
     from svdllm.cli.tables import result_table
     from svdllm.export.quantize import quantize
 
+    each = {"bits": bits, "group_size": group_size, "skip": skip or (), "device": device}
+    run = {"offline": offline, "revision": revision, "reporter": ConsoleReporter()}
     if calib is not None:
         if format != "compressed-tensors":
             raise InputError(f"--calib and --format {format} do not go together: drop one of them.")
         from svdllm.export.quantize_calibrated import quantize_calibrated
 
-        made = quantize_calibrated(
-            model,
-            output,
-            bits=bits,
-            group_size=group_size,
-            skip=skip or (),
-            calibration=calib,
-            samples=samples,
-            seqlen=seqlen,
-            device=device,
-            options=RunOptions.of(offline=offline, revision=revision, reporter=ConsoleReporter()),
-        )
+        text = {"calibration": calib, "samples": samples, "seqlen": seqlen}
+        made = quantize_calibrated(model, output, **each, **text, options=RunOptions.of(**run))
         print_json(made.to_dict()) if json else show(result_table(made))
         return
-    result = quantize(
-        model,
-        output,
-        bits=bits,
-        group_size=group_size,
-        skip=skip or (),
-        format=format,
-        device=device,
-        offline=offline,
-        revision=revision,
-        reporter=ConsoleReporter(),
-    )
+    result = quantize(model, output, **each, **run, format=format)
     if json:
         print_json(result.to_dict())
         return

@@ -147,7 +147,7 @@ def test_a_second_factor_of_rank_one_is_left_as_it_is(bits: int, tmp_path: Path)
     run(dense, tmp_path / "small", recipe=small_recipe(ranks={"q_proj": 1}))
     result = quantize(tmp_path / "small", tmp_path / "few", bits=bits, format="torchao")
     name = "model.layers.0.self_attn.q_proj.svd_u"
-    assert result.left[name] == "a linear of one input, of which torchao has no form"
+    assert result.left[name] == "a linear of one input, of which there is no form in few bits"
     files = files_of(dense, bits)
     forms = pairs({t.name: 1 for t in files.targets if t.name.endswith("q_proj")})
     assert_close_from_above(files.num_bytes(forms), files, forms, tmp_path / "few")

@@ -1,4 +1,4 @@
-"""Truncation by one ``eigh`` of the smaller side against the paper's path, in one run, on one block's shapes.
+"""Truncation as this package computes it against the paper's path, in one run, on a whole block's shapes.
 
 The paper's path (SVD-LLM, Algorithms 1 and 2): for every weight a float64 Cholesky of its Gram, an explicit inverse
 of the factor and an SVD of ``W S`` in float32. ``--share`` computes factor and inverse once per distinct input
@@ -6,7 +6,7 @@ instead. Both paths end in the two factors at the rank of ``--ratio``. They are 
 changing with every repeat; times are medians with quartiles, and only their ratio means anything elsewhere.
 
     python benchmarks/decomposition.py --repeats 5
-    python benchmarks/decomposition.py --shapes llama-7b --repeats 1
+    python benchmarks/decomposition.py --shapes llama-7b --repeats 1 --threads 1 2
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +27,8 @@ from svdllm.compression.ranks.uniform import uniform_rank
 from svdllm.models.structure import Target
 
 Factors = tuple[Tensor, Tensor]
+Record = dict[str, Any]
+PATHS = ("ours", "paper")
 
 
 class Linear(NamedTuple):
@@ -49,8 +50,17 @@ SHAPES = {
     ],
     "llama-7b": [
         Linear("q_proj", 4096, 4096, "attention"),
-        Linear("up_proj", 11008, 4096, "attention"),
+        Linear("k_proj", 4096, 4096, "attention"),
+        Linear("v_proj", 4096, 4096, "attention"),
+        Linear("o_proj", 4096, 4096, "heads"),
+        Linear("gate_proj", 11008, 4096, "mlp"),
+        Linear("up_proj", 11008, 4096, "mlp"),
         Linear("down_proj", 4096, 11008, "hidden"),
+    ],
+    "half-7b": [  # half the widths of LLaMA-7B
+        Linear("q_proj", 2048, 2048, "attention"),
+        Linear("up_proj", 5504, 2048, "attention"),
+        Linear("down_proj", 2048, 5504, "hidden"),
     ],
     "tiny": [Linear("wide", 24, 64, "a"), Linear("tall", 64, 24, "b"), Linear("square", 64, 64, "a")],
 }
@@ -96,85 +106,83 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"median": middle, "lower_quartile": low, "upper_quartile": high}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", choices=SHAPES, default="smollm2")
-    parser.add_argument("--ratio", type=float, default=0.2, help="share of the parameters removed")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tokens-per-channel", type=float, default=2.0, help="calibration tokens, by the Gram's width")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--share",
-        action="store_true",
-        help="the paper's path takes one Cholesky factor and inverse per distinct input instead of one per weight",
-    )
-    args = parser.parse_args()
-    console = Console(width=140)
-    generator = torch.Generator().manual_seed(args.seed)
-    linears = SHAPES[args.shapes]
-    widths = {linear.gram: linear.in_features for linear in linears}
-    grams = {
-        name: anisotropic_gram(width, int(width * args.tokens_per_channel), generator) for name, width in widths.items()
-    }
-    weights = {
-        linear.name: torch.randn(linear.out_features, linear.in_features, generator=generator) / linear.in_features**0.5
-        for linear in linears
-    }
-    ranks = {linear.name: uniform_rank(as_target(linear), args.ratio) for linear in linears}
-    times: dict[str, list[float]] = {}
-    results: dict[tuple[str, str], Factors] = {}
+class Problem(NamedTuple):
+    """A block: weights (float32), the Grams of their inputs, and ranks."""
 
-    def timed(key: str, work: Callable[..., Factors], *arguments: Any) -> Factors:
-        started = time.perf_counter()
-        result = work(*arguments)
-        times.setdefault(key, []).append(time.perf_counter() - started)
-        return result
+    linears: list[Linear]
+    weights: dict[str, Tensor]
+    grams: dict[str, Tensor]
+    ranks: dict[str, int]
 
-    def ours(linear: Linear) -> Factors:
-        weight_OI = weights[linear.name]
-        spectrum = output_spectrum(weight_OI, grams[linear.gram], as_target(linear).break_even_rank)
-        return factorise(weight_OI, spectrum, ranks[linear.name])
-
-    def theirs(linear: Linear, roots: dict[str, tuple[Tensor, Tensor]]) -> Factors:
-        if not args.share or linear.gram not in roots:
-            roots.clear()
-            roots[linear.gram] = paper_root(grams[linear.gram])
-        return paper_factors(weights[linear.name], *roots[linear.gram], ranks[linear.name])
-
-    for repeat in range(args.repeats):
-        roots: dict[str, tuple[Tensor, Tensor]] = {}
-        for linear in sorted(linears, key=lambda linear: list(widths).index(linear.gram)):
-            paths = [("ours", ours, (linear,)), ("paper", theirs, (linear, roots))]
-            for path, work, arguments in paths if repeat % 2 == 0 else reversed(paths):
-                results[path, linear.name] = timed(f"{path} {linear.name}", work, *arguments)
-
-    rows = []
-    for linear in linears:
-        weight_OI, gram_II = weights[linear.name].double(), grams[linear.gram]
-        total = squared_loss(weight_OI, gram_II)
-        row: dict[str, Any] = {
-            "linear": linear.name,
-            "shape": [linear.out_features, linear.in_features],
-            "rank": ranks[linear.name],
+    @classmethod
+    def random(cls, shapes: str, ratio: float, tokens_per_channel: float, seed: int) -> Problem:
+        generator = torch.Generator().manual_seed(seed)
+        linears = SHAPES[shapes]
+        widths = {linear.gram: linear.in_features for linear in linears}
+        grams = {
+            name: anisotropic_gram(width, int(width * tokens_per_channel), generator) for name, width in widths.items()
         }
-        for path in ("ours", "paper"):
-            u_OR, v_RI = results[path, linear.name]
-            row[f"{path}_seconds"] = summary(times[f"{path} {linear.name}"])
-            row[f"{path}_relative_loss"] = (
-                squared_loss(weight_OI - u_OR.double() @ v_RI.double(), gram_II) / total
-            ) ** 0.5
+        weights = {
+            linear.name: torch.randn(linear.out_features, linear.in_features, generator=generator)
+            / linear.in_features**0.5
+            for linear in linears
+        }
+        return cls(linears, weights, grams, {linear.name: uniform_rank(as_target(linear), ratio) for linear in linears})
+
+    def ours(self, linear: Linear) -> Factors:
+        """As the analysis does it: directions in float32 up to the break-even rank, then the factors of a rank."""
+        weight_OI, depth = self.weights[linear.name], as_target(linear).break_even_rank
+        spectrum = output_spectrum(weight_OI, self.grams[linear.gram], depth, dtype=torch.float32)
+        return factorise(weight_OI, spectrum, self.ranks[linear.name])
+
+    def paper(self, linear: Linear, roots: dict[str, tuple[Tensor, Tensor]], share: bool) -> Factors:
+        if not share or linear.gram not in roots:
+            roots.clear()
+            roots[linear.gram] = paper_root(self.grams[linear.gram])
+        return paper_factors(self.weights[linear.name], *roots[linear.gram], self.ranks[linear.name])
+
+    def relative_loss(self, linear: Linear, factors: Factors) -> float:
+        weight_OI, gram_II = self.weights[linear.name].double(), self.grams[linear.gram]
+        u_OR, v_RI = factors
+        lost = squared_loss(weight_OI - u_OR.double() @ v_RI.double(), gram_II)
+        return (lost / squared_loss(weight_OI, gram_II)) ** 0.5
+
+
+def measured(problem: Problem, repeats: int, share: bool) -> Record:
+    """Seconds of both paths by linear and of the block, and what they lose."""
+    times: dict[tuple[str, str], list[float]] = {}
+    losses: dict[tuple[str, str], float] = {}
+    groups = list(problem.grams)
+    for repeat in range(repeats):
+        roots: dict[str, tuple[Tensor, Tensor]] = {}
+        for linear in sorted(problem.linears, key=lambda linear: groups.index(linear.gram)):
+            for path in PATHS if repeat % 2 == 0 else reversed(PATHS):
+                started = time.perf_counter()
+                made = problem.ours(linear) if path == "ours" else problem.paper(linear, roots, share)
+                times.setdefault((path, linear.name), []).append(time.perf_counter() - started)
+                if repeat == 0:
+                    losses[path, linear.name] = problem.relative_loss(linear, made)
+    rows = []
+    for linear in problem.linears:
+        row: Record = {"linear": linear.name, "shape": [linear.out_features, linear.in_features]}
+        row["rank"] = problem.ranks[linear.name]
+        row |= {f"{path}_seconds": summary(times[path, linear.name]) for path in PATHS}
+        row |= {f"{path}_relative_loss": losses[path, linear.name] for path in PATHS}
         row["speedup"] = row["paper_seconds"]["median"] / row["ours_seconds"]["median"]
         rows.append(row)
     totals = {
-        path: [sum(times[f"{path} {linear.name}"][repeat] for linear in linears) for repeat in range(args.repeats)]
-        for path in ("ours", "paper")
+        path: [sum(times[path, each.name][i] for each in problem.linears) for i in range(repeats)] for path in PATHS
     }
-    speedups = [paper / our for paper, our in zip(totals["paper"], totals["ours"], strict=True)]
+    speedups = [paper / ours for paper, ours in zip(totals["paper"], totals["ours"], strict=True)]
+    block = {f"{path}_seconds": summary(totals[path]) for path in PATHS}
+    return {"threads": torch.get_num_threads(), "linears": rows, **block, "speedup": summary(speedups)}
 
-    table = Table(title=f"{args.shapes}, ratio {args.ratio}, {torch.get_num_threads()} threads, {args.repeats} repeats")
+
+def show(console: Console, title: str, found: Record) -> None:
+    table = Table(title=title)
     for column in ("linear", "shape", "rank", "ours (s)", "paper (s)", "paper / ours", "loss, ours", "loss, paper"):
         table.add_column(column, justify="left" if column == "linear" else "right")
-    for row in rows:
+    for row in found["linears"]:
         table.add_row(
             row["linear"],
             "x".join(map(str, row["shape"])),
@@ -185,22 +193,32 @@ def main() -> None:
             f"{row['ours_relative_loss']:.8f}",
             f"{row['paper_relative_loss']:.8f}",
         )
-    both, ratio = {path: summary(totals[path]) for path in totals}, summary(speedups)
-    table.add_row("all", "", "", shown(both["ours"]), shown(both["paper"]), f"{ratio['median']:.2f}", "", "")
+    seconds = (shown(found[f"{path}_seconds"]) for path in PATHS)
+    table.add_row("block", "", "", *seconds, f"{found['speedup']['median']:.2f}", "", "")
     console.print(table)
-    record = {
-        "benchmark": "decomposition",
-        "shapes": args.shapes,
-        "ratio": args.ratio,
-        "repeats": args.repeats,
-        "paper_shares_cholesky": args.share,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "linears": rows,
-        "ours_seconds": both["ours"],
-        "paper_seconds": both["paper"],
-        "speedup": ratio,
-    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", choices=SHAPES, default="smollm2")
+    parser.add_argument("--ratio", type=float, default=0.2, help="share of the parameters removed")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
+    parser.add_argument("--tokens-per-channel", type=float, default=2.0, help="calibration tokens, by the Gram's width")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--share",
+        action="store_true",
+        help="the paper's path takes one Cholesky factor and inverse per distinct input instead of one per weight",
+    )
+    args = parser.parse_args()
+    problem = Problem.random(args.shapes, args.ratio, args.tokens_per_channel, args.seed)
+    record: Record = {"benchmark": "decomposition", "torch": torch.__version__, **vars(args), "runs": []}
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        found = measured(problem, args.repeats, args.share)
+        record["runs"].append(found)
+        show(Console(width=140), f"{args.shapes}, ratio {args.ratio}, {threads} threads, {args.repeats} repeats", found)
     print(json.dumps(record))
 
 

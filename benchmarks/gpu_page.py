@@ -13,7 +13,7 @@ def page(record: Record) -> str:
     versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "cuda", "transformers", "svdllm"))
     lines = [f"# {facts['device']}", "", f"Python {facts['python']}, {versions}.", ""]
     for name, found in record["steps"].items():
-        lines += [f"## {name.capitalize()}", ""]
+        lines += [f"## {name.replace('_', ' ').capitalize()}", ""]
         if why := found.get("error") or found.get("skipped"):
             lines += [f"Not measured: {why}", ""]
         else:
@@ -32,19 +32,22 @@ def table(heads: list[str], rows: list[list[Any]]) -> list[str]:
 def agreement(found: Record) -> list[str]:
     text = "Largest difference of logits between checkpoints made on the device and on the CPU, over the largest logit."
     rows = [[name, f"{value:.1e}"] for name, value in found["relative_difference"].items()]
-    return [text, "", *table(["model, recipe", "relative difference"], rows)]
+    left_out = [f"Not compared: {name} ({why})." for name, why in found["left_out"].items()]
+    return [text, "", *table(["model, recipe, way of running", "relative difference"], rows), *left_out]
 
 
 def compression(found: Record) -> list[str]:
     presets = [name for name in found if isinstance(found[name], dict)]
-    text = f"{found['blocks']} blocks of LLaMA-7B's shapes, {found['samples']} x {found['seqlen']} tokens; seconds."
+    text = f"{found['blocks']} of {found['all_blocks']} blocks, {found['samples']} x {found['seqlen']} tokens; seconds."
     stages = dict.fromkeys(stage for name in presets for stage in found[name]["seconds_by_stage"])
     rows: list[list[Any]] = [
         [stage, *(f"{found[name]['seconds_by_stage'].get(stage, 0):.1f}" for name in presets)] for stage in stages
     ]
     rows.append(["**all**", *(f"{found[name]['seconds']:.1f}" for name in presets)])
     rows.append(["planned", *(_planned(found[name]) for name in presets)])
-    rows.append(["all 32 blocks", *(f"{found[name]['seconds_of_all_blocks']:.0f}" for name in presets)])
+    rows.append(
+        [f"all {found['all_blocks']} blocks", *(f"{found[name]['seconds_of_all_blocks']:.0f}" for name in presets)]
+    )
     for label, key in (("RAM", "ram"), ("device memory", "device")):
         planned = "planned_device_bytes" if key == "device" else "planned_peak_ram_bytes"
         cells = (f"{found[name][f'peak_{key}_bytes'] / 1e9:.2f} ({found[name][planned] / 1e9:.2f})" for name in presets)
@@ -102,6 +105,17 @@ def latent(found: Record) -> list[str]:
     return [f"Batch {cell['batch']}, prompt {cell['prompt']}.", "", *table(heads, rows)]
 
 
+def compiled(found: Record) -> list[str]:
+    rows = [[name, f"{1e3 * row['median']:.2f}"] for name, row in found["seconds"].items()]
+    return [*table(["model", "one token (ms)"], rows), "", f"{found['speedup']:.2f} times as fast as the dense model."]
+
+
+def distillation(found: Record) -> list[str]:
+    heads = ["processes", "steps", "tokens", "trained parameters", "seconds", "tokens per second"]
+    row = [found["processes"], found["steps"], found["tokens"], f"{found['trained_params']:,}"]
+    return table(heads, [[*row, f"{found['seconds']:.1f}", f"{found['tokens_per_second']:.0f}"]])
+
+
 def _measured(cell: Record) -> list[str]:
     """Name, prefill, decode per token and peak memory; with the speed-up over the dense model."""
     if cell["error"]:
@@ -121,4 +135,8 @@ SECTIONS = {
     "decomposition": decomposition,
     "inference": inference,
     "latent": latent,
+    "distillation": distillation,
+    "compression_70b": compression,
+    "compiled": compiled,
+    "two_gpus": distillation,
 }

@@ -32,7 +32,7 @@ def forms_of(folder: Path, work: Path) -> Iterator[tuple[int | None, Path, dict[
             yield bits, folder, {}
             continue
         with tempfile.TemporaryDirectory(dir=work) as place:
-            result = quantize(folder, Path(place) / folder.name, bits=bits)
+            result = quantize(folder, Path(place) / folder.name, bits=bits, format="torchao")
             yield bits, result.output_dir, result.by_scheme()
 
 

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 
 from svdllm import load_model
+from svdllm.common.processes import is_first, num_processes
 from svdllm.recovery import make_recovery, sequential_lora, training
-from svdllm.recovery.distributed import is_main, meet, num_processes
+from svdllm.recovery.distributed import meet
 from svdllm.recovery.record import TrainingRecord
 from svdllm.recovery.stage import Task
 
@@ -53,7 +54,7 @@ def main(checkpoint: str, out: str) -> None:
     _, changed = sequential_lora.train_factors(
         lambda: load_model(checkpoint, dtype=torch.float32).requires_grad_(False), ("svd_u",), task
     )
-    if is_main():
+    if is_first():
         save_file({name: tensor.contiguous() for name, tensor in changed.items()}, out)
 
 

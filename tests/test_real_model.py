@@ -78,8 +78,7 @@ def test_quality(dense: Path, result: Any, tmp_path: Path) -> None:
     assert 5 < original < ours < paper < 4 * original
     assert balanced["achieved_ratio"] >= 0.2
     assert rows[1].params == balanced["params"] < rows[0].params
-    # Pages of mapped files are counted while they are in memory: 1.19 to 1.47 GB were seen for a plan of 1.23.
-    assert balanced["peak_ram_bytes"] == pytest.approx(balanced["planned_ram_bytes"], rel=0.25)
+    assert balanced["peak_ram_bytes"] == pytest.approx(balanced["planned_ram_bytes"], rel=0.15)
 
 
 def test_verify_in_a_fresh_process(result: Any) -> None:

@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
     # Trained by LoRA, then quantised.
     settings = {"methods": ("sequential-lora",), "data": str(text), "seqlen": 16, "batch": 4, "steps": 2, "r": 2}
     recover(run(dense, Path("pairs")).output_dir, Path("trained"), make_recovery(settings))
-    quantize(Path("trained"), folder / "trained-quantized", bits=8)
+    quantize(Path("trained"), folder / "trained-quantized", bits=8, format="torchao")
 
 
 if __name__ == "__main__":

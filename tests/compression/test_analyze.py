@@ -16,11 +16,13 @@ from runs import run as compress_tiny
 from runs import small_recipe, token_windows
 from svdllm import NumericalError, Recipe
 from svdllm.common.progress import Reporter
+from svdllm.compression import probe as probing
 from svdllm.compression.math.linalg import factorise
 from svdllm.compression.probe import probe, probe_ids, probe_sizes, probe_tokens
 from svdllm.compression.ranks import ALLOCATIONS
 from svdllm.compression.ranks.loss import probe_rank
 from svdllm.models.discover import discover
+from svdllm.models.experts_on_disk import on_disk
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.structure import weight_of
 
@@ -59,7 +61,7 @@ def test_fisher_weights_are_those_of_the_whole_models_gradients(family: str, tmp
     run = analysed(tiny_model(family), tmp_path, ids, method="fwsvd", gradient_samples=3)
     model = run.model.double().requires_grad_(True)
     squares = {target.name: 0.0 for target in run.structure.targets}
-    for window in ids[: run.walk.kept_windows, None]:
+    for window in ids[:4, None]:  # two batches
         logits = model(input_ids=window, use_cache=False).logits[0, :-1]
         model.zero_grad()
         torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").backward()
@@ -163,11 +165,25 @@ def test_probing_leaves_the_walk_dense(tmp_path: Path):
         torch.testing.assert_close(run.walk.logits(), run.model(input_ids=ids).logits.float())
 
 
-def probed_on(run: SimpleNamespace, ids: Tensor) -> Any:
+def test_probe_streams_in_files_give_the_same_probes(tmp_path: Path):
+    ids = token_windows(samples=2, seqlen=12)
+    run = analysed(tiny_model("llama"), tmp_path, ids, metric="input", allocation="strs")
+    in_memory = probed_on(run, ids)
+    streams = tmp_path / "streams"
+    streams.mkdir()
+    made: list[Path] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probing, "on_disk", lambda tensor, folder: made.append(folder) or on_disk(tensor, folder))
+        assert probed_on(run, ids, streams) == in_memory
+    assert streams in made
+    assert not list(streams.iterdir())
+
+
+def probed_on(run: SimpleNamespace, ids: Tensor, folder: Path | None = None) -> Any:
     run.walk.ids, run.walk.kept_batches, run.walk.batch_tokens = ids, 0, ids.numel()
-    probing = ALLOCATIONS[run.recipe.allocation].probing
-    assert probing is not None
-    return probe(run.walk, run.analysis, probe_sizes(run.recipe, run.structure), probing.measure, Reporter())
+    row = ALLOCATIONS[run.recipe.allocation].probing
+    assert row is not None
+    return probe(run.walk, run.analysis, probe_sizes(run.recipe, run.structure), row.measure, Reporter(), folder)
 
 
 def truncated_logits(run: SimpleNamespace, target: Any, rank: int, ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import svdllm
+from quantized_sources import CASES, write_models
 from runs import TEXT as TEXT_OF_WORDS
 from runs import save_dense, token_windows
 from svdllm import InputError, Recipe, UnsupportedModelError, compress
@@ -159,6 +160,70 @@ def test_corrections_are_chosen_stored_and_lose_less_than_bits_alone(tmp_path: P
     assert sum(parts.values()) == weight_bytes(result.output_dir).files
 
 
+@pytest.mark.parametrize(
+    ("settings", "runtime"),
+    [
+        ({}, "transformers"),
+        ({"runtime": None}, None),
+        ({"runtime": "llama.cpp"}, "llama.cpp"),
+        ({"forms": ("pair", "packed")}, None),
+        ({"factor_bits": 8}, None),
+        ({"allocation": "uniform"}, None),
+        ({"method": "svd"}, None),
+        ({"target_size": None, "ratio": 0.2}, None),
+        ({"target_size": None, "target_params": 10**6}, None),
+    ],
+)
+def test_a_size_is_spent_on_all_that_transformers_loads(settings: dict[str, Any], runtime: str | None):
+    recipe = make_recipe({"target_size": 10**6} | settings)
+    assert recipe.runtime == runtime
+    assert ("int4" in recipe.used_forms) == (runtime is not None)
+    assert make_recipe(recipe.to_dict()) == recipe
+
+
+def test_a_missing_package_is_named_with_the_other_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("svdllm.common.extras.importlib.util.find_spec", lambda name: None)
+    message = r"'compressed_tensors': pip install 'svdllm\[quantize\]', or .* --forms pair,packed,narrow"
+    with pytest.raises(InputError, match=message):
+        _compressed(tmp_path, target_size=60_000)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rounded_weights_are_not_rounded_again(tmp_path: Path):
+    quantized, dense = write_models(CASES["gptq 4"], tmp_path)
+    asked = Recipe(target_size=10**6, **TEXT)
+    with pytest.raises(InputError, match=r"quantised already \(GPTQ \(4 bits\)\).*made of, in 16 or .*--forms pair"):
+        svdllm.plan(quantized, asked)
+    (quantized / "README.md").write_text("---\nbase_model:\n- some/original\n---\n")
+    with pytest.raises(InputError, match=r"made of \(some/original\), in 16"):
+        compress(quantized, asked, tmp_path / "out", calibration=_ids())
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="nothing to compress"):  # the size is the dense model's
+        svdllm.plan(dense, asked)
+    size = svdllm.plan(quantized, Recipe(ratio=0.2, **TEXT))[0].file_bytes
+    svdllm.plan(quantized, Recipe(target_size=size, forms=("pair", "packed"), **TEXT))
+
+
+def test_the_original_of_a_folder_of_ours_is_named(tmp_path: Path):
+    ranks = {r"layers": {"int4": 32}}
+    folder = _compressed(tmp_path, ranks=ranks, calibration_mode="dense").output_dir
+    with pytest.raises(InputError, match=r"quantised already \(compressed-tensors .*made of \(.*dense\)"):
+        svdllm.plan(folder, Recipe(target_size=10**6, **TEXT))
+
+
+def test_what_vllm_joins_has_one_form(tmp_path: Path):
+    result = _compressed(tmp_path, target_size=135_000, runtime="vllm")
+    forms = result.plan.forms
+    assert {chosen.form for chosen in forms.values()} == {"int8", "int4"}
+    for block in (0, 1):
+        for joined in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            assert len({forms.get(f"model.layers.{block}.{name}") for name in joined}) == 1
+    assert all("layers" in name for name in forms)
+    assert weight_bytes(result.output_dir).files == result.plan.file_bytes <= 135_000
+    assert result.plan.allocation.gap == 0
+    svdllm.verify(result.output_dir)
+
+
 def test_every_form_that_transformers_loads_is_considered(tmp_path: Path):
     result = _compressed(tmp_path, target_size=90_000, runtime="transformers", round_to=8)
     assert {"pair", "packed-int8", "int3", "int4-corrected"} <= set(result.recipe.used_forms)
@@ -177,3 +242,13 @@ def test_quantize_with_a_text_gives_all_linears_one_form(tmp_path: Path, tokeniz
     svdllm.verify(result.output_dir)
     with pytest.raises(InputError, match="expected one of 8, 6, 5, 4, 3, 2"):
         quantize_calibrated(tmp_path / "dense", tmp_path / "other", bits=7, **options)
+
+
+def test_what_has_no_form_in_few_bits_is_named(tmp_path: Path):
+    asked = Recipe(target_size=10**5, **TEXT)
+    for family, said in (("gpt2", "8 of 8 linears, such as transformer.h.0"), ("llama", None)):
+        dense = save_dense(tmp_path / family, family, **(WIDTHS if family == "llama" else {}))
+        (plan,) = svdllm.plan(dense, asked)
+        found = [warning for warning in plan.warnings if "few bits" in warning]
+        assert len(found) == (said is not None)
+        assert said is None or said in found[0]

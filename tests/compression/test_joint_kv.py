@@ -235,7 +235,7 @@ def test_what_is_trained_stays_shared(method: str, dense: Path, checkpoint: Path
 
 def test_in_few_bits_it_is_still_one(checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
-    result = svdllm.quantize(checkpoint, tmp_path / "out")
+    result = svdllm.quantize(checkpoint, tmp_path / "out", format="torchao")
     assert len(result.linears) == 2 * 13  # 7 linears a block, of which two have one first factor
     model = load_model(tmp_path / "out").eval()
     attention = model.model.layers[0].self_attn

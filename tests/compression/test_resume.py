@@ -263,7 +263,9 @@ BESIDE_THE_RECIPE = {
         dense / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'
     ),
     "calibration tokens": lambda dense, patch: token_windows(seed=5),
-    "device": lambda dense, patch: patch.setattr(SUBJECT, "resolve_device", lambda _: torch.device("cpu:0")),
+    "device": lambda dense, patch: edit(
+        dense.with_name("out.partial") / "analysis" / "analysis.json", '"device": "cpu"', '"device": "cuda"'
+    ),
     "computed in": lambda dense, patch: patch.setattr(SUBJECT, "resolve_dtype", lambda *_: torch.float64),
     "directions of a spectrum": lambda dense, patch: patch.setattr(svdllm.Recipe, "analysed_forms", ("packed",)),
     "narrower MLPs": lambda dense, patch: patch.setattr(svdllm.Recipe, "analysed_forms", ("narrow",)),

@@ -28,7 +28,7 @@ def streams(seed: int = 0, features: int = 6, tokens: int = 40) -> tuple[Tensor,
 def products(dense_IT: Tensor, compressed_IT: Tensor) -> Products:
     return Products(
         compressed_IT @ compressed_IT.T,
-        dense_IT @ compressed_IT.T,
+        (dense_IT - compressed_IT) @ compressed_IT.T,
         dense_IT.sum(1),
         compressed_IT.sum(1),
         weight=dense_IT.shape[1],
@@ -40,9 +40,12 @@ def test_anchored_with_beta_one_is_the_regression_on_the_dense_outputs():
     weight_OI, dense_IT, compressed_IT = streams()
     found = products(dense_IT, compressed_IT)
     expected = torch.linalg.lstsq(compressed_IT.T, (weight_OI @ dense_IT).T).solution.T
-    torch.testing.assert_close(anchored(weight_OI, found.compressed_II, found.cross_II, 1.0), expected)
-    assert torch.equal(anchored(weight_OI, found.compressed_II, found.cross_II, 0.0), weight_OI)
-    halfway = anchored(weight_OI, found.compressed_II, found.cross_II, 0.5)
+    gram_II = found.compressed_II.clone()
+    torch.testing.assert_close(anchored(weight_OI, gram_II, found.missing(weight_OI, 1.0)), expected)
+    assert torch.equal(gram_II, found.compressed_II)
+    assert torch.equal(anchored(weight_OI, gram_II, found.missing(weight_OI, 0.0)), weight_OI)
+    halfway = anchored(weight_OI, gram_II, found.missing(weight_OI, 0.5), overwrite=True)
+    torch.testing.assert_close(gram_II.mT @ gram_II, found.compressed_II)
     torch.testing.assert_close(halfway, (weight_OI + expected) / 2)
 
 
@@ -51,7 +54,7 @@ def test_anchored_factors_are_the_best_of_their_rank(rank: int):
     """Of all W' of the rank, none brings W' X' nearer to W X: reduced-rank regression."""
     weight_OI, dense_IT, compressed_IT = streams()
     found = products(dense_IT, compressed_IT)
-    star_OI = anchored(weight_OI, found.compressed_II, found.cross_II, 1.0)
+    star_OI = anchored(weight_OI, found.compressed_II, found.missing(weight_OI, 1.0))
     u_OR, v_RI = factorise(star_OI, output_spectrum(star_OI, found.compressed_II), rank)
     fitted_OT = star_OI @ compressed_IT
     left, sigma, right = torch.linalg.svd(fitted_OT, full_matrices=False)
@@ -61,39 +64,59 @@ def test_anchored_factors_are_the_best_of_their_rank(rank: int):
 
 def test_products_are_centred_like_the_tokens():
     _, dense_IT, compressed_IT = streams()
-    centred = products(dense_IT, compressed_IT).centred()
+    centred = products(dense_IT, compressed_IT)
+    centred.centre()
     dense_IT, compressed_IT = (x - x.mean(1, keepdim=True) for x in (dense_IT, compressed_IT))
     torch.testing.assert_close(centred.compressed_II, compressed_IT @ compressed_IT.T)
-    torch.testing.assert_close(centred.cross_II, dense_IT @ compressed_IT.T)
+    torch.testing.assert_close(centred.difference_II, (dense_IT - compressed_IT) @ compressed_IT.T)
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_a_residual_is_made_up_for_by_regression(beta: float):
+def test_a_residual_is_made_up_for_by_regression(beta: float, alone: bool):
     """``W* X'`` comes nearest to the outputs and the residual together; where outputs go nowhere, to the outputs."""
     weight_OI, dense_IT, compressed_IT = streams()
     residual_OT = torch.randn(5, 40, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    sums = Sums(6, torch.device("cpu"))
+    sums = Sums(6, torch.device("cpu"), (weight_OI, beta) if alone else None)
     for part in (slice(0, 13), slice(13, 40)):
         sums.add(dense_IT[:, part].T, compressed_IT[:, part].T, residual_OT[:, part].T)
     found = sums.value()
     wanted_OT = weight_OI @ (beta * dense_IT + (1 - beta) * compressed_IT) + residual_OT
     expected = torch.linalg.lstsq(compressed_IT.T, wanted_OT.T).solution.T
     torch.testing.assert_close(
-        anchored(weight_OI, found.compressed_II, found.cross_II, beta, found.residual), expected, rtol=1e-6, atol=1e-8
+        anchored(weight_OI, found.compressed_II, found.missing(weight_OI, beta)), expected, rtol=1e-6, atol=1e-8
     )
-    centred = found.centred()
-    residual_sum_O = residual_OT.sum(1)
+    torch.testing.assert_close(found.residual_sum_O, residual_OT.sum(1))
+    found.centre()
     dense_IT, compressed_IT, residual_OT = (x - x.mean(1, keepdim=True) for x in (dense_IT, compressed_IT, residual_OT))
-    torch.testing.assert_close(centred.residual, residual_OT @ compressed_IT.T)
-    torch.testing.assert_close(found.residual_sum_O, residual_sum_O)
-    assert found.shrunk(0.2).residual.norm() == pytest.approx(0.8 * float(found.residual.norm()))
+    missing_OI = found.missing(weight_OI, beta)
+    assert missing_OI is not None
+    torch.testing.assert_close(
+        missing_OI, (beta * weight_OI @ (dense_IT - compressed_IT) + residual_OT) @ compressed_IT.T
+    )
+    missing_OI = missing_OI.clone()
+    found.shrink(0.2)
+    torch.testing.assert_close(found.missing(weight_OI, beta), 0.8 * missing_OI)
 
 
 def test_shrinking_keeps_the_weight_where_the_streams_agree():
     weight_OI, dense_IT, _ = streams(tokens=3)  # a singular Gram
-    shrunk = products(dense_IT, dense_IT).shrunk(0.2)
-    assert torch.equal(shrunk.compressed_II, shrunk.cross_II)
-    torch.testing.assert_close(anchored(weight_OI, shrunk.compressed_II, shrunk.cross_II, 1.0), weight_OI)
+    shrunk = products(dense_IT, dense_IT)
+    shrunk.shrink(0.2)
+    torch.testing.assert_close(anchored(weight_OI, shrunk.compressed_II, shrunk.missing(weight_OI, 1.0)), weight_OI)
+
+
+def test_a_dense_gram_is_mixed_in_as_of_tokens_whose_streams_do_not_differ():
+    weight_OI, dense_IT, compressed_IT = streams()
+    others_IT = torch.randn(6, 90, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    gram_II = others_IT @ others_IT.T
+    metric_II = 0.7 * gram_II + 0.3 * torch.diag(gram_II.diagonal())
+    found = products(dense_IT, compressed_IT)
+    expected_II, missing_OI = found.compressed_II.clone(), found.missing(weight_OI, 1.0)
+    assert missing_OI is not None
+    found.mix_in(metric_II, 0.25, scale=40 / 90, shrinkage=0.3)
+    torch.testing.assert_close(found.compressed_II, 0.75 * expected_II + 0.25 * 40 / 90 * gram_II)
+    torch.testing.assert_close(found.missing(weight_OI, 1.0), 0.75 * missing_OI)
 
 
 def test_a_corrected_bias_and_centred_factors_are_the_best_affine_map():
@@ -259,8 +282,9 @@ def test_keys_that_layers_share_are_those_of_their_own_stream(tmp_path: Path, mo
     products_of = Sequential._products
 
     def spy(self: Any, block: Any, group: Any, replaced: Any) -> Any:
-        found[group[0].name] = products_of(self, block, group, replaced)
-        return found[group[0].name]
+        products = products_of(self, block, group, replaced)
+        found[group[0].name] = products.cloned()
+        return products
 
     monkeypatch.setattr(Sequential, "_products", spy)
     dense = save_dense(tmp_path / "dense", "gemma4_text")
@@ -273,7 +297,9 @@ def test_keys_that_layers_share_are_those_of_their_own_stream(tmp_path: Path, mo
         dense_IT, compressed_IT = inputs_in(before, name, ids), inputs_in(after, name, ids)
         expected = {
             "compressed_II": compressed_IT @ compressed_IT.T,
-            "cross_II": dense_IT @ compressed_IT.T,
         }
+        if sums.difference_II.ndim:
+            expected["difference_II"] = (dense_IT - compressed_IT) @ compressed_IT.T
         for product, wanted_II in expected.items():
-            assert (getattr(sums, product) - wanted_II).norm() < 1e-4 * wanted_II.norm(), (name, product)
+            scale = expected["compressed_II"].norm()
+            assert (getattr(sums, product) - wanted_II).norm() < 1e-4 * scale, (name, product)

@@ -26,11 +26,11 @@ def checkpoint(dense: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def in8(checkpoint: Path) -> Path:
-    quantize(checkpoint, checkpoint.with_name("in8"))
+    quantize(checkpoint, checkpoint.with_name("in8"), format="torchao")
     return checkpoint.with_name("in8")
 
 
 @pytest.fixture(scope="session")
 def in4(checkpoint: Path) -> Path:
-    quantize(checkpoint, checkpoint.with_name("in4"), bits=4)
+    quantize(checkpoint, checkpoint.with_name("in4"), bits=4, format="torchao")
     return checkpoint.with_name("in4")

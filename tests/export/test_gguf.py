@@ -50,6 +50,8 @@ def test_a_file_is_read_by_the_reader_and_by_transformers(tmp_path: Path, family
     assert types["blk.1.ffn_down.weight"] == "Q5_0"
     assert types["token_embd.weight"] == "Q8_0"
     assert made.difference < 1e-3
+    with pytest.raises(InputError, match=r"quantised already \(GGUF: Q4_0, Q5_0, Q8_0\)"):
+        svdllm.plan(tmp_path / "model.gguf", Recipe(target_size=10**5, **TEXT))
     ids = token_windows(2, 16, vocab=250)
     both = [svdllm.load_model(place, dtype=torch.float32) for place in (folder, tmp_path / "model.gguf")]
     with torch.no_grad():

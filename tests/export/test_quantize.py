@@ -34,7 +34,7 @@ from svdllm.export.quantize import quantize
 from svdllm.models.open import open_config
 from svdllm.models.skeleton import build_skeleton
 
-QUANTIZE = importlib.import_module("svdllm.export.quantize")
+QUANTIZE_TORCHAO = importlib.import_module("svdllm.export.quantize_torchao")
 
 
 def rounded(folder: Path) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def test_eight_bits_are_those_of_a_quantiser_made_by_hand(checkpoint: Path, in8:
 
 
 def test_groups_of_inputs_have_scales_of_their_own(checkpoint: Path, tmp_path: Path) -> None:
-    result = quantize(checkpoint, tmp_path / "out", group_size=16)
+    result = quantize(checkpoint, tmp_path / "out", group_size=16, format="torchao")
     weights = dict(load(checkpoint).named_parameters())
     for name, values in rounded(tmp_path / "out").items():
         weight = weights[name].detach()
@@ -140,8 +140,8 @@ def test_the_folder_is_the_checkpoint_with_other_weights(checkpoint: Path, in8: 
 
 
 def test_several_files(checkpoint: Path, in8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(QUANTIZE, "SHARD_BYTES", 40_000)
-    quantize(checkpoint, tmp_path / "out")
+    monkeypatch.setattr(QUANTIZE_TORCHAO, "SHARD_BYTES", 40_000)
+    quantize(checkpoint, tmp_path / "out", format="torchao")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2
     assert weight_bytes(tmp_path / "out").files == sum(path.stat().st_size for path in files)
@@ -165,7 +165,7 @@ def test_bytes_are_known_beforehand(
     linears, _ = choose_schemes(skeleton, make_scheme(bits, group_size))
     schemes = {f"{linear.name}.weight": linear.scheme for linear in linears}
     predicted = quantized_bytes(stored_tensors(source, skeleton), schemes, num_files=1)
-    quantize(folder, tmp_path / "out", bits=bits, group_size=group_size)
+    quantize(folder, tmp_path / "out", bits=bits, group_size=group_size, format="torchao")
     file = tmp_path / "out" / "model.safetensors"
     counted = weight_bytes(tmp_path / "out")
     assert counted.files == file.stat().st_size
@@ -177,7 +177,7 @@ def test_bytes_are_known_beforehand(
 
 def test_bytes_by_hand(dense: Path, tmp_path: Path) -> None:
     """Two blocks of 64, 96 and half as many keys; weights of one byte, five more for every row."""
-    quantize(dense, tmp_path / "out")
+    quantize(dense, tmp_path / "out", format="torchao")
     rows = 64 + 32 + 32 + 64 + 96 + 96 + 64
     weights = 64 * (64 + 32 + 32 + 64 + 96 + 96) + 64 * 96
     others = 300 * 64 + 2 * (64 + 32 + 32 + 2 * 64) + 64  # the tied embedding, biases and norms
@@ -206,7 +206,7 @@ def test_what_is_left_is_said(dense: Path) -> None:
 
 
 def test_a_skipped_linear_is_stored_as_it_was(checkpoint: Path, tmp_path: Path) -> None:
-    quantize(checkpoint, tmp_path / "out", skip=["down_proj.svd_u"])
+    quantize(checkpoint, tmp_path / "out", skip=["down_proj.svd_u"], format="torchao")
     before, after = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     kept = {name for name in before if name in after}
     assert "model.layers.0.mlp.down_proj.svd_u.weight" in kept
@@ -218,9 +218,9 @@ def test_a_skipped_linear_is_stored_as_it_was(checkpoint: Path, tmp_path: Path) 
 def test_linears_of_another_kind_are_left(tmp_path: Path) -> None:
     dense = save_dense(tmp_path / "gpt2", "gpt2")
     with pytest.raises(InputError, match=r"Nothing is left to quantise: 8 linears in the blocks \(Conv1D, of which"):
-        quantize(dense, tmp_path / "out")
+        quantize(dense, tmp_path / "out", format="torchao")
     run(dense, tmp_path / "small", recipe=small_recipe(ranks={"c_fc": 8}))
-    result = quantize(tmp_path / "small", tmp_path / "small8")
+    result = quantize(tmp_path / "small", tmp_path / "small8", format="torchao")
     assert {linear.name for linear in result.linears} == {
         f"transformer.h.{block}.mlp.c_fc.svd_{factor}" for block in (0, 1) for factor in "uv"
     }

@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_factors_are_rounded_and_orders_stay(bits: int, checkpoint: Path, tmp_path: Path) -> None:
-    result = quantize(checkpoint, tmp_path / "out", bits=bits)
+    result = quantize(checkpoint, tmp_path / "out", bits=bits, format="torchao")
     exact, found = load(checkpoint), load(tmp_path / "out")
     packed = {name for name, module in exact.named_modules() if isinstance(module, PackedLinear)}
     assert len(packed) == 7
@@ -69,7 +69,7 @@ def test_bytes_are_known_beforehand(bits: int, checkpoint: Path, tmp_path: Path)
     schemes = {f"{linear.name}.weight": linear.scheme for linear in linears}
     tensors = stored_tensors(source, skeleton)
     predicted = quantized_bytes(tensors, schemes, num_files=1)
-    quantize(checkpoint, tmp_path / "out", bits=bits)
+    quantize(checkpoint, tmp_path / "out", bits=bits, format="torchao")
     counted = weight_bytes(tmp_path / "out")
     headers = sum(ENTRY_BYTES + NOTE_BYTES + 5 * len(name) for name in tensors)
     assert predicted - headers == counted.quantized + counted.other

@@ -29,7 +29,7 @@ QUANTIZE = importlib.import_module("svdllm.export.quantize")
 
 
 def test_a_dense_model_loads_everywhere(dense: Path, tmp_path: Path) -> None:
-    result = quantize(dense, tmp_path / "out", bits=4)
+    result = quantize(dense, tmp_path / "out", bits=4, format="torchao")
     assert result.by_scheme() == {"4 bits, a scale per 16 inputs": 14}
     assert result.bytes_after == (tmp_path / "out" / "model.safetensors").stat().st_size < result.bytes_before
     model = load(tmp_path / "out")
@@ -40,7 +40,7 @@ def test_a_dense_model_loads_everywhere(dense: Path, tmp_path: Path) -> None:
 
 def test_four_bits_of_bfloat16_compute_in_float32(dense: Path, tmp_path: Path) -> None:
     load(dense, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
-    quantize(tmp_path / "half", tmp_path / "out", bits=4)
+    quantize(tmp_path / "half", tmp_path / "out", bits=4, format="torchao")
     assert logits(load(tmp_path / "out")).dtype == torch.bfloat16
     found = logits(svdllm.load_model(tmp_path / "out", dtype=torch.float32))
     assert found.dtype == torch.float32
@@ -88,12 +88,14 @@ def test_eval_verify_inspect(in4: Path, dense: Path, tmp_path: Path, capsys: pyt
 
 
 def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli("quantize", checkpoint, "-o", tmp_path / "a", "--bits", "4", "--skip", "q_proj") == 0
+    assert (
+        cli("quantize", checkpoint, "--format", "torchao", "-o", tmp_path / "a", "--bits", "4", "--skip", "q_proj") == 0
+    )
     said = " ".join(capsys.readouterr().out.split())
     assert "14 in 4 bits, a scale per 16 inputs" in said
     assert "4 of them for their shape, as model.layers.0.self_attn.v_proj.svd_v: 9 x 64 is not in groups of 16" in said
     assert "model.embed_tokens, lm_head (outside the blocks)" in said
-    assert cli("quantize", checkpoint, "-o", tmp_path / "b", "--json") == 0
+    assert cli("quantize", checkpoint, "--format", "torchao", "-o", tmp_path / "b", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["by_scheme"] == {"8 bits, a scale per row": 22}
     assert result["bytes_after"] == (tmp_path / "b" / "model.safetensors").stat().st_size
@@ -110,7 +112,7 @@ def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFi
         ("slice", "-o", "OUT", "--ratio", "0.5"),
         ("export", "-o", "OUT"),
         ("recover", "-o", "OUT", "--data", "python-docs"),
-        ("quantize", "-o", "OUT", "--bits", "4"),
+        ("quantize", "-o", "OUT", "--bits", "4", "--format", "torchao"),
         ("compare", "-o", "OUT", "--methods", "svd", "--ratios", "0.3", "--ppl", "python-docs"),
     ],
     ids=lambda arguments: arguments[0],
@@ -137,7 +139,7 @@ def test_what_needs_the_weights_refuses_a_quantised_model(
 )
 def test_bad_options(options: dict[str, Any], message: str, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        quantize(checkpoint, tmp_path / "out", **options)
+        quantize(checkpoint, tmp_path / "out", **options, format="torchao")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -146,23 +148,23 @@ def test_other_things_that_cannot_be(
 ) -> None:
     load(dense, dtype=torch.float16).save_pretrained(tmp_path / "half")
     with pytest.raises(InputError, match=r"stored in float16; 4 bits can be made of bfloat16 and float32 only"):
-        quantize(tmp_path / "half", tmp_path / "out", bits=4)
+        quantize(tmp_path / "half", tmp_path / "out", bits=4, format="torchao")
     with pytest.raises(InputError, match="exists and is a folder with other things"):
-        quantize(checkpoint, tmp_path)
+        quantize(checkpoint, tmp_path, format="torchao")
     (tmp_path / "out.writing").mkdir()
     with pytest.raises(InputError, match=r"out\.writing is in the way"):
-        quantize(checkpoint, tmp_path / "out")
+        quantize(checkpoint, tmp_path / "out", format="torchao")
     (tmp_path / "out.writing").rmdir()
     bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("svdllm"))
     with pytest.raises(InputError, match="download the whole repository first"):
-        quantize(bare, tmp_path / "out")
+        quantize(bare, tmp_path / "out", format="torchao")
     monkeypatch.setattr("svdllm.common.memory.available_bytes", lambda: 1000)
     with pytest.raises(ResourceError, match=r"GB of memory, 0\.00 GB are free"):
-        quantize(checkpoint, tmp_path / "out")
+        quantize(checkpoint, tmp_path / "out", format="torchao")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10_000))
     with pytest.raises(ResourceError, match="GB free, the weights need"):
-        quantize(checkpoint, tmp_path / "out")
+        quantize(checkpoint, tmp_path / "out", format="torchao")
     assert not (tmp_path / "out").exists()
 
 
@@ -171,7 +173,7 @@ def test_a_missing_library_is_named(
 ) -> None:
     monkeypatch.setattr("svdllm.common.extras.importlib.util.find_spec", lambda name: None)
     for command in (
-        ("quantize", checkpoint, "-o", tmp_path / "out"),
+        ("quantize", checkpoint, "-o", tmp_path / "out", "--format", "torchao"),
         ("eval", in8, "--ppl", "python-docs"),
         ("verify", in8),
     ):
@@ -187,14 +189,14 @@ def test_a_failure_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(QUANTIZE, "finish_checkpoint", fail)
     with pytest.raises(KeyboardInterrupt):
-        quantize(checkpoint, tmp_path / "out")
+        quantize(checkpoint, tmp_path / "out", format="torchao")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_elastic_checkpoint_loses_its_sizes(dense: Path, tmp_path: Path) -> None:
     run(dense, tmp_path / "elastic", recipe=small_recipe(elastic=True))
     reporter = Reporter()
-    quantize(tmp_path / "elastic", tmp_path / "out", reporter=reporter)
+    quantize(tmp_path / "elastic", tmp_path / "out", reporter=reporter, format="torchao")
     assert "smaller sizes of this elastic checkpoint are not carried over" in reporter.warnings[0]
     assert not list((tmp_path / "out").rglob("elastic*"))
     assert "svdllm slice" not in (tmp_path / "out" / "README.md").read_text()

@@ -17,7 +17,6 @@ from svdllm.checkpoint.report import read_report
 from svdllm.models.channels import Channels
 from svdllm.pruning.flap import Moments, best_groups, fluctuations, group_scores, standardised
 from svdllm.pruning.llm_pruner import pruned_blocks
-from svdllm.pruning.slice_gpt import principal_axes
 
 HEADS, NEURONS, WIDTH = 2, 48, 16  # groups of tiny llama: heads of keys and values, neurons; columns of a head
 
@@ -200,59 +199,3 @@ def test_a_dropped_first_attention_keeps_the_length_of_the_cache(tmp_path: Path,
         assert first.past_key_values.get_seq_length() == 7
         second = found(input_ids=ids[:, 7:], past_key_values=first.past_key_values)
     torch.testing.assert_close(second.logits, logits(found)[:, 7:], rtol=1e-4, atol=1e-5)
-
-
-def test_principal_axes_are_those_of_the_gram() -> None:
-    turn, _ = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0)).double())
-    gram = turn @ torch.diag(torch.tensor([1.0, 9.0, 4.0, 2.0, 16.0]).double()) @ turn.mT
-    axes = principal_axes(gram, 3)
-    torch.testing.assert_close((axes.mT @ turn[:, [4, 1, 2]]).abs(), torch.eye(3).double())
-
-
-def test_slicegpt_without_slicing_is_the_identity(tmp_path: Path, monkeypatch: Any) -> None:
-    from svdllm.pruning import slice_gpt
-
-    monkeypatch.setattr(slice_gpt, "width_for", lambda job, residual: 32)
-    model = tiny_model("llama")
-    found = made(model, "slicegpt", 0.01, tmp_path / "out")
-    norm = found.model.layers[0].input_layernorm
-    assert float(norm.shortcut.weight.detach().abs().max()) > 0.1  # it is turned
-    torch.testing.assert_close(logits(found), logits(model), rtol=1e-3, atol=1e-4)
-
-
-def sliced_reference(model: Any, width: int) -> Tensor:
-    """Logits of the dense model whose residual is projected on its principal axes between all halves of blocks."""
-    projections: list[Tensor] = []
-
-    def project(hidden: Tensor, number: int) -> Tensor:
-        if number == len(projections):
-            tokens = hidden.flatten(0, 1).double()
-            gram = tokens.mT @ tokens
-            gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
-            axes = torch.linalg.eigh(gram).eigenvectors[:, -width:]
-            projections.append(axes @ axes.mT)
-        return (hidden.double() @ projections[number]).float()
-
-    def run(ids: Tensor) -> Tensor:
-        body = model.model
-        hidden = project(body.embed_tokens(ids), 0)
-        rotary = body.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
-        for n, layer in enumerate(body.layers):
-            attended = layer.self_attn(layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=None)
-            hidden = project(hidden + attended[0], 2 * n + 1)
-            hidden = project(hidden + layer.mlp(layer.post_attention_layernorm(hidden)), 2 * n + 2)
-        return model.lm_head(body.norm(hidden))
-
-    with torch.no_grad():
-        run(token_windows())
-        return run(tiny_tokens())
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_slicegpt_is_what_projections_of_the_dense_model_compute(family: str, tmp_path: Path) -> None:
-    model = tiny_model(family)
-    found = made(model, "slicegpt", 0.25, tmp_path / "out")
-    width = read_report(tmp_path / "out")["pruning"]["width"]
-    assert width < 32
-    assert found.model.embed_tokens.weight.shape == (128, width)
-    torch.testing.assert_close(logits(found), sliced_reference(model, width), rtol=1e-3, atol=1e-4)

@@ -149,15 +149,16 @@ def _quantization(report: dict[str, Any]) -> str:
     if entry := report.get("quantization"):
         return f"""## Quantised
 
-Its linears are stored as {quantization_text(entry)}. Loading them needs the package torchao, on a CPU or a
-GPU. Before that the weight files had {entry["unquantized_file_bytes"] / 1e6:,.1f} MB.
+Its linears are stored as {quantization_text(entry)}. Loading them needs the package
+{entry.get("format", "torchao")}, on a CPU or a GPU. Before that the weight files had
+{entry["unquantized_file_bytes"] / 1e6:,.1f} MB.
 """
     if later := report.get("quantized_file_bytes"):
         bits, target = report["recipe"]["factor_bits"], report["recipe"]["target_size"]
         return f"""## Quantise
 
-Its ranks were chosen for {bits} bits: `svdllm quantize FOLDER -o SMALLER --bits {bits}` makes weight files of
-{later / 1e6:,.1f} MB of it, of the {target / 1e6:,.1f} MB that they may have.
+Its ranks were chosen for {bits} bits: `svdllm quantize FOLDER -o SMALLER --bits {bits} --format torchao` makes
+weight files of {later / 1e6:,.1f} MB of it, of the {target / 1e6:,.1f} MB that they may have.
 """
     return ""
 
@@ -240,7 +241,8 @@ def _worst_linears(report: dict[str, Any]) -> str:
 def quantization_text(entry: dict[str, Any]) -> str:
     """Sums up a quantisation in one line: each scheme with its number of linears, and how many were left."""
     schemes = "; ".join(f"{scheme} ({number} linears)" for scheme, number in entry["by_scheme"].items())
-    return f"{schemes}; {len(entry['left'])} left as they were; torchao {entry['versions']['torchao']}"
+    package = entry.get("format", "torchao")
+    return f"{schemes}; {len(entry['left'])} left as they were; {package} {entry['versions'][package]}"
 
 
 def recovery_text(entry: dict[str, Any]) -> str:

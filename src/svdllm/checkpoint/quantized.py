@@ -7,12 +7,13 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import Self
 
 from svdllm.checkpoint.tensors import Tensors
 from svdllm.common.errors import InputError
@@ -62,19 +63,31 @@ FALLBACK = Scheme(8)
 ENTRY_BYTES = NOTE_BYTES = 400
 
 
+class AnyScheme(Protocol):
+    """What a scheme of any format is: it fits itself to the shape of a weight."""
+
+    @property
+    def group_size(self) -> int | None: ...
+
+    def for_shape(self, out_features: int, in_features: int) -> Self: ...
+
+
+S = TypeVar("S", bound=AnyScheme)
+
+
 @dataclass(frozen=True, kw_only=True)
-class QuantizedLinear:
+class QuantizedLinear(Generic[S]):
     """One linear to quantise; ``reason`` says why its scheme is not the one asked for."""
 
     name: str
     out_features: int
     in_features: int
-    scheme: Scheme
+    scheme: S
     reason: str | None = None
 
 
-def quantized_linear(name: str, out_features: int, in_features: int, scheme: Scheme) -> QuantizedLinear:
-    """A linear with the scheme asked for, or with ``FALLBACK`` where its shape does not fit."""
+def quantized_linear(name: str, out_features: int, in_features: int, scheme: S) -> QuantizedLinear[S]:
+    """A linear with the scheme asked for, or with the one that fits its shape."""
     fitting = scheme.for_shape(out_features, in_features)
     reason = None if fitting == scheme else f"{out_features} x {in_features} is not in groups of {scheme.group_size}"
     return QuantizedLinear(name=name, out_features=out_features, in_features=in_features, scheme=fitting, reason=reason)
@@ -103,8 +116,8 @@ def require_dtype(bits: int, dtype: torch.dtype, model: str) -> None:
         )
 
 
-def linears_in_blocks(skeleton: PreTrainedModel, scheme: Scheme) -> list[QuantizedLinear]:
-    """All linears in the blocks that torchao can quantise, with the scheme of each."""
+def linears_in_blocks(skeleton: PreTrainedModel, scheme: S) -> list[QuantizedLinear[S]]:
+    """All linears in the blocks that can be quantised, with the scheme of each."""
     blocks = _blocks(skeleton)
     return [
         quantized_linear(name, module.out_features, module.in_features, scheme)
@@ -114,13 +127,13 @@ def linears_in_blocks(skeleton: PreTrainedModel, scheme: Scheme) -> list[Quantiz
 
 
 def can_quantize(in_features: int) -> bool:
-    """Whether torchao can quantise a linear. It cannot if there is one input, as in ``svd_u`` at rank 1."""
+    """Whether a linear can be quantised. torchao cannot if there is one input, as in ``svd_u`` at rank 1."""
     return in_features > 1
 
 
 def choose_schemes(
-    skeleton: PreTrainedModel, scheme: Scheme, skip: Sequence[str] = ()
-) -> tuple[list[QuantizedLinear], dict[str, str]]:
+    skeleton: PreTrainedModel, scheme: S, skip: Sequence[str] = ()
+) -> tuple[list[QuantizedLinear[S]], dict[str, str]]:
     """The linears to quantise with the scheme of each, and the linears and embeddings that are left with the reason.
 
     Embeddings and ``lm_head`` are outside the blocks, and left.
@@ -131,7 +144,7 @@ def choose_schemes(
     """
     blocks = _blocks(skeleton)
     found = {linear.name: linear for linear in linears_in_blocks(skeleton, scheme)}
-    chosen: list[QuantizedLinear] = []
+    chosen: list[QuantizedLinear[S]] = []
     left: dict[str, str] = {}
     names: list[str] = []
     for name, module in skeleton.named_modules():
@@ -145,7 +158,7 @@ def choose_schemes(
             left[name] = "--skip"
         elif name not in found:
             kind = type(module).__name__ if not isinstance(module, nn.Linear) else "a linear of one input"
-            left[name] = f"{kind}, of which torchao has no form"
+            left[name] = f"{kind}, of which there is no form in few bits"
         else:
             chosen.append(found[name])
     for pattern in skip:
@@ -175,7 +188,7 @@ def quantized_bytes(tensors: Tensors, schemes: Mapping[str, Scheme], num_files: 
     return result
 
 
-def quantization_config(linears: Sequence[QuantizedLinear]) -> Any:
+def quantization_config(linears: Sequence[QuantizedLinear[Scheme]]) -> Any:
     """The config for transformers that gives each linear its scheme and leaves all other tensors."""
     from torchao.quantization import FqnToConfig
     from transformers import TorchAoConfig

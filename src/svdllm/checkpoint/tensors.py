@@ -54,8 +54,8 @@ def num_params(tensors: Tensors, buffers: Collection[str] = ()) -> int:
 
 
 def tensor_bytes(tensors: Tensors, names: Sequence[str] | None = None) -> int:
-    chosen = tensors if names is None else {name: tensors[name] for name in names}
-    return sum(prod(shape) * dtype.itemsize for shape, dtype in chosen.values())
+    chosen = tensors.values() if names is None else map(tensors.__getitem__, names)
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in chosen)
 
 
 def shard_names(tensors: Tensors, limit: int = SHARD_BYTES) -> list[list[str]]:

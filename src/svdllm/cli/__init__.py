@@ -30,6 +30,7 @@ from svdllm.cli.console import error_console
 from svdllm.cli.renamed import renamed_flag
 from svdllm.cli.terminal import lenient_streams
 from svdllm.common.errors import SvdllmError, as_ours
+from svdllm.common.processes import is_first
 
 # ClickException, of the click that typer uses: newer versions carry their own.
 UsageProblem: type[Exception] = typer.BadParameter.mro()[2]
@@ -59,6 +60,9 @@ CONTINUES = {
     "recover": "saved step",
 }
 
+# Commands that torchrun and accelerate launch may start in several processes, which then tell each other of errors.
+SHARED = (["compress"],)
+
 app = typer.Typer(name="svdllm", no_args_is_help=True, pretty_exceptions_enable=False, cls=group_of(COMMANDS), **STYLE)
 
 
@@ -84,20 +88,24 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     as_json = "--json" in arguments
+    # of processes that share a run, one reports an error that all of them have
+    is_silent = arguments[:1] in SHARED and not is_first()
     try:
         code = app(args=arguments, standalone_mode=False)
         sys.stdout.flush()  # a disk that is full is reported below
     except UsageProblem as error:
         if (renamed := renamed_flag(error)) is not None:
-            return _show(renamed, as_json)
-        error.show()  # type: ignore[attr-defined]
+            return renamed.exit_code if is_silent else _show(renamed, as_json)
+        if not is_silent:
+            error.show()  # type: ignore[attr-defined]
         code = error.exit_code  # type: ignore[attr-defined]
     except (typer.Abort, KeyboardInterrupt):
-        code = _interrupted(arguments)
+        code = 130 if is_silent else _interrupted(arguments)
     except Exception as error:
         if (ours := as_ours(error)) is None:
             raise
-        code = _show(ours, as_json)
+        told = is_silent if ours.told is None else ours.told
+        code = ours.exit_code if told else _show(ours, as_json)
     return code or 0
 
 

@@ -10,6 +10,7 @@ from svdllm.cli import recipe_options as r
 from svdllm.cli.commands import takes
 from svdllm.cli.console import ConsoleReporter, print_json, show, show_next
 from svdllm.cli.readers import read_bytes
+from svdllm.common.processes import is_first
 
 if TYPE_CHECKING:
     from svdllm.compression.recipe import Recipe
@@ -38,6 +39,8 @@ def compress(
     The same command line with plan in place of compress shows what it would do.
 
     A killed run is continued by the same command: finished blocks lie in OUT.partial until the end.
+
+    Several processes or GPUs: torchrun --nproc-per-node N -m svdllm compress ... The result has the same bytes.
     """
     from svdllm.cli.tables import result_table
     from svdllm.compression.run import compress_many
@@ -53,6 +56,8 @@ def compress(
         hidden_states_limit=None if hidden_states_limit is None else read_bytes(hidden_states_limit, r.LIMIT),
         reporter=ConsoleReporter(),
     )
+    if not is_first():
+        return
     if json:
         print_json([result.to_dict() for result in results] if len(results) > 1 else results[0].to_dict())
         return
@@ -64,7 +69,9 @@ def compress(
 def _next_commands(model: str, folder: Path, recipe: Recipe) -> list[str]:
     commands = [f"eval {folder} --base {model} --ppl python-docs --seqlen 512", f"inspect {folder}"]
     if (bits := recipe.factor_bits) is not None:
-        commands.append(f"quantize {folder} -o {folder.with_name(f'{folder.name}-{bits}bits')} --bits {bits}")
+        commands.append(
+            f"quantize {folder} -o {folder.with_name(f'{folder.name}-{bits}bits')} --bits {bits} --format torchao"
+        )
     if recipe.elastic:
         commands.append(f"slice {folder} --ratio ... -o ...")
     return commands

@@ -23,6 +23,7 @@ class Format(str, Enum):
     padded = "padded"
     gguf = "gguf"
     adapter = "adapter"
+    modelopt = "modelopt"
 
 
 FormatOption = Annotated[
@@ -32,7 +33,8 @@ FormatOption = Annotated[
         "pairs, for tensor parallelism and tools that want pairs. onnx, openvino: the factors as they are, in a "
         "float32 graph for ONNX Runtime or OpenVINO. padded: the same model with more heads, which do nothing, for "
         "tensor parallelism. gguf: a dense or quantised model without factors as one file for llama.cpp. "
-        "adapter: corrections as an adapter of PEFT beside a plain model in few bits."
+        "adapter: corrections as an adapter of PEFT beside a plain model in few bits. modelopt: the same by the names "
+        "of NVIDIA ModelOpt (svdquant_lora_a, svdquant_lora_b)."
     ),
 ]
 TensorParallel = Annotated[
@@ -61,7 +63,13 @@ def export(
     if tensor_parallel is not None:
         found, said = _padded(folder, output, tensor_parallel)
     else:
-        writers = {Format.dense: _dense, Format.pairs: _pairs, Format.gguf: _gguf, Format.adapter: _adapter}
+        writers = {
+            Format.dense: _dense,
+            Format.pairs: _pairs,
+            Format.gguf: _gguf,
+            Format.adapter: _adapter,
+            Format.modelopt: partial(_adapter, modelopt=True),
+        }
         found, said = writers.get(format, partial(_graph, format=format))(folder, output)
     if json:
         print_json({"output_dir": str(output), "format": format.value} | found)
@@ -92,12 +100,13 @@ def _pairs(folder: Path, output: Path) -> tuple[dict[str, Any], str]:
     )
 
 
-def _adapter(folder: Path, output: Path) -> tuple[dict[str, Any], str]:
-    from svdllm.export.adapter import export_adapter
+def _adapter(folder: Path, output: Path, *, modelopt: bool = False) -> tuple[dict[str, Any], str]:
+    from svdllm.export.adapter import MODELOPT, PEFT, export_adapter
 
-    made = export_adapter(folder, output)
+    names = MODELOPT if modelopt else PEFT
+    made = export_adapter(folder, output, names)
     return asdict(made), (
-        f"base ({size(made.base_bytes)}) and adapter ({size(made.adapter_bytes)}), which corrects {made.linears} "
+        f"base ({size(made.base_bytes)}) and {names.file} ({size(made.adapter_bytes)}), which corrects {made.linears} "
         f"linears by rank {made.rank} at most."
     )
 

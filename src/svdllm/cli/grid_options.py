@@ -44,6 +44,15 @@ Recover = Annotated[
 ]
 Title = Annotated[str | None, option("Title of the report.", None, "by the model's name")]
 Keep = Annotated[bool, option("Keep every checkpoint, in OUTPUT/checkpoints.", None, False, "--keep")]
+Bench = Annotated[
+    bool,
+    option(
+        "Measure prefill and decode of every model in turns with the dense one, in the end; keeps every checkpoint.",
+        "Measuring",
+        False,
+        "--bench",
+    ),
+]
 Ppl = Annotated[
     list[str] | None,
     option(
@@ -78,6 +87,7 @@ class GridOptions:
     recover: Recover = None
     title: Title = None
     keep: Keep = False
+    bench: Bench = False
     ppl: Ppl = None
     ppl_seqlen: PplSeqlen = None
     ppl_windows: PplWindows = None

@@ -39,7 +39,7 @@ def run_and_report(
     ``variants`` makes the variants from the settings of all calibration and those of all training; ``calibration``
     are the flags of the former.
     """
-    report = _reported(_grid(model, variants, options, calibration, study), output, options.keep, study)
+    report = _reported(_grid(model, variants, options, calibration, study), output, options, study)
     if options.json:
         print_json(report.to_dict())
     else:
@@ -99,7 +99,7 @@ def _ratios(model: str, variants: tuple[Variant, ...], options: GridOptions) -> 
     return ratios
 
 
-def _reported(grid: Grid, output: Path, keep: bool, study: Study | None) -> GridReport:
+def _reported(grid: Grid, output: Path, options: GridOptions, study: Study | None) -> GridReport:
     """Runs a grid; its report is written from time to time, and when the run ends, however it ends."""
     from svdllm.comparison import run_grid
     from svdllm.comparison.report import GridReport, read_spectra_files, write_report
@@ -122,7 +122,8 @@ def _reported(grid: Grid, output: Path, keep: bool, study: Study | None) -> Grid
             written = time.monotonic()
 
     try:
-        records = run_grid(grid, output, keep=keep, reporter=ConsoleReporter(), on_cell=on_cell)
+        keep = options.keep or options.bench
+        records = run_grid(grid, output, keep=keep, bench=options.bench, reporter=ConsoleReporter(), on_cell=on_cell)
     finally:
         report = write() if records else None
     assert report is not None

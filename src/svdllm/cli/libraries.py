@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from svdllm.cli.console import print_warning
+from svdllm.common.processes import is_first
 
 
 @contextmanager
@@ -32,7 +33,8 @@ def prepared_libraries() -> Iterator[None]:
 
         register_all()
         _silence()
-    _warn_if_untested()
+    if is_first():
+        _warn_if_untested()
     with warnings.catch_warnings():
         warnings.simplefilter("default", UnusedTensorsWarning)
         show_as_python = warnings.showwarning

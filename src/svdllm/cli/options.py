@@ -12,9 +12,11 @@ from svdllm.common.settings import DEVICE, Panel
 MACHINE: Panel = "Machine"
 
 
-def option(help: str, panel: Panel | None = None, default: str | bool = False, *names: str) -> Any:
+def option(
+    help: str, panel: Panel | None = None, default: str | bool = False, *names: str, min: int | None = None
+) -> Any:
     """An option in a panel of the help; ``default`` says what holds without it (True: the value, False: nothing)."""
-    return typer.Option(*names, help=help, show_default=default, rich_help_panel=panel)
+    return typer.Option(*names, help=help, show_default=default, rich_help_panel=panel, min=min)
 
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or GGUF file.", show_default=False)]

@@ -23,6 +23,9 @@ def plan(
     preset: r.Preset = None,
     recipe: r.RecipeFile = None,
     hidden_states_limit: r.HiddenStatesLimit = None,
+    processes: Annotated[
+        int, o.option("Processes that share the run, each on a device of its own.", o.MACHINE, True, min=1)
+    ] = 1,
     revision: o.Revision = None,
     resume: Annotated[bool, o.option("Ignored: nothing is begun.", None, False, "--resume/--no-resume")] = True,
     offline: o.Offline = False,
@@ -49,6 +52,7 @@ def plan(
             offline=offline,
             revision=revision,
             hidden_states_limit=None if hidden_states_limit is None else read_bytes(hidden_states_limit, r.LIMIT),
+            processes=processes,
         )
     if json:
         print_json([single.to_dict() for single in plans] if len(plans) > 1 else plans[0].to_dict())

@@ -55,8 +55,9 @@ def plan_table(plan: Plan) -> Titled:
         summary.add_row(
             "elastic files", f"{'' if plan.forms_known else 'at most '}{size(plan.sizes.elastic_bytes)} beside them"
         )
+    each = f", each of {plan.needs.processes} processes" if plan.needs.processes > 1 else ""
     stage = max(plan.needs.ram_by_stage, key=lambda name: plan.needs.ram_by_stage[name])
-    summary.add_row("peak memory", f"{size(plan.peak_ram_bytes)} (stage: {stage})")
+    summary.add_row("peak memory", f"{size(plan.peak_ram_bytes)} (stage: {stage}){each}")
     if plan.needs.device_bytes:
         summary.add_row(f"peak on {plan.needs.device}", size(plan.needs.device_bytes))
     where = "on disk" if plan.needs.hidden_states_on_disk else "in memory"
@@ -64,6 +65,8 @@ def plan_table(plan: Plan) -> Titled:
     if plan.needs.experts_on_disk:
         summary.add_row("weights of experts", "on disk while their block is loaded, which does not fit into memory")
     summary.add_row("disk while it runs", size(plan.needs.disk_bytes))
+    if each:
+        summary.add_row("from the others", f"{size(plan.needs.network_bytes)}{each}")
     time = duration_range(*plan.needs.seconds_range)
     summary.add_row("time", f"about {time} on {plan.needs.device} in {plan.needs.compute_dtype}")
     return title, [summary, _kinds_table(targets)]

@@ -30,7 +30,8 @@ def prune_(
 
     [bold]svdllm prune MODEL -o OUT --method flap --ratio 0.2 --calib python-docs --samples 64 --seqlen 512[/bold]
 
-    The result is a checkpoint that [bold]from_pretrained[/bold] loads. [bold]svdllm recover[/bold] trains it.
+    The result is a checkpoint that [bold]from_pretrained[/bold] loads. [bold]svdllm recover[/bold] trains it. A killed
+    run begins anew.
     """
     from svdllm.cli.generated import read_flags
     from svdllm.cli.pruning_tables import pruning_table

@@ -1,4 +1,4 @@
-"""``svdllm quantize``: the linears of a model in 8 or 4 bits."""
+"""``svdllm quantize``: the linears of a model in few bits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import typer
 
 from svdllm.cli import options as o
 from svdllm.cli.console import ConsoleReporter, print_json, show, show_next
+from svdllm.common.errors import InputError
 from svdllm.common.run_options import RunOptions
 
 Subject = Annotated[
@@ -16,8 +17,8 @@ Subject = Annotated[
 Bits = Annotated[
     int,
     o.option(
-        "8 (integers), or 4 (NVFP4: numbers of 4 bits and a scale of 8 bits for every 16). With --calib 8, 6, 5, 4, 3 "
-        "or 2, all of them integers.",
+        "8, 6, 5, 4, 3 or 2: integers. With --format torchao 8, or 4 (NVFP4: numbers of 4 bits and a scale of 8 bits "
+        "for every 16).",
         None,
         True,
     ),
@@ -35,10 +36,19 @@ Seqlen = Annotated[int, o.option("Tokens of a window (--calib).", None, True)]
 GroupSize = Annotated[
     int | None,
     o.option(
-        "Inputs that share a scale, with 8 bits. A factor svd_u has as many inputs as the rank: if that is not a "
-        "multiple of it, the scale is per row.",
+        "Inputs that share a scale: 32, 64 or 128; with --format torchao any number, for 8 bits. A factor svd_u has as "
+        "many inputs as the rank: what these numbers do not divide has a scale per row.",
         None,
-        "a row",
+        "64; of torchao a row",
+    ),
+]
+FormatOption = Annotated[
+    str,
+    o.option(
+        "compressed-tensors: small files, which transformers unpacks when it loads them, and vLLM runs as they are. "
+        "torchao: packed in memory too, for its kernels of 8 bits, and of NVFP4 on Blackwell.",
+        None,
+        True,
     ),
 ]
 Skip = Annotated[
@@ -57,6 +67,7 @@ def quantize_(
     bits: Bits = 8,
     group_size: GroupSize = None,
     skip: Skip = None,
+    format: FormatOption = "compressed-tensors",
     calib: Calib = None,
     samples: Samples = 128,
     seqlen: Seqlen = 2048,
@@ -65,19 +76,22 @@ def quantize_(
     revision: o.Revision = None,
     json: o.Json = False,
 ) -> None:
-    """Stores the linears of a model in 8 or 4 bits (torchao), in a folder that [bold]from_pretrained[/bold] loads.
+    """Stores the linears of a model in few bits, in a folder that [bold]from_pretrained[/bold] loads.
 
-    Compress first, quantise last: [bold]svdllm quantize OUT -o OUT8 --bits 8[/bold]
+    Every linear gets the same number of bits. Compress first, quantise last:
+    [bold]svdllm quantize OUT -o OUT8 --bits 8[/bold]
 
     A dense model is rounded better with a text: [bold]svdllm quantize MODEL -o OUT4 --bits 4 --calib wikitext2[/bold]
 
-    For 4 bits, compress with [bold]--round-to 16[/bold]: a factor whose rank is not a multiple of 16 gets 8 bits.
+    With fewer bits where they matter least: [bold]svdllm compress MODEL -o OUT --target-size 105MB[/bold]
     """
     from svdllm.cli.quantization_tables import quantization_table
     from svdllm.cli.tables import result_table
     from svdllm.export.quantize import quantize
 
     if calib is not None:
+        if format != "compressed-tensors":
+            raise InputError(f"--calib and --format {format} do not go together: drop one of them.")
         from svdllm.export.quantize_calibrated import quantize_calibrated
 
         made = quantize_calibrated(
@@ -100,6 +114,7 @@ def quantize_(
         bits=bits,
         group_size=group_size,
         skip=skip or (),
+        format=format,
         device=device,
         offline=offline,
         revision=revision,

@@ -57,8 +57,8 @@ def recover_(
     A killed run is continued by the same command. Several GPUs: torchrun --nproc-per-node N -m svdllm recover ...
     """
     from svdllm.cli.tables import recovery_table
+    from svdllm.common.processes import is_first
     from svdllm.recovery import Recovery, make_recovery, recover
-    from svdllm.recovery.distributed import is_main
 
     result = recover(
         folder,
@@ -72,7 +72,7 @@ def recover_(
         resume=resume,
         reporter=ConsoleReporter(),
     )
-    if not is_main():
+    if not is_first():
         return
     if json:
         print_json(result.to_dict())

@@ -236,7 +236,7 @@ def add_sizes(table: Table, plan: Plan) -> None:
 
 def quantized_text(num_bytes: int, bits: int | None) -> str:
     """The size after quantising that the ranks were chosen for."""
-    return f"at most {size(num_bytes)}, by `svdllm quantize` with --bits {bits}"
+    return f"at most {size(num_bytes)}, by `svdllm quantize` with --bits {bits} --format torchao"
 
 
 def threshold_text(threshold: float | None) -> str:

@@ -21,6 +21,11 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "," in name:
+        raise InputError(
+            f"--device {name}: a process computes on one device. For several, start one process for each: torchrun "
+            f"--nproc-per-node {name.count(',') + 1} -m svdllm compress ... --device cuda."
+        )
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

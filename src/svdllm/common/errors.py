@@ -14,6 +14,7 @@ class SvdllmError(Exception):
     """Base of every error that svdllm raises on purpose; the command line exits with ``exit_code``."""
 
     exit_code = 1
+    told: bool | None = None  # whether another process reports it; None where that is not known
 
 
 class InputError(SvdllmError, ValueError):
@@ -36,6 +37,10 @@ class ResourceError(SvdllmError):
     def __init__(self, problem: str, advice: str = ""):
         super().__init__(f"{problem} {advice}".rstrip())
         self.problem, self.advice = problem, advice
+
+
+class EndedError(ResourceError):
+    """Another process of the run has ended, and told nobody why."""
 
 
 class NumericalError(SvdllmError):

@@ -42,8 +42,18 @@ class Cells:
         write_atomically(self.folder / GRID_FILE, about.encode())
 
     def records(self) -> list[Record]:
-        """The records so far, in the grid's order, compared with the dense model window by window."""
-        return with_log_ratios([record for cell in self.grid.cells if (record := self.read(cell)) is not None])
+        """The records so far, in the grid's order, with speeds, compared with the dense model window by window."""
+        found = ((cell, self.read(cell)) for cell in self.grid.cells)
+        return with_log_ratios([r | {"speed": self.read_speed(cell)} for cell, r in found if r is not None])
+
+    def read_speed(self, cell: Cell) -> Record | None:
+        """Prefill and decode of a cell beside the dense model; None if they were not measured."""
+        file = self._speed_file(cell)
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def write_speed(self, cell: Cell, speed: Record) -> None:
+        self._speed_file(cell).parent.mkdir(exist_ok=True)
+        write_atomically(self._speed_file(cell), json.dumps(speed, indent=1).encode())
 
     def read(self, cell: Cell) -> Record | None:
         file = self._file(cell)
@@ -116,6 +126,9 @@ class Cells:
                 f"{folder} was made with other settings than those of '{cell.name}'. Give the same settings to "
                 "continue, or name another folder."
             )
+
+    def _speed_file(self, cell: Cell) -> Path:
+        return self.folder / "speeds" / f"{cell.file_name}.json"
 
     def _file(self, cell: Cell) -> Path:
         return self.folder / "cells" / f"{cell.file_name}.json"

@@ -13,6 +13,7 @@ import transformers
 
 from svdllm.common.files import write_atomically
 from svdllm.common.version import __version__
+from svdllm.comparison.costs import cost_notes, cost_table
 from svdllm.comparison.figures import Figure, figures_of
 from svdllm.comparison.machines import of_one_machine
 from svdllm.comparison.paired import WINDOW_NLL
@@ -138,6 +139,15 @@ class GridReport:
     def _timed(self) -> tuple[list[Record], str | None]:
         """The models whose times compare, and their machine if others were made on another one."""
         return of_one_machine(record for record in self.records if record["status"] == "done" and record["variant"])
+
+    @property
+    def costs(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Headings and rows: time and memory of making each model, and its speed."""
+        return cost_table(self.records)
+
+    @property
+    def cost_notes(self) -> list[str]:
+        return cost_notes(self.records)
 
     @property
     def generations(self) -> list[tuple[str, list[tuple[str, str]]]]:

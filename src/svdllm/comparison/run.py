@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from svdllm.checkpoint.output import LOCK, followed, is_empty, require_writable
+from svdllm.common.device import resolve_device
 from svdllm.common.disk import explain_full_disk
 from svdllm.common.errors import InputError, as_ours, first_line
 from svdllm.common.extras import require_extra
 from svdllm.common.locks import locked
+from svdllm.common.memory import device_peak_bytes, forget_peaks, peak_bytes
 from svdllm.common.progress import Reporter, SubReporter
 from svdllm.comparison.cells import GRID_FILE, Cells, Record
 from svdllm.comparison.fingerprint import identity_of
@@ -22,6 +24,7 @@ from svdllm.comparison.foreign import Foreign, removed_share
 from svdllm.comparison.machines import machine_of
 from svdllm.comparison.measure import measure
 from svdllm.comparison.settings import Cell, Grid
+from svdllm.comparison.speeds import measure_speeds
 from svdllm.data import check_source
 from svdllm.evaluation.tasks import TaskSuite, check_models, open_tasks
 from svdllm.models.limits import context_length, require_context
@@ -35,6 +38,7 @@ def run_grid(
     folder: str | Path,
     *,
     keep: bool = False,
+    bench: bool = False,
     reporter: Reporter | None = None,
     on_cell: Callable[[list[Record]], object] | None = None,
 ) -> list[Record]:
@@ -47,6 +51,7 @@ def run_grid(
     Args:
         folder: made by this call, or left by an earlier one.
         keep: leave every checkpoint in ``folder/checkpoints``; otherwise it is removed once it is measured.
+        bench: measure prefill and decode of every checkpoint that was kept beside the dense model, in the end.
         on_cell: is called with all records so far after each new one.
 
     Raises:
@@ -66,6 +71,9 @@ def run_grid(
             for _ in _Run(grid=grid, cells=cells, suite=suite, reporter=reporter).execute():
                 if on_cell is not None:
                     on_cell(cells.records())
+        for _ in measure_speeds(cells, reporter) if bench else ():
+            if on_cell is not None:
+                on_cell(cells.records())
         records = cells.records()
         if all(record["status"] == "done" for record in records):
             shutil.rmtree(cells.work, ignore_errors=True)
@@ -142,11 +150,14 @@ class _Run:
         if cell.variant is None:
             nothing: Record = {"linears": [], "recovery": None, "compression_seconds": {}}
             return nothing | measure(self.grid.model, self.grid.measures, self.suite, options)
+        device = resolve_device(self.grid.measures.device)
+        from_here = forget_peaks(device)
         place = self._made(cell, reporter)
+        peaks: Record = {"ram": peak_bytes() if from_here else None, "device": device_peak_bytes(device)}
         self.cells.write_spectra(cell.variant)
         is_ours = Path(place).is_relative_to(self.cells.folder)
         kept = str(Path(place).relative_to(self.cells.folder)) if self.cells.keep and is_ours else None
-        described: Record = cell.variant.record(place) | {"checkpoint": kept}
+        described: Record = cell.variant.record(place) | {"checkpoint": kept, "peak_bytes": peaks}
         record = measure(place, self.grid.measures, self.suite, options) | described
         if isinstance(cell.variant, Foreign):
             record["own_tokenizer"] = cell.variant.has_own_tokenizer(self.grid.model, self.grid.options(reporter))

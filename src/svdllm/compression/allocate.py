@@ -35,7 +35,7 @@ def measure_times(run: Run, subject: Subject) -> LinearTimes | None:
     if recipe.target_speedup is None:
         return None
     file = run.analysis_folder / LINEAR_TIMES_FILE
-    if not file.is_file():
+    if run.processes.is_first and not file.is_file():
         _, fixed = free_and_fixed(recipe, subject.structure.targets)
         device, dtype = subject.placement(recipe)
         measured = measure_linears(
@@ -49,6 +49,7 @@ def measure_times(run: Run, subject: Subject) -> LinearTimes | None:
             reporter=run.reporter,
         )
         write_atomically(file, measured.to_json().encode())
+    run.processes.wait()
     times = LinearTimes.read(file)
     require_fast_enough(recipe, subject.structure, times)
     return times
@@ -105,11 +106,14 @@ def _probes(run: Run, subject: Subject, windows: TokenWindows, analysis: Analysi
     probes = analysis.read_probes(recipe.allocation)
     if {name: list(measured) for name, measured in probes.items()} != sizes:
         ids = probe_ids(windows.ids, probe_tokens(recipe, structure, subject.skeleton))
-        walk = subject.walk(ids, recipe, scratch=run.scratch(plan))
+        walk = subject.walk(ids, recipe, run.spill_file(plan), run.scratch(plan))
         walk.batch_tokens = ids.numel()
         probing = ALLOCATIONS[recipe.allocation].probing
         assert probing is not None
-        probes = probe(walk, analysis, sizes, probing.measure, run.reporter)
+        walk.processes = run.processes
+        folder = run.work if plan.needs.hidden_states_on_disk else None
+        probes = probe(walk, analysis, sizes, probing.measure, run.reporter, folder)
         walk.close()
-        analysis.write_probes(recipe.allocation, probes)
+        if run.processes.is_first:
+            analysis.write_probes(recipe.allocation, probes)
     return probes

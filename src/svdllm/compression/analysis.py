@@ -69,22 +69,18 @@ class Analysis:
             keep_metrics: keeps the right metrics of the block, for a sequential calibration.
             part: number of the part; None for the last, or the whole block.
         """
-        tensors = {f"{group}.mean": mean for group, mean in (means or {}).items()}
-        for name, rounding in decomposed.roundings.items():
-            parts = {f"{name}.rounding": rounding.errors, f"{name}.corrections": rounding.corrections}
-            tensors |= {part: tensor for part, tensor in parts.items() if tensor is not None}
-        for name, narrowing in decomposed.narrowings.items():
-            tensors |= {f"{name}.{part}": tensor for part, tensor in narrowing._asdict().items()}
-        for name, spectrum in decomposed.spectra.items():
-            tensors[f"{name}.energies"] = spectrum.energies_K
-            tensors[f"{name}.basis"] = spectrum.basis_OD
-            if spectrum.dual_DO is not None:
-                tensors[f"{name}.dual"] = spectrum.dual_DO
+        tensors = {f"{group}.mean": mean for group, mean in (means or {}).items()} | _by_name(decomposed)
         write_atomically(self._file(block).with_suffix(".json"), json.dumps(dict(seconds)).encode())
         save_atomically(tensors, _of_part(self._file(block), part))
         if not keep_metrics and part is None:
             for file in _files(self._metrics_file(block)):
                 file.unlink(missing_ok=True)
+
+    def write_share(self, block: int, decomposed: Decomposed, process: int, part: int | None) -> None:
+        """Writes what another process than the first has decomposed of a block, or of a part of it."""
+        file = self._file(block)
+        name = f"{file.stem}.part-{'last' if part is None else f'{part:04d}'}-{process}{file.suffix}"
+        save_atomically(_by_name(decomposed), file.with_name(name))
 
     def spectrum(self, target: Target) -> Spectrum:
         with safe_open(_holding(self._file(target.block), f"{target.name}.energies"), framework="pt") as file:
@@ -199,6 +195,21 @@ class Analysis:
 
     def _metrics_file(self, block: int) -> Path:
         return self.folder / f"metrics-{block:04d}.safetensors"
+
+
+def _by_name(decomposed: Decomposed) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, rounding in decomposed.roundings.items():
+        parts = {f"{name}.rounding": rounding.errors, f"{name}.corrections": rounding.corrections}
+        tensors |= {part: tensor for part, tensor in parts.items() if tensor is not None}
+    for name, narrowing in decomposed.narrowings.items():
+        tensors |= {f"{name}.{part}": tensor for part, tensor in narrowing._asdict().items()}
+    for name, spectrum in decomposed.spectra.items():
+        tensors[f"{name}.energies"] = spectrum.energies_K
+        tensors[f"{name}.basis"] = spectrum.basis_OD
+        if spectrum.dual_DO is not None:
+            tensors[f"{name}.dual"] = spectrum.dual_DO
+    return tensors
 
 
 def _of_part(file: Path, part: int | None) -> Path:

@@ -20,7 +20,7 @@ def settings_beside_the_recipe(recipe: Recipe, subject: Subject, provenance: Pro
     device, dtype = subject.placement(recipe)
     config = subject.source.config.to_json_string(use_diff=False)
     return {
-        "device": str(device),
+        "device": device.type,
         "computed in": str(dtype),
         "weights of the model": provenance.weights_fingerprint,
         "config of the model": hashlib.sha256(config.encode()).hexdigest(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from svdllm.checkpoint.output import LOCK, start_over
 from svdllm.common.locks import locked
+from svdllm.common.processes import ALONE, Processes
 from svdllm.common.progress import Reporter
 from svdllm.common.settings_file import read_settings
 from svdllm.compression.analysis import Analysis
 from svdllm.compression.analysis_settings import settings_beside_the_recipe
 from svdllm.compression.collect import collect_backward, collect_statistics, right_metric
-from svdllm.compression.decompose import decompose
+from svdllm.compression.decompose import cost, decompose
 from svdllm.compression.few_tokens import ExpertTokens, GroupStatistic, expert_tokens
 from svdllm.compression.forms import FORMS, bits_in, corrected_bits, most_rank, rank_of
 from svdllm.compression.math.metrics import METHODS, Method
@@ -35,6 +36,7 @@ from svdllm.compression.session import Run, recipe_settings
 from svdllm.compression.shared_statistics import SharedStatistics
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
+from svdllm.models.batches import windows_per_batch
 from svdllm.models.logits import loss_gradient
 from svdllm.models.structure import Structure, Target
 from svdllm.models.walk import Block, Walk
@@ -47,20 +49,25 @@ def open_analysis(run: Run, subject: Subject, provenance: Provenance) -> Iterato
     Raises:
         InputError: it was begun with other settings, which are named, or another run is writing to it.
     """
-    if not run.resume or not read_settings(run.analysis_folder):
+    processes = run.processes
+    if processes.is_first and (not run.resume or not read_settings(run.analysis_folder)):
         start_over(run.work)
     beside = settings_beside_the_recipe(run.recipe, subject, provenance)
     own = Analysis(run.analysis_folder, recipe_settings(run.recipe.to_dict()) | beside)
-    own.open()
+    processes.first_then_others(own.open)
     if run.analysis_dir is None:
         yield own
         return
-    with locked(run.analysis_dir / LOCK, run.analysis_dir) as warning:
+    with locked(run.analysis_dir / LOCK, run.analysis_dir) if processes.is_first else nullcontext() as warning:
         if warning is not None:
             run.reporter.warn(warning)
         shared = Analysis(run.analysis_dir, recipe_settings(run.recipe.analysis_settings()) | beside)
+        if processes.is_first:
+            shared.open()
+        processes.require_shared(run.analysis_dir)
         shared.open()
         yield shared
+        processes.wait()
 
 
 def analyze(
@@ -72,14 +79,14 @@ def analyze(
         NumericalError: a hidden state, a gradient or a metric is NaN or infinite, or a spectrum does not converge.
     """
     recipe = run.recipe
-    ids = torch.zeros(1, 2, dtype=torch.long)  # for a method that does not read the text
+    ids, sharing = torch.zeros(1, 2, dtype=torch.long), None  # for a method that does not read the text
     if windows is not None and METHODS[recipe.method].needs_tokens:
-        ids = windows.ids
-    walk = subject.walk(ids, recipe, run.spill_file(plans[0]), run.scratch(plans[0]))
+        ids, sharing = windows.ids, run.processes
+    walk = subject.walk(ids, recipe, run.spill_file(plans[0]), run.scratch(plans[0]), sharing)
     if recipe.needs_gradients:
-        kept = min(recipe.gradient_samples, len(walk.ids))
-        walk.kept_folder = run.work / "inputs"
-        walk.kept_batches = sum(batch.start < kept for batch in walk.batches)
+        walk.kept_folder = run.inputs_folder
+        kept = min(recipe.gradient_samples, len(ids))
+        walk.kept_batches = -(-kept // windows_per_batch(recipe.batch_tokens, ids.shape[1]))
     bits = bits_in(recipe.analysed_forms)
     Calibration(
         walk=walk,
@@ -91,8 +98,10 @@ def analyze(
         corrected=corrected_bits(recipe.analysed_forms),
         keeps_metrics=recipe.calibration_mode == "sequential" or run.analysis_dir is not None or bool(bits),
         shared=_shared_statistics(run, analysis),
+        processes=run.processes,
         reporter=run.reporter,
     ).run()
+    run.processes.wait()  # for the last file
     if known := ExpertTokens.of(analysis.expert_tokens(), subject.structure.targets):
         known.warn(run.reporter)
 
@@ -134,6 +143,7 @@ class Calibration:
     bits: Sequence[int] = ()  # in which targets may be stored
     corrected: Sequence[int] = ()  # of these, those that may have a correction
     shared: SharedStatistics | None = None
+    processes: Processes = ALONE
     reporter: Reporter
 
     @property
@@ -147,23 +157,28 @@ class Calibration:
 
     def run(self) -> None:
         blocks = range(len(self.walk.structure.blocks))
-        if all(map(self.analysis.is_done, blocks)):
+        is_ready = self.analysis.is_ready if self.reverse else self.analysis.is_done
+        done, ready = self.processes.from_first(
+            lambda: [list(map(self.analysis.is_done, blocks)), list(map(is_ready, blocks))]
+        )
+        if all(done):
             return
-        if done := sum(map(self.analysis.is_ready if self.reverse else self.analysis.is_done, blocks)):
-            self.reporter.note(f"Continuing an earlier run: {done} of {len(blocks)} blocks are done.")
+        if any(ready):
+            self.reporter.note(f"Continuing an earlier run: {sum(ready)} of {len(blocks)} blocks are done.")
         with self._stage("analyze", len(self.walk.batches)):
             for block in self.walk.blocks():
-                self._forward(block)
+                self._forward(block, is_ready=ready[block.index])
         if self.reverse:
             ids = self.walk.ids
-            with self._stage("gradients", self.walk.kept_batches):
+            self.processes.wait()  # for the files that the first one writes
+            with self._stage("gradients", len(self.walk.kept)):
                 for block in self.walk.reversed_blocks(lambda windows, logits: loss_gradient(ids[windows], logits)):
-                    self._backward(block)
+                    self._backward(block, is_done=done[block.index])
         self.walk.close()
 
-    def _forward(self, block: Block) -> None:
+    def _forward(self, block: Block, *, is_ready: bool) -> None:
         """Collects the metrics of the inputs of a block, and decomposes its weights unless a reverse walk follows."""
-        if self.analysis.is_ready(block.index) if self.reverse else self.analysis.is_done(block.index):
+        if is_ready:
             if self.method.needs_tokens:
                 block.run()
             return
@@ -186,7 +201,7 @@ class Calibration:
             block.run(advance=part.is_last)
         seconds[""] += time.perf_counter() - started
         tokens |= expert_tokens(targets, statistics)
-        if part.is_last and tokens:
+        if part.is_last and tokens and self.processes.is_first:
             self.analysis.write_expert_tokens(block.index, tokens)
 
         def metric_of(target: Target) -> Tensor | None:
@@ -197,7 +212,7 @@ class Calibration:
         if self.recipe.bias_correction:
             grams = {group: statistics[target.name] for group, target in leaders.items()}
             means = {group: gram.mean() for group, gram in grams.items() if isinstance(gram, Gram | GroupStatistic)}
-        if self.reverse or self.keeps_metrics:
+        if self.processes.is_first and (self.reverse or self.keeps_metrics):
             metrics = {group: metric_of(target) for group, target in leaders.items()}
             known = {group: metric for group, metric in metrics.items() if metric is not None}
             self.analysis.write_metrics(block.index, known, means, seconds[""], part.number)
@@ -212,24 +227,26 @@ class Calibration:
         targets = part.targets
         if self.shared is None or len(targets) < len(self.walk.structure.block_targets(block.index)):
             return collect_statistics(block, part, self.method)
-        if self.shared.is_complete(len(self.walk.structure.blocks)):
+        shared, num_blocks = self.shared, len(self.walk.structure.blocks)
+        if self.processes.from_first(lambda: shared.is_complete(num_blocks)):
             if self.reverse:
                 block.run()
             return self.shared.read(block.index, targets)
         statistics = collect_statistics(block, part, self.method)
-        self.shared.write(block.index, targets, statistics)
+        if self.processes.is_first:
+            self.shared.write(block.index, targets, statistics)
         return statistics
 
-    def _backward(self, block: Block) -> None:
+    def _backward(self, block: Block, *, is_done: bool) -> None:
         """Collects the metrics of the outputs of a block, and decomposes its weights."""
-        if self.analysis.is_done(block.index):
+        if is_done:
             block.run_backward()
             return
         seconds = {"": self.analysis.seconds(block.index)[""]}
         for part in self._parts(block):
             started = time.perf_counter()
             lefts = self._left_metrics(block, part)
-            if self.keeps_metrics:
+            if self.keeps_metrics and self.processes.is_first:
                 self.analysis.write_left_metrics(block.index, lefts, part.number)
             seconds[""] += time.perf_counter() - started
             means = {}
@@ -245,7 +262,9 @@ class Calibration:
             for targets in (part.targets, part.grouped)
         )
         statistics = collect_backward(block, replace(part, targets=weighed, grouped=grouped), left.statistic)
-        return {t.name: left.of(t, statistics[t.name].value(), self.recipe) for t in weighed if t.name in statistics}
+        return {
+            t.name: left.of(t, statistics.pop(t.name).value(), self.recipe) for t in weighed if t.name in statistics
+        }
 
     def _decompose(
         self,
@@ -256,12 +275,19 @@ class Calibration:
         seconds: dict[str, float],
         lefts: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Decomposes the weights of a part; adds the seconds to those of the parts before."""
-        targets = part.targets
+        """Decomposes the weights of a part; adds the seconds to those of the parts before.
+
+        Every process decomposes some of them, and leaves what it finds in the folder of the analysis.
+        """
+        targets = [part.targets[number] for number in self.processes.own(list(map(cost, part.targets)))]
         consumers = [t for t in targets if self.narrows and t.inner is not None and t.inner.side == "in"]
         made = decompose(block, targets, metric_of, self.depths, lefts or {}, consumers, self.bits, self.corrected)
-        seconds |= made.seconds
-        self.analysis.write(block.index, made, seconds, means, keep_metrics=self.keeps_metrics, part=part.number)
+        if not self.processes.is_first:
+            self.analysis.write_share(block.index, made, self.processes.rank, part.number)
+        for own in self.processes.gather(made.seconds):
+            seconds |= own
+        if self.processes.is_first:
+            self.analysis.write(block.index, made, seconds, means, keep_metrics=self.keeps_metrics, part=part.number)
         if part.is_last:
             walked = seconds[""]
             spent = sum(seconds.values()) - walked

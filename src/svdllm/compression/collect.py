@@ -17,6 +17,7 @@ from svdllm.compression.few_tokens import GroupStatistic, with_group_statistics
 from svdllm.compression.math.linalg import equal_energies
 from svdllm.compression.math.metrics import Method
 from svdllm.compression.math.statistics import BackwardStatistic, Gram, Statistic
+from svdllm.compression.math.totals import fold_each
 from svdllm.compression.parts import Part
 from svdllm.compression.recipe import Recipe
 from svdllm.models.hooks import first_argument
@@ -57,10 +58,17 @@ def collect_statistics(block: Block, part: Part, method: Method) -> dict[str, St
         linear = block.walk.skeleton.get_submodule(leader.linears[0])
         return linear.register_forward_pre_hook(before_forward, with_kwargs=True)
 
+    processes, widths = block.walk.processes, {leader.group: leader.in_features for leader in leaders.values()}
+    widths |= {str(leader.pool): leader.in_features for leader in leaders.values()}
+
+    def after_round() -> None:
+        for kept in (statistics, part.groups):
+            fold_each(kept, lambda name: make(widths[name], block.walk.device), processes)
+
     handles = [on(leader) for leader in leaders.values()]
     try:
         with routed.noted(block, leaders.values()):
-            block.run(advance=part.is_last)
+            block.run(advance=part.is_last, after_round=after_round)
     finally:
         for handle in handles:
             handle.remove()
@@ -141,7 +149,14 @@ def collect_backward(block: Block, part: Part, statistic: type[BackwardStatistic
             kept[name].add(_by_window(inputs, seqlen), _by_window(gradients, seqlen))
 
     watched = {target.name: target for target in (*part.targets, *part.grouped)}
-    _run_backward(block, list(watched.values()), watch, advance=part.is_last)
+    widths = {target.name: target.out_features for target in watched.values()}
+    widths |= {str(target.pool): target.out_features for target in watched.values()}
+
+    def after_round() -> None:
+        for kept in (statistics, part.groups):
+            fold_each(kept, lambda name: statistic(widths[name], block.walk.device), block.walk.processes)
+
+    _run_backward(block, list(watched.values()), watch, after_round, advance=part.is_last)
     return with_group_statistics(part.targets, statistics, part.groups)
 
 
@@ -153,7 +168,12 @@ def _by_window(tokens: Tensor, seqlen: int) -> Tensor:
 
 
 def _run_backward(
-    block: Block, targets: list[Target], watch: Callable[[Target, Tensor, Tensor], None], *, advance: bool
+    block: Block,
+    targets: list[Target],
+    watch: Callable[[Target, Tensor, Tensor], None],
+    after_round: Callable[[], None],
+    *,
+    advance: bool,
 ) -> None:
     """``watch(target, inputs, gradients of the outputs)`` is called for every target and batch."""
     arrived: dict[str, dict[str, Tensor]] = {}
@@ -175,7 +195,7 @@ def _run_backward(
 
     handles = [on(target, linear) for target in targets for linear in target.linears]
     try:
-        block.run_backward(advance=advance)
+        block.run_backward(advance=advance, after_round=after_round)
     finally:
         for handle in handles:
             handle.remove()

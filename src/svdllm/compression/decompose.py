@@ -29,6 +29,15 @@ class Decomposed(NamedTuple):
     seconds: dict[str, float]
 
 
+def cost(target: Target) -> float:
+    """Work of a decomposition, in operations: the eigenvectors of the smaller side, and the products with the metrics.
+
+    It compares targets with each other, so that they are shared evenly among processes.
+    """
+    rows, columns, rank = target.out_features, target.in_features, target.full_rank
+    return 10.0 * rank**3 + 2 * rank * columns * (rank + columns) + (rows > columns) * 4 * rows * columns * columns
+
+
 def decompose(
     block: Block,
     targets: list[Target],
@@ -68,7 +77,8 @@ def decompose(
         try:
             left_OO = left_metric_of(target, weight_OI, metric, lefts.get(target.name))
             if depths[target.name]:
-                spectrum = output_spectrum(weight_OI, metric, depths[target.name], left_gram_OO=left_OO)
+                depth = depths[target.name]
+                spectrum = output_spectrum(weight_OI, metric, depth, left_gram_OO=left_OO, dtype=stored_dtype)
             else:  # nothing will be truncated
                 spectrum = energy_alone(weight_OI, metric, left_OO)
             if target in consumers and target.inner is not None and metric is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from svdllm.common.processes import shared_out
+from svdllm.compression.decompose import cost
 from svdllm.compression.forms import bits_in
 from svdllm.compression.machine_speed import MachineSpeed, busy_share, measure_speed
 from svdllm.compression.ranks.measure_linears import NUM_SIZES, ROUNDS
@@ -55,15 +57,15 @@ def predicted_seconds(work: Workload) -> tuple[dict[str, float], tuple[float, fl
 
 def _seconds_by_stage(work: Workload, speed: MachineSpeed, files: float = 1.0) -> dict[str, float]:
     """``files`` is how many times as fast as assumed files are read, converted and written."""
-    spectra = _spectra_seconds(work, speed) + _rounding_seconds(work, speed)
-    walk = _forward_seconds(work, work.tokens, speed) + _gram_seconds(work, work.tokens, speed)
+    spectra = _largest_load(work) * (_spectra_seconds(work, speed) + _rounding_seconds(work, speed))
+    walk = work.share * (_forward_seconds(work, work.tokens, speed) + _gram_seconds(work, work.tokens, speed))
     stages = {
         "open": _gguf_seconds(work) / files if work.gguf_bytes else 0.0,
         "check weights": work.stored_bytes / READ_BYTES / files,
         "time linears": _timing_seconds(work, speed),
         "analyze": walk if work.gradient_tokens else walk + spectra,
-        "gradients": _backward_seconds(work, speed) + spectra if work.gradient_tokens else 0.0,
-        "probe": _probe_seconds(work, speed),
+        "gradients": work.share * _backward_seconds(work, speed) + spectra if work.gradient_tokens else 0.0,
+        "probe": _probe_seconds(work, speed) / work.processes,
         "sequential": work.num_outputs * _sequential_seconds(work, speed),
         "write": work.num_outputs * _write_seconds(work, speed, files),
     }
@@ -161,12 +163,30 @@ def _spectrum_seconds(target: Target, work: Workload, speed: MachineSpeed) -> fl
     operations = 2 * SYMMETRIC * rank * rank * columns
     if work.takes_grams:
         operations += 2 * rank * columns * columns
-    if rows > columns:  # its column space first, by a Cholesky factor
+    if rows > columns:  # a Cholesky factor of W^T G W first
         operations += 2 * SYMMETRIC * columns * columns * rows + columns**3 + 2 * rows * columns * rank
     if work.gradient_tokens:
-        operations += 2 * rows * rows * columns + rows * rows * (rank + rank) + rows**3 / 3
+        operations += 2 * rows * rows * columns + 2 * rows * rank * min(rows, columns)
+        operations += rows**3 / 3 if rows <= columns else 0
     operations += NARROWING * work.narrowed_width(target) ** 3
     return operations / speed.multiply64 + rank**3 / speed.eigh
+
+
+def _largest_load(work: Workload, *, by_group: bool = False) -> float:
+    """The share of the decompositions that the process with most of them does.
+
+    Args:
+        by_group: a group, or a pool of experts, has to be done before the next one.
+    """
+    targets = max(work.distinct_blocks, key=len)
+    stages: dict[str, list[float]] = {}
+    for target in targets:
+        stages.setdefault(target.pool or target.group if by_group else "", []).append(cost(target))
+    loads = [
+        max(sum(costs[piece] for piece in own) for own in shared_out(costs, work.processes))
+        for costs in stages.values()
+    ]
+    return sum(loads) / sum(map(sum, stages.values()))
 
 
 def _rounding_seconds(work: Workload, speed: MachineSpeed) -> float:
@@ -186,7 +206,8 @@ def _sequential_seconds(work: Workload, speed: MachineSpeed) -> float:
     tokens = work.sequential_tokens
     solved = sum(n * (t.in_features**3 / 3 + 10 * t.num_weights * t.in_features) for t, n in work.kinds)
     fit = _spectra_seconds(work, speed) + solved / speed.multiply64
-    return 6 * _forward_seconds(work, tokens, speed) + 3 * _gram_seconds(work, tokens, speed) + fit
+    walked = 6 * _forward_seconds(work, tokens, speed) + 3 * _gram_seconds(work, tokens, speed)
+    return work.share * walked + _largest_load(work, by_group=True) * fit
 
 
 def _write_seconds(work: Workload, speed: MachineSpeed, files: float) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from svdllm.compression.collect import RoutingWeights
+from svdllm.compression.math.totals import fold_each
 from svdllm.compression.products import Products, Sums
 from svdllm.models.experts import Routing
 from svdllm.models.hidden_states import HiddenStates
@@ -34,18 +35,21 @@ def expert_products(block: Block, targets: Sequence[Target], replaced: Mapping[s
     assert walk.compressed is not None
     routing = Routing(block.module)
     sums: dict[str, Sums] = {}
-    for number in range(len(walk.batches)):
-        with tensors_replaced(walk.skeleton, replaced), routing.recorded():
-            compressed = _read(block, targets, walk.compressed, number)
-        with routing.replayed():
-            dense = _read(block, targets, walk.hidden, number)
-        for target in targets:
-            if target.name in compressed:
-                inputs, weights_T = compressed[target.name]
-                sums.setdefault(target.name, Sums(target.in_features, walk.device)).add(
-                    dense[target.name][0], inputs, weights_T=weights_T
-                )
-    return {name: products.value() for name, products in sums.items()}
+    widths = {target.name: target.in_features for target in targets}
+    for numbers in walk.text.rounds:
+        for number in numbers:
+            with tensors_replaced(walk.skeleton, replaced), routing.recorded():
+                compressed = _read(block, targets, walk.compressed, number)
+            with routing.replayed():
+                dense = _read(block, targets, walk.hidden, number)
+            for target in targets:
+                if target.name in compressed:
+                    inputs, weights_T = compressed[target.name]
+                    sums.setdefault(target.name, Sums(target.in_features, walk.device)).add(
+                        dense[target.name][0], inputs, weights_T=weights_T
+                    )
+        fold_each(sums, lambda name: Sums(widths[name], walk.device), walk.processes)
+    return {name: sums.pop(name).value() for name in list(sums)}
 
 
 def _read(block: Block, targets: Sequence[Target], states: HiddenStates, number: int) -> Read:

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from svdllm.common.errors import InputError
 from svdllm.common.run_options import RunOptions
-from svdllm.compression.plan import calibration_warnings
+from svdllm.compression.plan_warnings import calibration_warnings
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.records import Provenance
 from svdllm.compression.session import Run
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
 from svdllm.data import calibration_windows as windows_of
+from svdllm.models.batches import require_batches, windows_per_batch
 from svdllm.models.limits import require_known_ids
 from svdllm.models.open import Source
 from svdllm.models.weights import survey
@@ -38,9 +39,16 @@ def calibration_windows(run: Run, subject: Subject) -> TokenWindows | None:
                 )
             tokenizer = subject.source.load_tokenizer(run.options.offline)
         windows = read_windows(run.calibration, tokenizer, recipe, subject.source, run.options)
+    require_batches(_num_batches(windows.ids, recipe), run.processes.count)
     for warning in calibration_warnings(subject, recipe, windows.num_tokens):
         run.reporter.warn(warning)
     return windows
+
+
+def _num_batches(ids: Tensor, recipe: Recipe) -> int:
+    """Batches of the shortest text that processes share."""
+    windows = recipe.sequential_samples if recipe.calibration_mode == "sequential" else recipe.samples
+    return -(-min(windows, len(ids)) // windows_per_batch(recipe.batch_tokens, ids.shape[1]))
 
 
 def read_windows(calibration: Any, tokenizer: Any, recipe: Recipe, source: Source, options: RunOptions) -> TokenWindows:
@@ -69,5 +77,5 @@ def check_weights(run: Run, subject: Subject, windows: TokenWindows | None) -> P
     """
     source = subject.source
     with run.reporter.stage("check weights", len(subject.weights.names())):
-        fingerprint = survey(subject.weights, subject.buffers, run.reporter.advance)
+        fingerprint = run.processes.from_first(lambda: survey(subject.weights, subject.buffers, run.reporter.advance))
     return Provenance.of(source.name, source.revision, fingerprint, windows)

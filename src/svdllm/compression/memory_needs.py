@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from svdllm.checkpoint.tensors import SHARD_BYTES, shard_names, tensor_bytes
+from svdllm.checkpoint.tensors import SHARD_BYTES, tensor_bytes
 from svdllm.common.memory import resident_bytes
 from svdllm.compression.forms import bits_in
 from svdllm.compression.probe import WINDOW as PROBE_WINDOW
@@ -19,18 +19,24 @@ WORKING_BYTES = 120 * 2**20
 # H200), and what its driver takes of the RAM (150 to 180 MB).
 GPU_WORKING_BYTES = GPU_RAM_BYTES = 256 * 2**20
 
+# Of a process that shares the run: connections to the others, and memory that the pieces of their sums leave in pieces
+# (120 MB beside a model of 135M parameters).
+CONNECTED_BYTES = 128 * 2**20
+
 DEQUANTIZING_BYTES = 24  # per weight: codes, zero points, scales and products in 32 bits, and slack
 
 
 def ram_by_stage(work: Workload, hidden_states_on_disk: bool) -> dict[str, int]:
     """Peak bytes of RAM of every stage that the run has; ``now`` is what the process has already."""
     base = resident_bytes() + WORKING_BYTES + (0 if work.on_cpu else GPU_RAM_BYTES) + _dequantizing(work)
+    base += CONNECTED_BYTES if work.processes > 1 else 0
     hidden = 0 if hidden_states_on_disk else work.hidden_states_bytes
-    shard = max(tensor_bytes(work.written, names) for names in shard_names(work.written, SHARD_BYTES))
+    probes = 3 * work.probe_tokens * work.token_bytes if hidden_states_on_disk else work.probe_streams_bytes
+    shard = max(min(SHARD_BYTES, tensor_bytes(work.written)), work.largest_tensor_bytes)
     stages = {"now": resident_bytes(), "read": base + 2 * work.largest_tensor_bytes}
     if work.gguf_bytes:
         stages["dequantise"] = base + 4 * work.num_stored_weights + work.gguf_bytes + work.largest_tensor_bytes
-    carried = {"analyze": hidden, "gradients": hidden, "probe": _probe_streams(work), "sequential": hidden}
+    carried = {"analyze": hidden, "gradients": hidden, "probe": probes, "sequential": hidden}
     for stage, computed in _computed_bytes(work).items():
         on_cpu = computed if work.on_cpu else 2 * work.largest_tensor_bytes if stage == "analyze" else 0
         stages[stage] = base + carried.get(stage, 0) + on_cpu
@@ -83,63 +89,98 @@ def _head(work: Workload, tokens: int) -> int:
 
 
 def _forward_block(work: Workload) -> int:
-    """A block with its statistics, and a batch's activations or a decomposition."""
+    """A block with its statistics, of two shards with a batch's activations, and of all with a decomposition."""
     power = 2 if work.takes_grams else 1
     statistics = _largest_part(work, lambda target: 8 * target.in_features**power)
-    return work.block_bytes + statistics + max(_batch(work), _decomposition(work) + _bases(work))
+    return work.block_bytes + max(statistics + _batch(work), statistics // 2 + _decomposition(work) + _bases(work))
 
 
 def _backward_block(work: Workload) -> int:
     """A block with the Grams of its outputs, and a batch's activations and their gradients or a decomposition."""
-    lefts = _largest_part(work, lambda target: 12 * target.out_features**2, by_group=False)
-    inputs = work.gradient_tokens * work.hidden_size * work.dtype.itemsize
-    return work.block_bytes + inputs + lefts + max(3 * _batch(work), _decomposition(work) + 2 * _bases(work))
+    inputs = round(work.share * work.gradient_tokens) * work.hidden_size * work.dtype.itemsize
+
+    def part(targets: Sequence[Target]) -> int:
+        squares = [target.out_features**2 for target in targets]
+        lefts = max(8 * sum(squares) + 8 * max(squares), 12 * sum(squares))  # being shrunk, or written in float32
+        return lefts + max(3 * _batch(work), _decomposition_of(work, targets) + 2 * _bases_of(work, targets))
+
+    return work.block_bytes + inputs + max(map(part, work.parts))
 
 
 def _sequential_block(work: Workload) -> int:
-    """A block twice, with the sums of products of its inputs in the two streams and what is made of them.
+    """A block twice, with the sums of products of its inputs in the two streams, or with a fit and its decomposition.
 
     Of the experts of a part, there are the sums of all.
     """
-    widest = max(work.group_widths.values())
-    experts = _largest_part(work, lambda target: 16 * target.in_features**2 if target.pool else 0)
-    return 2 * work.block_bytes + 8 * 10 * widest**2 + experts + max(2 * _batch(work), _decomposition(work))
+    experts = _largest_part(work, lambda target: 24 * target.in_features**2 if target.pool else 0)
+    groups: dict[tuple[int, str], list[Target]] = {}
+    for number, targets in enumerate(work.distinct_blocks):
+        for target in targets:
+            groups.setdefault((number, target.group), []).append(target)
+    sums = max(map(_sums, groups.values())) + 2 * _batch(work)
+    return 2 * work.block_bytes + experts + max(sums, *(_fit(work, group) for group in groups.values()))
 
 
-def _probe_streams(work: Workload) -> int:
-    """Hidden states of every probe, and of the dense model."""
-    return (sum(work.num_probes.values()) + 1) * work.probe_tokens * work.token_bytes
+def _sums(group: Sequence[Target]) -> int:
+    """The sums over the inputs that a group of targets reads in the two streams, of two shards."""
+    first = group[0]
+    if len(group) > 1:
+        return 24 * first.in_features**2
+    differences = 0 if first.out_features < first.in_features else 16 * first.in_features**2
+    return 8 * first.in_features**2 + differences + 16 * first.num_weights
+
+
+def _fit(work: Workload, group: Sequence[Target]) -> int:
+    """The products of a group and a copy, one factor of their size, four matrices of a weight's; or a decomposition."""
+    square = group[0].in_features ** 2
+    narrowing = 2 * max(work.narrowed_width(target) for target in group) ** 2  # kept by removed features
+    products = 8 if len(group) == 1 and group[0].out_features < group[0].in_features else 16
+    copies = products if len(group) > 1 else 0
+    weights = 8 * 4 * max(target.num_weights for target in group)
+    fitted = (products + 8) * square + narrowing
+    return copies * square + weights + max(fitted, products * square + _decomposition_of(work, group, fitted=True))
 
 
 def _decomposition(work: Workload) -> int:
-    """The largest decomposition: a weight, its metric, and square matrices of its smaller side, in float64."""
+    """The largest decomposition."""
+    return _decomposition_of(work, [target for target, _ in work.kinds])
 
+
+def _decomposition_of(work: Workload, targets: Sequence[Target], *, fitted: bool = False) -> int:
+    """The largest decomposition of some targets: a weight, its metric, and squares of its smaller side, in float64.
+
+    That of a fitted weight narrows nothing; its metric is counted with the fit.
+    """
     num_bits = len(bits_in(work.recipe.analysed_forms))
 
     def workspace(target: Target) -> int:
-        metric = 2 * target.in_features**2 if work.takes_grams else 0
-        narrowing = 3 * work.narrowed_width(target) ** 2
+        metric = 2 * target.in_features**2 if work.takes_grams and not fitted else 0
+        narrowing = 0 if fitted else 2 * work.narrowed_width(target) ** 2
         at_once = max(target.num_weights, min(WEIGHTS_AT_ONCE, num_bits * target.num_weights))
         rounding = BYTES_OF_A_WEIGHT * at_once if num_bits else 0
         return 8 * (2 * target.num_weights + max(4 * target.full_rank**2, narrowing) + metric) + rounding
 
-    return max(workspace(target) for target, _ in work.kinds)
+    return max(map(workspace, targets))
 
 
 def _bases(work: Workload) -> int:
+    """The bases of the targets of the part that has most."""
+    return max(_bases_of(work, part) for part in work.parts)
+
+
+def _bases_of(work: Workload, targets: Sequence[Target]) -> int:
     """The bases of a part's targets, as they are kept until they are written."""
 
     def basis(target: Target) -> int:
         return 4 * target.out_features * work.depth(target) + 4 * work.narrowed_width(target) ** 2
 
-    return _largest_part(work, basis, by_group=False)
+    return sum(map(basis, targets))
 
 
-def _largest_part(work: Workload, size: Callable[[Target], int], *, by_group: bool = True) -> int:
-    """The largest sum of a size over the targets of a part, or over the first of each group in it."""
+def _largest_part(work: Workload, size: Callable[[Target], int]) -> int:
+    """The largest sum of a size over the first of each group in a part."""
 
     def total(part: Sequence[Target]) -> int:
-        members = {target.group: target for target in part}.values() if by_group else part
-        return sum(map(size, members))
+        return sum(map(size, {target.group: target for target in part}.values()))
 
     return max(map(total, work.parts))

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from svdllm.common.memory import available_bytes
 from svdllm.compression.duration import predicted_seconds
 from svdllm.compression.forms.layout import compressed_tensors
+from svdllm.compression.math.statistics import gram_values
 from svdllm.compression.memory_needs import device_bytes, ram_by_stage
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.subject import Subject
 from svdllm.compression.workload import Workload
+from svdllm.models.batches import SHARDS
 from svdllm.models.chosen import Forms
 
 # Share of the free memory that hidden states may take before they go to disk.
@@ -29,6 +31,8 @@ class RunNeeds:
     experts_on_disk: bool  # the weights of those of the loaded block
     device_bytes: int
     disk_bytes: int
+    processes: int  # each of which needs the memory
+    network_bytes: int  # that each process gets from the others
     seconds_by_stage: dict[str, float]
     seconds_range: tuple[float, float]  # of the whole run: on an idle machine, and as busy as this one is
 
@@ -50,6 +54,7 @@ def needs_of(
     elastic_bytes: int,
     num_outputs: int,
     hidden_states_limit: int | None,
+    processes: int = 1,
 ) -> RunNeeds:
     """Predicts what a run of the recipe needs for ``num_outputs`` checkpoints of about these forms."""
     stored = subject.stored
@@ -58,9 +63,16 @@ def needs_of(
     if recipe.target_speedup is not None and not forms_known:
         written = stored  # the one limit that is known then: the model is not larger than the dense one
     work = Workload(
-        subject=subject, recipe=recipe, device=device, dtype=dtype, written=written, num_outputs=num_outputs
+        subject=subject,
+        recipe=recipe,
+        device=device,
+        dtype=dtype,
+        written=written,
+        num_outputs=num_outputs,
+        processes=processes,
     )
-    on_disk = spill_hidden_states(work.hidden_states_bytes, hidden_states_limit)
+    most = max(work.hidden_states_bytes, work.probe_streams_bytes)
+    on_disk = spill_hidden_states(most, hidden_states_limit, processes)
     work = replace(work, experts_on_disk=_spill_experts(work, on_disk))
     seconds, seconds_range = predicted_seconds(work)
     return RunNeeds(
@@ -72,16 +84,18 @@ def needs_of(
         experts_on_disk=work.experts_on_disk,
         device_bytes=device_bytes(work),
         disk_bytes=_disk_bytes(work, on_disk) + elastic_bytes,
+        processes=processes,
+        network_bytes=_network_bytes(work),
         seconds_by_stage=seconds,
         seconds_range=seconds_range,
     )
 
 
-def spill_hidden_states(num_bytes: int, limit: int | None) -> bool:
-    """Whether hidden states go to disk: above ``limit``, by default half of the memory that is free."""
+def spill_hidden_states(num_bytes: int, limit: int | None, processes: int = 1) -> bool:
+    """Whether a process's hidden states go to disk: above ``limit``, by default half of its part of the free memory."""
     if limit is None:
         free = available_bytes()
-        limit = None if free is None else int(free * HIDDEN_STATES_SHARE)
+        limit = None if free is None else int(free * HIDDEN_STATES_SHARE / processes)
     return limit is not None and num_bytes > limit
 
 
@@ -91,7 +105,23 @@ def _spill_experts(work: Workload, hidden_states_on_disk: bool) -> bool:
     if free is None or not work.on_cpu or not work.structure.pools:
         return False
     stages = ram_by_stage(work, hidden_states_on_disk)
-    return max(stages.values()) - stages["now"] > free
+    return max(stages.values()) - stages["now"] > free / work.processes
+
+
+def _network_bytes(work: Workload) -> int:
+    """Bytes that a process gets from the others: their shards of all sums, and what they have fitted."""
+    others = work.processes - 1
+    widths = work.group_widths.values()
+    grams = sum(map(gram_values, widths))
+    forward = 8 * grams if work.takes_grams else 0
+    backward = fitted = 0
+    if work.recipe.needs_gradients:
+        backward = 8 * sum(n * gram_values(t.out_features) for t, n in work.kinds)
+    if work.sequential_tokens:
+        forward += work.num_outputs * 8 * (grams + sum(width**2 for width in widths))
+        fitted = work.num_outputs * sum(4 * n * (t.in_features + t.out_features) * work.depth(t) for t, n in work.kinds)
+    rounds = -(-min(SHARDS, work.num_batches) // work.processes)
+    return round(rounds * others * (forward + backward) + fitted * others / work.processes)
 
 
 def _disk_bytes(work: Workload, hidden_states_on_disk: bool) -> int:
@@ -114,7 +144,7 @@ def _disk_bytes(work: Workload, hidden_states_on_disk: bool) -> int:
     if work.gguf_bytes:
         needed += work.stored_bytes
     if hidden_states_on_disk:
-        needed += work.hidden_states_bytes
+        needed += work.processes * max(work.hidden_states_bytes, work.probe_streams_bytes)
     if work.experts_on_disk:  # as they are; truncated, with their factors; or fitted, with theirs
-        needed += (3 if work.num_probes or is_sequential else 1) * work.experts_bytes
+        needed += work.processes * (3 if work.num_probes or is_sequential else 1) * work.experts_bytes
     return needed + work.num_outputs * work.written_bytes

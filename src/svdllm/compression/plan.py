@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 from svdllm.common.errors import InputError
 from svdllm.compression.forms import rank_of
 from svdllm.compression.forms.layout import params
-from svdllm.compression.math.metrics import METHODS
 from svdllm.compression.needs import RunNeeds, needs_of
-from svdllm.compression.probe import probe_sizes, probe_tokens
+from svdllm.compression.plan_warnings import plan_warnings
 from svdllm.compression.ranks import ALLOCATIONS, Allocation, Evidence
 from svdllm.compression.ranks.budget import choose_forms, require_places
 from svdllm.compression.ranks.linear_times import LinearTimes, Speed
@@ -158,12 +157,12 @@ def plan(
     offline: bool = False,
     revision: str | None = None,
     hidden_states_limit: int | None = None,
+    processes: int = 1,
 ) -> list[Plan]:
     """Plans a run from configs and file headers; of a hub model, only its config is fetched.
 
     A folder may hold no more than a config. The plan then takes the weights as the config describes them.
-
-    Returns one plan per ratio of the recipe.
+    ``processes`` share the run, and memory is that of one of them. Returns one plan per ratio of the recipe.
 
     Raises:
         InputError, UnsupportedModelError: as ``compress`` would, before any work.
@@ -171,30 +170,37 @@ def plan(
     recipe.require_budget()
     source = open_config(model, offline=offline, revision=revision, require_weights=False)
     recipe = recipe.within(context_length(source.config))
-    plans = plan_each_ratio(discover_subject(source, recipe), recipe, hidden_states_limit)
+    plans = plan_each_ratio(discover_subject(source, recipe), recipe, hidden_states_limit, processes)
     if source.weights is None and not isinstance(model, PreTrainedModel) and Path(model).is_dir():
         warning = f"{source.name} holds no weights: the plan is of its config alone."
         return [replace(single, warnings=[*single.warnings, warning]) for single in plans]
     return plans
 
 
-def plan_each_ratio(subject: Subject, recipe: Recipe, hidden_states_limit: int | None) -> list[Plan]:
+def plan_each_ratio(
+    subject: Subject, recipe: Recipe, hidden_states_limit: int | None, processes: int = 1
+) -> list[Plan]:
     """One plan per ratio of a recipe, with uniform ranks in place of those that only an analysis can tell."""
     singles = recipe.single()
-    return [
-        make_plan(subject, single, num_outputs=len(singles), hidden_states_limit=hidden_states_limit)
-        for single in singles
-    ]
+    machine = {"num_outputs": len(singles), "hidden_states_limit": hidden_states_limit, "processes": processes}
+    return [make_plan(subject, single, **machine) for single in singles]
 
 
 def make_plan(
-    subject: Subject, recipe: Recipe, *, num_outputs: int = 1, hidden_states_limit: int | None = None
+    subject: Subject,
+    recipe: Recipe,
+    *,
+    num_outputs: int = 1,
+    hidden_states_limit: int | None = None,
+    processes: int = 1,
 ) -> Plan:
     """The plan of a recipe with one budget.
 
     Args:
         num_outputs: checkpoints that the run writes in all, for its disk and time.
-        hidden_states_limit: bytes of hidden states kept in RAM; by default half of what is free.
+        hidden_states_limit: bytes of hidden states that a process keeps in RAM; by default its part of half of what is
+            free.
+        processes: that share the run.
     """
     source, structure = subject.source, subject.structure
     if recipe.needs_tokens:
@@ -226,11 +232,9 @@ def make_plan(
             elastic_bytes=sizes.elastic_bytes,
             num_outputs=num_outputs,
             hidden_states_limit=hidden_states_limit,
+            processes=processes,
         ),
-        warnings=[
-            *calibration_warnings(subject, recipe, recipe.samples * recipe.seqlen),
-            *_larger_than_source(sizes, source.quantization),
-        ],
+        warnings=plan_warnings(subject, recipe, sizes),
     )
 
 
@@ -257,36 +261,3 @@ def _allocate(
     files = files_for(subject, recipe)
     allocation = choose_forms(recipe, subject.structure, files, evidence)
     return allocation, sizes_of(subject, recipe, files, allocation.forms, forms_known=forms_known)
-
-
-def _larger_than_source(sizes: Sizes, source: QuantizedSource | None) -> list[str]:
-    """Warns of a compressed model that is larger than the quantised files it is made of."""
-    if source is None or source.file_bytes is None or sizes.final_file_bytes <= source.file_bytes:
-        return []
-    return [
-        f"The compressed model has {sizes.final_file_bytes / 1e9:,.2f} GB, the {source.method} source only "
-        f"{source.file_bytes / 1e9:,.2f} GB: factors have 16 bits. Remove more, or quantise the result (--target-size "
-        "with --factor-bits)."
-    ]
-
-
-def calibration_warnings(subject: Subject, recipe: Recipe, num_tokens: int) -> list[str]:
-    """Warns of too little calibration text for the Grams, or for probing."""
-    warnings = []
-    widest = max(subject.structure.targets, key=lambda target: target.in_features)
-    if METHODS[recipe.method].collects_gram and num_tokens < widest.in_features:
-        warnings.append(
-            f"Only {num_tokens:,} calibration tokens ({recipe.samples} x {recipe.seqlen}), fewer than the widest input "
-            f"has features ({widest.in_features:,}, {widest.name}): its Gram is singular and the result fits these "
-            f"tokens only. Use at least {widest.in_features:,} tokens, better ten times as many."
-        )
-    structure, skeleton = subject.structure, subject.skeleton
-    probing = ALLOCATIONS[recipe.allocation].probing
-    if probing is not None and (probed := probe_tokens(recipe, structure, skeleton)) < probing.least_tokens:
-        tried = sum(map(len, probe_sizes(recipe, structure).values()))
-        warnings.append(
-            f"Allocation {recipe.allocation} measures the loss of {tried:,} truncations on {probed:,} tokens only: "
-            "chance has a part in which it takes. Use more --samples or --probe-share (now "
-            f"{recipe.probe_share}){probing.advice}."
-        )
-    return warnings

@@ -11,7 +11,9 @@ Legend: ``T`` tokens of a window, ``V`` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import compress, cycle
 from math import isfinite
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +33,7 @@ from svdllm.compression.ranks.question import probed_unit, rounded
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.rounded_targets import rounded_each
 from svdllm.compression.routed import gram_values_per_token, token_shares, weights_per_token
-from svdllm.models.experts_on_disk import on_disk
+from svdllm.models.experts_on_disk import give_back, on_disk
 from svdllm.models.hooks import replaced
 from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.shared_state import State, moved
@@ -96,36 +98,51 @@ def probe_tokens(recipe: Recipe, structure: Structure, skeleton: PreTrainedModel
     return max(2, min(MOST_TOKENS, recipe.samples * min(recipe.seqlen, WINDOW), int(wanted)))
 
 
-def probe(walk: Walk, analysis: Analysis, sizes: Sizes, measure: Measure, reporter: Reporter) -> Probes:
+def probe(
+    walk: Walk,
+    analysis: Analysis,
+    sizes: Sizes,
+    measure: Measure,
+    reporter: Reporter,
+    streams_folder: Path | None = None,
+) -> Probes:
     """Probes every target and MLP at its sizes; the experts of a layer all at once.
+
+    The processes that share the walk carry all tokens, and each makes some of the probes.
 
     Args:
         walk: carries the tokens of the probes, all in one batch.
+        streams_folder: keeps the streams in files there, which have no names; in memory without it.
 
     Raises:
         NumericalError: a measured value is not finite; names the linear or MLP.
     """
     assert len(walk.batches) == 1
     streams: dict[tuple[str, int], _Stream] = {}
-    num_streams = sum(map(len, sizes.values()))
+    mine = cycle(rank == walk.processes.rank for rank in range(walk.processes.count))
+    num_streams = -(-sum(map(len, sizes.values())) // walk.processes.count)
     outside = _rounded_vocabulary(walk, sizes)
     with reporter.stage("probe", num_streams), torch.no_grad():
         for block in walk.blocks():
             if block.index == 0:
                 shared = walk.hidden.shared.before(0, 0)
-                streams |= {key: _Stream(_embedded(walk, own.weights()), shared) for key, own in outside.items()}
+                embedded = {
+                    key: on_disk(_embedded(walk, own.weights()), streams_folder) for key, own in outside.items()
+                }
+                streams |= {key: _Stream(hidden, shared) for key, hidden in embedded.items()}
             call = walk.calls[0][block.index]
             dense = _Stream(walk.hidden.tensor, walk.hidden.shared.before(0, block.index))
             for key, stream in streams.items():
-                streams[key] = stream.through(call, block.module, walk.device)
-            for members in _units(walk.structure.block_targets(block.index)):
+                streams[key] = stream.through(call, block.module, walk.device, streams_folder)
+            for members in compress(_units(walk.structure.block_targets(block.index)), mine):
                 for name, size, weights in _trials(walk, analysis, members, sizes):
                     with tensors_replaced(walk.skeleton, weights):
-                        streams[name, size] = dense.through(call, block.module, walk.device)
-                reporter.advance(len(streams), num_streams)
+                        streams[name, size] = dense.through(call, block.module, walk.device, streams_folder)
+                reporter.advance(min(len(streams), num_streams), num_streams)
             block.run()
         ends = [(stream.hidden, outside.get(key)) for key, stream in streams.items()]
-        measured = dict(zip(streams, _measured(walk, ends, measure), strict=True))
+        found = [(*key, value) for key, value in zip(streams, _measured(walk, ends, measure), strict=True)]
+        measured = {(name, size): value for own in walk.processes.gather(found) for name, size, value in own}
     for (name, size), value in measured.items():
         if not isfinite(value):
             raise NumericalError(
@@ -141,9 +158,11 @@ class _Stream(NamedTuple):
     hidden: Tensor
     shared: State
 
-    def through(self, call: Call, block: nn.Module, device: torch.device) -> _Stream:
+    def through(self, call: Call, block: nn.Module, device: torch.device, folder: Path | None) -> _Stream:
+        """The stream after a block, in files of a folder if there is one."""
         hidden, written = call.run(block, self.hidden.to(device), self.shared)
-        return _Stream(hidden.cpu(), {**self.shared, **moved(written, Tensor.cpu)})
+        kept = moved(written, lambda tensor: on_disk(tensor.cpu(), folder))
+        return _Stream(on_disk(hidden.cpu(), folder), {**self.shared, **kept})
 
 
 def _units(targets: Sequence[Target]) -> list[list[Target]]:
@@ -217,12 +236,14 @@ class _Outside(NamedTuple):
 
 
 def _rounded_vocabulary(walk: Walk, sizes: Sizes) -> dict[tuple[str, int], _Outside]:
-    """Probe of the embedding or the head -> what is changed."""
+    """Probe of the embedding or the head -> what is changed; those of this process."""
     found: dict[tuple[str, int], _Outside] = {}
+    processes = walk.processes
     for target in walk.structure.vocabulary:
         name = f"{target.name}.weight"
         weight_OI = walk.weights.get(name).to(walk.device)
-        for bits in sizes.get(rounded(target.name), ()):  # one by one: together they would take much memory
+        # one by one: together they would take much memory
+        for bits in sizes.get(rounded(target.name), ())[processes.rank :: processes.count]:
             (made,) = rounded_each(target, weight_OI, None, [bits], weight_OI.dtype)
             found[rounded(target.name), bits] = _Outside((name, *walk.ties.get(name, ())), made, walk.dtype)
     return found
@@ -259,4 +280,5 @@ def _measured(walk: Walk, streams: list[tuple[Tensor, _Outside | None]], measure
             for index, (stream, outside) in enumerate(streams):
                 with tensors_replaced(walk.skeleton, outside.weights() if outside else {}):
                     totals[index] += measure_of(log_probabilities(window, stream))
+                give_back(stream)
     return [total / len(walk.ids) for total in totals]

@@ -115,7 +115,8 @@ class Recipe(AllocationSettings, FormsChoice, SequentialSettings, MetricSettings
             plain = {"calibration_mode": "dense"} | plain
         if settings.get("factor_bits") == 4:
             plain = plain | {"round_to": NVFP4_GROUP}
-        return plain | settings
+        given = plain | settings
+        return {"runtime": cls.default_runtime(given)} | given
 
     @field_validator("method", "metric", "allocation")
     @classmethod

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
 from svdllm.common.settings import setting
 from svdllm.compression.after_analysis import AfterAnalysis
-from svdllm.compression.forms import FORMS
-from svdllm.compression.forms.runtimes import RUNTIMES
+from svdllm.compression.forms import FORMS, bits_in, in_bits
+from svdllm.compression.forms.runtimes import DEFAULT_RUNTIME, RUNTIMES
 from svdllm.compression.math.metrics import METHODS
 from svdllm.compression.ranks import ALLOCATIONS
 from svdllm.compression.recipe_parts import Budget, MethodChoice, rows_of
+
+# Ends an error about few bits.
+IN_SOURCE_DTYPE = ", or keep the source's dtype with --forms pair,packed,narrow"
 
 
 class FormsChoice(Budget, MethodChoice):
@@ -29,10 +35,11 @@ class FormsChoice(Budget, MethodChoice):
 
     runtime: AfterAnalysis[str | None] = setting(
         None,
-        f"What the model is for; it gets every form that this can load: {rows_of(RUNTIMES)}.",
+        f"What the model is for; it gets every form that this can load, few bits too: {rows_of(RUNTIMES)}.",
         panel="Allocation",
         metavar="|".join(RUNTIMES),
-        shown_default="forms in the source's dtype",
+        shown_default=f"{DEFAULT_RUNTIME} with --target-size, without --forms and --factor-bits; else none: forms in "
+        "the source's dtype",
     )
     elastic: AfterAnalysis[bool] = setting(
         False,
@@ -44,6 +51,18 @@ class FormsChoice(Budget, MethodChoice):
         "Factor centred inputs, and give every low-rank linear a bias that corrects its mean output.",
         panel="Method",
     )
+
+    @classmethod
+    def default_runtime(cls, settings: Mapping[str, Any]) -> str | None:
+        """The runtime where settings name none: ``DEFAULT_RUNTIME`` if few bits may serve a budget of bytes.
+
+        None with another budget, with forms or ``factor_bits`` named, and by an allocation that chooses no few bits.
+        """
+        row = ALLOCATIONS.get(str(settings.get("allocation", cls.model_fields["allocation"].default)))
+        if row is None or settings.get("target_size") is None:
+            return None
+        named = any(settings.get(name) is not None for name in ("forms", "factor_bits", "ranks"))
+        return None if named or not bits_in(row.other_forms) else DEFAULT_RUNTIME
 
     @field_validator("forms")
     @classmethod
@@ -80,6 +99,17 @@ class FormsChoice(Budget, MethodChoice):
         return self
 
     @property
+    def joins(self) -> bool:
+        """Whether linears that read the same tensor get one form, as the runtime needs them."""
+        return self.runtime is not None and RUNTIMES[self.runtime].joins
+
+    @property
+    def stores_vocabulary(self) -> bool:
+        """Whether embedding and head may be in few bits."""
+        loads = self.runtime is None or RUNTIMES[self.runtime].vocabulary
+        return loads and bool(bits_in(self.analysed_forms))
+
+    @property
     def truncates(self) -> bool:
         """Whether linears may be truncated to a rank."""
         return any(FORMS[name].curve == "truncation" for name in self.analysed_forms)
@@ -93,10 +123,9 @@ class FormsChoice(Budget, MethodChoice):
         if self.runtime is not None and row.curve and form not in RUNTIMES[self.runtime].forms:
             can = ", ".join(RUNTIMES[self.runtime].forms)
             return f"{self.runtime} cannot load it; it loads {can}"
-        in_bits = (row.bits or row.factor_bits) is not None
-        if in_bits and self.target_size is None and self.ranks is None:
+        if in_bits(row) and self.target_size is None and self.ranks is None:
             return "it saves bytes and not parameters; give target_size as the budget"
-        if in_bits and self.factor_bits is not None:
+        if in_bits(row) and self.factor_bits is not None:
             return "factor_bits is for a model that `svdllm quantize` stores in few bits as a whole"
         if row.needs_gram and not METHODS[self.method].has_gram:
             return f"it is fitted to the Gram of the inputs, and method {self.method} has none"

@@ -74,7 +74,8 @@ class Budget(BaseModel):
     )
     factor_bits: AfterAnalysis[Literal[8, 4] | None] = setting(
         None,
-        "8 or 4: target_size is the size after `svdllm quantize` with as many bits. With 4, ranks are multiples of 16.",
+        "8 or 4: target_size is the size after `svdllm quantize --format torchao` with as many bits. With 4, ranks are "
+        "multiples of 16.",
         panel="Budget (exactly one)",
         shown_default="the size as written",
     )

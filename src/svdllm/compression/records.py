@@ -102,7 +102,10 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionResult:
-    """The result of a run: the checkpoint's folder, its plan, and the memory (bytes) and time (seconds) it took."""
+    """The result of a run: the checkpoint's folder, its plan, and the memory (bytes) and time (seconds) it took.
+
+    The memory is that of the process that took most.
+    """
 
     output_dir: Path
     recipe: Recipe

@@ -6,6 +6,7 @@ import torch
 
 from svdllm.checkpoint.output import Output, size_of
 from svdllm.common.memory import require_memory
+from svdllm.common.processes import num_local_processes
 from svdllm.compression.plan import Plan
 
 
@@ -15,7 +16,7 @@ def require_room(output: Output, plan: Plan) -> None:
     output.require_disk(needs.disk_bytes, "the run needs", there=size_of(output.work))
     stage = max(needs.ram_by_stage, key=lambda name: needs.ram_by_stage[name])
     require_memory(
-        needs.peak_ram_bytes - needs.ram_by_stage["now"],
+        num_local_processes() * (needs.peak_ram_bytes - needs.ram_by_stage["now"]),
         f"At its peak (stage {stage!r}) the run needs another",
         torch.device("cpu"),
         f"Lower --{'probe-share' if stage == 'probe' else 'batch-tokens'}, or free some memory.",

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from svdllm.common.connected_processes import connected
 from svdllm.common.errors import InputError
+from svdllm.common.processes import is_first
 from svdllm.common.progress import Reporter
 from svdllm.common.run_options import RunOptions
 from svdllm.compression.allocate import allocate, measure_times
@@ -48,6 +50,9 @@ def compress_many(
 ) -> list[CompressionResult]:
     """Compresses a model to every ratio of the recipe, with one calibration and one decomposition.
 
+    The processes that torchrun or accelerate launch starts share the work. Each returns the result, which the first one
+    has written and reports on. The bytes are the same for any number of processes.
+
     Args:
         model: hub id, folder, GGUF file, or a model in memory, which is left as it was.
         recipe: the settings. With several ratios, ``output_dir`` gets one folder for each.
@@ -69,18 +74,23 @@ def compress_many(
         ResourceError: the disk or the memory does not suffice. Finished blocks are kept.
         NumericalError: a NaN or infinity; names the tensor, or block and batch.
     """
-    with open_run(
-        model,
-        recipe,
-        output_dir,
-        RunOptions.of(offline=offline, revision=revision, reporter=reporter),
-        calibration=calibration,
-        tokenizer=tokenizer,
-        resume=resume,
-        hidden_states_limit=hidden_states_limit,
-        analysis_dir=analysis_dir,
-        statistics_dir=statistics_dir,
-    ) as run:
+    reporter = reporter if is_first() else None
+    with (
+        connected(recipe.device) as processes,
+        open_run(
+            model,
+            recipe,
+            output_dir,
+            RunOptions.of(offline=offline, revision=revision, reporter=reporter),
+            processes=processes,
+            calibration=calibration,
+            tokenizer=tokenizer,
+            resume=resume,
+            hidden_states_limit=hidden_states_limit,
+            analysis_dir=analysis_dir,
+            statistics_dir=statistics_dir,
+        ) as run,
+    ):
         subject, plans = open_subject(run)  # lines 1 and 6: the model, its blocks and the weights to compress
         windows = calibration_windows(run, subject)  # line 4: some text, as tokens
         provenance = check_weights(run, subject, windows)  # every weight is finite; hashes of weights and text

@@ -2,7 +2,7 @@
 
 Two streams of hidden states go through the blocks, one of the dense model and one of the compressed model. Within a
 block the groups are compressed in the order in which the model calls them: q, k, v; o; gate, up; down. Each linear is
-fitted to ``W* = W (beta K + (1 - beta) S') S'^-1`` in the metric of ``S'``, which corrects part of the error of the
+fitted to ``W* = W + beta W (X - X') X'^T S'^-1`` in the metric of ``S'``, which corrects part of the error of the
 linears before it. A linear whose output is added to the residual stream is fitted to ``W X + R``: ``R`` is what the
 dense stream has there and the compressed one lacks. A linear that stays dense becomes ``W*`` itself, which costs no
 parameters. A narrower MLP reads the features that the dense analysis kept, by the regression on them. The forms must be
@@ -25,10 +25,11 @@ from svdllm.common.errors import NumericalError
 from svdllm.common.progress import Reporter
 from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.collect import left_metric_of
+from svdllm.compression.decompose import cost
 from svdllm.compression.expert_products import expert_products
 from svdllm.compression.few_tokens import group_tokens
 from svdllm.compression.forms import FORMS, bits_of
-from svdllm.compression.forms.bits import CODES, fitted_rounding, rounded_matrix
+from svdllm.compression.forms.bits import fitted_rounding, product_of
 from svdllm.compression.math.linalg import anchored, corrected_bias, factorise, output_spectrum
 from svdllm.compression.math.narrowing import narrowed_anchored, with_zeros
 from svdllm.compression.parts import parts_of
@@ -38,6 +39,7 @@ from svdllm.compression.recipe import Recipe
 from svdllm.compression.recipe_sequential import SequentialSettings
 from svdllm.compression.rounded_targets import corrected_target, rounded_each
 from svdllm.compression.session import Run
+from svdllm.compression.stages import stages_of
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
 from svdllm.models.added import Read
@@ -45,6 +47,7 @@ from svdllm.models.chosen import Forms
 from svdllm.models.experts_on_disk import give_back, on_disk
 from svdllm.models.finite import require_finite
 from svdllm.models.loaded_weights import tensors_replaced
+from svdllm.models.read import read
 from svdllm.models.structure import Target, bias_of, weight_of, weights_by_name
 from svdllm.models.walk import Block, Walk
 
@@ -60,7 +63,7 @@ def refit(
         return None
     assert windows is not None
     ids = windows.ids[: run.recipe.sequential_samples]
-    walk = subject.walk(ids, run.recipe, run.spill_file(plan), run.scratch(plan))
+    walk = subject.walk(ids, run.recipe, run.spill_file(plan), run.scratch(plan), run.processes)
     walk.two_streams = True
     finals = FinalFactors(run.analysis_folder / f"sequential-{_digest(run.recipe, plan.forms)}")
     Sequential(
@@ -69,6 +72,7 @@ def refit(
         recipe=run.recipe,
         analysis=analysis,
         finals=finals,
+        num_tokens=ids.numel(),
         num_dense_tokens=windows.num_tokens,
         reporter=run.reporter,
     ).run()
@@ -91,18 +95,21 @@ class Sequential:
     recipe: Recipe
     analysis: Analysis
     finals: FinalFactors
+    num_tokens: int
     num_dense_tokens: int  # of the dense calibration, whose Grams are mixed in
     reporter: Reporter
 
     def run(self) -> None:
-        blocks = self.walk.structure.blocks
+        blocks, processes = self.walk.structure.blocks, self.walk.processes
         self.finals.folder.mkdir(parents=True, exist_ok=True)
-        if all(map(self.finals.is_done, range(len(blocks)))):
+        done = processes.from_first(lambda: list(map(self.finals.is_done, range(len(blocks)))))
+        if all(done):
             return
         with self.reporter.stage("sequential", len(blocks)):
             for block in self.walk.blocks():
-                if not self.finals.is_done(block.index):
+                if not done[block.index]:
                     self._compress(block)
+                    processes.wait()  # for the file
                 self._advance(block)
                 self.reporter.advance(block.index + 1, len(blocks))
         self.walk.close()
@@ -111,11 +118,11 @@ class Sequential:
         factors: dict[str, dict[str, Tensor]] = {}
         replaced: dict[str, Tensor] = {}  # parameters of the targets that are compressed already
         stored_in = torch.float64 if self.walk.dtype == torch.float64 else torch.float32
-        for stage in self._stages(block):
-            made: dict[str, Tensor] = {}
+        for stage in stages_of(block):
+            made: dict[str, dict[str, Tensor]] = {}
             for target, products in self._targets_in(block, stage, replaced):
                 weight_OI = weight_of(self.walk.skeleton, target)
-                if self._keeps_weight(target) and self.recipe.beta == 0 and products.residual is None:
+                if self._keeps_weight(target) and not products.lacks(self.recipe.beta):
                     continue
                 tensors = self._fit(target, weight_OI, products)
                 if self._corrects_bias(target):
@@ -124,62 +131,57 @@ class Sequential:
                     bias_O = bias_of(self.walk.skeleton, target)
                     corrected_O = corrected_bias(weight_OI, u_OR, v_RI, *means, bias_O=bias_O)
                     tensors["bias"] = corrected_O + products.residual_sum_O / products.weight
-                made |= self._parameters(target, tensors)
-                factors[target.name] = {leaf: self._kept(target, t.to(stored_in)) for leaf, t in tensors.items()}
+                made[target.name] = self._kept(target, {leaf: t.to(stored_in) for leaf, t in tensors.items()})
                 give_back(weight_OI)
-            replaced |= made
-        self.finals.write(block.index, factors)
-
-    def _stages(self, block: Block) -> list[list[Target]]:
-        """The targets of a block in the order in which the model calls them: by group, those of experts by pool."""
-        targets = {target.name: target for target in self.walk.structure.block_targets(block.index)}
-        called: dict[str, None] = {}
-
-        def note(name: str):
-            return lambda *_: called.setdefault(name)
-
-        handles = [
-            block.walk.skeleton.get_submodule(target.linears[0]).register_forward_pre_hook(note(target.name))
-            for target in targets.values()
-        ]
-        with torch.no_grad():
-            block.run_on(self.walk.hidden, 0)
-        for handle in handles:
-            handle.remove()
-        stages: dict[str, list[Target]] = {}
-        for name in called:
-            stages.setdefault(targets[name].pool or targets[name].group, []).append(targets[name])
-        for target in targets.values():  # experts that no token of the batch was routed to
-            if target.pool in stages and target.name not in called:
-                stages[target.pool].append(target)
-        return list(stages.values())
+            everything = self.walk.processes.merged(made)
+            for target in stage:
+                if target.name in everything:
+                    fitted = made.get(target.name) or self._kept(target, everything[target.name])
+                    factors[target.name] = fitted
+                    replaced |= self._parameters(target, fitted)
+        if self.walk.processes.is_first:
+            self.finals.write(block.index, factors)
 
     def _targets_in(
         self, block: Block, stage: list[Target], replaced: Mapping[str, Tensor]
     ) -> Iterator[tuple[Target, Products]]:
-        """Yields the targets of a stage with the products of their inputs; experts without tokens are left out."""
+        """Yields the targets of a stage that this process fits, with the products of their inputs.
+
+        Experts without tokens are left out.
+        """
         if stage[0].pool is None:
-            products = self._products(block, stage, replaced)
-            yield from ((target, products) for target in stage)
+            products, own = self._products(block, stage, replaced), self._own(stage)
+            for target in own:
+                yield target, products if target is own[-1] else products.cloned()
             return
         for part in parts_of(stage, {target.name: target.full_rank for target in stage}):
             of_experts = expert_products(block, part.targets, replaced)
-            yield from ((target, of_experts[target.name]) for target in part.targets if target.name in of_experts)
+            found = [target for target in part.targets if target.name in of_experts]
+            yield from ((target, of_experts[target.name]) for target in self._own(found))
+
+    def _own(self, targets: list[Target]) -> list[Target]:
+        """The targets that this process fits."""
+        return [targets[number] for number in self.walk.processes.own(list(map(cost, targets)))]
 
     def _products(self, block: Block, group: list[Target], replaced: Mapping[str, Tensor]) -> Products:
         """The products of a group over all batches of the two streams."""
         assert self.walk.compressed is not None
         leader = group[0]
         module = self.walk.skeleton.get_submodule(leader.linears[0])
-        sums = Sums(leader.in_features, self.walk.device)
-        for number in range(len(self.walk.batches)):
-            dense = block.read(module, self.walk.hidden, number)
-            with tensors_replaced(self.walk.skeleton, replaced):
-                compressed = block.read(module, self.walk.compressed, number)
-            residual = self._residual(dense, compressed) if len(group) == 1 else None
-            sums.add(dense.inputs, compressed.inputs, residual)
+        alone = len(group) == 1 and leader.out_features < leader.in_features
+        fitted = (weight_of(self.walk.skeleton, leader), self.recipe.beta) if alone else None
+        sums = Sums(leader.in_features, self.walk.device, fitted)
+        for numbers in self.walk.text.rounds:
+            for number in numbers:
+                dense = read(block, module, self.walk.hidden, number)
+                with tensors_replaced(self.walk.skeleton, replaced):
+                    compressed = read(block, module, self.walk.compressed, number)
+                residual = self._residual(dense, compressed) if len(group) == 1 else None
+                sums.add(dense.inputs, compressed.inputs, residual)
+            sums.fold(self.walk.processes)
         products = sums.value()
-        if not all(bool(torch.isfinite(product).all()) for product in (products.compressed_II, products.cross_II)):
+        summed = products.compressed_II, products.difference_II, products.missing_OI
+        if not all(bool(torch.isfinite(product).all()) for product in summed):
             raise NumericalError(f"The inputs of {leader.name} have NaN or infinite values over the calibration text.")
         return products
 
@@ -203,64 +205,73 @@ class Sequential:
         return target.inner is not None and target.inner.side == "in"
 
     def _fit(self, target: Target, weight_OI: Tensor, products: Products) -> dict[str, Tensor]:
-        """Fits a target: ``svd_u`` and ``svd_v``, or ``weight`` with zeros for inner features that go; float64."""
+        """Fits a target: ``svd_u`` and ``svd_v``, or ``weight`` with zeros for inner features that go; float64.
+
+        The products are changed.
+        """
         if self._corrects_bias(target):
-            products = products.centred()
-        products = self._with_dense_grams(target, products).shrunk(self.recipe.shrinkage)
+            products.centre()
+        self._mix_in_dense_gram(target, products)
+        products.shrink(self.recipe.shrinkage)
+        missing_OI = products.missing(weight_OI, self.recipe.beta)
         left_OO = self.analysis.left_metric(target)
         left_OO = None if left_OO is None else left_OO.to(self.walk.device)
         try:
-            grams = products.compressed_II, products.cross_II, self.recipe.beta
-            star_OI = anchored(weight_OI, *grams, products.residual)
+            gram_II, rooted = products.compressed_II, missing_OI is not None and self._needs_root_only(target)
+            star_OI = anchored(weight_OI, gram_II, missing_OI, overwrite=rooted)
             if self._keeps_weight(target):
                 return {"weight": star_OI}
             chosen = self.forms[target.name]
             if (bits := bits_of(chosen)) is not None:
-                gram_II, dtype = products.compressed_II, self._source_dtype(target)
+                dtype = self._source_dtype(target)
                 (rounded,) = rounded_each(target, star_OI.float(), gram_II, [bits], dtype, chosen.size)
                 return fitted_rounding(rounded)
             if FORMS[chosen.form].curve == "correction":
-                gram_II, dtype, form = products.compressed_II, self._source_dtype(target), FORMS[chosen.form]
+                dtype, form = self._source_dtype(target), FORMS[chosen.form]
                 return corrected_target(target, star_OI.float(), gram_II, left_OO, form, chosen.size, dtype)
             if FORMS[chosen.form].of_mlps:
                 order_I = self.analysis.inner_order(target)
                 assert order_I is not None
                 kept_W = order_I[: chosen.size].to(weight_OI.device)
-                kept_OW = narrowed_anchored(weight_OI, *grams, kept_W, products.residual)
+                kept_OW = narrowed_anchored(weight_OI, gram_II, kept_W, missing_OI)
                 return {"weight": with_zeros(kept_OW, kept_W, len(order_I))}
-            left_OO = left_metric_of(target, star_OI, products.compressed_II, left_OO)
-            spectrum = output_spectrum(star_OI, products.compressed_II, chosen.size, left_gram_OO=left_OO)
+            measured_OI, metric_II = (star_OI @ gram_II.mT, None) if rooted else (star_OI, gram_II)
+            left_OO = left_metric_of(target, measured_OI, metric_II, left_OO)
+            spectrum = output_spectrum(measured_OI, metric_II, chosen.size, left_gram_OO=left_OO)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
         u_OR, v_RI = factorise(star_OI, spectrum, chosen.size)
         return {"svd_u.weight": u_OR, "svd_v.weight": v_RI}
 
+    def _needs_root_only(self, target: Target) -> bool:
+        """Whether a target is measured by ``W* L`` alone, where ``S' = L L^T``; a tall one would lose digits so."""
+        is_wide = target.out_features <= target.in_features
+        return self._keeps_weight(target) or (is_wide and FORMS[self.forms[target.name].form].curve == "truncation")
+
     def _source_dtype(self, target: Target) -> torch.dtype:
         return self.walk.weights.shape_and_dtype(f"{target.name}.weight")[1]
 
-    def _with_dense_grams(self, target: Target, products: Products) -> Products:
+    def _mix_in_dense_gram(self, target: Target, products: Products) -> None:
         """Mixes in the Gram of the dense calibration, which has seen more tokens: the fit adapts to few ones less."""
         recipe, metric = self.recipe, self.analysis.metric(target)
         if metric is None or recipe.shrinkage == 1 or recipe.bias_correction != self._corrects_bias(target):
-            return products
-        metric_II = metric.to(self.walk.device, torch.float64)
-        diagonal_II = torch.diag(metric_II.diagonal())
-        unshrunk_II = (metric_II - recipe.shrinkage * diagonal_II) / (1 - recipe.shrinkage)
-        scale = self.walk.ids.numel() / self.num_dense_tokens
+            return
+        scale = self.num_tokens / self.num_dense_tokens
         share = recipe.sequential_shrinkage
         if target.pool is not None:  # few tokens: more of the Gram that has seen more, and others of the layer
             group = group_tokens(target.in_features)
             share = max(share, group / (products.num_tokens + group))
-        return products.mixed_with(scale * unshrunk_II, share)
+        products.mix_in(metric.to(self.walk.device), share, scale=scale, shrinkage=recipe.shrinkage)
 
-    def _kept(self, target: Target, tensor: Tensor) -> Tensor:
-        """A tensor of a target, on disk where the weights of experts are."""
-        return on_disk(tensor, None if target.pool is None else self.walk.scratch)
+    def _kept(self, target: Target, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a target, on disk where the weights of experts are."""
+        folder = None if target.pool is None else self.walk.scratch
+        return {name: on_disk(tensor, folder) for name, tensor in tensors.items()}
 
     def _parameters(self, target: Target, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters with which a dense linear computes what its factors, or its fitted weight, would."""
         device, dtype = self.walk.device, self.walk.dtype
-        parameters = weights_by_name(target, self._kept(target, _product(tensors).to(device, dtype)))
+        parameters = self._kept(target, weights_by_name(target, product_of(tensors).to(device, dtype)))
         if (bias_O := tensors.get("bias")) is not None:
             parts = target.split(bias_O.to(device, dtype)).items()
             parameters |= {f"{name}.bias": values for name, values in parts}
@@ -276,17 +287,8 @@ class Sequential:
         for number, batch in enumerate(self.walk.batches):
             with tensors_replaced(self.walk.skeleton, replaced), torch.no_grad():
                 output, written = block.run_on(self.walk.compressed, number)
-            require_finite(output, f"The output of the compressed block {block.index} ({block.name}), batch {number},")
+            where = f"block {block.index} ({block.name}), {self.walk.text.where(number)}"
+            require_finite(output, f"The output of the compressed {where}")
             self.walk.compressed.tensor[batch] = output.to("cpu", self.walk.dtype)
             self.walk.compressed.share(number, block.index, written)
         block.run()
-
-
-def _product(tensors: Mapping[str, Tensor]) -> Tensor:
-    """The weight (``out x in``, float64) that factors multiply out to, or a fitted dense weight."""
-    if "weight" in tensors:
-        return tensors["weight"].double()
-    product_OI = rounded_matrix(tensors).double() if CODES in tensors else 0.0
-    if "svd_u.weight" not in tensors:
-        return product_OI  # type: ignore[return-value]
-    return product_OI + tensors["svd_u.weight"].double() @ tensors["svd_v.weight"].double()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,14 @@ from svdllm.common.disk import explain_full_disk
 from svdllm.common.errors import ResourceError, SvdllmError
 from svdllm.common.extras import require_extra
 from svdllm.common.memory import explain_out_of_memory
+from svdllm.common.processes import ALONE, Processes
 from svdllm.common.progress import Reporter
 from svdllm.common.run_options import RunOptions
 from svdllm.common.settings_file import read_settings, refuse_other_settings
-from svdllm.compression.forms import FORMS
+from svdllm.compression.forms import FORMS, in_bits
 from svdllm.compression.plan import Plan, plan_each_ratio
 from svdllm.compression.recipe import Recipe
+from svdllm.compression.recipe_forms import IN_SOURCE_DTYPE
 from svdllm.compression.room import require_room
 from svdllm.compression.subject import Subject, discover_subject, read_weights
 from svdllm.data import check_source
@@ -53,6 +55,7 @@ class Run:
     hidden_states_limit: int | None
     analysis_dir: Path | None  # of an analysis that is shared with other runs
     statistics_dir: Path | None  # of statistics that are shared with runs of other recipes
+    processes: Processes
 
     @property
     def work(self) -> Path:
@@ -66,7 +69,12 @@ class Run:
 
     def spill_file(self, plan: Plan) -> Path | None:
         """The file of hidden states that do not fit into RAM; None where they do."""
-        return self.work / "hidden-states" if plan.needs.hidden_states_on_disk else None
+        return self.work / f"hidden-states-{self.processes.rank}" if plan.needs.hidden_states_on_disk else None
+
+    @property
+    def inputs_folder(self) -> Path:
+        """The folder of the inputs that this process keeps for a reverse walk."""
+        return self.work / "inputs" / str(self.processes.rank)
 
     def scratch(self, plan: Plan) -> Path | None:
         """The folder of the weights of experts that do not fit into RAM; None where they do."""
@@ -84,17 +92,20 @@ def open_run(
     output_dir: str | Path,
     options: RunOptions,
     *,
+    processes: Processes = ALONE,
     calibration: Any = None,
     tokenizer: Any = None,
     resume: bool = True,
+    goes_on: bool = True,
     hidden_states_limit: int | None = None,
     analysis_dir: str | Path | None = None,
     statistics_dir: str | Path | None = None,
 ) -> Iterator[Run]:
-    """Opens a run; the arguments are those of ``compress_many``.
+    """Opens a run; the arguments are those of ``compress_many``, and the processes that share the run.
 
     No other run writes to the output while the context lasts. When it ends, the finished checkpoints appear under the
     name of the output. If the run fails, nothing is left behind, except finished blocks if disk or memory ran out.
+    The first process alone locks, writes and cleans up.
 
     Raises:
         InputError: a setting, the model's path or the output is wrong.
@@ -105,34 +116,47 @@ def open_run(
     resolve_device(recipe.device)
     if recipe.needs_tokens:
         check_source(text)
-    if any(FORMS[name].bits or FORMS[name].factor_bits for name in recipe.analysed_forms):
-        require_extra("compressed_tensors", "A model in few bits", extra="quantize")
+    if any(in_bits(FORMS[name]) for name in recipe.analysed_forms):
+        require_extra("compressed_tensors", "A model in few bits", extra="quantize", instead=IN_SOURCE_DTYPE)
     output = Output.at(output_dir)
-    with output.taken() as warning:
-        if warning is not None:
-            options.reporter.warn(warning)
-        require_ours(output.work)
-        output.finish_completing()
-        output.require_free(LOCK, PARTIAL)
-        with _cleaning_up(output.work, recipe.batch_tokens):
-            with options.reporter.stage("open", 1):
-                source = open_config(model, offline=options.offline, revision=options.revision)
-            run = Run(
-                model=model,
-                source=source,
-                recipe=_settled(recipe, source, calibration, options.reporter),
-                calibration=text,
-                tokenizer=tokenizer,
-                output=output,
-                options=options,
-                resume=resume,
-                hidden_states_limit=hidden_states_limit,
-                analysis_dir=None if analysis_dir is None else followed(Path(analysis_dir)),
-                statistics_dir=None if statistics_dir is None else followed(Path(statistics_dir)),
-            )
-            _refuse_other_recipe(run)
-            yield run
+    with (
+        _taken(output, processes, options.reporter),
+        _cleaning_up(output.work, recipe.batch_tokens, processes, goes_on),
+    ):
+        with options.reporter.stage("open", 1):
+            source = open_config(model, offline=options.offline, revision=options.revision)
+        run = Run(
+            model=model,
+            source=source,
+            recipe=_settled(recipe, source, calibration, options.reporter),
+            calibration=text,
+            tokenizer=tokenizer,
+            output=output,
+            options=options,
+            resume=resume,
+            hidden_states_limit=hidden_states_limit,
+            analysis_dir=None if analysis_dir is None else followed(Path(analysis_dir)),
+            statistics_dir=None if statistics_dir is None else followed(Path(statistics_dir)),
+            processes=processes,
+        )
+        _refuse_other_recipe(run)
+        yield run
+        if processes.is_first:
             output.complete()
+
+
+@contextmanager
+def _taken(output: Output, processes: Processes, reporter: Reporter) -> Iterator[None]:
+    """Locks the output while the context lasts, once it is known to be free."""
+    with output.taken() if processes.is_first else nullcontext() as warning:
+        if warning is not None:
+            reporter.warn(warning)
+        if processes.is_first:
+            require_ours(output.work)
+            output.finish_completing()
+            output.require_free(LOCK, PARTIAL)
+        processes.wait()
+        yield
 
 
 def open_subject(run: Run) -> tuple[Subject, list[Plan]]:
@@ -147,13 +171,19 @@ def open_subject(run: Run) -> tuple[Subject, list[Plan]]:
     """
     with run.reporter.stage("plan", 1):
         subject = discover_subject(run.source, run.recipe)
-        plans = plan_each_ratio(subject, run.recipe, run.hidden_states_limit)
-        require_room(run.output, max(plans, key=lambda plan: plan.needs.disk_bytes))
-    claim_work_folder(run.work)
+        plans = plan_each_ratio(subject, run.recipe, run.hidden_states_limit, run.processes.count)
+        if run.processes.is_first:
+            require_room(run.output, max(plans, key=lambda plan: plan.needs.disk_bytes))
+            claim_work_folder(run.work)
+        run.processes.wait()
+    run.processes.require_shared(run.work)
     if run.source.weights is None:
+        found = subject
         with run.reporter.stage("open", 1):
-            subject = read_weights(subject, run.model, run.options, run.work / "source")
-            plans = plan_each_ratio(subject, run.recipe, run.hidden_states_limit)
+            subject = run.processes.first_then_others(
+                lambda: read_weights(found, run.model, run.options, run.work / "source")
+            )
+            plans = plan_each_ratio(subject, run.recipe, run.hidden_states_limit, run.processes.count)
     return subject, plans
 
 
@@ -183,21 +213,36 @@ def _refuse_other_recipe(run: Run) -> None:
 
 
 @contextmanager
-def _cleaning_up(work: Path, batch_tokens: int) -> Iterator[None]:
+def _cleaning_up(work: Path, batch_tokens: int, processes: Processes, goes_on: bool) -> Iterator[None]:
     """Leaves nothing behind when a run fails, unless there is work worth going on with."""
     new = not work.exists()
-    goes_on = "Finished blocks are kept: the same command goes on with them"
-    advice = (
-        f"{goes_on} when there is more memory. To start over with less, use --no-resume and lower --batch-tokens (now "
-        f"{batch_tokens}) or --samples; `svdllm plan` tells what a run needs."
-    )
+    memory, disk = _advice(batch_tokens) if goes_on else _advice_from_the_start(batch_tokens)
     try:
-        with explain_out_of_memory(advice), explain_full_disk(work, f"{goes_on}."):
+        with explain_out_of_memory(memory), explain_full_disk(work, disk):
             yield
     except SvdllmError as error:
+        processes.stopped(error)
+        if not processes.is_first:
+            raise
         finished = any(work.glob("**/block-*.safetensors"))
         if new and not (finished and isinstance(error, ResourceError)):
             shutil.rmtree(work, ignore_errors=True)
         elif isinstance(error, ResourceError):
             remove_scratch(work)
         raise
+
+
+def _advice(batch_tokens: int) -> tuple[str, str]:
+    """What to do when memory, and when the disk, did not suffice for a run that keeps finished blocks."""
+    kept = "Finished blocks are kept: the same command goes on with them"
+    return (
+        f"{kept} when there is more memory. To start over with less, use --no-resume and lower --batch-tokens (now "
+        f"{batch_tokens}) or --samples; `svdllm plan` tells what a run needs.",
+        f"{kept}.",
+    )
+
+
+def _advice_from_the_start(batch_tokens: int) -> tuple[str, str]:
+    """The same for a run that keeps nothing."""
+    nothing = "Nothing is kept, and the same command begins anew."
+    return f"{nothing} Lower --batch-tokens (now {batch_tokens}), --samples or --seqlen to need less.", nothing

@@ -14,9 +14,13 @@ from transformers import PreTrainedModel
 from svdllm.checkpoint.tensors import Tensors, buffer_names, stored_tensors
 from svdllm.common.device import resolve_device, resolve_dtype
 from svdllm.common.errors import InputError, UnsupportedModelError
+from svdllm.common.processes import ALONE, Processes
 from svdllm.common.run_options import RunOptions
-from svdllm.compression.forms import FORMS, bits_in, factors_of
+from svdllm.compression.forms import FORMS, factors_of, in_bits
 from svdllm.compression.recipe import Recipe
+from svdllm.compression.recipe_forms import IN_SOURCE_DTYPE
+from svdllm.compression.rounded_sources import require_unrounded
+from svdllm.models.batches import Batches, windows_per_batch
 from svdllm.models.discover import discover
 from svdllm.models.experts import ExpertTensor, expert_tensors
 from svdllm.models.hub import hub_folder
@@ -68,14 +72,26 @@ class Subject:
         device = resolve_device(recipe.device)
         return device, resolve_dtype(recipe.dtype, device, self.source.dtype)
 
-    def walk(self, ids: Tensor, recipe: Recipe, spill_file: Path | None = None, scratch: Path | None = None) -> Walk:
+    def walk(
+        self,
+        ids: Tensor,
+        recipe: Recipe,
+        spill_file: Path | None = None,
+        scratch: Path | None = None,
+        processes: Processes | None = None,
+    ) -> Walk:
         """A walk that carries token ids (``windows x seqlen``) through the dense model.
 
         Args:
             spill_file: holds the hidden states; without it they stay in RAM.
             scratch: the folder of the weights of experts; without it they stay in RAM.
+            processes: share the tokens; without them, this process carries all.
         """
         device, dtype = self.placement(recipe)
+        dealt = None
+        if processes is not None:
+            dealt = Batches.dealt(len(ids), windows_per_batch(recipe.batch_tokens, ids.shape[1]), processes)
+            ids = ids[dealt.windows]
         return Walk(
             weights=self.weights,
             skeleton=build_skeleton(self.source.config, dtype),
@@ -86,6 +102,8 @@ class Subject:
             batch_tokens=recipe.batch_tokens,
             spill_file=spill_file,
             scratch=scratch,
+            processes=processes or ALONE,
+            dealt=dealt,
         )
 
 
@@ -99,6 +117,8 @@ def discover_subject(source: Source, recipe: Recipe) -> Subject:
     if info := LowRankInfo.of(source.config, source.name):
         named = f" ({info.source['id']})" if "id" in info.source else ""
         raise InputError(f"{source.name} is compressed already; compress its dense source{named}.")
+    if any(in_bits(FORMS[name]) for name in recipe.analysed_forms):
+        require_unrounded(source, IN_SOURCE_DTYPE)
     skeleton = build_skeleton(source.config)
     return Subject(source=source, skeleton=skeleton, structure=structure_for(skeleton, recipe))
 
@@ -115,7 +135,7 @@ def structure_for(skeleton: PreTrainedModel, recipe: Recipe) -> Structure:
         structure = with_joint_keys_and_values(structure)
     if recipe.bias_correction:
         structure = bias_corrected(structure)
-    if bits_in(recipe.analysed_forms):
+    if recipe.stores_vocabulary:
         outside = vocabulary_targets(skeleton)
         kept = tuple(t for t in outside if not any(map(t.matched_by, recipe.ignore)))
         structure = replace(structure, vocabulary=kept)

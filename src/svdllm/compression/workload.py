@@ -17,6 +17,7 @@ from svdllm.compression.probe import probe_sizes, probe_tokens
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.routed import gram_values_per_token, token_shares, weights_per_token
 from svdllm.compression.subject import Subject
+from svdllm.models.batches import share_of_largest, windows_per_batch
 from svdllm.models.linears import linear_shape, linears_of
 from svdllm.models.structure import Structure, Target
 
@@ -35,6 +36,7 @@ class Workload:
     written: Tensors  # what one checkpoint holds, at most
     num_outputs: int  # checkpoints that the run writes
     experts_on_disk: bool = False  # the weights of those of the loaded block
+    processes: int = 1
 
     @property
     def structure(self) -> Structure:
@@ -252,6 +254,16 @@ class Workload:
         return inner.width if narrows and inner is not None and inner.side == "in" else 0
 
     @property
+    def num_batches(self) -> int:
+        recipe = self.recipe
+        return -(-recipe.samples // windows_per_batch(recipe.batch_tokens, recipe.seqlen))
+
+    @property
+    def share(self) -> float:
+        """The largest share of the batches that a process has."""
+        return share_of_largest(self.num_batches, self.processes)
+
+    @property
     def batch_tokens(self) -> int:
         return min(self.tokens, max(self.recipe.batch_tokens, self.recipe.seqlen))
 
@@ -261,7 +273,14 @@ class Workload:
         return (self.hidden_size + self.structure.shared_features) * self.dtype.itemsize
 
     @property
+    def probe_streams_bytes(self) -> int:
+        """Bytes of the hidden states of a process's probes and of the dense model, between two blocks."""
+        if not self.probe_tokens:
+            return 0
+        return (-(-sum(self.num_probes.values()) // self.processes) + 1) * self.probe_tokens * self.token_bytes
+
+    @property
     def hidden_states_bytes(self) -> int:
-        """Bytes of the hidden states of all calibration tokens, between two blocks."""
+        """Bytes of the hidden states of a process's calibration tokens, between two blocks."""
         carried = max(self.tokens, 2 * self.sequential_tokens) if self.method.needs_tokens else 0
-        return carried * self.token_bytes
+        return round(self.share * carried) * self.token_bytes

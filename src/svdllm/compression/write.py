@@ -17,7 +17,7 @@ from svdllm.checkpoint.output import FINISHED
 from svdllm.checkpoint.report import REPORT_FILE
 from svdllm.checkpoint.shards import write_shards
 from svdllm.common.device import resolve_device
-from svdllm.common.memory import device_peak_bytes, peak_bytes
+from svdllm.common.memory import device_peak_bytes, give_back_freed, peak_bytes
 from svdllm.common.version import __version__
 from svdllm.compression.analysis import Analysis, FinalFactors
 from svdllm.compression.factors import TargetFactors
@@ -71,8 +71,9 @@ def write(
     ratio = f"ratio-{plan.recipe.ratio}" if len(run.recipe.single()) > 1 else ""
     folder = run.work / FINISHED / ratio
     linears = _linear_records(subject, plan, analysis)
+    give_back_freed()  # by the sequential calibration
     with run.reporter.stage("write", len(subject.structure.blocks)):
-        if not (folder / REPORT_FILE).is_file():
+        if run.processes.is_first and not (folder / REPORT_FILE).is_file():
             _write_checkpoint(folder, run, subject, provenance, analysis, plan, finals, linears)
     return CompressionResult(
         output_dir=run.output.path / ratio,
@@ -80,8 +81,8 @@ def write(
         plan=plan,
         linears=linears,
         seconds=dict(run.reporter.seconds),
-        peak_ram_bytes=peak_bytes(),
-        peak_device_bytes=device_peak_bytes(resolve_device(plan.recipe.device)),
+        peak_ram_bytes=max(run.processes.gather(peak_bytes())),
+        peak_device_bytes=max(run.processes.gather(device_peak_bytes(resolve_device(plan.recipe.device)))),
         warnings=list(run.reporter.warnings),
     )
 

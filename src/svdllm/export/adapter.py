@@ -1,9 +1,9 @@
-"""Writes corrections as an adapter of PEFT, beside a plain model in few bits."""
+"""Writes corrections beside a plain model in few bits: as an adapter of PEFT, or by the names of ModelOpt."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,38 @@ from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.low_rank.lowrank import unpacked
 from svdllm.models.safetensors_files import weight_files
 
-BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"
-CORRECTIONS = {".svd_v": "lora_A", ".svd_u": "lora_B"}  # module of a corrected linear -> matrix of an adapter
+BASE_FOLDER = "base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionNames:
+    """How a tool names the two matrices of a correction.
+
+    Args:
+        file: that holds them.
+        matrices: module of a corrected linear (``svd_v``, rank x in; ``svd_u``, out x rank) -> name of its matrix, in
+            which ``{}`` stands for the linear.
+    """
+
+    file: str
+    matrices: Mapping[str, str]
+
+
+PEFT = CorrectionNames(
+    file="adapter/adapter_model.safetensors",
+    matrices={
+        "svd_v": "base_model.model.{}.lora_A.weight",
+        "svd_u": "base_model.model.{}.lora_B.weight",
+    },
+)
+# In the quantiser of every weight, added to what the quantised weight computes (SVDQuant, arXiv 2411.05007).
+MODELOPT = CorrectionNames(
+    file="svdquant.safetensors",
+    matrices={
+        "svd_v": "{}.weight_quantizer.svdquant_lora_a",
+        "svd_u": "{}.weight_quantizer.svdquant_lora_b",
+    },
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +70,11 @@ class AdapterExport:
     adapter_bytes: int
 
 
-def export_adapter(folder: str | Path, output_dir: str | Path) -> AdapterExport:
-    """Writes ``base``, a model of the family in few bits, and ``adapter``, which PEFT and vLLM load on top of it.
+def export_adapter(folder: str | Path, output_dir: str | Path, names: CorrectionNames = PEFT) -> AdapterExport:
+    """Writes ``base``, a model of the family in few bits, and beside it the corrections of its linears.
 
-    The matrices of the adapter are those of the corrections, in the dtype of their scales.
+    By the names ``PEFT`` they are an adapter, which PEFT and vLLM load on top of the base; by ``MODELOPT`` a file of
+    ``svdquant_lora_a`` (rank x in) and ``svdquant_lora_b`` (out x rank). Both are in the dtype of their scales.
 
     Raises:
         InputError: the folder has no corrections, or ``output_dir`` is not empty.
@@ -56,17 +87,19 @@ def export_adapter(folder: str | Path, output_dir: str | Path) -> AdapterExport:
     info = _require_corrections(folder, LowRankInfo.of(config))
     with new_folder(output_dir, "an export") as (output, partial):
         require_intact(folder)
-        base, adapter = _Parts.of(folder, info)
+        base, adapter = _Parts.of(folder, info, names)
         output.require_disk(tensor_bytes(base.layout) + tensor_bytes(adapter.layout), "the weights need")
-        for name in (BASE_FOLDER, ADAPTER_FOLDER):
-            (partial / name).mkdir()
+        (partial / BASE_FOLDER).mkdir()
         write_shards(partial / BASE_FOLDER, base, base.layout)
         _write_config(partial / BASE_FOLDER, dense_config(config), base)
         copy_companion_files(folder, partial / BASE_FOLDER)
         weights = {name: adapter.get(name) for name in adapter.layout}
-        save_tensors(weights, partial / ADAPTER_FOLDER / "adapter_model.safetensors")
+        file = partial / names.file
+        file.parent.mkdir(exist_ok=True)
+        save_tensors(weights, file)
         ranks = {name: int(entry["rank"]) for name, entry in info.forms.items()}
-        _write_adapter_config(partial / ADAPTER_FOLDER, ranks)
+        if names is PEFT:
+            _write_adapter_config(file.parent, ranks)
         return AdapterExport(
             linears=len(ranks),
             rank=max(ranks.values()),
@@ -108,15 +141,15 @@ class _Parts:
         self._factors: dict[str, tuple[int, int]] = {}  # name -> bits and columns
 
     @classmethod
-    def of(cls, folder: Path, info: LowRankInfo) -> tuple[_Parts, _Parts]:
+    def of(cls, folder: Path, info: LowRankInfo, names: CorrectionNames) -> tuple[_Parts, _Parts]:
         """The tensors of the base model and of the adapter."""
         base, adapter = cls(), cls()
         for path, key, tensor in _tensors(folder):
             module, _, leaf = key.rpartition(".")
             owner, _, part = module.rpartition(".")
-            if owner in info.forms and f".{part}" in CORRECTIONS:
+            if owner in info.forms and part in names.matrices:
                 if leaf == "weight_shape":
-                    adapter._add_factor(path, module, owner, CORRECTIONS[f".{part}"], tensor)
+                    adapter._add_factor(path, module, names.matrices[part].format(owner), tensor)
                 continue
             name = f"{owner}.{leaf}" if owner in info.forms else key
             base.layout[name] = (tuple(tensor.shape), tensor.dtype)
@@ -127,8 +160,7 @@ class _Parts:
                 base.groups.setdefault((bits, size), []).append(name.removesuffix(".weight_shape"))
         return base, adapter
 
-    def _add_factor(self, path: Path, module: str, owner: str, matrix: str, shape: Tensor) -> None:
-        name = f"base_model.model.{owner}.{matrix}.weight"
+    def _add_factor(self, path: Path, module: str, name: str, shape: Tensor) -> None:
         rows, columns = map(int, shape)
         with safe_open(path, framework="pt") as file:
             dtype = file.get_tensor(f"{module}.weight_scale").dtype

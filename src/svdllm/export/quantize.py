@@ -1,42 +1,39 @@
-"""Quantises the factors, or dense linears, of a model to 8 or 4 bits with torchao, and writes an ordinary folder."""
+"""Quantises the factors, or dense linears, of a model without a text, and writes an ordinary folder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
 
 from svdllm.checkpoint.elastic import ELASTIC_STEM
 from svdllm.checkpoint.finish import RECIPE_FILE, finish_checkpoint
-from svdllm.checkpoint.load import load_model
 from svdllm.checkpoint.output import Output, new_folder
-from svdllm.checkpoint.quantized import (
-    QuantizedLinear,
-    Scheme,
-    choose_schemes,
-    make_scheme,
-    quantization_config,
-    quantized_bytes,
-    require_dtype,
-)
+from svdllm.checkpoint.quantized import QuantizedLinear, choose_schemes
 from svdllm.checkpoint.report import REPORT_FILE, is_checkpoint, read_report
-from svdllm.checkpoint.tensors import SHARD_BYTES, stored_tensors
+from svdllm.checkpoint.tensors import stored_tensors
 from svdllm.checkpoint.weight_sizes import weight_bytes
 from svdllm.common.device import resolve_device
 from svdllm.common.errors import InputError
 from svdllm.common.extras import require_extra
 from svdllm.common.memory import require_memory
 from svdllm.common.progress import Reporter
+from svdllm.common.run_options import RunOptions
 from svdllm.common.version import __version__
 from svdllm.compression.recipe_files import settings_of_copy
-from svdllm.models.companions import copy_companion_files
+from svdllm.compression.rounded_sources import require_unrounded
+from svdllm.export.quantize_integers import COMPRESSED_TENSORS
+from svdllm.export.quantize_job import QuantizeFormat, QuantizeJob
+from svdllm.export.quantize_torchao import TORCHAO
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.open import Source, open_config
 from svdllm.models.skeleton import build_skeleton
+
+FORMATS = {row.name: row for row in (COMPRESSED_TENSORS, TORCHAO)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +42,10 @@ class QuantizationResult:
 
     output_dir: Path
     model: str
+    format: str
     bits: int
     group_size: int | None
-    linears: list[QuantizedLinear]
+    linears: list[QuantizedLinear[Any]]
     left: dict[str, str]  # linears and embeddings that are not quantised -> the reason
     bytes_before: int
     bytes_after: int
@@ -69,6 +67,7 @@ def quantize(
     bits: int = 8,
     group_size: int | None = None,
     skip: Sequence[str] = (),
+    format: str = COMPRESSED_TENSORS.name,
     device: str = "auto",
     offline: bool = False,
     revision: str | None = None,
@@ -82,33 +81,51 @@ def quantize(
     Args:
         model: a checkpoint, or a dense model (folder or hub id).
         output_dir: made by this call; must not exist, or be empty.
-        bits: 8, symmetric integers; or 4, NVFP4 (4-bit floats with an 8-bit scale for every 16). A linear whose shape
-            does not fit gets 8 bits and a scale per row.
-        group_size: inputs that share a scale, with 8 bits; by default a whole row.
+        bits: 8, 6, 5, 4, 3 or 2, of which every weight gets the nearest integer; in the format ``torchao`` 8, symmetric
+            integers, or 4, NVFP4 (4-bit floats with an 8-bit scale for every 16).
+        group_size: inputs that share a scale: 32, 64 or 128, by default 64; in the format ``torchao`` any number with 8
+            bits, by default a whole row. A linear whose shape does not fit gets other groups.
         skip: regular expressions of linears that are not quantised.
+        format: a row of ``FORMATS``.
         device: where the weights are rounded: auto, cpu, cuda, ...
         offline, revision: as for ``from_pretrained``, of a hub id.
         reporter: is told about stages.
 
     Raises:
-        InputError: torchao is missing, an option is wrong, or the output exists; nothing is left behind.
+        InputError: a package is missing, an option is wrong, the weights were rounded before, or the output exists;
+            nothing is left behind.
         UnsupportedModelError: the model is already quantised, or cannot be.
         ResourceError: memory or disk is too small.
         CheckpointError: a file is missing or altered.
     """
-    reporter = reporter or Reporter()
-    require_extra("torchao", "quantising", extra="quantize")
-    scheme = make_scheme(bits, group_size)
+    options = RunOptions.of(offline=offline, revision=revision, reporter=reporter)
+    reporter, row = options.reporter, _format(format)
+    require_extra(row.package, "quantising", extra="quantize")
+    scheme = row.scheme(bits, group_size)
     with new_folder(output_dir, "a run") as (output, partial):
         with reporter.stage("check", 1):
             source, place = open_config(model, offline=offline, revision=revision), resolve_device(device)
-            linears, left = _choose_linears(source, scheme, skip, place, output)
+            _require_quantizable(source)
+            row.require(source, bits)
+            skeleton = build_skeleton(source.config, split=())
+            linears, left = choose_schemes(skeleton, scheme, skip)
+            job = QuantizeJob(
+                model=model,
+                source=source,
+                skeleton=skeleton,
+                linears=linears,
+                folder=partial,
+                place=place,
+                options=options,
+            )
+            _require_room(job, row, output)
         _warn_of_elastic_files(source, reporter)
-        options = {"local_files_only": offline} | ({} if revision is None else {"revision": revision})
-        _round_and_write(model, partial, source, linears, place, options, reporter)
+        with reporter.stage("quantise", 1):
+            row.write(job)
         result = QuantizationResult(
             output_dir=output.path,
             model=source.name,
+            format=row.name,
             bits=bits,
             group_size=scheme.group_size,
             linears=linears,
@@ -123,49 +140,13 @@ def quantize(
     return result
 
 
-def _choose_linears(
-    source: Source, scheme: Scheme, skip: Sequence[str], place: torch.device, output: Output
-) -> tuple[list[QuantizedLinear], dict[str, str]]:
-    """The linears to quantise, and those left with the reason; checks model, disk and memory.
-
-    Raises:
-        InputError, UnsupportedModelError, ResourceError: as ``quantize``.
-    """
-    _require_quantizable(source, scheme.bits)
-    skeleton = build_skeleton(source.config, split=())
-    linears, left = choose_schemes(skeleton, scheme, skip)
-    schemes = {f"{linear.name}.weight": linear.scheme for linear in linears}
-    needed = quantized_bytes(stored_tensors(source, skeleton), schemes, num_files=1)
-    output.require_disk(needed, "the weights need")
-    if place.type == "cpu":  # on a GPU the weights do not stay in memory
-        require_memory(needed, "The quantised weights need", place)
-    return linears, left
+def _format(name: str) -> QuantizeFormat:
+    if name not in FORMATS:
+        raise InputError(f"Unknown format {name!r}; known are {', '.join(FORMATS)}.")
+    return FORMATS[name]
 
 
-def _warn_of_elastic_files(source: Source, reporter: Reporter) -> None:
-    if source.folder is not None and any(source.folder.glob(f"{ELASTIC_STEM}*")):
-        reporter.warn("The smaller sizes of this elastic checkpoint are not carried over; slice before you quantise.")
-
-
-def _round_and_write(
-    model: str | Path,
-    partial: Path,
-    source: Source,
-    linears: Sequence[QuantizedLinear],
-    place: torch.device,
-    options: dict[str, Any],
-    reporter: Reporter,
-) -> None:
-    """Loads the model with quantised linears and writes its weights; ``options`` are those of ``from_pretrained``."""
-    with reporter.stage("quantise", 1):
-        if place.type != "cpu":
-            options = options | {"device_map": {"": str(place)}}
-        loaded = load_model(model, dtype=source.dtype, quantization_config=quantization_config(linears), **options)
-    with reporter.stage("write", 1):
-        _write(loaded, partial, source)
-
-
-def _require_quantizable(source: Source, bits: int) -> None:
+def _require_quantizable(source: Source) -> None:
     if source.gguf is not None:
         raise InputError(
             f"{source.gguf} is a GGUF file, whose weights are already quantised. Quantise a folder of safetensors."
@@ -176,18 +157,20 @@ def _require_quantizable(source: Source, bits: int) -> None:
             f"{source.name} is a compressed model without {REPORT_FILE}. If the checkpoint is on the hub, download the "
             "whole repository first."
         )
-    require_dtype(bits, source.dtype, source.name)
+    require_unrounded(source)
 
 
-def _write(loaded: PreTrainedModel, folder: Path, source: Source) -> None:
-    loaded.generation_config = GenerationConfig()  # that of the source is copied as a file, since saving may refuse it
-    loaded.save_pretrained(folder, max_shard_size=SHARD_BYTES, save_original_format=False)
-    (folder / "generation_config.json").unlink(missing_ok=True)
-    assert source.folder is not None
-    copy_companion_files(source.folder, folder)
-    mode = (folder / "config.json").stat().st_mode
-    for path in folder.glob("*.safetensors"):
-        path.chmod(mode)  # save_pretrained makes them readable by their owner only
+def _require_room(job: QuantizeJob, row: QuantizeFormat, output: Output) -> None:
+    """Raises ResourceError where disk, or the memory of the format, does not suffice."""
+    needed = row.num_bytes(stored_tensors(job.source, job.skeleton), job.linears)
+    output.require_disk(needed, "the weights need")
+    if row.in_memory and job.place.type == "cpu":  # on a GPU the weights do not stay in memory
+        require_memory(needed, "The quantised weights need", job.place)
+
+
+def _warn_of_elastic_files(source: Source, reporter: Reporter) -> None:
+    if source.folder is not None and any(source.folder.glob(f"{ELASTIC_STEM}*")):
+        reporter.warn("The smaller sizes of this elastic checkpoint are not carried over; slice before you quantise.")
 
 
 def _finish(
@@ -201,16 +184,16 @@ def _finish(
 
 def _report(folder: Path, result: QuantizationResult) -> dict[str, Any]:
     """The report of a checkpoint, brought up to date with its quantisation."""
-    import torchao
-
     report = read_report(folder)
+    packages = ("torch", result.format)
     report["quantization"] = {
+        "format": result.format,
         "bits": result.bits,
         "group_size": result.group_size,
         "by_scheme": result.by_scheme(),
         "other_schemes": {linear.name: linear.reason for linear in result.linears if linear.reason},
         "left": result.left,
         "unquantized_file_bytes": report["file_bytes"],
-        "versions": {"svdllm": __version__, "torch": torch.__version__, "torchao": torchao.__version__},
+        "versions": {"svdllm": __version__, **{name: version(name) for name in packages}},
     }
     return report | {"file_bytes": result.bytes_after, "elastic_bytes": 0, "quantized_file_bytes": None}

@@ -29,6 +29,7 @@ from svdllm.models.tokenizer_files import load_tokenizer
 from svdllm.models.unused_tensors import UnusedTensors
 
 MARKER = "gguf-source.json"
+FLOATING_TYPES = frozenset({"F16", "BF16", "F32", "F64"})
 _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 
 
@@ -64,6 +65,12 @@ class GgufFile:
         config.dtype = torch.float32
         config.name_or_path = path.stem
         return config
+
+    @property
+    def quantized_as(self) -> str | None:
+        """The types of quantised tensors in the file, as in ``GGUF: Q4_K, Q6_K``; None without any."""
+        types = {tensor.tensor_type.name for tensor in self._reader.tensors} - FLOATING_TYPES
+        return f"GGUF: {', '.join(sorted(types))}" if types else None
 
     def unused(self, skeleton: PreTrainedModel) -> UnusedTensors | None:
         """Finds the tensors of the file that transformers silently does not read; None if it reads all.

@@ -92,11 +92,18 @@ def find_blocks(model: nn.Module) -> list[str]:
 def stacks_of(model: Any, prefix: str) -> dict[str, int]:
     """Outermost ``ModuleList`` with weights -> number of its weights."""
     stacks: dict[str, int] = {}
-    for name, module in model.named_modules(prefix=prefix):
-        nested = any(name.startswith(f"{outer}.") for outer in stacks)
-        size = sum(p.numel() for p in module.parameters()) if isinstance(module, nn.ModuleList) and not nested else 0
-        if size:
+    seen: set[nn.Module] = set()
+
+    def visit(name: str, module: nn.Module) -> None:
+        seen.add(module)
+        if isinstance(module, nn.ModuleList) and (size := sum(p.numel() for p in module.parameters())):
             stacks[name] = size
+            return
+        for child, inner in module.named_children():
+            if inner not in seen:
+                visit(f"{name}.{child}" if name else child, inner)
+
+    visit(prefix, model)
     return stacks
 
 

@@ -69,6 +69,16 @@ class Source:
         dtype = str(found.dtype).removeprefix("torch.")
         return QuantizedSource(found.method.title, dtype, self.weight_bytes or None)
 
+    @property
+    def rounded_by(self) -> str | None:
+        """What rounded the weights from those of an original model; None for a form that models are published in."""
+        if self.gguf is not None:
+            from svdllm.models.gguf import GgufFile
+
+            return GgufFile(self.gguf).quantized_as
+        found = None if self.folder is None else quantization_of(self.folder)
+        return found.method.title if found is not None and found.after_training else None
+
     def load_tokenizer(self, offline: bool = False) -> Any:
         """Loads the tokenizer beside the weights; see ``svdllm.models.tokenizer_files``."""
         return load_tokenizer(self.name, self.folder, self.gguf, offline=offline)

@@ -14,24 +14,24 @@ for later ones (``shared_state``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from svdllm.common.errors import UnsupportedModelError
 from svdllm.common.files import save_tensors
-from svdllm.models.added import Added, Followed, Read
+from svdllm.common.processes import ALONE, Processes
+from svdllm.models.batches import Batches, windows_per_batch
 from svdllm.models.experts_on_disk import experts_given_back, placed_by, watched_experts_only
 from svdllm.models.finite import require_finite
 from svdllm.models.hidden_states import HiddenStates
-from svdllm.models.hooks import first_argument, replaced
+from svdllm.models.hooks import replaced
 from svdllm.models.loaded_weights import weights_loaded
 from svdllm.models.shared_state import Ports, StateGradients, differentiable
 from svdllm.models.structure import Structure
@@ -45,13 +45,14 @@ class Walk:
     """Carries windows of tokens through a model, block by block. Inner models that a text does not run are not loaded.
 
     Args:
-        ids: token ids (windows x seqlen).
+        ids: token ids (windows x seqlen) of this process.
         spill_file: keeps the hidden states in this file, instead of in memory.
         on_batch: called as ``on_batch(block, batches done, batches)`` after each batch of each block.
-        kept_batches: number of batches whose inputs of every block are kept for a reverse walk.
+        kept_batches: number of the text's first batches whose inputs of every block are kept for a reverse walk.
         kept_folder: the folder for these inputs; all blocks' together are many times what the walk itself carries.
         two_streams: carry a second set of hidden states, for the compressed model, from the same embeddings.
         scratch: a folder for the weights of the experts of the loaded block, in place of the memory.
+        processes: share the text, of which ``dealt`` are the batches of this one; by default it has all of them.
     """
 
     weights: Weights
@@ -62,20 +63,32 @@ class Walk:
     dtype: torch.dtype
     batch_tokens: int = 4096
     spill_file: Path | None = None
-    on_batch: Callable[[int, int, int], None] | None = None
+    on_batch: Callable[[int, int, int], None] = lambda block, done, of: None
     kept_batches: int = 0
     kept_folder: Path | None = None
     two_streams: bool = False
     scratch: Path | None = None
+    processes: Processes = ALONE
+    dealt: Batches | None = None
     hidden: HiddenStates = field(init=False)
     compressed: HiddenStates | None = field(init=False, default=None)
     calls: list[list[Call]] = field(init=False)  # per batch, per block
     state_gradients: StateGradients = field(init=False, default_factory=StateGradients)
 
     @property
+    def text(self) -> Batches:
+        """The batches and their places in the text."""
+        return self.dealt or Batches.of(len(self.ids), windows_per_batch(self.batch_tokens, self.ids.shape[1]))
+
+    @property
     def batches(self) -> list[slice]:
-        size = max(1, self.batch_tokens // self.ids.shape[1])
-        return [slice(start, min(start + size, len(self.ids))) for start in range(0, len(self.ids), size)]
+        """The windows of every batch."""
+        return self.text.slices
+
+    @property
+    def kept(self) -> list[int]:
+        """The batches that a reverse walk follows."""
+        return [batch for batch, number in enumerate(self.text.numbers) if number < self.kept_batches]
 
     @cached_property
     def ties(self) -> dict[str, tuple[str, ...]]:
@@ -98,10 +111,6 @@ class Walk:
             ):
                 yield Block(walk=self, index=index, name=name, module=module)
 
-    @property
-    def kept_windows(self) -> int:
-        return self.batches[: self.kept_batches][-1].stop if self.kept_batches else 0
-
     def kept_file(self, block: int) -> Path:
         assert self.kept_folder is not None
         return self.kept_folder / f"inputs-{block:04d}.safetensors"
@@ -113,13 +122,14 @@ class Walk:
         every block.
         """
         with self.head() as head:
-            for number in range(self.kept_windows):
+            for number in [window for batch in self.kept for window in range(len(self.ids))[self.batches[batch]]]:
                 window = slice(number, number + 1)  # logits are wide: one window at a time
                 hidden = self.hidden.tensor[window].to(self.device).requires_grad_()
                 with torch.enable_grad():
                     logits = head(window, hidden)
                 logits.backward(gradient(window, logits.detach()))
-                self.hidden.tensor[window] = self._finite_gradient(hidden, f"the last block, window {number}")
+                where = f"the last block, window {self.text.windows[number]}"
+                self.hidden.tensor[window] = self._finite_gradient(hidden, where)
         yield from self._loaded(reversed(range(len(self.structure.blocks))))
 
     def close(self) -> None:
@@ -217,8 +227,10 @@ class Block:
     name: str
     module: nn.Module
 
-    def run(self, *, advance: bool = True) -> None:
+    def run(self, *, advance: bool = True, after_round: Callable[[], None] = lambda: None) -> None:
         """Runs every batch; the outputs replace the inputs, unless ``advance`` is False.
+
+        ``after_round`` is called after each round of batches, as often in every process.
 
         Raises:
             NumericalError: a hidden state is NaN or infinite; names block and batch.
@@ -227,40 +239,23 @@ class Block:
         if walk.kept_batches and advance:
             path = walk.kept_file(self.index)
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors({"inputs": walk.hidden.tensor[: walk.kept_windows].contiguous()}, path)
+            save_tensors({str(number): walk.hidden.tensor[walk.batches[number]] for number in walk.kept}, path)
+        for numbers in walk.text.rounds:
+            self._run(numbers, advance=advance)
+            after_round()
+
+    def _run(self, numbers: Sequence[int], *, advance: bool) -> None:
+        walk, batches = self.walk, self.walk.batches
         in_part = walk.scratch is not None and not advance
-        for number, batch in enumerate(walk.batches):
+        for number in numbers:
             with torch.no_grad(), watched_experts_only(self.module) if in_part else nullcontext():
                 output, written = self.run_on(walk.hidden, number)
-            where = f"batch {number}, windows {batch.start} to {batch.stop - 1},"
-            require_finite(output, f"The output of block {self.index} ({self.name}), {where}")
+            require_finite(output, f"The output of block {self.index} ({self.name}), {walk.text.where(number)}")
             if not advance:
                 continue
-            walk.hidden.tensor[batch] = output.to("cpu", walk.dtype)
+            walk.hidden.tensor[batches[number]] = output.to("cpu", walk.dtype)
             walk.hidden.share(number, self.index, written)
-            if walk.on_batch is not None:
-                walk.on_batch(self.index, number + 1, len(walk.batches))
-
-    def read(self, module: nn.Module, states: HiddenStates, number: int) -> Read:
-        """What a module of the block reads for a batch of a stream, and what its output is added to.
-
-        The block is run no further than that takes.
-        """
-        inputs: list[Tensor] = []
-        added = Added()
-        before = module.register_forward_pre_hook(
-            lambda _, args, kwargs: inputs.append(first_argument(args, kwargs)), with_kwargs=True
-        )
-        after = module.register_forward_hook(lambda _module, _args, output: added.follow(output))
-        try:
-            with suppress(Followed), torch.no_grad(), added:
-                self.run_on(states, number)
-        finally:
-            before.remove()
-            after.remove()
-        if not inputs:
-            raise UnsupportedModelError(f"{self.name} ran without calling one of its linears, which it called before.")
-        return Read(inputs[0], added.total)
+            walk.on_batch(self.index, number + 1, len(batches))
 
     def run_on(self, states: HiddenStates, number: int) -> Ran:
         """Runs the block on a batch of a stream, which is not changed."""
@@ -268,32 +263,38 @@ class Block:
         hidden = states.tensor[walk.batches[number]].to(walk.device)
         return walk.calls[number][self.index].run(self.module, hidden, states.shared.before(number, self.index))
 
-    def run_backward(self, *, advance: bool = True) -> None:
+    def run_backward(self, *, advance: bool = True, after_round: Callable[[], None] = lambda: None) -> None:
         """Runs every kept batch with gradients; the gradient of the inputs replaces the gradient of the outputs.
 
         With ``advance`` False, both stay as they are. Inputs are the hidden states and the shared state that the block
-        finds. Outputs are the hidden states and the entries that it writes into the shared state.
+        finds. Outputs are the hidden states and the entries that it writes into the shared state. ``after_round`` is
+        called as by ``run``.
 
         Raises:
             NumericalError: a gradient is NaN or infinite; names block and batch.
         """
         walk = self.walk
-        inputs = load_file(walk.kept_file(self.index))["inputs"]
-        for number, batch in enumerate(walk.batches[: walk.kept_batches]):
-            hidden = inputs[batch].to(walk.device, copy=True).requires_grad_()
-            found = differentiable(walk.hidden.shared.before(number, self.index), walk.device)
-            with torch.enable_grad():
-                output, written = walk.calls[number][self.index].run(self.module, hidden, found)
-            pairs = [(output, walk.hidden.tensor[batch].to(walk.device))]
-            pairs += walk.state_gradients.of_written(number, written)
-            torch.autograd.backward([made for made, _ in pairs], [gradient for _, gradient in pairs])
-            if not advance:
-                continue
-            walk.state_gradients.step_back(number, found, written)
-            walk.hidden.tensor[batch] = walk._finite_gradient(
-                hidden, f"block {self.index} ({self.name}), batch {number}"
-            )
-            if walk.on_batch is not None:
-                walk.on_batch(len(walk.structure.blocks) - 1 - self.index, number + 1, walk.kept_batches)
+        with safe_open(walk.kept_file(self.index), framework="pt") as inputs:
+            for numbers in walk.text.rounds:
+                for number in numbers:
+                    if number in walk.kept:
+                        self._run_back(number, inputs.get_tensor(str(number)), advance=advance)
+                after_round()
         if advance:
             walk.kept_file(self.index).unlink()
+
+    def _run_back(self, number: int, inputs: Tensor, *, advance: bool) -> None:
+        walk, batch = self.walk, self.walk.batches[number]
+        hidden = inputs.to(walk.device, copy=True).requires_grad_()
+        found = differentiable(walk.hidden.shared.before(number, self.index), walk.device)
+        with torch.enable_grad():
+            output, written = walk.calls[number][self.index].run(self.module, hidden, found)
+        pairs = [(output, walk.hidden.tensor[batch].to(walk.device))]
+        pairs += walk.state_gradients.of_written(number, written)
+        torch.autograd.backward([made for made, _ in pairs], [gradient for _, gradient in pairs])
+        if not advance:
+            return
+        walk.state_gradients.step_back(number, found, written)
+        where = f"block {self.index} ({self.name}), {walk.text.where(number)[:-1]}"
+        walk.hidden.tensor[batch] = walk._finite_gradient(hidden, where)
+        walk.on_batch(len(walk.structure.blocks) - 1 - self.index, walk.kept.index(number) + 1, len(walk.kept))

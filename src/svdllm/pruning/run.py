@@ -66,6 +66,8 @@ def prune(
 ) -> PruningResult:
     """Prunes a model to a ratio and writes a checkpoint that ``from_pretrained`` loads.
 
+    A run that fails or is killed leaves nothing to go on with.
+
     Args:
         model: hub id, folder, GGUF file, or a model in memory, which is left as it was.
         output_dir: made by this call; must not exist, or be empty.
@@ -84,7 +86,7 @@ def prune(
     recipe = recipe_of(settings)
     options = RunOptions.of(offline=offline, revision=revision, reporter=reporter)
     with open_run(
-        model, recipe, output_dir, options, calibration=calibration, tokenizer=tokenizer, resume=False
+        model, recipe, output_dir, options, calibration=calibration, tokenizer=tokenizer, resume=False, goes_on=False
     ) as run:
         job = _job(run, settings)
         windows = calibration_windows(run, job.subject)

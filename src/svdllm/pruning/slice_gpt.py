@@ -4,6 +4,9 @@ Between two positions the residual is turned by a small matrix, which the model 
 of the residual that the model has there when everything before is sliced. Positions are in front of each half of a
 block, and at the end.
 
+Norms are by the root mean square in the end: their scales and shifts go into the linears that read them. LayerNorm
+subtracts the mean, too; then the axes are those of the residual without its mean, so that nothing writes one.
+
 Legend: D features of the residual, K those that are kept.
 """
 
@@ -20,7 +23,9 @@ from torch import Tensor
 from svdllm.checkpoint.tensors import Tensors, num_params
 from svdllm.common.errors import InputError
 from svdllm.common.files import save_tensors
-from svdllm.models.residual import Half, Residual, epsilon_of, find_residual, norm_scale
+from svdllm.models.norms import epsilon_of, scale_and_shift
+from svdllm.models.read import read
+from svdllm.models.residual import Half, Residual, find_residual
 from svdllm.models.walk import Block, Walk
 from svdllm.pruning.job import Job, Method
 from svdllm.pruning.made import Made
@@ -48,13 +53,15 @@ class Sliced:
         self.readers[residual.head] = len(residual.halves)
         self.writers = {half.writer: index for index, half in enumerate(residual.halves)}
         self.norms = {half.norm: index for index, half in enumerate(residual.halves)}
+        stored = job.subject.stored
+        self.adds_biases = any(f"{norm}.bias" in stored for norm in (*self.norms, residual.last_norm))
         self._loaded: dict[int, Tensor] = {}
 
     @property
     def layout(self) -> Tensors:
         """Names, shapes and dtypes of all tensors."""
         stored = self.job.subject.stored
-        tied = stored.get(f"{self.residual.head}.weight", stored[f"{self.residual.embedding}.weight"])
+        tied = stored[self._stored_name(f"{self.residual.head}.weight")]
         layout: Tensors = {}
         for name, (shape, dtype) in (stored | {f"{self.residual.head}.weight": tied}).items():
             owner, _, leaf = name.rpartition(".")
@@ -62,13 +69,30 @@ class Sliced:
                 continue
             if owner in self.norms:
                 layout[f"{owner}.shortcut.weight"] = (self.width, self.width), dtype
+            elif leaf == "bias":
+                layout[name] = (self.width,) if owner in self.writers else shape, dtype
             elif owner in self.writers:
-                layout[name] = (self.width, *shape[1:]), dtype
-            elif leaf == "weight" and (owner in self.readers or owner == self.residual.embedding):
+                layout[name] = self._sides(owner, self.width, shape[0 if self._is_conv1d(owner) else 1]), dtype
+            elif owner in self.readers:
+                outputs = shape[1 if self._is_conv1d(owner) else 0]
+                layout[name] = self._sides(owner, outputs, self.width), dtype
+                if self.adds_biases:
+                    layout[f"{owner}.bias"] = (outputs,), dtype
+            elif owner in self.residual.embeddings:
                 layout[name] = (shape[0], self.width), dtype
             else:
                 layout[name] = shape, dtype
         return layout
+
+    def _stored_name(self, name: str) -> str:
+        """The name of a weight in the source: a tied head is the embedding of the tokens."""
+        return name if name in self.job.subject.stored else f"{self.residual.embeddings[0]}.weight"
+
+    def _is_conv1d(self, owner: str) -> bool:
+        return owner in self.job.targets and self.job.targets[owner].is_conv1d
+
+    def _sides(self, owner: str, outputs: int, inputs: int) -> tuple[int, int]:
+        return (inputs, outputs) if self._is_conv1d(owner) else (outputs, inputs)
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -78,12 +102,13 @@ class Sliced:
         return {
             "forms": {name: {"form": "narrow", "in_features": self.width} for name in self.readers}
             | {name: {"form": "narrow", "out_features": self.width} for name in self.writers},
-            "embedding_widths": {residual.embedding: self.width},
+            "embedding_widths": dict.fromkeys(residual.embeddings, self.width),
             "norms": {
                 half.norm: {**sizes, "eps": epsilon_of(norm(half.norm)), "branch": half.branch}
                 for half in residual.halves
             }
             | {residual.last_norm: {**sizes, "eps": epsilon_of(norm(residual.last_norm))}},
+            **({"bias_correction": True} if self.adds_biases else {}),
         }
 
     def axes_at(self, position: int) -> Tensor:
@@ -97,32 +122,45 @@ class Sliced:
     def get(self, name: str) -> Tensor:
         """A tensor of the sliced model, in the dtype of the source."""
         owner, _, leaf = name.rpartition(".")
-        weights, residual = self.job.subject.weights, self.residual
+        weights = self.job.subject.weights
         if owner.endswith(".shortcut"):
             position = self.norms[owner.removesuffix(".shortcut")]
             turn_KK = self.axes_at(position).mT @ self.axes_at(position + 1)
             tensor = (turn_KK - torch.eye(self.width, dtype=torch.float64)).mT
-        elif owner == residual.embedding:
+        elif owner in self.residual.embeddings:
             tensor = weights.get(name).double() @ self.axes_at(0)
         elif owner in self.writers:
-            tensor = self.axes_at(self.writers[owner] + 1).mT @ weights.get(name).double()
-        elif owner in self.readers and leaf == "weight":
-            stored = name if name in self.job.subject.stored else f"{residual.embedding}.weight"
+            axes_DK = self.axes_at(self.writers[owner] + 1)
+            tensor = axes_DK.mT @ (self._weight(owner) if leaf == "weight" else weights.get(name).double())
+        elif owner in self.readers:
             position = self.readers[owner]
-            tensor = (weights.get(stored).double() * self._scale(position)) @ self.axes_at(position)
+            scale_D, shift_D = self._norm_at(position)
+            weight_OD = self._weight(owner)
+            tensor = (weight_OD * scale_D) @ self.axes_at(position) if leaf == "weight" else weight_OD @ shift_D
+            if leaf == "bias" and name in self.job.subject.stored:
+                tensor += weights.get(name).double()
         else:
             return weights.get(name)
+        if leaf == "weight" and self._is_conv1d(owner):
+            tensor = tensor.mT
         return tensor.to(self.layout_dtype(name)).contiguous()
 
     def layout_dtype(self, name: str) -> torch.dtype:
         stored = self.job.subject.stored
-        return stored.get(name, stored[f"{self.residual.embedding}.weight"])[1]
+        return stored.get(name, stored[f"{self.residual.embeddings[0]}.weight"])[1]
 
-    def _scale(self, position: int) -> Tensor:
-        """What the norm in front of a position multiplies features by."""
+    def _weight(self, owner: str) -> Tensor:
+        """The dense weight of a linear (``out x in``, float64)."""
+        weight = self.job.subject.weights.get(self._stored_name(f"{owner}.weight")).double()
+        return weight.mT if self._is_conv1d(owner) else weight
+
+    def _norm_at(self, position: int) -> tuple[Tensor, Tensor]:
+        """Scale and shift of the norm in front of a position."""
         halves = self.residual.halves
-        norm = halves[position].norm if position < len(halves) else self.residual.last_norm
-        return norm_scale(self.job.subject.skeleton.get_submodule(norm), self.job.subject.weights.get(f"{norm}.weight"))
+        name = halves[position].norm if position < len(halves) else self.residual.last_norm
+        norm = self.job.subject.skeleton.get_submodule(name)
+        parameters = {leaf: self.job.subject.weights.get(f"{name}.{leaf}") for leaf, _ in norm.named_parameters()}
+        return scale_and_shift(norm, parameters)
 
 
 def width_for(job: Job, residual: Residual) -> int | None:
@@ -171,10 +209,15 @@ def _slice(walk: Walk, sliced: Sliced, position: int, states: Iterator[Tensor]) 
     """Finds the axes of the residual (batches of ``windows x seqlen x D``), and keeps its part along them."""
     gram_DD = torch.zeros(sliced.full_width, sliced.full_width, dtype=torch.float64, device=walk.device)
     for batch, state in zip(walk.batches, states, strict=True):
+        own = walk.hidden.tensor[batch]
+        if sliced.residual.centred:
+            state = state - state.mean(-1, keepdim=True)
         tokens = state.to(walk.device).flatten(end_dim=-2).double()
         gram_DD += tokens.mT @ tokens
-        walk.hidden.tensor[batch] = state.to("cpu", walk.dtype)
+        walk.hidden.tensor[batch] = state.reshape(own.shape).to("cpu", walk.dtype)
     axes_DK = principal_axes(gram_DD, sliced.width)
+    if sliced.residual.centred:
+        axes_DK -= axes_DK.mean(0)  # where the mean itself is among the last axes
     save_tensors({"axes": axes_DK.cpu()}, sliced.axes / f"axes-{position:04d}.safetensors")
     for batch in walk.batches:
         state = walk.hidden.tensor[batch].to(walk.device).double()
@@ -185,7 +228,7 @@ def _after_first(block: Block, halves: tuple[Half, ...]) -> Iterator[Tensor]:
     """The residual that the second norm reads, batch by batch."""
     norm = block.walk.skeleton.get_submodule(halves[1].norm)
     for number in range(len(block.walk.batches)):
-        yield block.read(norm, block.walk.hidden, number).inputs
+        yield read(block, norm, block.walk.hidden, number).inputs
 
 
 def _after_second(block: Block, first: Half) -> Iterator[Tensor]:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from svdllm.common.errors import InputError
 from svdllm.common.extras import require_extra
+from svdllm.common.processes import num_processes
 from svdllm.data import check_source
 from svdllm.data.examples import refuse_mixture
 from svdllm.evaluation.windows import check_protocol
 from svdllm.models.limits import require_context, require_known_ids
 from svdllm.models.low_rank.info import LowRankInfo
-from svdllm.recovery.distributed import num_processes
 from svdllm.recovery.memory import require_memory_of_methods
 from svdllm.recovery.method import Method
 from svdllm.recovery.methods import METHODS

@@ -1,4 +1,4 @@
-"""The processes of torchrun or accelerate launch: which one writes, where each computes, and when they wait."""
+"""The processes of torchrun or accelerate launch: where each computes, and when they wait."""
 
 from __future__ import annotations
 
@@ -8,15 +8,7 @@ import torch
 
 from svdllm.common.device import resolve_device
 from svdllm.common.errors import InputError
-
-
-def is_main() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def num_processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+from svdllm.common.processes import num_processes
 
 
 def own_device(name: str) -> torch.device:

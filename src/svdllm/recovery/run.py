@@ -16,6 +16,7 @@ from svdllm.checkpoint.report import read_report
 from svdllm.common.disk import explain_full_disk
 from svdllm.common.errors import NumericalError, SvdllmError
 from svdllm.common.memory import explain_out_of_memory, peak_bytes
+from svdllm.common.processes import is_first
 from svdllm.common.progress import Reporter
 from svdllm.data import evaluation_tokens
 from svdllm.evaluation.perplexity import perplexity
@@ -23,7 +24,7 @@ from svdllm.models.limits import context_length, within_context
 from svdllm.models.open import open_config
 from svdllm.models.safetensors_files import weight_files
 from svdllm.recovery.checks import check_cheaply, check_memory, check_tokens, training_dtype
-from svdllm.recovery.distributed import is_main, meet, own_device, wait_for_all
+from svdllm.recovery.distributed import meet, own_device, wait_for_all
 from svdllm.recovery.methods import METHODS
 from svdllm.recovery.models import Models
 from svdllm.recovery.result import Measured, RecoveryResult
@@ -70,7 +71,7 @@ def recover(
         NumericalError: the loss or a gradient is not finite; names step and layer. The last saved step is kept.
     """
     output = Output.at(output_dir)
-    reporter = reporter if reporter is not None and is_main() else Reporter()
+    reporter = reporter if reporter is not None and is_first() else Reporter()
     models = Models(
         folder=Path(folder),
         teacher=settings.teacher,
@@ -111,7 +112,7 @@ class _Run:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Keeps other runs from the output. The first process does so for all processes of this run."""
-        if not is_main():
+        if not is_first():
             yield
             return
         with self.output.taken() as warning:
@@ -137,7 +138,7 @@ class _Run:
         except NumericalError:
             raise
         except SvdllmError:
-            if new and is_main() and not self.work.holds_progress():
+            if new and is_first() and not self.work.holds_progress():
                 shutil.rmtree(self.work.path, ignore_errors=True)
             raise
 
@@ -168,7 +169,7 @@ class _Run:
             peak_ram_bytes=peak_bytes(),
             warnings=self.reporter.warnings,
         )
-        if is_main():
+        if is_first():
             write_trained(self.work.path / FINISHED, self.models, result.history())
             self.output.complete()
         wait_for_all()
@@ -215,7 +216,7 @@ class _Run:
         return {name: METHODS[name].least_bytes(task, self.models) for name, _, task in stages}
 
     def _require_disk(self) -> None:
-        if is_main():
+        if is_first():
             written = sum(file.stat().st_size for file in weight_files(self.models.folder))
             self.output.require_disk(written, "the checkpoint needs")
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from svdllm.common.processes import num_processes
 from svdllm.common.progress import Reporter
-from svdllm.recovery.distributed import num_processes
 from svdllm.recovery.models import Models
 from svdllm.recovery.record import TrainingRecord
 from svdllm.recovery.training_settings import Schedule, TrainingSettings

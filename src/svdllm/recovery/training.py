@@ -19,9 +19,10 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from svdllm.common.errors import InputError, NumericalError
+from svdllm.common.processes import is_first, num_processes
 from svdllm.common.progress import Reporter
 from svdllm.data.examples import padded
-from svdllm.recovery.distributed import is_main, num_processes, own_device, wait_for_all
+from svdllm.recovery.distributed import own_device, wait_for_all
 from svdllm.recovery.record import TrainingRecord
 from svdllm.recovery.stage import Loss, Rows, Task
 from svdllm.recovery.training_settings import BETA2
@@ -140,7 +141,7 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
 
 def _last_checkpoint(folder: Path) -> str | None:
     """The last complete checkpoint. A run that was killed while it saved leaves an incomplete one, which is removed."""
-    if is_main():
+    if is_first():
         for checkpoint in folder.glob("checkpoint-*"):
             try:
                 json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # written last
@@ -152,7 +153,7 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 def _callbacks(task: Task) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [_Progress(task.reporter)]
-    if task.log_dir is not None and is_main():
+    if task.log_dir is not None and is_first():
         from torch.utils.tensorboard import SummaryWriter
 
         callbacks.append(TensorBoardCallback(SummaryWriter(str(task.log_dir / task.file))))

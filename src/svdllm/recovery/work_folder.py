@@ -14,11 +14,12 @@ import transformers
 
 from svdllm.checkpoint.output import claim_work_folder
 from svdllm.common.files import save_atomically, write_atomically
+from svdllm.common.processes import is_first, num_processes
 from svdllm.common.settings_file import FINGERPRINT_FILE, read_settings, refuse_other_settings
 from svdllm.common.version import __version__
 from svdllm.models.low_rank.lowrank import sha256_of
 from svdllm.models.safetensors_files import weight_files
-from svdllm.recovery.distributed import is_main, num_processes, wait_for_all
+from svdllm.recovery.distributed import wait_for_all
 from svdllm.recovery.models import Models
 from svdllm.recovery.record import TrainingRecord
 from svdllm.recovery.settings import Recovery
@@ -40,13 +41,13 @@ class WorkFolder:
         Raises:
             InputError: the earlier run had other settings; names them.
         """
-        if not resume and is_main():
+        if not resume and is_first():
             shutil.rmtree(self.path, ignore_errors=True)
         wait_for_all()
         if found := read_settings(self.path / SETTINGS_FOLDER):
             refuse_other_settings(found, decides, self.path)
             return True
-        if is_main():
+        if is_first():
             claim_work_folder(self.path)
             (self.path / SETTINGS_FOLDER).mkdir(exist_ok=True)
             write_atomically(self.path / SETTINGS_FOLDER / FINGERPRINT_FILE, json.dumps(decides, indent=2).encode())
@@ -63,7 +64,7 @@ class WorkFolder:
         if record.is_file():
             return TrainingRecord(**json.loads(record.read_text(encoding="utf-8")))
         done, changed = stage.train(task, models)
-        if is_main():
+        if is_first():
             if changed is not None:
                 save_atomically(changed, self.path / f"{task.file}.safetensors")
             write_atomically(record, json.dumps(asdict(done)).encode())

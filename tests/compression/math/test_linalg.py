@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from reference import measured_loss, optimal_outputs, optimal_product, paper_product, scaled_product
-from svdllm.compression.math.linalg import ENERGY_FLOOR, _congruence, factorise, output_spectrum, tail_energies
+from svdllm.compression.math.linalg import ENERGY_FLOOR, factorise, output_spectrum, tail_energies
+from svdllm.compression.math.symmetric import congruence
 
 SHAPES = {"wide": (9, 14), "tall": (14, 9), "square": (11, 11), "row": (1, 6), "column": (6, 1)}
 DEFINITE = ("well conditioned", "ill conditioned")
@@ -240,7 +241,7 @@ def test_spectrum_by_hand():
 def test_what_goes_into_the_eigenvalues_is_exactly_symmetric():
     x_IT = make_inputs("ill conditioned", 70)
     for gram in (None, x_IT.square().sum(1), x_IT @ x_IT.T):
-        product_OO = _congruence(rand(50, 70), gram)
+        product_OO = congruence(rand(50, 70), gram)
         assert torch.equal(product_OO, product_OO.T)
 
 

@@ -82,7 +82,8 @@ def test_an_anchored_refit_is_that_of_least_squares_on_the_compressed_stream(bet
     compressed = dense + 0.3 * correlated(seed=8)
     kept = torch.tensor([5, 1, 8])
     outputs = weight @ (beta * dense + (1 - beta) * compressed)
-    fit = narrowed_anchored(weight, compressed @ compressed.mT, dense @ compressed.mT, beta, kept)
+    missing = beta * weight @ (dense - compressed) @ compressed.mT
+    fit = narrowed_anchored(weight, compressed @ compressed.mT, kept, missing)
     assert_close(fit, fitted(outputs, compressed[kept]), rtol=1e-3, atol=1e-4)
 
 

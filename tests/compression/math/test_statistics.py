@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
-from svdllm.compression.math.linalg import PANEL
+from svdllm.common.processes import ALONE, Processes
 from svdllm.compression.math.statistics import TOKENS_PER_PRODUCT, Gram, MeanAbsolute
+from svdllm.compression.math.symmetric import PANEL
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -150,3 +153,38 @@ def test_mean_absolute_sums_in_float64():
 def test_nothing_seen_is_zero():
     assert MeanAbsolute(3).value().tolist() == [0.0, 0.0, 0.0]
     assert Gram(2).value().tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+class Others(Processes):
+    """Stands for processes that have summed the given shards beside the own one."""
+
+    def __init__(self, *shards: list[Tensor]):
+        self.count, self._shards = 1 + len(shards), [iter(shard) for shard in shards]
+
+    def in_turn(self, tensor: Tensor) -> Iterator[Tensor]:
+        yield tensor
+        yield from (next(shard) for shard in self._shards)
+
+
+@pytest.mark.parametrize("width", [3, PANEL + 1])
+def test_shards_are_added_in_their_order_whoever_sums_them(width: int):
+    """1e16 + 1 is 1e16 in float64, 1e16 + (1 + 1) is not: another order would show."""
+    shards = [torch.full((1, width), value, dtype=torch.float64) for value in (1e8, 1.0, 1.0, 1.0)]
+
+    def summed(gram: Gram) -> list[Tensor]:
+        return [total.shard.clone() for total in gram._totals]
+
+    alone = Gram(width)
+    for shard in shards:
+        alone.add(shard)
+        alone.fold(ALONE)
+    made = [Gram(width) for _ in shards]
+    for gram, shard in zip(made, shards, strict=True):
+        gram.add(shard)
+    shared = Gram(width)
+    for first, second in ((0, 1), (2, 3)):
+        shared.add(shards[first])
+        shared.fold(Others(summed(made[second])))
+    assert torch.equal(shared.value(), alone.value())
+    assert shared.num_tokens == alone.num_tokens == 4
+    assert float(alone.value()[0, 0]) == 1e16

@@ -76,7 +76,7 @@ def check(dense: Path, work: Path, bits: int, **settings: Any) -> None:
     recipe = small_recipe(**settings, target_size=budget, factor_bits=bits)
     result = run(dense, work / "small", recipe=recipe)
     forms = result.plan.forms
-    quantize(work / "small", work / "few", bits=bits)
+    quantize(work / "small", work / "few", bits=bits, format="torchao")
     predicted = result.plan.sizes.quantized_file_bytes
     assert predicted is not None
     assert predicted <= budget
@@ -145,7 +145,7 @@ def test_a_second_factor_of_rank_one_is_left_as_it_is(bits: int, tmp_path: Path)
     """torchao has no form of a linear of one input."""
     dense = save_dense(tmp_path / "dense", "llama", **WIDE)
     run(dense, tmp_path / "small", recipe=small_recipe(ranks={"q_proj": 1}))
-    result = quantize(tmp_path / "small", tmp_path / "few", bits=bits)
+    result = quantize(tmp_path / "small", tmp_path / "few", bits=bits, format="torchao")
     name = "model.layers.0.self_attn.q_proj.svd_u"
     assert result.left[name] == "a linear of one input, of which torchao has no form"
     files = files_of(dense, bits)
@@ -168,8 +168,8 @@ def test_several_files(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     dense = save_dense(tmp_path / "dense", "llama", **WIDE)
     ranks = {target.name: 16 for target in files_of(dense, bits).targets[::2]}
     run(dense, tmp_path / "small", recipe=small_recipe(ranks={f"^{name}$": rank for name, rank in ranks.items()}))
-    monkeypatch.setattr(sys.modules["svdllm.export.quantize"], "SHARD_BYTES", 60_000)
-    quantize(tmp_path / "small", tmp_path / "few", bits=bits)
+    monkeypatch.setattr(sys.modules["svdllm.export.quantize_torchao"], "SHARD_BYTES", 60_000)
+    quantize(tmp_path / "small", tmp_path / "few", bits=bits, format="torchao")
     assert len(list((tmp_path / "few").glob("*.safetensors"))) > 2
     assert files_of(dense, bits).num_bytes(pairs(ranks)) < size(tmp_path / "few")  # which counts on one file
     monkeypatch.setattr("svdllm.checkpoint.tensors.SHARD_BYTES", 60_000)
@@ -181,7 +181,7 @@ def test_weights_are_counted_to_the_byte(bits: int, tmp_path: Path) -> None:
     """What a prediction says beside the margin for headers is what files hold beside their headers."""
     dense = save_dense(tmp_path / "dense", "qwen2", **WIDE)
     files = files_of(dense, bits)
-    quantize(dense, tmp_path / "few", bits=bits)
+    quantize(dense, tmp_path / "few", bits=bits, format="torchao")
     found = weight_bytes(tmp_path / "few")
     headers = sum(ENTRY_BYTES + NOTE_BYTES + 5 * len(name) for name in files.dense) + EMPTY_QUANTIZED_BYTES
     assert files.num_bytes({}) - headers == found.quantized + found.other
@@ -252,11 +252,11 @@ def test_from_plan_to_the_quantised_folder(
         assert cli("plan", dense, *asked, "--json") == 0
         planned = json.loads(capsys.readouterr().out)
         assert cli("plan", dense, *asked) == 0
-        assert f"by `svdllm quantize` with --bits {bits}" in " ".join(capsys.readouterr().out.split())
+        assert f"by `svdllm quantize` with --bits {bits} --format torchao" in " ".join(capsys.readouterr().out.split())
         assert cli("compress", dense, "-o", tmp_path / "out", "--calib", text, *asked) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert f"by `svdllm quantize` with --bits {bits}" in said
-    advice = re.search(r"svdllm (quantize \S+ -o (\S+) --bits \d)", said)
+    assert f"by `svdllm quantize` with --bits {bits} --format torchao" in said
+    advice = re.search(r"svdllm (quantize \S+ -o (\S+) --bits \d --format torchao)", said)
     assert advice is not None
     assert str(planned["quantized_file_bytes"]) in json.dumps(read_report(tmp_path / "out"))
     assert f"chosen for {bits} bits" in (tmp_path / "out" / "README.md").read_text()

@@ -36,9 +36,14 @@ def corrected_bits(forms: Iterable[str]) -> list[int]:
     return sorted({base.bits for base in bases if base is not None and base.bits is not None}, reverse=True)
 
 
+def in_bits(form: Form) -> bool:
+    """Whether some weights of a form have fewer bits than the source's."""
+    return (form.bits or form.factor_bits) is not None
+
+
 def in_few_bits(chosen: Chosen | None) -> bool:
     """Whether some weights of a target have fewer bits than the source's."""
-    return chosen is not None and (FORMS[chosen.form].bits or FORMS[chosen.form].factor_bits) is not None
+    return chosen is not None and in_bits(FORMS[chosen.form])
 
 
 def bits_of(chosen: Chosen | None) -> int | None:
@@ -66,6 +71,7 @@ __all__ = [
     "bits_of",
     "corrected_bits",
     "factors_of",
+    "in_bits",
     "in_few_bits",
     "most_rank",
     "rank_of",

@@ -21,13 +21,23 @@ BITS = (8, 6, 5, 4, 3, 2)
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP = 64
 LEAST_BITS_OF_VOCABULARY = 4
+PANEL_VALUES = 2**22  # of a matrix that is rounded to nearest, which takes several times their memory
 # Fitted tensors: codes as they are computed, one number each, and their scales.
 CODES, SCALES = "codes", "weight_scale"
 
 
 def group_size_of(target: Target) -> int:
     """The inputs that share a scale, where nothing else is asked for."""
-    return min(_sizes(target, 1, bits=BITS[0]), key=lambda size: abs(size - DEFAULT_GROUP))
+    return group_size_for(target.in_features)
+
+
+def group_size_for(in_features: int, wanted: int = DEFAULT_GROUP) -> int:
+    """The group size nearest to a wanted one of those that divide the inputs; a whole row where none does."""
+    return min(_dividing(in_features), key=lambda size: abs(size - wanted))
+
+
+def _dividing(in_features: int) -> list[int]:
+    return [size for size in GROUP_SIZES if in_features % size == 0] or [in_features]
 
 
 def fitted_rounding(rounded: Rounded) -> dict[str, Tensor]:
@@ -49,15 +59,14 @@ def _sizes(target: Target, round_to: int, *, bits: int) -> Sequence[int]:
     too_few = bool(target.vocabulary) and bits < LEAST_BITS_OF_VOCABULARY
     if target.is_conv1d or target.parts or target.pool is not None or too_few:
         return ()
-    return [size for size in GROUP_SIZES if target.in_features % size == 0] or [target.in_features]
+    return _dividing(target.in_features)
 
 
 def _shapes(target: Target, linear: str, group_size: int, *, bits: int) -> Shapes:
     rows, columns = target.out_features, target.in_features
-    packed, scales = (rows, packed_width(columns, bits)), (rows, columns // group_size)
+    shapes = packed_shapes(rows, columns, bits, group_size)
     if is_own_module(target):
-        return {"packed_codes": packed, "packed_scales": scales}
-    shapes: Shapes = {"weight_packed": packed, SCALES: scales, "weight_shape": (2,)}
+        return {"packed_codes": shapes["weight_packed"], "packed_scales": shapes[SCALES]}
     return shapes | ({"bias": (rows,)} if target.has_bias else {})
 
 
@@ -106,7 +115,7 @@ def _factors_in_bits(base: Form, bits: int) -> Form:
     def shapes(target: Target, linear: str, size: int) -> Shapes:
         found: Shapes = {}
         for leaf, shape in base.shapes(target, linear, size).items():
-            found |= _packed_shapes(leaf, *shape, bits=bits) if leaf.endswith(FACTOR) else {leaf: shape}
+            found |= _factor_shapes(leaf, *shape, bits=bits) if leaf.endswith(FACTOR) else {leaf: shape}
         return found
 
     return replace(
@@ -120,12 +129,33 @@ def _factors_in_bits(base: Form, bits: int) -> Form:
     )
 
 
-def _packed_shapes(leaf: str, rows: int, columns: int, *, bits: int) -> Shapes:
+def _factor_shapes(leaf: str, rows: int, columns: int, *, bits: int) -> Shapes:
     owner = leaf.removesuffix("weight")
+    return {f"{owner}{part}": shape for part, shape in packed_shapes(rows, columns, bits, None).items()}
+
+
+def packed_shapes(rows: int, columns: int, bits: int, group_size: int | None) -> Shapes:
+    """The tensors that take the place of a weight in few bits; a row has one scale where ``group_size`` is None."""
     return {
-        f"{owner}weight_packed": (rows, packed_width(columns, bits)),
-        f"{owner}{SCALES}": (rows, 1),
-        f"{owner}weight_shape": (2,),
+        "weight_packed": (rows, packed_width(columns, bits)),
+        SCALES: (rows, columns // (group_size or columns)),
+        "weight_shape": (2,),
+    }
+
+
+def rounded_tensors(weight_OI: Tensor, bits: int, group_size: int | None) -> dict[str, Tensor]:
+    """Rounds a weight to nearest: the tensors of ``packed_shapes``, scales in the dtype of the weight."""
+    rows, columns = weight_OI.shape
+    parts = [
+        round_rows(
+            panel.float(), None, torch.full((len(panel),), 2.0 ** (bits - 1)), group_size or columns, panel.dtype
+        )
+        for panel in weight_OI.split(max(1, PANEL_VALUES // columns))
+    ]
+    return {
+        "weight_packed": torch.cat([pack_integers(part.codes_OI, bits) for part in parts]),
+        SCALES: torch.cat([part.scales_OG for part in parts]),
+        "weight_shape": torch.tensor([rows, columns]),
     }
 
 
@@ -136,12 +166,8 @@ def packed_factors(stored: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]
         if not leaf.endswith(FACTOR):
             found[leaf] = tensor
             continue
-        half_O = torch.full((len(tensor),), 2.0 ** (bits - 1))
-        rounded = round_rows(tensor.float(), None, half_O, tensor.shape[1], tensor.dtype)
         owner = leaf.removesuffix("weight")
-        found[f"{owner}weight_packed"] = pack_integers(rounded.codes_OI, bits)
-        found[f"{owner}{SCALES}"] = rounded.scales_OG
-        found[f"{owner}weight_shape"] = torch.tensor(tensor.shape)
+        found |= {f"{owner}{part}": value for part, value in rounded_tensors(tensor, bits, None).items()}
     return found
 
 
@@ -160,8 +186,8 @@ def _corrected(integers: Form) -> Form:
 
     def shapes(target: Target, linear: str, rank: int) -> Shapes:
         base = integers.shapes(target, linear, group_size_of(target))
-        factors = _packed_shapes("svd_v.weight", rank, target.in_features, bits=CORRECTION_BITS)
-        factors |= _packed_shapes("svd_u.weight", target.out_features, rank, bits=CORRECTION_BITS)
+        factors = _factor_shapes("svd_v.weight", rank, target.in_features, bits=CORRECTION_BITS)
+        factors |= _factor_shapes("svd_u.weight", target.out_features, rank, bits=CORRECTION_BITS)
         return {f"{BASE}{leaf}": shape for leaf, shape in base.items()} | factors
 
     def store(target: Target, fitted: Fitted, rank: int, order: Tensor | None) -> dict[str, dict[str, Tensor]]:
@@ -195,3 +221,13 @@ FACTOR = ".weight"  # how the names of factors end within a linear
 INTEGERS = tuple(map(_row, BITS))
 FACTORS_IN_BITS = (_factors_in_bits(PAIR, 8), _factors_in_bits(PACKED, 8))
 CORRECTED = tuple(_corrected(row) for row in INTEGERS if row.bits in (4, 3, 2))
+
+
+def product_of(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The weight (``out x in``, float64) that factors multiply out to, or a fitted dense weight."""
+    if "weight" in tensors:
+        return tensors["weight"].double()
+    product_OI = rounded_matrix(tensors).double() if CODES in tensors else 0.0
+    if "svd_u.weight" not in tensors:
+        return product_OI  # type: ignore[return-value]
+    return product_OI + tensors["svd_u.weight"].double() @ tensors["svd_v.weight"].double()

@@ -12,7 +12,7 @@ import torch
 from svdllm.checkpoint.integers import integer_config
 from svdllm.checkpoint.tensors import Tensors
 from svdllm.compression.forms import FORMS, Form, bits_of
-from svdllm.compression.forms.bits import BASE, group_size_of, is_own_module
+from svdllm.compression.forms.bits import BASE, GROUP_SIZES, group_size_of, is_own_module
 from svdllm.models.chosen import Chosen, Forms
 from svdllm.models.structure import Structure, Target
 
@@ -105,7 +105,8 @@ def quantization_entry(structure: Structure, forms: Forms) -> dict[str, Any] | N
             continue
         form = FORMS[chosen.form]
         if form.bits is not None:
-            groups.setdefault((form.bits, chosen.size), []).append(target.name)
+            size = chosen.size if chosen.size in GROUP_SIZES else None
+            groups.setdefault((form.bits, size), []).append(target.name)
         elif form.factor_bits is not None:
             for name in _packed_modules(target, form, chosen.size):
                 scheme = (form.factor_bits, None)

@@ -12,19 +12,22 @@ same optimum; it needs no inverse and is defined for a singular ``C``. With a le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from svdllm.compression.math.eigenpairs import eigenpairs
+from svdllm.compression.math.symmetric import cholesky_in_place, symmetric_product
+
 # Directions below this share of the leading energy get the scale of this share. The data never excites them, and an
 # unbounded 1/scale would only cost range in half precision. The product of the factors does not change.
 ENERGY_FLOOR = 1e-12
-# Least ratio of the diagonal of a Cholesky factor for which it stands in for Householder's QR.
+# Least ratio of the diagonal of a Cholesky factor of W^T G W for which it stands in for Householder's QR.
 WELL_CONDITIONED = 1e-3
-# Width of a panel of a symmetric product: narrower panels skip more of the lower triangle but multiply slower.
-PANEL = 192
+# Least ratio at which W R^-1 loses nothing in float32.
+WELL_IN_FLOAT32 = 1 / 32
 
 
 class Spectrum(NamedTuple):
@@ -44,36 +47,68 @@ class Spectrum(NamedTuple):
 
 
 def output_spectrum(
-    weight_OI: Tensor, gram: Tensor | None, depth: int | None = None, *, left_gram_OO: Tensor | None = None
+    weight_OI: Tensor,
+    gram: Tensor | None,
+    depth: int | None = None,
+    *,
+    left_gram_OO: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Spectrum:
     """Spectrum of a weight in the metric of its inputs (and outputs), by one ``eigh`` of the smaller side.
 
     Args:
-        weight_OI: the weight, any float dtype; computed in float64.
+        weight_OI: the weight, any float dtype.
         gram: the right metric, ``None``, ``(I,)`` or ``(I, I)``.
-        depth: how many directions to return; all ``min(O, I)`` by default.
+        depth: how many directions to return; all ``min(O, I)`` by default. 0 takes the least time.
         left_gram_OO: the left metric ``G = L^T L``, positive definite; identity by default.
+        dtype: of the directions. With float32, large weights are decomposed in float32 as far as that loses nothing
+            (``eigenpairs``).
 
     Raises:
         torch.linalg.LinAlgError: the eigenvalue iteration does not converge (non-finite input), or the left metric is
             not positive definite.
     """
+    out_features, in_features = weight_OI.shape
+    depth = min(out_features, in_features) if depth is None else depth
+    if out_features > in_features:
+        spectrum = _tall_spectrum(weight_OI, gram, depth, left_gram_OO, dtype)
+        if spectrum is not None:
+            return spectrum
     weight_OI = weight_OI.double()
     if left_gram_OO is not None:
         left_OO = torch.linalg.cholesky(left_gram_OO.double()).mT
-        energies_K, basis_OD, _ = output_spectrum(left_OO @ weight_OI, gram, depth)
+        energies_K, basis_OD, _ = output_spectrum(left_OO @ weight_OI, gram, depth, dtype=dtype)
+        basis_OD = basis_OD.double()
         unwhitened_OD = torch.linalg.solve_triangular(left_OO, basis_OD, upper=True)
-        return Spectrum(energies_K, unwhitened_OD, basis_OD.mT @ left_OO)
-    out_features, in_features = weight_OI.shape
-    depth = min(out_features, in_features) if depth is None else depth
+        return Spectrum(energies_K, unwhitened_OD.to(dtype), (basis_OD.mT @ left_OO).to(dtype))
     if out_features <= in_features:
-        energies_O, basis_OO = torch.linalg.eigh(_congruence(weight_OI, gram))
-        return Spectrum(energies_O.flip(0).clamp_min(0), basis_OO.flip(1)[:, :depth])
-    # A tall weight is first turned into its own column space, W = Q R with R (in x in). The directions stay
-    # orthonormal and inside that space even where the data has no energy, so that full rank gives W back.
-    triangle_II, columns_of = _column_space(weight_OI)
-    energies_I, basis_II = torch.linalg.eigh(_congruence(triangle_II, gram))
-    return Spectrum(energies_I.flip(0).clamp_min(0), columns_of(basis_II.flip(1)[:, :depth]))
+        return Spectrum(*eigenpairs(weight_OI, gram, depth, dtype))
+    # W = Q R: the directions stay orthonormal and inside the column space of W even where the data has no energy.
+    columns_OI, triangle_II = torch.linalg.qr(weight_OI)
+    energies_K, basis_ID = eigenpairs(triangle_II, gram, depth, dtype)
+    return Spectrum(energies_K, columns_OI.to(dtype) @ basis_ID)
+
+
+def _tall_spectrum(
+    weight_OI: Tensor, gram: Tensor | None, depth: int, left_gram_OO: Tensor | None, dtype: torch.dtype
+) -> Spectrum | None:
+    """Spectrum of a tall weight without a factor of anything as large as its outputs; None if it is ill-conditioned.
+
+    With ``R`` from the Cholesky factorisation ``W^T G W = R^T R``, ``L W`` is ``Q R``, and the eigenvectors ``E`` of
+    ``R C R^T`` give ``U = Q E`` and ``L^-1 U = W R^-1 E``. The loss of orthogonality is about ``eps cond(L W)^2``.
+    """
+    wide_OI = weight_OI.double()
+    weighed_OI = wide_OI if left_gram_OO is None else left_gram_OO.double() @ wide_OI
+    factor_II, info = torch.linalg.cholesky_ex(symmetric_product(wide_OI.mT, weighed_OI))
+    conditioning = float(factor_II.diagonal().min() / factor_II.diagonal().max())
+    if info.item() or not conditioning > WELL_CONDITIONED:
+        return None
+    energies_K, basis_ID = eigenpairs(factor_II.mT, gram, depth, dtype)
+    inputs_ID = torch.linalg.solve_triangular(factor_II.mT, basis_ID.double(), upper=True)
+    if left_gram_OO is None:
+        product = dtype if conditioning > WELL_IN_FLOAT32 else torch.float64
+        return Spectrum(energies_K, (weight_OI.to(product) @ inputs_ID.to(product)).to(dtype))
+    return Spectrum(energies_K, (wide_OI @ inputs_ID).to(dtype), (inputs_ID.mT @ weighed_OI.mT).to(dtype))
 
 
 def energy_alone(weight_OI: Tensor, gram: Tensor | None, left_gram_OO: Tensor | None = None) -> Spectrum:
@@ -87,32 +122,39 @@ def energy_alone(weight_OI: Tensor, gram: Tensor | None, left_gram_OO: Tensor | 
 
 
 def factorise(weight_OI: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
-    """``svd_u`` (``O x R``) and ``svd_v`` (``R x I``) of a rank, in float64.
+    """``svd_u`` (``O x R``) and ``svd_v`` (``R x I``) of a rank, float64.
 
     ``U_r (U_r^T W)``, or ``L^-1 U_r (U_r^T L W)``, with the square root of the singular values on either side, as in
     Algorithm 1 of the paper. The scales are relative to the leading one and carry the size of ``W``, so they depend
     neither on the scale of the data nor on ``rank``. The factors of a smaller rank are the first columns and rows of
     these, to the last bit: the product is taken with the whole basis, because products of other sizes round
-    differently.
+    differently. It is taken in float32 if weight and basis are no wider.
     """
-    weight_OI, basis_OD = weight_OI.double(), spectrum.basis_OD.double()
-    dual_DO = basis_OD.mT if spectrum.dual_DO is None else spectrum.dual_DO.double()
-    scale_R = _balancing_scales(weight_OI, spectrum.energies_K.double())[:rank]
-    return basis_OD[:, :rank] * scale_R, (dual_DO @ weight_OI)[:rank] / scale_R[:, None]
+    basis_OD = spectrum.basis_OD
+    dual_DO = basis_OD.mT if spectrum.dual_DO is None else spectrum.dual_DO
+    product = torch.promote_types(torch.promote_types(weight_OI.dtype, basis_OD.dtype), torch.float32)
+    v_RI = (dual_DO.to(product) @ weight_OI.to(product))[:rank].double()
+    scale_R = _balancing_scales(weight_OI.double(), spectrum.energies_K.double())[:rank]
+    return basis_OD[:, :rank] * scale_R, v_RI / scale_R[:, None]
 
 
 def shrunk_to_diagonal(gram: Tensor | None, amount: float) -> Tensor | None:
     """``(1 - a) C + a diag(C)``: less trust in correlations that the calibration text happens to have."""
     if gram is None or gram.ndim == 1 or amount == 0:
         return gram
-    return (1 - amount) * gram + amount * torch.diag(gram.diagonal())
+    shrunk = (1 - amount) * gram
+    shrunk.diagonal().copy_(gram.diagonal())
+    return shrunk
 
 
 def shrunk_to_mean(gram_OO: Tensor, amount: float) -> Tensor:
     """``(1 - a) G + a tr(G)/d I``, scaled to a mean diagonal of 1; the identity if ``G`` is zero."""
     mean = gram_OO.diagonal().mean()
-    identity_OO = torch.eye(len(gram_OO), dtype=gram_OO.dtype, device=gram_OO.device)
-    return identity_OO if mean <= 0 else (1 - amount) / mean * gram_OO + amount * identity_OO
+    if mean <= 0:
+        return torch.eye(len(gram_OO), dtype=gram_OO.dtype, device=gram_OO.device)
+    shrunk_OO = (1 - amount) / mean * gram_OO
+    shrunk_OO.diagonal().add_(amount)
+    return shrunk_OO
 
 
 def without_zeros(values: Tensor) -> Tensor:
@@ -146,75 +188,28 @@ def corrected_bias(
     return bias if bias_O is None else bias + bias_O.double()
 
 
-def anchored(
-    weight_OI: Tensor, gram_II: Tensor, cross_II: Tensor, beta: float, residual_OI: Tensor | None = None
-) -> Tensor:
-    """``W* = (W (beta K + (1 - beta) S') + R X'^T) S'^-1``, float64: what to approximate on the compressed stream.
+def anchored(weight_OI: Tensor, gram_II: Tensor, missing_OI: Tensor | None, *, overwrite: bool = False) -> Tensor:
+    """``W* = W + M X'^T S'^-1``, float64: what to approximate on the compressed stream.
 
-    ``S' = X' X'^T`` is the Gram of the inputs that the compressed blocks before this one make of the text, and
-    ``K = X X'^T`` their product with the inputs of the dense model. For ``beta`` 1, ``W* X'`` is the regression that
-    comes nearest to the dense outputs ``W X`` (AA-SVD). For ``beta`` 0, ``W*`` is ``W``.
+    ``S' = X' X'^T`` is the Gram of the inputs that the compressed blocks before this one make of the text, and ``M`` is
+    what the outputs ``W X'`` lack. For ``M = W (X - X')``, ``W* X'`` is the regression that comes nearest to the
+    outputs ``W X`` of the dense model (AA-SVD).
 
     Args:
-        residual_OI: ``R X'^T``, where ``R`` is to be added to the outputs; nothing by default.
+        missing_OI: ``M X'^T``; nothing for None.
+        overwrite: makes ``gram_II`` the transposed Cholesky factor of ``S'``, if there is anything missing.
 
     Raises:
         torch.linalg.LinAlgError: ``S'`` is not positive definite; shrink it.
     """
     weight_OI = weight_OI.double()
-    if beta == 0 and residual_OI is None:
+    if missing_OI is None:
         return weight_OI
-    root_II = torch.linalg.cholesky(gram_II)
-    difference_OI = beta * (weight_OI @ (cross_II - gram_II))
-    if residual_OI is not None:
-        difference_OI += residual_OI
-    return weight_OI + torch.cholesky_solve(difference_OI.mT, root_II).mT
-
-
-def _column_space(weight_OI: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """``R`` of ``W = Q R``, and the function ``E -> Q E``.
-
-    Takes the Cholesky factor of ``W^T W`` where ``W`` is well conditioned: a third of the time of Householder's QR. The
-    loss of orthogonality is about ``eps cond(W)^2``.
-    """
-    factor_II, info = torch.linalg.cholesky_ex(_symmetric_product(weight_OI.mT, weight_OI))
-    diagonal_I = factor_II.diagonal()
-    if info.item() == 0 and diagonal_I.min() > WELL_CONDITIONED * diagonal_I.max():
-        triangle_II = factor_II.mT
-        return triangle_II, lambda e_IK: weight_OI @ torch.linalg.solve_triangular(triangle_II, e_IK, upper=True)
-    columns_OI, triangle_II = torch.linalg.qr(weight_OI)
-    return triangle_II, lambda e_IK: columns_OI @ e_IK
-
-
-def _congruence(weight_OI: Tensor, gram: Tensor | None) -> Tensor:
-    """``W C W^T``, exactly symmetric."""
-    if gram is None:
-        return _symmetric_product(weight_OI, weight_OI.mT)
-    gram = gram.double()
-    weighted_OI = weight_OI * gram if gram.ndim == 1 else weight_OI @ gram
-    return _symmetric_product(weighted_OI, weight_OI.mT)
-
-
-def _symmetric_product(left_NM: Tensor, right_MN: Tensor) -> Tensor:
-    """A product that is known to be symmetric; only its upper triangle is multiplied."""
-    size = left_NM.shape[0]
-    product_NN = left_NM.new_empty(size, size)
-    for start, stop, panel in upper_panels(left_NM, right_MN):
-        product_NN[start:stop, start:] = panel
-    return product_NN.triu() + product_NN.triu(1).mT
-
-
-def upper_panels(left_NM: Tensor, right_MN: Tensor, buffer: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
-    """Computes the upper triangle of a symmetric product in panels: almost half of the product is left out.
-
-    Yields ``start, stop, product[start:stop, start:]``. With a ``buffer`` of ``PANEL`` rows, each panel overwrites the
-    previous one.
-    """
-    size = left_NM.shape[0]
-    for start in range(0, size, PANEL):
-        stop = min(start + PANEL, size)
-        out = None if buffer is None else buffer[: (stop - start) * (size - start)].view(stop - start, -1)
-        yield start, stop, torch.mm(left_NM[start:stop], right_MN[:, start:], out=out)
+    root_II, found = cholesky_in_place(gram_II if overwrite else gram_II.clone())
+    if not found:
+        raise torch.linalg.LinAlgError("the Gram of the inputs is not positive definite")  # pyright: ignore[reportPrivateImportUsage]
+    half_IO = torch.linalg.solve_triangular(root_II, missing_OI.mT, upper=False)
+    return weight_OI + torch.linalg.solve_triangular(root_II.mT, half_IO, upper=True).mT
 
 
 def _balancing_scales(weight_OI: Tensor, energies_K: Tensor) -> Tensor:

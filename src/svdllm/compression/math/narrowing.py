@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from svdllm.compression.math.symmetric import cholesky_in_place
+
 # Shares of the mean diagonal that are added to a Gram: inner features behind a ReLU may be zero on a whole text, and a
 # Gram of few tokens, kept in float32, has eigenvalues below zero.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3)
@@ -71,7 +73,8 @@ def inner_order(weight_OI: Tensor, gram_II: Tensor, left_gram_OO: Tensor | None 
         torch.linalg.LinAlgError: the Gram is not positive semi-definite, or the left metric not positive definite.
     """
     weight_ON = _in_left_metric(weight_OI.double(), left_gram_OO)
-    inverse_NN = torch.cholesky_inverse(_root(gram_II))
+    root_II = _root(gram_II, torch.arange(len(gram_II), device=gram_II.device))
+    inverse_NN = torch.cholesky_inverse(root_II, out=root_II)
     left_N = torch.arange(len(gram_II), device=gram_II.device)
     removed = []
     while len(left_N):
@@ -82,7 +85,7 @@ def inner_order(weight_OI: Tensor, gram_II: Tensor, left_gram_OO: Tensor | None 
         root_PP = torch.linalg.cholesky(rows_PN[:, first_P])
         columns_PN = torch.linalg.solve_triangular(root_PP, rows_PN[:, kept_N], upper=False)
         losses_PO = torch.linalg.solve_triangular(root_PP, weight_ON[:, first_P].mT, upper=False)
-        inverse_NN = inverse_NN[kept_N][:, kept_N].addmm_(columns_PN.mT, columns_PN, alpha=-1)
+        inverse_NN = inverse_NN[kept_N[:, None], kept_N].addmm_(columns_PN.mT, columns_PN, alpha=-1)
         weight_ON = weight_ON[:, kept_N].addmm_(losses_PO.mT, columns_PN, alpha=-1)
         left_N = left_N[kept_N]
     return torch.cat(removed).flip(0)
@@ -99,7 +102,7 @@ def narrowing_tails(weight_OI: Tensor, gram_II: Tensor, order_I: Tensor, left_gr
     Raises:
         torch.linalg.LinAlgError: the Gram is not positive semi-definite, or the left metric not positive definite.
     """
-    root_II = _root(gram_II[order_I][:, order_I])
+    root_II = _root(gram_II, order_I)
     columns_OI = weight_OI.double()[:, order_I] @ root_II
     losses_I = _in_left_metric(columns_OI, left_gram_OO).square().sum(0)
     return torch.cat([losses_I.flip(0).cumsum(0).flip(0), losses_I.new_zeros(1)])
@@ -114,38 +117,32 @@ def refitted(weight_OI: Tensor, gram_II: Tensor, kept_W: Tensor) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: the Gram is not positive semi-definite.
     """
-    return narrowed_anchored(weight_OI, gram_II, gram_II, 0.0, kept_W)
+    return narrowed_anchored(weight_OI, gram_II, kept_W)
 
 
-def narrowed_anchored(
-    weight_OI: Tensor,
-    gram_II: Tensor,
-    cross_II: Tensor,
-    beta: float,
-    kept_W: Tensor,
-    residual_OI: Tensor | None = None,
-) -> Tensor:
-    """``(W (beta K + (1 - beta) S') + R X'^T)_:J S'_JJ^-1`` (``O x W``, float64): the consumer, fitted.
+def narrowed_anchored(weight_OI: Tensor, gram_II: Tensor, kept_W: Tensor, missing_OI: Tensor | None = None) -> Tensor:
+    """``(W S' + M X'^T)_:J S'_JJ^-1`` (``O x W``, float64): the consumer, fitted.
 
     ``S' = X' X'^T`` is the Gram of the inner features that the compressed model makes of the text, those to be removed
-    included, and ``K = X X'^T`` their product with those of the dense model. For ``beta`` 1, ``W' X'_J`` comes nearest
-    to the dense outputs ``W X``; for ``beta`` 0, nearest to ``W X'``.
+    included, and ``M`` is what the outputs ``W X'`` lack. ``W' X'_J`` comes nearest to ``W X' + M``.
 
     Args:
         kept_W: the features kept, ``order[:width]``; the columns of the result have this order.
-        residual_OI: ``R X'^T``, where ``R`` is to be added to the outputs; nothing by default.
+        missing_OI: ``M X'^T``; nothing by default.
 
     Raises:
         torch.linalg.LinAlgError: ``S'`` is not positive semi-definite.
     """
-    weight_OI, gram_II = weight_OI.double(), gram_II.double()
-    gram_IW, kept_OW = gram_II[:, kept_W], weight_OI[:, kept_W]
-    wanted_OW = weight_OI @ (gram_IW + beta * (cross_II.double()[:, kept_W] - gram_IW))
-    if residual_OI is not None:
-        wanted_OW += residual_OI[:, kept_W]
-    gram_WW = gram_IW[kept_W]
-    root_WW = _root(gram_WW)
-    return kept_OW + torch.cholesky_solve((wanted_OW - kept_OW @ gram_WW).mT, root_WW).mT
+    weight_OI = weight_OI.double()
+    kept_OW = weight_OI[:, kept_W]
+    removed_I = torch.ones(len(gram_II), dtype=torch.bool, device=gram_II.device)
+    removed_I[kept_W] = False
+    lost_OW = weight_OI[:, removed_I] @ gram_II[removed_I.nonzero(), kept_W].double()
+    if missing_OI is not None:
+        lost_OW += missing_OI[:, kept_W]
+    root_WW = _root(gram_II, kept_W)
+    half_WO = torch.linalg.solve_triangular(root_WW, lost_OW.mT, upper=False)
+    return kept_OW + torch.linalg.solve_triangular(root_WW.mT, half_WO, upper=True).mT
 
 
 def kept_rows(order_I: Tensor, width: int, copies: int = 1, interleaved: bool = False) -> Tensor:
@@ -162,20 +159,22 @@ def kept_rows(order_I: Tensor, width: int, copies: int = 1, interleaved: bool = 
     return (len(order_I) * copies_C[:, None] + order_I[:width]).flatten()
 
 
-def _root(gram_NN: Tensor) -> Tensor:
-    """The Cholesky factor, float64, of a Gram with a ridge; of a larger one where rounding has left no positive matrix.
+def _root(gram_II: Tensor, order_N: Tensor) -> Tensor:
+    """The Cholesky factor, float64, of the Gram of some features with a ridge.
+
+    The ridge is larger where rounding has left no positive matrix. Nothing else of the Gram's size is in memory.
 
     Raises:
         torch.linalg.LinAlgError: the Gram is not positive semi-definite.
     """
-    gram_NN = gram_NN.double()
-    mean = gram_NN.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    identity_NN = torch.eye(len(gram_NN), dtype=torch.float64, device=gram_NN.device)
+    mean = gram_II.diagonal()[order_N].double().mean().clamp_min(torch.finfo(torch.float64).tiny)
     for ridge in RIDGES:
-        root_NN, info = torch.linalg.cholesky_ex(gram_NN + ridge * mean * identity_NN)
-        if info.item() == 0:
+        ridged_NN = gram_II[order_N[:, None], order_N].double()
+        ridged_NN.diagonal().add_(ridge * mean)
+        root_NN, found = cholesky_in_place(ridged_NN)
+        if found:
             return root_NN
-    return torch.linalg.cholesky(gram_NN + RIDGES[-1] * mean * identity_NN)
+    raise torch.linalg.LinAlgError("the Gram of the inner features is not positive semi-definite")  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _in_left_metric(weight_OI: Tensor, left_gram_OO: Tensor | None) -> Tensor:

@@ -133,7 +133,9 @@ def _asked(recipe: Recipe, structure: Structure, free: list[Target], unit: Unit)
     mlps = {
         name: members for name, members in structure.mlp_targets.items() if names.issuperset(t.name for t in members)
     }
-    return Question(free, unit, recipe.used_forms, mlps, recipe.round_to, recipe.ratio, structure.vocabulary)
+    return Question(
+        free, unit, recipe.used_forms, mlps, recipe.round_to, recipe.ratio, structure.vocabulary, recipe.joins
+    )
 
 
 def _about(free: list[Target], speedup: float) -> dict[str, Chosen]:

@@ -54,7 +54,7 @@ def _given(pattern: str, wanted: Given, target: Target) -> Chosen | None:
         sizes = FORMS[name].sizes(target, 1)
         if size in sizes:
             return Chosen(name, size)
-        can = "cannot have this form"
+        can = "cannot have this form; give it another, or dense (--skip of quantize)"
         if sizes:
             each = ", ".join(map(str, sizes)) if FORMS[name].bits else f"1 to {sizes[-1]}"
             can = f"can have {each}"

@@ -9,6 +9,7 @@ head are tried in every number of bits.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import fsum
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -163,8 +164,19 @@ def units_of(question: Question, losses: Losses, evidence: Evidence) -> list[Uni
             apart = {t.name: _apart(t, losses, question, evidence) for t in targets}
             units.append(Unit([apart, {name: narrower}]))
             taken |= set(apart)
-    others = [target for target in question.priced if target.name not in taken]
-    return units + [Unit([{t.name: _apart(t, losses, question, evidence)}]) for t in others]
+    others = {name: members for name, members in question.joined.items() if name not in taken}
+    return units + [Unit([{name: _alike(t, losses, question, evidence)}]) for name, t in others.items()]
+
+
+def _alike(
+    targets: Sequence[Target], losses: Losses, question: Question, evidence: Evidence
+) -> list[Choice[Chosen | None]]:
+    """The choices of targets that get one form: those that each of them has, at their costs and losses together."""
+    own = [{choice.what: choice for choice in _apart(t, losses, question, evidence)} for t in targets]
+    common = [what for what in own[0] if all(what in choices for choices in own)]
+    return [
+        Choice(what, sum(each[what].cost for each in own), fsum(each[what].loss for each in own)) for what in common
+    ]
 
 
 def least_loss(question: Question, losses: Losses, evidence: Evidence) -> Solution[Chosen | None] | None:
@@ -173,13 +185,13 @@ def least_loss(question: Question, losses: Losses, evidence: Evidence) -> Soluti
 
 
 def _allocate(question: Question, evidence: Evidence, settings: Any) -> Allocation:
-    solution = least_loss(question, losses_of(evidence, question), evidence)
+    solution, joined = least_loss(question, losses_of(evidence, question), evidence), question.joined
     assert solution is not None  # the least sizes fit
     forms: dict[str, Chosen] = {}
     for name, choice in solution.choices.items():
         if choice.what is not None:
-            members = [t.name for t in question.mlps[name]] if name in question.mlps else [name]
-            forms |= dict.fromkeys(members, choice.what)
+            members = question.mlps.get(name) or joined[name]
+            forms |= dict.fromkeys((target.name for target in members), choice.what)
     return Allocation(forms, predicted_loss=solution.loss, gap=solution.gap)
 
 

@@ -98,6 +98,7 @@ class Question:
         round_to: sizes are multiples of this, and at least this.
         ratio: the share of the targets' parameters to remove, where that is the budget.
         vocabulary: embedding and head, where a form can store them smaller. They cost and are chosen like targets.
+        joins: whether targets that read the same tensor get one form.
     """
 
     targets: Sequence[Target]
@@ -107,6 +108,15 @@ class Question:
     round_to: int = 1
     ratio: float | None = None
     vocabulary: Sequence[Target] = ()
+    joins: bool = False
+
+    @property
+    def joined(self) -> dict[str, list[Target]]:
+        """The targets that get one form together, by the name of the first."""
+        groups: dict[str, list[Target]] = {}
+        for target in self.priced:
+            groups.setdefault(target.group if self.joins else target.name, []).append(target)
+        return {members[0].name: members for members in groups.values()}
 
     @property
     def priced(self) -> list[Target]:

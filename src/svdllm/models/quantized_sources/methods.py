@@ -30,14 +30,20 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], Method]] = {
     "mxfp4": lambda settings: Mxfp4(),
     "mxfp8": BlockScaledFloat8.of,
 }
+# Methods that models are rounded with after training; in the others, models are published.
+AFTER_TRAINING = frozenset({"awq", "compressed-tensors", "gptq"})
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a source is quantised, and the dtype that its weights are dequantised to when they are read."""
+    """How a source is quantised, and the dtype that its weights are dequantised to when they are read.
+
+    after_training: whether the weights were rounded from those of an original model.
+    """
 
     method: Method
     dtype: torch.dtype
+    after_training: bool
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,12 @@ def quantization_of(folder: Path) -> Quantization | None:
         return None
     fields = read_object(folder / "config.json")
     settings = quantization_settings(fields)
-    make = METHODS.get(str(settings.get("quant_method")))
+    name = str(settings.get("quant_method"))
+    make = METHODS.get(name)
     if make is None:
         return None
     try:
-        return Quantization(make(settings), _dtype(fields))
+        return Quantization(make(settings), _dtype(fields), name in AFTER_TRAINING)
     except (ValueError, TypeError, KeyError) as error:
         if isinstance(error, SvdllmError):
             raise

@@ -17,7 +17,7 @@ import gpu_suite
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("suite")
-    gpu_suite.main(["--dry-run", "--output", str(folder)])
+    gpu_suite.main(["--dry-run", "--output", str(folder), "--minutes", "60"])
     return folder
 
 

@@ -62,7 +62,8 @@ def _logits(model: Any, ids: Tensor, device: str, settings: Record) -> dict[str,
         size = {} if "ranks" in settings else {"ratio": 0.3}
         recipe = svdllm.Recipe(**size, samples=16, seqlen=32, round_to=1, device=device, **settings)
         svdllm.compress(model, recipe, Path(folder) / "out", calibration=ids)
-        compressed: Any = svdllm.load_model(Path(folder) / "out").to(device).eval()
+        compressed: Any = svdllm.load_model(Path(folder) / "out")
+        compressed.to(device).eval()
         ids = ids[:4].to(device)
         found = {"loaded": compressed(input_ids=ids).logits}
         svdllm.fuse_factors(compressed)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from svdllm.common import errors
-from svdllm.common.device import resolve_device
+from svdllm.common.device import device_name, resolve_device
 from svdllm.common.errors import EndedError, InputError, SvdllmError, as_ours, explaining
 from svdllm.common.processes import ALONE, Processes, num_local_processes, num_processes
 
@@ -91,7 +91,7 @@ class ConnectedProcesses(Processes):
                     f"{num_local_processes()} processes on this host, which has {gpus} GPUs: one for each."
                 )
             torch.cuda.set_device(local)
-            kind = torch.cuda.get_device_name(local)
+            kind = device_name(torch.device("cuda", local))
         kinds = self.gather(kind)
         if len(set(kinds)) > 1:
             named = ", ".join(f"process {rank} on {kind}" for rank, kind in enumerate(kinds))

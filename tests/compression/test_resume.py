@@ -234,6 +234,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "forms": {"forms": ("packed",)},
     "runtime": {"ratio": None, "target_size": 80_000, "runtime": "transformers", "allocation": "loss"},
     "probe_share": {"probe_share": 0.25},
+    "first_block_weight": {"first_block_weight": 0.5},
     "strs_ratios": {"strs_ratios": (0.5,)},
     "ignore": {"ignore": ("o_proj",)},
     "allow_partial": {"allow_partial": True},

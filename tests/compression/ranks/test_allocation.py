@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -17,7 +18,7 @@ from svdllm.common.errors import InputError
 from svdllm.compression.forms.layout import params as form_params
 from svdllm.compression.ranks.effective_rank import SHIFT, effective_rank, effective_ranks
 from svdllm.compression.ranks.knapsack import Choice
-from svdllm.compression.ranks.loss import Losses, least_loss, units_of
+from svdllm.compression.ranks.loss import Losses, least_loss, units_of, weighted_by_block
 from svdllm.compression.ranks.question import Evidence, Question, RankCost
 from svdllm.compression.ranks.question import Unit as Budget
 from svdllm.compression.ranks.strs import candidate_ranks, strs_ranks
@@ -64,6 +65,26 @@ def test_every_rank_below_break_even_is_offered_and_dense():
     solution = least_loss(question, Losses({"a": 100 * losses, "b": losses}, {}), Evidence())
     assert solution is not None
     assert {name: choice.what for name, choice in solution.choices.items()} == pairs({"a": 4, "b": 1})
+
+
+def test_losses_weigh_more_from_block_to_block():
+    """By 0.5, 0.75 and 1 in three blocks, in every form; embeddings and heads stay out of it."""
+    targets = [replace(target(10, 10, name), block=block) for block, name in enumerate("abc")]
+    head = replace(target(10, 10, "head"), vocabulary="head")
+    mlp = {"mlp": [replace(target(10, 10, "d"), block=1)]}
+    budget = Budget("--target-params", 100, 0, form_params)
+    question = Question(targets, budget, ("packed", "int8", "int8-lr"), mlps=mlp, vocabulary=[head])
+    losses = Losses(
+        {name: torch.ones(3) for name in ("a", "b", "c", "mlp")},
+        {name: {8: 1.0} for name in ("a", "b", "c", "head")},
+        {"b": {8: torch.ones(2)}},
+    )
+    weighted = weighted_by_block(losses, question, 0.5)
+    assert {name: each.tolist() for name, each in weighted.by_size.items()} == {
+        "a": [0.5] * 3, "b": [0.75] * 3, "c": [1.0] * 3, "mlp": [0.75] * 3
+    }  # fmt: skip
+    assert weighted.by_bits == {"a": {8: 0.5}, "b": {8: 0.75}, "c": {8: 1.0}, "head": {8: 1.0}}
+    assert weighted.corrected["b"][8].tolist() == [0.75, 0.75]
 
 
 # --- STRS ---

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from svdllm.common.settings import setting
+from svdllm.compression.after_analysis import AfterAnalysis
 from svdllm.compression.forms import FORMS, Form
 from svdllm.compression.forms.bits import CORRECTED, FACTORS_IN_BITS, INTEGERS, group_size_of
 from svdllm.compression.math.linalg import tail_energies
@@ -35,6 +37,19 @@ PROBED_SHARE_OF_WIDTH = 0.35
 PROBED_BITS = 3
 # What rounding two factors with a scale for each row loses, as a share of the energy of the outputs.
 ROUNDING_OF_FACTORS = {8: 2e-4}
+
+
+class LossSettings(ProbeSettings):
+    """Settings of the allocation loss."""
+
+    first_block_weight: AfterAnalysis[float] = setting(
+        1.0,
+        "What a loss in the first block counts for beside one in the last, linearly between (loss). Below 1 with "
+        "sequential calibration: later blocks, fitted to what earlier ones give, make up for a part of it.",
+        panel="Allocation",
+        gt=0,
+        le=1,
+    )
 
 
 class Losses(NamedTuple):
@@ -88,6 +103,22 @@ def losses_of(evidence: Evidence, question: Question) -> Losses:
         if t.name in evidence.corrections
     }
     return Losses(losses, roundings, corrected)
+
+
+def weighted_by_block(losses: Losses, question: Question, first: float) -> Losses:
+    """The losses times ``first`` in the first block to 1 in the last; those of embedding and head as they are."""
+    last = max((t.block for t in question.targets), default=0)
+
+    def weight(target: Target) -> float:
+        return 1.0 if target.vocabulary or not last else first + (1 - first) * target.block / last
+
+    weights = {t.name: weight(t) for t in question.priced}
+    weights |= {name: weight(targets[0]) for name, targets in question.mlps.items()}
+    return Losses(
+        {name: weights[name] * tail for name, tail in losses.by_size.items()},
+        {name: {bits: weights[name] * loss for bits, loss in each.items()} for name, each in losses.by_bits.items()},
+        {name: {bits: weights[name] * tail for bits, tail in each.items()} for name, each in losses.corrected.items()},
+    )
 
 
 def _rounding_losses(target: Target, evidence: Evidence) -> dict[int, float]:
@@ -185,7 +216,8 @@ def least_loss(question: Question, losses: Losses, evidence: Evidence) -> Soluti
 
 
 def _allocate(question: Question, evidence: Evidence, settings: Any) -> Allocation:
-    solution, joined = least_loss(question, losses_of(evidence, question), evidence), question.joined
+    losses = weighted_by_block(losses_of(evidence, question), question, settings.first_block_weight)
+    solution, joined = least_loss(question, losses, evidence), question.joined
     assert solution is not None  # the least sizes fit
     forms: dict[str, Chosen] = {}
     for name, choice in solution.choices.items():
@@ -209,5 +241,5 @@ LOSS = Row(
         widths=lambda width, round_to, settings: [probe_width(width)],
         bits=lambda bits, settings: probed_bits(bits),
     ),
-    settings=ProbeSettings,
+    settings=LossSettings,
 )

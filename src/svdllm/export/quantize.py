@@ -104,21 +104,9 @@ def quantize(
     scheme = row.scheme(bits, group_size)
     with new_folder(output_dir, "a run") as (output, partial):
         with reporter.stage("check", 1):
-            source, place = open_config(model, offline=offline, revision=revision), resolve_device(device)
-            _require_quantizable(source)
-            row.require(source, bits)
-            skeleton = build_skeleton(source.config, split=())
-            linears, left = choose_schemes(skeleton, scheme, skip)
-            job = QuantizeJob(
-                model=model,
-                source=source,
-                skeleton=skeleton,
-                linears=linears,
-                folder=partial,
-                place=place,
-                options=options,
-            )
+            job, left = _checked(model, row, scheme, skip, partial, resolve_device(device), options)
             _require_room(job, row, output)
+        source = job.source
         _warn_of_elastic_files(source, reporter)
         with reporter.stage("quantise", 1):
             row.write(job)
@@ -128,7 +116,7 @@ def quantize(
             format=row.name,
             bits=bits,
             group_size=scheme.group_size,
-            linears=linears,
+            linears=list(job.linears),
             left=left,
             bytes_before=source.weight_bytes,
             bytes_after=weight_bytes(partial).files,
@@ -136,7 +124,7 @@ def quantize(
         )
         if source.folder is not None and is_checkpoint(source.folder):
             with reporter.stage("finish", 1):
-                _finish(source.folder, partial, result, place, reporter)
+                _finish(source.folder, partial, result, job.place, reporter)
     return result
 
 
@@ -144,6 +132,27 @@ def _format(name: str) -> QuantizeFormat:
     if name not in FORMATS:
         raise InputError(f"Unknown format {name!r}; known are {', '.join(FORMATS)}.")
     return FORMATS[name]
+
+
+def _checked(
+    model: str | Path,
+    row: QuantizeFormat,
+    scheme: Any,
+    skip: Sequence[str],
+    folder: Path,
+    place: torch.device,
+    options: RunOptions,
+) -> tuple[QuantizeJob, dict[str, str]]:
+    """The work to do, and what is left as it is with its reason; raises where the model cannot be quantised."""
+    source = open_config(model, offline=options.offline, revision=options.revision)
+    _require_quantizable(source)
+    row.require(source, scheme.bits)
+    skeleton = build_skeleton(source.config, split=())
+    linears, left = choose_schemes(skeleton, scheme, skip)
+    job = QuantizeJob(
+        model=model, source=source, skeleton=skeleton, linears=linears, folder=folder, place=place, options=options
+    )
+    return job, left
 
 
 def _require_quantizable(source: Source) -> None:

@@ -33,7 +33,7 @@ def total_error(weights: list[Tensor], products: list[Tensor], grams: list[Tenso
 
 def test_one_matrix_alone_has_the_error_of_its_truncation() -> None:
     weights, grams, lefts = problem(1)
-    expected = tail_energies(output_spectrum(weights[0], grams[0], left_gram_OO=lefts[0]).energies_K)
+    expected = tail_energies(output_spectrum(weights[0], grams[0], left=lefts[0]).energies_K)
     for rank in range(1, IN):
         assert shared_basis(weights, grams, lefts, rank).errors[-1] == pytest.approx(float(expected[rank]), rel=1e-8)
 

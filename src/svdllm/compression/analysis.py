@@ -20,6 +20,7 @@ from svdllm.common.settings_file import FINGERPRINT_FILE, read_settings, refuse_
 from svdllm.compression.decompose import Decomposed
 from svdllm.compression.math.linalg import Spectrum
 from svdllm.compression.math.narrowing import Narrowing
+from svdllm.compression.math.pullback import Pullback
 from svdllm.models.structure import Target
 
 
@@ -85,8 +86,8 @@ class Analysis:
     def spectrum(self, target: Target) -> Spectrum:
         with safe_open(_holding(self._file(target.block), f"{target.name}.energies"), framework="pt") as file:
             stored = set(file.keys())
-            parts = [f"{target.name}.{part}" for part in ("energies", "basis", "dual")]
-            return Spectrum(*(file.get_tensor(part).clone() for part in parts if part in stored))
+            parts = ((field, f"{target.name}.{field.split('_')[0]}") for field in Spectrum._fields)
+            return Spectrum(**{field: file.get_tensor(name).clone() for field, name in parts if name in stored})
 
     def rounding(self, target: Target) -> dict[int, float] | None:
         """Bits -> squared error of a target that is rounded; None where it cannot be."""
@@ -142,14 +143,22 @@ class Analysis:
         """The right metric of a target whose block waits for the reverse walk, or whose metrics are kept; else None."""
         return _tensor_if_there(self._metrics_file(target.block), target.group)
 
-    def write_left_metrics(self, block: int, metrics: Mapping[str, Tensor], part: int | None = None) -> None:
+    def write_left_metrics(self, block: int, metrics: Mapping[str, Tensor | Pullback], part: int | None = None) -> None:
         """Keeps the left metrics of a block's targets, in float32, for a sequential calibration."""
-        kept = {name: metric.float() for name, metric in metrics.items()}
+        kept: dict[str, Tensor] = {}
+        for name, metric in metrics.items():
+            parts = {"": metric} if isinstance(metric, Tensor) else metric._asdict()
+            kept |= {f"{name} {part}".rstrip(): tensor.float() for part, tensor in parts.items()}
         save_atomically(kept, _of_part(self._left_file(block), part))
 
-    def left_metric(self, target: Target) -> Tensor | None:
+    def left_metric(self, target: Target) -> Tensor | Pullback | None:
         """The left metric of a target; None for the identity."""
-        return _tensor_if_there(self._left_file(target.block), target.name)
+        file = self._left_file(target.block)
+        if (metric := _tensor_if_there(file, target.name)) is not None:
+            return metric
+        parts = [_tensor_if_there(file, f"{target.name} {part}") for part in Pullback._fields]
+        known = [part for part in parts if part is not None]
+        return Pullback(*known) if known else None
 
     def energies(self, target: Target) -> Tensor:
         """The spectrum of a target alone: descending, float64."""
@@ -205,10 +214,8 @@ def _by_name(decomposed: Decomposed) -> dict[str, Tensor]:
     for name, narrowing in decomposed.narrowings.items():
         tensors |= {f"{name}.{part}": tensor for part, tensor in narrowing._asdict().items()}
     for name, spectrum in decomposed.spectra.items():
-        tensors[f"{name}.energies"] = spectrum.energies_K
-        tensors[f"{name}.basis"] = spectrum.basis_OD
-        if spectrum.dual_DO is not None:
-            tensors[f"{name}.dual"] = spectrum.dual_DO
+        parts = ((f"{name}.{field.split('_')[0]}", tensor) for field, tensor in spectrum._asdict().items())
+        tensors |= {part: tensor for part, tensor in parts if tensor is not None}
     return tensors
 
 

@@ -27,13 +27,15 @@ from svdllm.compression.decompose import cost, decompose
 from svdllm.compression.few_tokens import ExpertTokens, GroupStatistic, expert_tokens
 from svdllm.compression.forms import FORMS, bits_in, corrected_bits, most_rank, rank_of
 from svdllm.compression.math.metrics import METHODS, Method
+from svdllm.compression.math.pullback import Pullback
 from svdllm.compression.math.statistics import Gram, Statistic
 from svdllm.compression.parts import Part, parts_of
 from svdllm.compression.plan import Plan
+from svdllm.compression.pulled_back import pulled_back
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.records import Provenance
 from svdllm.compression.session import Run, recipe_settings
-from svdllm.compression.shared_statistics import SharedStatistics
+from svdllm.compression.shared_statistics import SharedStatistics, shared_statistics
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
 from svdllm.models.batches import windows_per_batch
@@ -97,22 +99,13 @@ def analyze(
         bits=bits,
         corrected=corrected_bits(recipe.analysed_forms),
         keeps_metrics=recipe.calibration_mode == "sequential" or run.analysis_dir is not None or bool(bits),
-        shared=_shared_statistics(run, analysis),
+        shared=shared_statistics(run, analysis),
         processes=run.processes,
         reporter=run.reporter,
     ).run()
     run.processes.wait()  # for the last file
     if known := ExpertTokens.of(analysis.expert_tokens(), subject.structure.targets):
         known.warn(run.reporter)
-
-
-def _shared_statistics(run: Run, analysis: Analysis) -> SharedStatistics | None:
-    """Where the statistics are shared with other runs; None where they are not."""
-    if run.statistics_dir is None or run.recipe.bias_correction:
-        return None
-    names = ("recipe: method", "recipe: batch_tokens", "recipe: joint_kv")
-    beside = {key: value for key, value in analysis.settings.items() if key in names or not key.startswith("recipe: ")}
-    return SharedStatistics.of(run.statistics_dir, beside)
 
 
 def _depths(structure: Structure, plans: Sequence[Plan]) -> dict[str, int]:
@@ -254,16 +247,20 @@ class Calibration:
                 means = {target.group: self.analysis.mean(target, waiting=True) for target in part.targets}
             self._decompose(block, part, self.analysis.metric, means, seconds, lefts)
 
-    def _left_metrics(self, block: Block, part: Part) -> dict[str, Tensor]:
+    def _left_metrics(self, block: Block, part: Part) -> dict[str, Tensor | Pullback]:
         left = self.recipe.left_metric
         assert left is not None
         weighed, grouped = (
             [target for target in targets if left.weighs(target, self.recipe)]
             for targets in (part.targets, part.grouped)
         )
-        statistics = collect_backward(block, replace(part, targets=weighed, grouped=grouped), left.statistic)
+        part, pulled = (
+            replace(part, targets=weighed, grouped=grouped),
+            pulled_back(weighed, self.recipe, self.walk.skeleton),
+        )
+        statistics = collect_backward(block, part, left.statistic, pulled)
         return {
-            t.name: left.of(t, statistics.pop(t.name).value(), self.recipe) for t in weighed if t.name in statistics
+            t.name: left.metric(t, statistics.pop(t.name).value(), self.recipe) for t in weighed if t.name in statistics
         }
 
     def _decompose(
@@ -273,7 +270,7 @@ class Calibration:
         metric_of: Callable[[Target], Tensor | None],
         means: Mapping[str, Tensor],
         seconds: dict[str, float],
-        lefts: Mapping[str, Tensor] | None = None,
+        lefts: Mapping[str, Tensor | Pullback] | None = None,
     ) -> None:
         """Decomposes the weights of a part; adds the seconds to those of the parts before.
 

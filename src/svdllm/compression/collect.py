@@ -5,7 +5,7 @@ The right metric of a linear comes from its inputs, the left metric from the gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,14 +16,17 @@ from svdllm.common.errors import InputError, NumericalError
 from svdllm.compression.few_tokens import GroupStatistic, with_group_statistics
 from svdllm.compression.math.linalg import equal_energies
 from svdllm.compression.math.metrics import Method
-from svdllm.compression.math.statistics import BackwardStatistic, Gram, Statistic
+from svdllm.compression.math.pullback import Pullback
+from svdllm.compression.math.statistics import BackwardStatistic, GradientPullback, Gram, Statistic
 from svdllm.compression.math.totals import fold_each
 from svdllm.compression.parts import Part
 from svdllm.compression.recipe import Recipe
 from svdllm.models.hooks import first_argument
 from svdllm.models.linears import listing
-from svdllm.models.structure import Target
+from svdllm.models.structure import Target, weight_of
 from svdllm.models.walk import Block
+
+Statistics = Callable[[int, torch.device | str], BackwardStatistic]  # of out_features
 
 
 def collect_statistics(block: Block, part: Part, method: Method) -> dict[str, Statistic]:
@@ -122,21 +125,35 @@ def right_metric(target: Target, statistics: Mapping[str, Statistic], method: Me
     return metric
 
 
-def left_metric_of(target: Target, weight_OI: Tensor, metric: Tensor | None, left_OO: Tensor | None) -> Tensor | None:
+def left_metric_of(
+    target: Target, weight_OI: Tensor, metric: Tensor | None, left: Tensor | Pullback | None
+) -> Tensor | Pullback | None:
     """The left metric; several linears with one first factor that have none count for as much as each other."""
-    if left_OO is not None or not target.parts:
-        return left_OO
+    if left is not None or not target.parts:
+        return left
     return equal_energies(list(target.split(weight_OI).values()), metric)
 
 
-def collect_backward(block: Block, part: Part, statistic: type[BackwardStatistic]) -> dict[str, BackwardStatistic]:
+def collect_backward(
+    block: Block, part: Part, statistic: Statistics, pulled_back: Container[str] = ()
+) -> dict[str, BackwardStatistic]:
     """Runs a block backward over the kept batches and accumulates one statistic per target, by its name.
 
     A target that the loss does not reach is not in it.
+
+    Args:
+        statistic: makes one, from out_features and device.
+        pulled_back: names of targets whose gradients are added up after their weights.
     """
     statistics: dict[str, BackwardStatistic] = {}
     collected, grouped = ({target.name for target in targets} for targets in (part.targets, part.grouped))
     seqlen = block.walk.ids.shape[1]
+
+    def make(name: str) -> BackwardStatistic:
+        if name in pulled_back:
+            target = watched[name]
+            return GradientPullback(list(target.split(weight_of(block.walk.skeleton, target)).values()))
+        return statistic(widths[name], block.walk.device)
 
     def watch(target: Target, inputs: Tensor, gradients: Tensor) -> None:
         if target.pool is not None:  # the tokens of several windows, as one
@@ -145,7 +162,7 @@ def collect_backward(block: Block, part: Part, statistic: type[BackwardStatistic
         sums += [(part.groups, str(target.pool))] * (target.name in grouped)
         for kept, name in sums:
             if name not in kept:
-                kept[name] = statistic(target.out_features, gradients.device)
+                kept[name] = make(name)
             kept[name].add(_by_window(inputs, seqlen), _by_window(gradients, seqlen))
 
     watched = {target.name: target for target in (*part.targets, *part.grouped)}
@@ -154,7 +171,7 @@ def collect_backward(block: Block, part: Part, statistic: type[BackwardStatistic
 
     def after_round() -> None:
         for kept in (statistics, part.groups):
-            fold_each(kept, lambda name: statistic(widths[name], block.walk.device), block.walk.processes)
+            fold_each(kept, make, block.walk.processes)
 
     _run_backward(block, list(watched.values()), watch, after_round, advance=part.is_last)
     return with_group_statistics(part.targets, statistics, part.groups)

@@ -14,6 +14,7 @@ from svdllm.compression.collect import left_metric_of
 from svdllm.compression.forms import FORMS
 from svdllm.compression.math.linalg import Spectrum, energy_alone, output_spectrum
 from svdllm.compression.math.narrowing import Narrowing
+from svdllm.compression.math.pullback import Pullback
 from svdllm.compression.rounded_targets import Roundings, rounding_errors
 from svdllm.models.experts_on_disk import give_back
 from svdllm.models.structure import Target, weight_of
@@ -43,7 +44,7 @@ def decompose(
     targets: list[Target],
     metric_of: Callable[[Target], Tensor | None],
     depths: Mapping[str, int],
-    lefts: Mapping[str, Tensor],
+    lefts: Mapping[str, Tensor | Pullback],
     consumers: Sequence[Target] = (),
     bits: Sequence[int] = (),
     corrected: Sequence[int] = (),
@@ -75,17 +76,19 @@ def decompose(
         metric = metrics[target.group]
         metric = metric if metric is None else metric.to(weight_OI.device)
         try:
-            left_OO = left_metric_of(target, weight_OI, metric, lefts.get(target.name))
+            left = left_metric_of(target, weight_OI, metric, lefts.get(target.name))
             if depths[target.name]:
                 depth = depths[target.name]
-                spectrum = output_spectrum(weight_OI, metric, depth, left_gram_OO=left_OO, dtype=stored_dtype)
+                spectrum = output_spectrum(weight_OI, metric, depth, left=left, dtype=stored_dtype)
             else:  # nothing will be truncated
-                spectrum = energy_alone(weight_OI, metric, left_OO)
+                spectrum = energy_alone(weight_OI, metric, left)
             if target in consumers and target.inner is not None and metric is not None:
-                narrowings[target.inner.mlp] = Narrowing.of(weight_OI, metric, left_OO).to(dtype=stored_dtype)
+                assert not isinstance(left, Pullback)
+                narrowings[target.inner.mlp] = Narrowing.of(weight_OI, metric, left).to(dtype=stored_dtype)
             if bits and FORMS[f"int{bits[0]}"].sizes(target, 1):
+                assert not isinstance(left, Pullback)
                 dtype = block.walk.weights.shape_and_dtype(f"{target.name}.weight")[1]
-                roundings[target.name] = rounding_errors(target, weight_OI, metric, left_OO, bits, dtype, corrected)
+                roundings[target.name] = rounding_errors(target, weight_OI, metric, left, bits, dtype, corrected)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
         give_back(weight_OI)

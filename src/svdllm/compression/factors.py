@@ -14,6 +14,7 @@ from svdllm.compression.forms import FORMS, Fitted, bits_of
 from svdllm.compression.forms.bits import CODES, SCALES, fitted_rounding, packed_factors
 from svdllm.compression.math.linalg import corrected_bias, factorise
 from svdllm.compression.math.narrowing import kept_rows
+from svdllm.compression.math.pullback import Pullback
 from svdllm.compression.rounded_targets import corrected_target, rounded_each
 from svdllm.compression.subject import Subject
 from svdllm.models.chosen import Chosen, Forms
@@ -146,8 +147,9 @@ class TargetFactors:
             (rounded,) = rounded_each(target, weight_OI, metric, [bits], weight_OI.dtype, chosen.size)
             return fitted_rounding(rounded)
         if FORMS[chosen.form].curve == "correction":
-            metrics = self._analysis.metric(target), self._analysis.left_metric(target)
-            right, left = (None if metric is None else metric.to(self._device) for metric in metrics)
+            right, left = self._analysis.metric(target), self._analysis.left_metric(target)
+            assert not isinstance(left, Pullback)
+            right, left = (None if metric is None else metric.to(self._device) for metric in (right, left))
             form, dtype = FORMS[chosen.form], weight_OI.dtype
             return corrected_target(target, weight_OI.float(), right, left, form, chosen.size, dtype)
         if FORMS[chosen.form].of_mlps:

@@ -206,8 +206,7 @@ def _factors(walk: Walk, analysis: Analysis, target: Target, rank: int) -> tuple
     """``U`` and ``V`` of a target, whose leading parts are those of smaller ranks."""
     weight_OI = weight_of(walk.skeleton, target)
     spectrum = analysis.spectrum(target).to(weight_OI.device, weight_OI.dtype)
-    dual_DO = spectrum.basis_OD.mT if spectrum.dual_DO is None else spectrum.dual_DO
-    return spectrum.basis_OD, dual_DO[:rank] @ weight_OI
+    return spectrum.basis_OD, spectrum.rows(weight_OI, rank).to(weight_OI.dtype)
 
 
 def _in_bits(walk: Walk, analysis: Analysis, target: Target, bits: int) -> Tensor:

@@ -45,12 +45,15 @@ class Products(NamedTuple):
         """Whether the outputs lack anything."""
         return bool(self.missing_OI.ndim or (beta and self.difference_II.ndim))
 
-    def missing(self, weight_OI: Tensor, beta: float) -> Tensor | None:
-        """``(beta W (X - X') + R) X'^T`` (``O x I``, float64); None where nothing is missing."""
+    def missing(self, weight_OI: Tensor | None, beta: float) -> Tensor | None:
+        """``(beta W (X - X') + R) X'^T`` (``O x I``, float64); None where nothing is missing.
+
+        Without a weight, ``beta (X - X') X'^T`` (``I x I``).
+        """
         residual_OI = self.missing_OI if self.missing_OI.ndim else None
         if not beta or not self.difference_II.ndim:
             return residual_OI
-        missing_OI = beta * (weight_OI.double() @ self.difference_II)
+        missing_OI = beta * (self.difference_II if weight_OI is None else weight_OI.double() @ self.difference_II)
         return missing_OI if residual_OI is None else missing_OI.add_(residual_OI)
 
     def cloned(self) -> Products:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, field_validator
 
 from svdllm.common.settings import setting
 from svdllm.compression.after_analysis import AfterAnalysis
+from svdllm.models.chosen import Forms
 
 
 class SequentialSettings(BaseModel):
@@ -58,3 +61,10 @@ class SequentialSettings(BaseModel):
     def _beta_of_older_recipes(cls, value: Any) -> Any:
         """Recipes of the first version have no beta where the calibration is dense."""
         return 1.0 if value is None else value
+
+
+def digest_of(settings: SequentialSettings, forms: Forms) -> str:
+    """Names a sequential calibration by all that decides it beside the analysis, which runs may share."""
+    values = [getattr(settings, name) for name in SequentialSettings.model_fields]
+    decisions = sorted((name, chosen.form, chosen.size) for name, chosen in forms.items())
+    return hashlib.sha256(json.dumps([values, decisions]).encode()).hexdigest()[:16]

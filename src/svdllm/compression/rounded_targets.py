@@ -73,7 +73,7 @@ def rounding_errors(
         rest_OI = weight_OI.double() - rounded.matrix.double()
         errors.append(squared_error(rest_OI, metric, left_OO))
         if each in corrected_bits:
-            energies_K = output_spectrum(rest_OI, metric, 0, left_gram_OO=left_OO).energies_K
+            energies_K = output_spectrum(rest_OI, metric, 0, left=left_OO).energies_K
             corrections.append(tail_energies(energies_K))
     return Roundings(
         torch.tensor([list(bits), errors], dtype=torch.float64), torch.stack(corrections) if corrections else None

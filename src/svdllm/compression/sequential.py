@@ -13,8 +13,6 @@ Source: error-propagation aware (anchored) calibration, as in AA-SVD; the fit to
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -30,13 +28,21 @@ from svdllm.compression.expert_products import expert_products
 from svdllm.compression.few_tokens import group_tokens
 from svdllm.compression.forms import FORMS, bits_of
 from svdllm.compression.forms.bits import fitted_rounding, product_of
-from svdllm.compression.math.linalg import anchored, corrected_bias, factorise, output_spectrum
+from svdllm.compression.math.linalg import (
+    anchored,
+    anchored_with_pullback,
+    corrected_bias,
+    factorise,
+    output_spectrum,
+)
 from svdllm.compression.math.narrowing import narrowed_anchored, with_zeros
+from svdllm.compression.math.pullback import Pullback
 from svdllm.compression.parts import parts_of
 from svdllm.compression.plan import Plan
 from svdllm.compression.products import Products, Sums
+from svdllm.compression.pulled_back import pulled_back
 from svdllm.compression.recipe import Recipe
-from svdllm.compression.recipe_sequential import SequentialSettings
+from svdllm.compression.recipe_sequential import digest_of
 from svdllm.compression.rounded_targets import corrected_target, rounded_each
 from svdllm.compression.session import Run
 from svdllm.compression.stages import stages_of
@@ -65,7 +71,7 @@ def refit(
     ids = windows.ids[: run.recipe.sequential_samples]
     walk = subject.walk(ids, run.recipe, run.spill_file(plan), run.scratch(plan), run.processes)
     walk.two_streams = True
-    finals = FinalFactors(run.analysis_folder / f"sequential-{_digest(run.recipe, plan.forms)}")
+    finals = FinalFactors(run.analysis_folder / f"sequential-{digest_of(run.recipe, plan.forms)}")
     Sequential(
         walk=walk,
         forms=plan.forms,
@@ -77,13 +83,6 @@ def refit(
         reporter=run.reporter,
     ).run()
     return finals
-
-
-def _digest(recipe: Recipe, forms: Forms) -> str:
-    """Names a sequential calibration by all that decides it beside the analysis, which runs may share."""
-    settings = [getattr(recipe, name) for name in SequentialSettings.model_fields]
-    decisions = sorted((name, chosen.form, chosen.size) for name, chosen in forms.items())
-    return hashlib.sha256(json.dumps([settings, decisions]).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,13 +169,14 @@ class Sequential:
         module = self.walk.skeleton.get_submodule(leader.linears[0])
         alone = len(group) == 1 and leader.out_features < leader.in_features
         fitted = (weight_of(self.walk.skeleton, leader), self.recipe.beta) if alone else None
+        takes_residual = len(group) == 1 and not pulled_back(group, self.recipe, self.walk.skeleton)
         sums = Sums(leader.in_features, self.walk.device, fitted)
         for numbers in self.walk.text.rounds:
             for number in numbers:
                 dense = read(block, module, self.walk.hidden, number)
                 with tensors_replaced(self.walk.skeleton, replaced):
                     compressed = read(block, module, self.walk.compressed, number)
-                residual = self._residual(dense, compressed) if len(group) == 1 else None
+                residual = self._residual(dense, compressed) if takes_residual else None
                 sums.add(dense.inputs, compressed.inputs, residual)
             sums.fold(self.walk.processes)
         products = sums.value()
@@ -213,12 +213,15 @@ class Sequential:
             products.centre()
         self._mix_in_dense_gram(target, products)
         products.shrink(self.recipe.shrinkage)
-        missing_OI = products.missing(weight_OI, self.recipe.beta)
-        left_OO = self.analysis.left_metric(target)
-        left_OO = None if left_OO is None else left_OO.to(self.walk.device)
+        beta, gram_II, left = self.recipe.beta, products.compressed_II, self.analysis.left_metric(target)
+        left = None if left is None else left.to(self.walk.device)
+        missing_OI = None if isinstance(left, Pullback) else products.missing(weight_OI, beta)
+        rooted = missing_OI is not None and self._needs_root_only(target)
         try:
-            gram_II, rooted = products.compressed_II, missing_OI is not None and self._needs_root_only(target)
-            star_OI = anchored(weight_OI, gram_II, missing_OI, overwrite=rooted)
+            if isinstance(left, Pullback):
+                star_OI, left = anchored_with_pullback(weight_OI, gram_II, products.missing(None, beta), left)
+            else:
+                star_OI = anchored(weight_OI, gram_II, missing_OI, overwrite=rooted)
             if self._keeps_weight(target):
                 return {"weight": star_OI}
             chosen = self.forms[target.name]
@@ -227,8 +230,9 @@ class Sequential:
                 (rounded,) = rounded_each(target, star_OI.float(), gram_II, [bits], dtype, chosen.size)
                 return fitted_rounding(rounded)
             if FORMS[chosen.form].curve == "correction":
+                assert not isinstance(left, Pullback)
                 dtype, form = self._source_dtype(target), FORMS[chosen.form]
-                return corrected_target(target, star_OI.float(), gram_II, left_OO, form, chosen.size, dtype)
+                return corrected_target(target, star_OI.float(), gram_II, left, form, chosen.size, dtype)
             if FORMS[chosen.form].of_mlps:
                 order_I = self.analysis.inner_order(target)
                 assert order_I is not None
@@ -236,8 +240,8 @@ class Sequential:
                 kept_OW = narrowed_anchored(weight_OI, gram_II, kept_W, missing_OI)
                 return {"weight": with_zeros(kept_OW, kept_W, len(order_I))}
             measured_OI, metric_II = (star_OI @ gram_II.mT, None) if rooted else (star_OI, gram_II)
-            left_OO = left_metric_of(target, measured_OI, metric_II, left_OO)
-            spectrum = output_spectrum(measured_OI, metric_II, chosen.size, left_gram_OO=left_OO)
+            left = left_metric_of(target, measured_OI, metric_II, left)
+            spectrum = output_spectrum(measured_OI, metric_II, chosen.size, left=left)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
         u_OR, v_RI = factorise(star_OI, spectrum, chosen.size)

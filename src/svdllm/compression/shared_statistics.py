@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from svdllm.common.files import save_atomically
+from svdllm.compression.analysis import Analysis
 from svdllm.compression.math.statistics import Statistic
+from svdllm.compression.session import Run
 from svdllm.models.structure import Target
 
 
@@ -56,3 +58,12 @@ class SharedStatistics:
 
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:04d}.safetensors"
+
+
+def shared_statistics(run: Run, analysis: Analysis) -> SharedStatistics | None:
+    """Where the statistics are shared with other runs; None where they are not."""
+    if run.statistics_dir is None or run.recipe.bias_correction:
+        return None
+    names = ("recipe: method", "recipe: batch_tokens", "recipe: joint_kv")
+    beside = {key: value for key, value in analysis.settings.items() if key in names or not key.startswith("recipe: ")}
+    return SharedStatistics.of(run.statistics_dir, beside)

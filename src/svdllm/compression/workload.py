@@ -14,6 +14,7 @@ from svdllm.compression.forms import FORMS, most_rank
 from svdllm.compression.math.metrics import METHODS, Method
 from svdllm.compression.parts import parts_of
 from svdllm.compression.probe import probe_sizes, probe_tokens
+from svdllm.compression.pulled_back import is_pulled_back, stream_width
 from svdllm.compression.recipe import Recipe
 from svdllm.compression.routed import gram_values_per_token, token_shares, weights_per_token
 from svdllm.compression.subject import Subject
@@ -204,7 +205,7 @@ class Workload:
 
     @property
     def hidden_size(self) -> int:
-        return int(self.skeleton.get_input_embeddings().weight.shape[-1])  # type: ignore[union-attr, index]
+        return stream_width(self.skeleton)
 
     @property
     def vocab_size(self) -> int:
@@ -246,6 +247,12 @@ class Workload:
         forms = self.recipe.analysed_forms
         depths = {kind: max(m[0].break_even_rank, most_rank(m[0], forms)) for kind, m in self._alike.items()}
         return {target.name: depths[kind] for kind, members in self._alike.items() for target in members}
+
+    def left_sums(self, target: Target) -> list[int]:
+        """Widths of the square sums over the gradients of a target."""
+        if is_pulled_back(target, self.recipe, self.hidden_size):
+            return [target.in_features] * len(target.linears)
+        return [target.out_features]
 
     def narrowed_width(self, target: Target) -> int:
         """Inner features of the MLP that a target reads, if it may be narrowed; else 0."""

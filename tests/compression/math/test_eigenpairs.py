@@ -91,7 +91,7 @@ def test_in_a_left_metric_too(shape: tuple[int, int], resolved: list[bool]):
     left_OO = root_OO.T @ root_OO / shape[0] + 0.3 * torch.eye(shape[0], dtype=torch.float64)
     exact_OI = weight_OI.double()
     best = tail_energies(energies(torch.linalg.cholesky(left_OO).T @ exact_OI, gram))
-    spectrum = output_spectrum(weight_OI, gram, left_gram_OO=left_OO, dtype=torch.float32)
+    spectrum = output_spectrum(weight_OI, gram, left=left_OO, dtype=torch.float32)
     assert resolved == [True]
     for rank in (1, 20, 100, 200):
         u_OR, v_RI = factorise(weight_OI, spectrum, rank)

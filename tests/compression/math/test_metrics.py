@@ -117,7 +117,7 @@ def test_fwsvd_weighs_rows_by_their_fisher_information(shape: tuple[int, int]):
     for rank in (1, 4, 8):
         u_OS, s_S, v_SI = torch.linalg.svd(scale_O[:, None] * weight_OI, full_matrices=False)
         expected = (u_OS[:, :rank] * s_S[:rank]) @ v_SI[:rank] / scale_O[:, None]
-        u_OR, v_RI = factorise(weight_OI, output_spectrum(weight_OI, None, left_gram_OO=metric_OO), rank)
+        u_OR, v_RI = factorise(weight_OI, output_spectrum(weight_OI, None, left=metric_OO), rank)
         torch.testing.assert_close(u_OR @ v_RI, expected, rtol=0, atol=1e-4)
 
 

@@ -60,7 +60,7 @@ def corrected(
     for _ in range(turns):
         rounded = round_(weight_OI - product_OI)
         rest_OI = weight_OI.double() - rounded.matrix.double()
-        u_OR, v_RI = factorise(rest_OI, output_spectrum(rest_OI, gram, rank, left_gram_OO=left_OO), rank)
+        u_OR, v_RI = factorise(rest_OI, output_spectrum(rest_OI, gram, rank, left=left_OO), rank)
         error = squared_error(rest_OI - u_OR @ v_RI, gram, left_OO)
         if error < least:
             best, least = Corrected(rounded, u_OR, v_RI), error

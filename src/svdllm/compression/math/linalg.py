@@ -2,12 +2,12 @@
 
 Shape suffixes: ``O`` out_features, ``I`` in_features, ``K = min(O, I)``, ``D`` depth of a stored basis, ``R`` rank.
 
-Every method is ``min ||L (W - W') S||_F`` over a rank. The right metric ``C = S S^T`` comes from the inputs of a
-target and has three forms: ``None`` (identity), ``(I,)`` (diagonal) or ``(I, I)``. The left metric ``G = L^T L`` comes
-from the gradients of its outputs and is ``None`` or ``(O, O)``. SVD-LLM (arXiv 2403.07378, section 3.1) whitens with
-the Cholesky factor of ``C`` and takes an SVD. The projection of ``W`` on the leading eigenvectors of ``W C W^T`` is the
-same optimum; it needs no inverse and is defined for a singular ``C``. With a left metric, ``L W`` takes the place of
-``W``.
+Every method is ``min ||L (W - W') S||_F`` over a rank. The right metric ``C = S S^T`` comes from the inputs of a target
+and has three forms: ``None`` (identity), ``(I,)`` (diagonal) or ``(I, I)``. The left metric ``G = L^T L`` comes from
+the gradients of its outputs and is ``None``, ``(O, O)`` or a ``Pullback``. SVD-LLM (arXiv 2403.07378, section 3.1)
+whitens with the Cholesky factor of ``C`` and takes an SVD. The projection of ``W`` on the leading eigenvectors of ``W C
+W^T`` is the same optimum; it needs no inverse and is defined for a singular ``C``. With a left metric, ``L W`` takes
+the place of ``W``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from svdllm.compression.math.eigenpairs import eigenpairs
+from svdllm.compression.math.pullback import ROWS, Pullback
 from svdllm.compression.math.symmetric import cholesky_in_place, symmetric_product
 
 # Directions below this share of the leading energy get the scale of this share. The data never excites them, and an
@@ -33,17 +34,26 @@ WELL_IN_FLOAT32 = 1 / 32
 class Spectrum(NamedTuple):
     """Eigenvalues of ``L W C W^T L^T`` and the directions ``U`` that belong to the first of them.
 
-    The optimum of rank ``r`` is ``basis[:, :r] @ dual[:r] @ W``.
+    The optimum of rank ``r`` is ``basis[:, :r] @ rows(W)[:r]``.
     """
 
     energies_K: Tensor  # float64, descending, not negative; their sum is ||L W S||_F^2
     basis_OD: Tensor  # float64, L^-1 U; orthonormal columns where there is no left metric
     dual_DO: Tensor | None = None  # float64, U^T L; None stands for the transposed basis
+    rows_DI: Tensor | None = None  # float64, U^T L W, in place of the dual of a tall weight
+
+    def rows(self, weight_OI: Tensor, depth: int | None = None) -> Tensor:
+        """The first rows of ``U^T L W`` (``D x I``), in the wider dtype of weight and directions, float32 at least."""
+        if self.rows_DI is not None:
+            return self.rows_DI[:depth]
+        product = torch.promote_types(torch.promote_types(weight_OI.dtype, self.basis_OD.dtype), torch.float32)
+        dual_DO = self.basis_OD.mT if self.dual_DO is None else self.dual_DO
+        return dual_DO[:depth].to(product) @ weight_OI.to(product)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Spectrum:
         """Moves the spectrum to a device. The directions get the ``dtype``; the energies stay float64."""
-        dual_DO = None if self.dual_DO is None else self.dual_DO.to(device, dtype)
-        return Spectrum(self.energies_K.to(device), self.basis_OD.to(device, dtype), dual_DO)
+        directions = (each if each is None else each.to(device, dtype) for each in self[2:])
+        return Spectrum(self.energies_K.to(device), self.basis_OD.to(device, dtype), *directions)
 
 
 def output_spectrum(
@@ -51,7 +61,7 @@ def output_spectrum(
     gram: Tensor | None,
     depth: int | None = None,
     *,
-    left_gram_OO: Tensor | None = None,
+    left: Tensor | Pullback | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Spectrum:
     """Spectrum of a weight in the metric of its inputs (and outputs), by one ``eigh`` of the smaller side.
@@ -60,7 +70,7 @@ def output_spectrum(
         weight_OI: the weight, any float dtype.
         gram: the right metric, ``None``, ``(I,)`` or ``(I, I)``.
         depth: how many directions to return; all ``min(O, I)`` by default. 0 takes the least time.
-        left_gram_OO: the left metric ``G = L^T L``, positive definite; identity by default.
+        left: the left metric ``G = L^T L``, positive definite; identity by default. A pullback is for a tall weight.
         dtype: of the directions. With float32, large weights are decomposed in float32 as far as that loses nothing
             (``eigenpairs``).
 
@@ -71,13 +81,18 @@ def output_spectrum(
     out_features, in_features = weight_OI.shape
     depth = min(out_features, in_features) if depth is None else depth
     if out_features > in_features:
-        spectrum = _tall_spectrum(weight_OI, gram, depth, left_gram_OO, dtype)
+        spectrum = _tall_spectrum(weight_OI, gram, depth, left, dtype)
         if spectrum is not None:
             return spectrum
+    if isinstance(left, Pullback):
+        columns_OI, factor_II = left.factors(weight_OI)
+        energies_K, basis_ID = eigenpairs(factor_II, gram, depth, dtype)
+        basis_ID = basis_ID.double()
+        return Spectrum(energies_K, (columns_OI @ basis_ID).to(dtype), rows_DI=(basis_ID.mT @ factor_II).to(dtype))
     weight_OI = weight_OI.double()
-    if left_gram_OO is not None:
-        left_OO = torch.linalg.cholesky(left_gram_OO.double()).mT
-        energies_K, basis_OD, _ = output_spectrum(left_OO @ weight_OI, gram, depth, dtype=dtype)
+    if left is not None:
+        left_OO = torch.linalg.cholesky(left.double()).mT
+        energies_K, basis_OD, *_ = output_spectrum(left_OO @ weight_OI, gram, depth, dtype=dtype)
         basis_OD = basis_OD.double()
         unwhitened_OD = torch.linalg.solve_triangular(left_OO, basis_OD, upper=True)
         return Spectrum(energies_K, unwhitened_OD.to(dtype), (basis_OD.mT @ left_OO).to(dtype))
@@ -90,35 +105,49 @@ def output_spectrum(
 
 
 def _tall_spectrum(
-    weight_OI: Tensor, gram: Tensor | None, depth: int, left_gram_OO: Tensor | None, dtype: torch.dtype
+    weight_OI: Tensor, gram: Tensor | None, depth: int, left: Tensor | Pullback | None, dtype: torch.dtype
 ) -> Spectrum | None:
     """Spectrum of a tall weight without a factor of anything as large as its outputs; None if it is ill-conditioned.
 
     With ``R`` from the Cholesky factorisation ``W^T G W = R^T R``, ``L W`` is ``Q R``, and the eigenvectors ``E`` of
-    ``R C R^T`` give ``U = Q E`` and ``L^-1 U = W R^-1 E``. The loss of orthogonality is about ``eps cond(L W)^2``.
+    ``R C R^T`` give ``U = Q E``, ``L^-1 U = W R^-1 E`` and ``U^T L W = E^T R``. The loss of orthogonality is about
+    ``eps cond(L W)^2``.
     """
-    wide_OI = weight_OI.double()
-    weighed_OI = wide_OI if left_gram_OO is None else left_gram_OO.double() @ wide_OI
-    factor_II, info = torch.linalg.cholesky_ex(symmetric_product(wide_OI.mT, weighed_OI))
+    factor_II, info = torch.linalg.cholesky_ex(_weighed_gram(weight_OI, left))
     conditioning = float(factor_II.diagonal().min() / factor_II.diagonal().max())
     if info.item() or not conditioning > WELL_CONDITIONED:
         return None
     energies_K, basis_ID = eigenpairs(factor_II.mT, gram, depth, dtype)
     inputs_ID = torch.linalg.solve_triangular(factor_II.mT, basis_ID.double(), upper=True)
-    if left_gram_OO is None:
+    if left is None:
         product = dtype if conditioning > WELL_IN_FLOAT32 else torch.float64
         return Spectrum(energies_K, (weight_OI.to(product) @ inputs_ID.to(product)).to(dtype))
-    return Spectrum(energies_K, (wide_OI @ inputs_ID).to(dtype), (inputs_ID.mT @ weighed_OI.mT).to(dtype))
+    basis_OD = weight_OI.new_empty(len(weight_OI), inputs_ID.shape[1], dtype=dtype)
+    for rows_RI, basis_RD in zip(weight_OI.split(ROWS), basis_OD.split(ROWS), strict=True):
+        basis_RD.copy_(rows_RI.double() @ inputs_ID)
+    return Spectrum(energies_K, basis_OD, rows_DI=(basis_ID.double().mT @ factor_II.mT).to(dtype))
 
 
-def energy_alone(weight_OI: Tensor, gram: Tensor | None, left_gram_OO: Tensor | None = None) -> Spectrum:
-    """The whole energy ``||L W S||_F^2`` as a spectrum of one value, without directions."""
+def _weighed_gram(weight_OI: Tensor, left: Tensor | Pullback | None) -> Tensor:
+    """``W^T G W``, float64."""
+    if isinstance(left, Pullback):
+        return left.gram(weight_OI)
     weight_OI = weight_OI.double()
+    return symmetric_product(weight_OI.mT, weight_OI if left is None else left.double() @ weight_OI)
+
+
+def energy_alone(weight_OI: Tensor, gram: Tensor | None, left: Tensor | Pullback | None = None) -> Spectrum:
+    """The whole energy ``||L W S||_F^2`` as a spectrum of one value, without directions."""
+    no_directions = weight_OI.new_zeros(len(weight_OI), 0, dtype=torch.float64)
+    if isinstance(left, Pullback):  # tr(W^T G W C)
+        left_OI, weight_OI = left.gram(weight_OI), torch.eye(weight_OI.shape[1]).to(no_directions)
+    else:
+        weight_OI = weight_OI.double()
+        left_OI = weight_OI if left is None else left.double() @ weight_OI
     weighted_OI = weight_OI
     if gram is not None:
         weighted_OI = weight_OI * gram.double() if gram.ndim == 1 else weight_OI @ gram.double()
-    left_OI = weight_OI if left_gram_OO is None else left_gram_OO.double() @ weight_OI
-    return Spectrum((left_OI * weighted_OI).sum()[None].clamp_min(0), weight_OI.new_zeros(len(weight_OI), 0))
+    return Spectrum((left_OI * weighted_OI).sum()[None].clamp_min(0), no_directions)
 
 
 def factorise(weight_OI: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
@@ -130,12 +159,9 @@ def factorise(weight_OI: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor,
     these, to the last bit: the product is taken with the whole basis, because products of other sizes round
     differently. It is taken in float32 if weight and basis are no wider.
     """
-    basis_OD = spectrum.basis_OD
-    dual_DO = basis_OD.mT if spectrum.dual_DO is None else spectrum.dual_DO
-    product = torch.promote_types(torch.promote_types(weight_OI.dtype, basis_OD.dtype), torch.float32)
-    v_RI = (dual_DO.to(product) @ weight_OI.to(product))[:rank].double()
+    v_RI = spectrum.rows(weight_OI)[:rank].double()
     scale_R = _balancing_scales(weight_OI.double(), spectrum.energies_K.double())[:rank]
-    return basis_OD[:, :rank] * scale_R, v_RI / scale_R[:, None]
+    return spectrum.basis_OD[:, :rank] * scale_R, v_RI / scale_R[:, None]
 
 
 def shrunk_to_diagonal(gram: Tensor | None, amount: float) -> Tensor | None:
@@ -145,16 +171,6 @@ def shrunk_to_diagonal(gram: Tensor | None, amount: float) -> Tensor | None:
     shrunk = (1 - amount) * gram
     shrunk.diagonal().copy_(gram.diagonal())
     return shrunk
-
-
-def shrunk_to_mean(gram_OO: Tensor, amount: float) -> Tensor:
-    """``(1 - a) G + a tr(G)/d I``, scaled to a mean diagonal of 1; the identity if ``G`` is zero."""
-    mean = gram_OO.diagonal().mean()
-    if mean <= 0:
-        return torch.eye(len(gram_OO), dtype=gram_OO.dtype, device=gram_OO.device)
-    shrunk_OO = (1 - amount) / mean * gram_OO
-    shrunk_OO.diagonal().add_(amount)
-    return shrunk_OO
 
 
 def without_zeros(values: Tensor) -> Tensor:
@@ -210,6 +226,23 @@ def anchored(weight_OI: Tensor, gram_II: Tensor, missing_OI: Tensor | None, *, o
         raise torch.linalg.LinAlgError("the Gram of the inputs is not positive definite")  # pyright: ignore[reportPrivateImportUsage]
     half_IO = torch.linalg.solve_triangular(root_II, missing_OI.mT, upper=False)
     return weight_OI + torch.linalg.solve_triangular(root_II.mT, half_IO, upper=True).mT
+
+
+def anchored_with_pullback(
+    weight_OI: Tensor, gram_II: Tensor, missing_II: Tensor | None, left: Pullback
+) -> tuple[Tensor, Pullback]:
+    """``W* = W T`` of ``anchored`` and its left metric, where ``M`` is ``W`` times a change of the inputs.
+
+    Args:
+        missing_II: the product of this change with ``X'^T``; nothing for None.
+
+    Raises:
+        torch.linalg.LinAlgError: ``S'`` is not positive definite; shrink it.
+    """
+    if missing_II is None:
+        return weight_OI.double(), left
+    transform_II = anchored(torch.eye(len(gram_II)).to(gram_II), gram_II, missing_II)
+    return weight_OI.double() @ transform_II, left.after(transform_II)
 
 
 def _balancing_scales(weight_OI: Tensor, energies_K: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,9 +39,10 @@ class Statistic(Protocol):
 
 
 class BackwardStatistic(Protocol):
-    """Accumulated over the inputs of a linear and the gradients of the loss in its outputs, in the reverse walk."""
+    """Accumulated over the inputs of a linear and the gradients of the loss in its outputs, in the reverse walk.
 
-    def __init__(self, out_features: int, device: torch.device | str = "cpu"): ...
+    Most are made from ``(out_features, device)``; see ``LeftMetric``.
+    """
 
     @property
     def is_folded(self) -> bool: ...
@@ -53,7 +55,7 @@ class BackwardStatistic(Protocol):
         """Adds what the processes have collected since they last did; see ``Total.fold``."""
         ...
 
-    def value(self) -> Tensor: ...
+    def value(self) -> Any: ...
 
 
 class Gram(Totals):
@@ -229,3 +231,35 @@ class GradientGram(Totals):
     def value(self) -> Tensor:
         """The symmetric sum, float64."""
         return self._gram.value()
+
+
+class PulledBack(NamedTuple):
+    """What is known of the gradients in the outputs of some linears, after their weights."""
+
+    products: list[Tensor]  # of each linear, W^T (sum g g^T) W (in x in)
+    traces_P: Tensor  # of each linear, sum g^T g
+
+
+class GradientPullback(Totals):
+    """``W^T G W`` (``in x in``) and ``tr G`` of ``G = sum g g^T``, for every linear of a target; float64."""
+
+    def __init__(self, weights: Sequence[Tensor]):
+        """Takes the weights (each ``out x in``), which must not change while gradients are added."""
+        self._weights, device = weights, weights[0].device
+        self._grams = [Gram(weight.shape[1], device) for weight in weights]
+        self._traces = Total(len(weights), device=device)
+        self._totals = (*(total for gram in self._grams for total in gram._totals), self._traces)
+
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Adds the gradients of windows (``windows x tokens x out``); the inputs are not needed."""
+        gradients_TO = gradients.flatten(0, -2)
+        for chunk_TO in gradients_TO.split(TOKENS_PER_PRODUCT):
+            chunk_TO = chunk_TO if chunk_TO.dtype == torch.float64 else chunk_TO.float()
+            own = chunk_TO.split([len(weight) for weight in self._weights], dim=1)
+            for number, (weight_OI, own_TO) in enumerate(zip(self._weights, own, strict=True)):
+                self._grams[number].add(own_TO @ weight_OI.to(own_TO))
+                self._traces.shard[number] += own_TO.square().sum(dtype=torch.float64)
+
+    def value(self) -> PulledBack:
+        """The sums, float64."""
+        return PulledBack([gram.value() for gram in self._grams], self._traces.value())

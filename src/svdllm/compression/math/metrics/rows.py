@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pydantic import BaseModel
 from torch import Tensor
 
 from svdllm.compression.math.metrics.shared_settings import SharedSettings
-from svdllm.compression.math.statistics import BackwardStatistic, Gram, Statistic
+from svdllm.compression.math.pullback import Pullback
+from svdllm.compression.math.statistics import BackwardStatistic, Gram, PulledBack, Statistic
 from svdllm.models.structure import Target
 
 
@@ -23,12 +25,21 @@ class LeftMetric:
     """How errors of the outputs are weighted, from gradients of the loss.
 
     ``weighs(target, settings)`` says whether a target has a left metric; without, it keeps the identity.
-    ``of(target, value, settings)`` returns ``G`` (``out x out``) from the value of the statistic.
+    ``of(target, value, settings)`` returns ``G`` (``out x out``) from the value of the statistic. Where there is a
+    ``pullback``, the same of ``GradientPullback``, a tall target's ``G`` need not be formed.
     """
 
-    statistic: type[BackwardStatistic]
+    statistic: Callable[[int, torch.device | str], BackwardStatistic]  # of out_features
     of: Callable[[Target, Tensor, Any], Tensor]
+    pullback: Callable[[Target, PulledBack, Any], Pullback] | None = None
     weighs: Callable[[Target, Any], bool] = lambda target, settings: True
+
+    def metric(self, target: Target, value: Tensor | PulledBack, settings: Any) -> Tensor | Pullback:
+        """The metric of a target, in the form that the statistic has."""
+        if isinstance(value, PulledBack):
+            assert self.pullback is not None
+            return self.pullback(target, value, settings)
+        return self.of(target, value, settings)
 
 
 @dataclass(frozen=True, kw_only=True)

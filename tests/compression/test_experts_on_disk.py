@@ -149,6 +149,6 @@ def test_with_experts_on_disk_a_block_takes_the_memory_of_few_of_them() -> None:
     )
     spilled = replace(whole, experts_on_disk=True)
     expert = 3 * 32 * 24 * 4  # gate, up and down
-    assert whole.experts_bytes == spilled.experts_bytes == 16 * expert
-    assert whole.all_experts_bytes == 2 * 16 * expert
+    assert max(whole.experts_bytes) == max(spilled.experts_bytes) == 16 * expert
+    assert sum(whole.experts_bytes) == 2 * 16 * expert
     assert whole.block_bytes - spilled.block_bytes == (16 - 4) * expert

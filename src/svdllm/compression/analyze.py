@@ -181,8 +181,9 @@ class Calibration:
             self._forward_part(block, part, tokens, seconds)
 
     def _parts(self, block: Block) -> list[Part]:
-        structure = self.walk.structure
-        return parts_of(structure.block_targets(block.index), self.depths, mixture=bool(structure.pools))
+        targets, mixture = self.walk.structure.block_targets(block.index), bool(self.walk.structure.pools)
+        pulled = pulled_back(targets, self.recipe, self.walk.skeleton)
+        return parts_of(targets, self.depths, pulled, mixture=mixture)
 
     def _forward_part(self, block: Block, part: Part, tokens: dict[str, int], seconds: dict[str, float]) -> None:
         """The forward walk over a part; adds the experts' tokens and the seconds to those of the parts before."""

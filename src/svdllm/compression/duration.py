@@ -89,7 +89,7 @@ def _experts_seconds(work: Workload, stage: str) -> float:
     if not work.experts_on_disk or stage not in runs:
         return 0.0
     tokens, count = runs[stage]
-    return count * -(-tokens // max(work.batch_tokens, 1)) * work.all_experts_bytes / SCRATCH_BYTES
+    return count * -(-tokens // max(work.batch_tokens, 1)) * sum(work.experts_bytes) / SCRATCH_BYTES
 
 
 def _gguf_seconds(work: Workload) -> float:
@@ -128,12 +128,18 @@ def _gram_seconds(work: Workload, tokens: int, speed: MachineSpeed) -> float:
 def _backward_seconds(work: Workload, speed: MachineSpeed) -> float:
     """Seconds of the reverse walk: forward again and back, Grams of output gradients, and the head both ways."""
     tokens, head = work.gradient_tokens, work.vocab_size * work.hidden_size
-    lefts = sum(count * work.token_shares[target.pool] * target.out_features**2 for target, count in work.kinds)
+    lefts = sum(count * work.token_shares[target.pool] * _left_operations(target, work) for target, count in work.kinds)
     return (
         BACKWARD * _forward_seconds(work, tokens, speed)
-        + 2 * SYMMETRIC * tokens * lefts / speed.multiply32
+        + tokens * lefts / speed.multiply32
         + tokens * (4 * head / speed.multiply + 6 * work.vocab_size / speed.elements)
     )
+
+
+def _left_operations(target: Target, work: Workload) -> float:
+    """Operations of the sums over the gradients of a target, for every token."""
+    through_weight = 2 * target.num_weights if work.is_pulled_back(target) else 0
+    return 2 * SYMMETRIC * work.left_values(target) + through_weight
 
 
 def _probe_seconds(work: Workload, speed: MachineSpeed) -> float:
@@ -165,9 +171,9 @@ def _spectrum_seconds(target: Target, work: Workload, speed: MachineSpeed) -> fl
         operations += 2 * rank * columns * columns
     if rows > columns:  # a Cholesky factor of W^T G W first
         operations += 2 * SYMMETRIC * columns * columns * rows + columns**3 + 2 * rows * columns * rank
-    if work.gradient_tokens:
-        operations += 2 * rows * rows * columns + 2 * rows * rank * min(rows, columns)
-        operations += rows**3 / 3 if rows <= columns else 0
+    if work.gradient_tokens and not work.is_pulled_back(target):
+        operations += 2 * rows * rows * columns
+        operations += rows**3 / 3 + 2 * rows * rank * rank if rows <= columns else 0
     operations += NARROWING * work.narrowed_width(target) ** 3
     return operations / speed.multiply64 + rank**3 / speed.eigh
 

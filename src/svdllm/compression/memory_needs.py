@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from svdllm.checkpoint.tensors import SHARD_BYTES, tensor_bytes
 from svdllm.common.memory import resident_bytes
 from svdllm.compression.forms import bits_in
+from svdllm.compression.math.pullback import ROWS
 from svdllm.compression.probe import WINDOW as PROBE_WINDOW
 from svdllm.compression.ranks.measure_linears import work_bytes
 from svdllm.compression.rounded_targets import BYTES_OF_A_WEIGHT, WEIGHTS_AT_ONCE
@@ -100,9 +101,9 @@ def _backward_block(work: Workload) -> int:
     inputs = round(work.share * work.gradient_tokens) * work.hidden_size * work.dtype.itemsize
 
     def part(targets: Sequence[Target]) -> int:
-        squares = [target.out_features**2 for target in targets]
+        squares = [work.left_values(target) for target in targets]
         lefts = max(8 * sum(squares) + 8 * max(squares), 12 * sum(squares))  # being shrunk, or written in float32
-        return lefts + max(3 * _batch(work), _decomposition_of(work, targets) + 2 * _bases_of(work, targets))
+        return lefts + max(3 * _batch(work), _decomposition_of(work, targets) + _bases_of(work, targets))
 
     return work.block_bytes + inputs + max(map(part, work.parts))
 
@@ -158,7 +159,10 @@ def _decomposition_of(work: Workload, targets: Sequence[Target], *, fitted: bool
         narrowing = 0 if fitted else 2 * work.narrowed_width(target) ** 2
         at_once = max(target.num_weights, min(WEIGHTS_AT_ONCE, num_bits * target.num_weights))
         rounding = BYTES_OF_A_WEIGHT * at_once if num_bits else 0
-        return 8 * (2 * target.num_weights + max(4 * target.full_rank**2, narrowing) + metric) + rounding
+        in_float64 = 2 * target.num_weights
+        if work.is_pulled_back(target):  # some rows, and a factor that takes the place of the weight
+            in_float64 = min(in_float64, 2 * ROWS * target.in_features) + target.in_features**2
+        return 8 * (in_float64 + max(4 * target.full_rank**2, narrowing) + metric) + rounding
 
     return max(map(workspace, targets))
 
@@ -172,7 +176,7 @@ def _bases_of(work: Workload, targets: Sequence[Target]) -> int:
     """The bases of a part's targets, as they are kept until they are written."""
 
     def basis(target: Target) -> int:
-        return 4 * target.out_features * work.depth(target) + 4 * work.narrowed_width(target) ** 2
+        return 4 * work.basis_width(target) * work.depth(target) + 4 * work.narrowed_width(target) ** 2
 
     return sum(map(basis, targets))
 

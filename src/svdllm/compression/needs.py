@@ -116,7 +116,7 @@ def _network_bytes(work: Workload) -> int:
     forward = 8 * grams if work.takes_grams else 0
     backward = fitted = 0
     if work.recipe.needs_gradients:
-        backward = 8 * sum(n * gram_values(t.out_features) for t, n in work.kinds)
+        backward = 8 * sum(n * sum(map(gram_values, work.left_sums(t))) for t, n in work.kinds)
     if work.sequential_tokens:
         forward += work.num_outputs * 8 * (grams + sum(width**2 for width in widths))
         fitted = work.num_outputs * sum(4 * n * (t.in_features + t.out_features) * work.depth(t) for t, n in work.kinds)
@@ -128,15 +128,14 @@ def _disk_bytes(work: Workload, hidden_states_on_disk: bool) -> int:
     """The analysis, what waits for other stages, and the checkpoints."""
     recipe = work.recipe
     is_sequential = work.sequential_tokens > 0
-    sides = 2 if recipe.needs_gradients else 1
-    needed = sum(n * (8 * t.full_rank + 4 * sides * t.out_features * work.depth(t)) for t, n in work.kinds)
+    needed = sum(n * (8 * t.full_rank + 4 * work.basis_width(t) * work.depth(t)) for t, n in work.kinds)
     needed += sum(4 * n * work.narrowed_width(t) ** 2 for t, n in work.kinds)
     if (
         recipe.needs_gradients
     ):  # metrics and inputs that wait for the reverse walk, metrics for a sequential calibration
         needed += sum(4 * width**2 for width in work.group_widths.values())
         needed += work.gradient_tokens * work.hidden_size * work.dtype.itemsize * len(work.structure.blocks)
-        needed += is_sequential * sum(4 * n * t.out_features**2 for t, n in work.kinds)
+        needed += is_sequential * sum(4 * n * work.left_values(t) for t, n in work.kinds)
     if is_sequential:
         needed += work.num_outputs * sum(
             4 * n * max(t.num_weights, (t.in_features + t.out_features) * work.depth(t)) for t, n in work.kinds
@@ -146,5 +145,5 @@ def _disk_bytes(work: Workload, hidden_states_on_disk: bool) -> int:
     if hidden_states_on_disk:
         needed += work.processes * max(work.hidden_states_bytes, work.probe_streams_bytes)
     if work.experts_on_disk:  # as they are; truncated, with their factors; or fitted, with theirs
-        needed += work.processes * (3 if work.num_probes or is_sequential else 1) * work.experts_bytes
+        needed += work.processes * (3 if work.num_probes or is_sequential else 1) * max(work.experts_bytes)
     return needed + work.num_outputs * work.written_bytes

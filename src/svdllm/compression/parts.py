@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,19 +32,23 @@ class Part:
         return self.number is None
 
 
-def statistics_bytes(target: Target, depth: int) -> int:
+def statistics_bytes(target: Target, depth: int, *, pulled_back: bool = False) -> int:
     """Bytes of the Grams of a target's inputs and outputs, and of its basis and narrowing."""
     narrowing = 0 if target.inner is None else 4 * target.inner.width**2
-    return 8 * target.in_features**2 + 12 * target.out_features**2 + 4 * target.out_features * depth + narrowing
+    lefts = len(target.linears) * target.in_features**2 if pulled_back else target.out_features**2
+    return 8 * target.in_features**2 + 12 * lefts + 4 * target.out_features * depth + narrowing
 
 
-def parts_of(targets: Sequence[Target], depths: Mapping[str, int], *, mixture: bool = True) -> list[Part]:
+def parts_of(
+    targets: Sequence[Target], depths: Mapping[str, int], pulled_back: Container[str] = (), *, mixture: bool = True
+) -> list[Part]:
     """Divides the targets of a block: as many as fit at a time, everything but experts first.
 
     An expert is not divided, nor are targets that read the same tensor.
 
     Args:
         depths: target -> directions of its basis that are kept.
+        pulled_back: names of targets whose gradients are added up after their weights.
         mixture: whether the model is a mixture of experts; blocks of other models stay whole.
     """
     units: dict[str | None, list[Target]] = {}
@@ -53,7 +57,9 @@ def parts_of(targets: Sequence[Target], depths: Mapping[str, int], *, mixture: b
     chunks: list[list[Target]] = [[]]
     size = 0
     for members in units.values():
-        needed = sum(statistics_bytes(target, depths[target.name]) for target in members)
+        needed = sum(
+            statistics_bytes(target, depths[target.name], pulled_back=target.name in pulled_back) for target in members
+        )
         if chunks[-1] and size + needed > PART_BYTES:
             chunks.append([])
             size = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from math import prod
 
 import torch
@@ -102,7 +103,8 @@ class Workload:
     def parts_of_blocks(self) -> list[list[list[Target]]]:
         """The targets whose statistics are in memory together, by block, of each kind of block."""
         mixture = bool(self.structure.pools)
-        blocks = [parts_of(targets, self._depths, mixture=mixture) for targets in self.distinct_blocks]
+        pulled = {target.name for target in chain(*self.distinct_blocks) if self.is_pulled_back(target)}
+        blocks = [parts_of(targets, self._depths, pulled, mixture=mixture) for targets in self.distinct_blocks]
         return [[part.targets for part in parts] for parts in blocks]
 
     @property
@@ -145,14 +147,9 @@ class Workload:
         return (max(numbers) + self.experts_on_disk * 4 * self._largest_expert) * self.dtype.itemsize
 
     @property
-    def experts_bytes(self) -> int:
-        """The experts of the block that has most."""
-        return max(experts for _, experts in self._numbers.values()) * self.dtype.itemsize
-
-    @property
-    def all_experts_bytes(self) -> int:
-        """The experts of all blocks."""
-        return sum(experts for _, experts in self._numbers.values()) * self.dtype.itemsize
+    def experts_bytes(self) -> list[int]:
+        """The experts of each block."""
+        return [experts * self.dtype.itemsize for _, experts in self._numbers.values()]
 
     @cached_property
     def _numbers(self) -> dict[str, tuple[int, int]]:
@@ -248,11 +245,23 @@ class Workload:
         depths = {kind: max(m[0].break_even_rank, most_rank(m[0], forms)) for kind, m in self._alike.items()}
         return {target.name: depths[kind] for kind, members in self._alike.items() for target in members}
 
+    def is_pulled_back(self, target: Target) -> bool:
+        """Whether the gradients of a target are added up after its weight."""
+        return is_pulled_back(target, self.recipe, self.hidden_size)
+
     def left_sums(self, target: Target) -> list[int]:
         """Widths of the square sums over the gradients of a target."""
-        if is_pulled_back(target, self.recipe, self.hidden_size):
+        if self.is_pulled_back(target):
             return [target.in_features] * len(target.linears)
         return [target.out_features]
+
+    def left_values(self, target: Target) -> int:
+        """Numbers of these sums."""
+        return sum(width**2 for width in self.left_sums(target))
+
+    def basis_width(self, target: Target) -> int:
+        """Numbers of every direction that the analysis keeps of a target: outputs, and with a left metric its dual."""
+        return target.out_features + (target.full_rank if self.recipe.needs_gradients else 0)
 
     def narrowed_width(self, target: Target) -> int:
         """Inner features of the MLP that a target reads, if it may be narrowed; else 0."""
@@ -262,8 +271,7 @@ class Workload:
 
     @property
     def num_batches(self) -> int:
-        recipe = self.recipe
-        return -(-recipe.samples // windows_per_batch(recipe.batch_tokens, recipe.seqlen))
+        return -(-self.recipe.samples // windows_per_batch(self.recipe.batch_tokens, self.recipe.seqlen))
 
     @property
     def share(self) -> float:
@@ -282,9 +290,8 @@ class Workload:
     @property
     def probe_streams_bytes(self) -> int:
         """Bytes of the hidden states of a process's probes and of the dense model, between two blocks."""
-        if not self.probe_tokens:
-            return 0
-        return (-(-sum(self.num_probes.values()) // self.processes) + 1) * self.probe_tokens * self.token_bytes
+        own = -(-sum(self.num_probes.values()) // self.processes) if self.probe_tokens else 0
+        return (own + 1) * self.probe_tokens * self.token_bytes
 
     @property
     def hidden_states_bytes(self) -> int:

@@ -52,7 +52,9 @@ def sizes_of(subject: Subject, recipe: Recipe, files: WrittenFiles, forms: Forms
     places = subject.expert_tensors
     stacked = untouched(places, forms)
     written = stacked_layout(compressed_tensors(stored, structure.stored, forms), stacked)
-    at_full_bits = stacked_layout(compressed_tensors(stored, structure.targets, without_bits(forms)), stacked)
+    at_full_bits, full = written, without_bits(forms)
+    if full != forms:
+        at_full_bits = stacked_layout(compressed_tensors(stored, structure.targets, full), stacked)
     corrections = sum(
         params(t, chosen) - t.num_weights
         for t in structure.targets
@@ -64,7 +66,7 @@ def sizes_of(subject: Subject, recipe: Recipe, files: WrittenFiles, forms: Forms
         achieved_ratio=(structure.num_target_params - kept) / structure.num_target_params,
         params=num_params(at_full_bits, buffers) + corrections,
         dense_params=num_params(stored, buffers),
-        file_bytes=file_bytes(written),
+        file_bytes=sum(parts.values()),
         dense_file_bytes=file_bytes(stacked_layout(stored, places)),
         quantized_file_bytes=None if recipe.factor_bits is None else files.num_bytes(forms),
         elastic_bytes=elastic_bytes(recipe, structure, stored, forms, forms_known),

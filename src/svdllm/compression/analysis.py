@@ -133,11 +133,10 @@ class Analysis:
         seconds: float,
         part: int | None = None,
     ) -> None:
-        """Keeps the right metrics of a block, by group, in float32 until the reverse walk has finished the block."""
+        """Keeps the right metrics of a block, by group, until the reverse walk has finished the block."""
         write_atomically(self._file(block).with_suffix(".json"), json.dumps({"": seconds}).encode())
         named_means = {f"{group}.mean": mean for group, mean in means.items()}
-        kept = {group: metric.float() for group, metric in metrics.items()}
-        save_atomically(kept | named_means, _of_part(self._metrics_file(block), part))
+        save_atomically({**metrics, **named_means}, _of_part(self._metrics_file(block), part))
 
     def metric(self, target: Target) -> Tensor | None:
         """The right metric of a target whose block waits for the reverse walk, or whose metrics are kept; else None."""

@@ -207,8 +207,8 @@ class Calibration:
             grams = {group: statistics[target.name] for group, target in leaders.items()}
             means = {group: gram.mean() for group, gram in grams.items() if isinstance(gram, Gram | GroupStatistic)}
         if self.processes.is_first and (self.reverse or self.keeps_metrics):
-            metrics = {group: metric_of(target) for group, target in leaders.items()}
-            known = {group: metric for group, metric in metrics.items() if metric is not None}
+            metrics = ((group, metric_of(target)) for group, target in leaders.items())
+            known = {group: metric.float() for group, metric in metrics if metric is not None}
             self.analysis.write_metrics(block.index, known, means, seconds[""], part.number)
         if not self.reverse:
             self._decompose(block, part, metric_of, means, seconds)
@@ -271,7 +271,7 @@ class Calibration:
         metric_of: Callable[[Target], Tensor | None],
         means: Mapping[str, Tensor],
         seconds: dict[str, float],
-        lefts: Mapping[str, Tensor | Pullback] | None = None,
+        lefts: dict[str, Tensor | Pullback] | None = None,
     ) -> None:
         """Decomposes the weights of a part; adds the seconds to those of the parts before.
 

@@ -44,7 +44,7 @@ def decompose(
     targets: list[Target],
     metric_of: Callable[[Target], Tensor | None],
     depths: Mapping[str, int],
-    lefts: Mapping[str, Tensor | Pullback],
+    lefts: dict[str, Tensor | Pullback],
     consumers: Sequence[Target] = (),
     bits: Sequence[int] = (),
     corrected: Sequence[int] = (),
@@ -54,7 +54,7 @@ def decompose(
     Args:
         metric_of: gives the right metric of a target; called once per group.
         depths: target -> directions of its basis to keep; of 0, the energy alone is computed.
-        lefts: target -> left metric; targets without one are measured in their outputs as they are.
+        lefts: target -> left metric, which is taken out; targets without one are measured in their outputs as they are.
         consumers: of the targets, those that read the inner features of an MLP that may be narrowed.
         bits: in which the targets may be stored.
         corrected: of these, those that may have a low-rank correction.
@@ -76,7 +76,7 @@ def decompose(
         metric = metrics[target.group]
         metric = metric if metric is None else metric.to(weight_OI.device)
         try:
-            left = left_metric_of(target, weight_OI, metric, lefts.get(target.name))
+            left = left_metric_of(target, weight_OI, metric, lefts.pop(target.name, None))
             if depths[target.name]:
                 depth = depths[target.name]
                 spectrum = output_spectrum(weight_OI, metric, depth, left=left, dtype=stored_dtype)

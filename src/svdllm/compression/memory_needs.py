@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from svdllm.checkpoint.tensors import SHARD_BYTES, tensor_bytes
 from svdllm.common.memory import resident_bytes
 from svdllm.compression.forms import bits_in
-from svdllm.compression.math.pullback import ROWS
+from svdllm.compression.math.symmetric import ROWS
 from svdllm.compression.probe import WINDOW as PROBE_WINDOW
 from svdllm.compression.ranks.measure_linears import work_bytes
 from svdllm.compression.rounded_targets import BYTES_OF_A_WEIGHT, WEIGHTS_AT_ONCE
@@ -41,7 +41,8 @@ def ram_by_stage(work: Workload, hidden_states_on_disk: bool) -> dict[str, int]:
     for stage, computed in _computed_bytes(work).items():
         on_cpu = computed if work.on_cpu else 2 * work.largest_tensor_bytes if stage == "analyze" else 0
         stages[stage] = base + carried.get(stage, 0) + on_cpu
-    stages["write"] = base + shard + _decomposition(work)
+    narrowed = max(4 * work.narrowed_width(target) ** 2 for target, _ in work.kinds)
+    stages["write"] = base + shard + _decomposition(work) + narrowed
     stages["check"] = base + (work.outside_bytes + work.block_bytes if work.on_cpu else work.largest_tensor_bytes)
     return stages
 
@@ -90,22 +91,37 @@ def _head(work: Workload, tokens: int) -> int:
 
 
 def _forward_block(work: Workload) -> int:
-    """A block with its statistics, of two shards with a batch's activations, and of all with a decomposition."""
+    """A block with its statistics, of two shards with a batch's activations, or of all with what is made of them.
+
+    Those are metrics in float32 that wait for the reverse walk, one after the other, or decompositions.
+    """
     power = 2 if work.takes_grams else 1
     statistics = _largest_part(work, lambda target: 8 * target.in_features**power)
-    return work.block_bytes + max(statistics + _batch(work), statistics // 2 + _decomposition(work) + _bases(work))
+    if work.recipe.needs_gradients:
+        made = statistics // 2 + 8 * max(width**power for width in work.group_widths.values())
+    else:
+        made = _decomposition(work) + _bases(work)
+    return work.block_bytes + max(statistics + _batch(work), statistics // 2 + made)
 
 
 def _backward_block(work: Workload) -> int:
-    """A block with the Grams of its outputs, and a batch's activations and their gradients or a decomposition."""
-    inputs = round(work.share * work.gradient_tokens) * work.hidden_size * work.dtype.itemsize
+    """A block with the sums over its gradients, and a batch's activations and their gradients or a decomposition.
+
+    A left metric is in memory until its target is decomposed, and the bases from then on until all are written.
+    """
+    gradients = round(work.share * work.gradient_tokens) * work.hidden_size * work.dtype.itemsize
 
     def part(targets: Sequence[Target]) -> int:
-        squares = [work.left_values(target) for target in targets]
-        lefts = max(8 * sum(squares) + 8 * max(squares), 12 * sum(squares))  # being shrunk, or written in float32
-        return lefts + max(3 * _batch(work), _decomposition_of(work, targets) + _bases_of(work, targets))
+        lefts = [8 * work.left_values(target) for target in targets]
+        stages = [sum(lefts) + 3 * _batch(work), sum(lefts) + max(lefts), sum(lefts) * 3 // 2]  # shrunk, then written
+        kept = sum(lefts)
+        for target, left in zip(targets, lefts, strict=True):
+            kept += _bases_of(work, [target])
+            stages.append(kept + _decomposition_of(work, [target]))
+            kept -= left
+        return max(stages)
 
-    return work.block_bytes + inputs + max(map(part, work.parts))
+    return work.block_bytes + gradients + max(map(part, work.parts))
 
 
 def _sequential_block(work: Workload) -> int:
@@ -155,16 +171,31 @@ def _decomposition_of(work: Workload, targets: Sequence[Target], *, fitted: bool
     num_bits = len(bits_in(work.recipe.analysed_forms))
 
     def workspace(target: Target) -> int:
-        metric = 2 * target.in_features**2 if work.takes_grams and not fitted else 0
-        narrowing = 0 if fitted else 2 * work.narrowed_width(target) ** 2
+        narrowing = 0 if fitted else work.narrowed_width(target) ** 2 + 2 * ROWS * work.narrowed_width(target)
         at_once = max(target.num_weights, min(WEIGHTS_AT_ONCE, num_bits * target.num_weights))
         rounding = BYTES_OF_A_WEIGHT * at_once if num_bits else 0
         in_float64 = 2 * target.num_weights
         if work.is_pulled_back(target):  # some rows, and a factor that takes the place of the weight
             in_float64 = min(in_float64, 2 * ROWS * target.in_features) + target.in_features**2
-        return 8 * (in_float64 + max(4 * target.full_rank**2, narrowing) + metric) + rounding
+        squares = 8 * max(4 * target.full_rank**2, narrowing)
+        return 8 * in_float64 + (squares if fitted else _with_metric(work, target, squares)) + rounding
 
     return max(map(workspace, targets))
+
+
+def _with_metric(work: Workload, target: Target, squares: int) -> int:
+    """The right metric and the matrices that are made beside it.
+
+    It is made in float64, or read in float32, where a copy is in memory for a moment; rounding makes two of it.
+    """
+    if not work.takes_grams:
+        return squares
+    square = target.in_features**2
+    rounded = 16 * square if bits_in(work.recipe.analysed_forms) else 0
+    metric = 4 * square if work.recipe.needs_gradients else 8 * square
+    if work.recipe.needs_gradients and work.narrowed_width(target):
+        metric = 0  # it is the Gram of the narrowing, counted with the bases
+    return metric + max(squares, rounded, 4 * square)
 
 
 def _bases(work: Workload) -> int:

@@ -218,6 +218,8 @@ class Sequential:
         missing_OI = None if isinstance(left, Pullback) else products.missing(weight_OI, beta)
         rooted = missing_OI is not None and self._needs_root_only(target)
         try:
+            if not self._keeps_weight(target) and FORMS[self.forms[target.name].form].of_mlps:
+                return {"weight": self._narrowed(target, weight_OI, gram_II, missing_OI)}
             if isinstance(left, Pullback):
                 star_OI, left = anchored_with_pullback(weight_OI, gram_II, products.missing(None, beta), left)
             else:
@@ -233,12 +235,6 @@ class Sequential:
                 assert not isinstance(left, Pullback)
                 dtype, form = self._source_dtype(target), FORMS[chosen.form]
                 return corrected_target(target, star_OI.float(), gram_II, left, form, chosen.size, dtype)
-            if FORMS[chosen.form].of_mlps:
-                order_I = self.analysis.inner_order(target)
-                assert order_I is not None
-                kept_W = order_I[: chosen.size].to(weight_OI.device)
-                kept_OW = narrowed_anchored(weight_OI, gram_II, kept_W, missing_OI)
-                return {"weight": with_zeros(kept_OW, kept_W, len(order_I))}
             measured_OI, metric_II = (star_OI @ gram_II.mT, None) if rooted else (star_OI, gram_II)
             left = left_metric_of(target, measured_OI, metric_II, left)
             spectrum = output_spectrum(measured_OI, metric_II, chosen.size, left=left)
@@ -246,6 +242,12 @@ class Sequential:
             raise NumericalError(f"The spectrum of {target.name} did not converge: {error}") from error
         u_OR, v_RI = factorise(star_OI, spectrum, chosen.size)
         return {"svd_u.weight": u_OR, "svd_v.weight": v_RI}
+
+    def _narrowed(self, target: Target, weight_OI: Tensor, gram_II: Tensor, missing_OI: Tensor | None) -> Tensor:
+        order_I = self.analysis.inner_order(target)
+        assert order_I is not None
+        kept_W = order_I[: self.forms[target.name].size].to(weight_OI.device)
+        return with_zeros(narrowed_anchored(weight_OI, gram_II, kept_W, missing_OI), kept_W, len(order_I))
 
     def _needs_root_only(self, target: Target) -> bool:
         """Whether a target is measured by ``W* L`` alone, where ``S' = L L^T``; a tall one would lose digits so."""

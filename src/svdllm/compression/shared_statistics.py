@@ -26,7 +26,7 @@ class StoredStatistic:
     stored: Tensor
 
     def value(self) -> Tensor:
-        return self.stored
+        return self.stored.clone()
 
 
 @dataclass(frozen=True)

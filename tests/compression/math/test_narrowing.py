@@ -171,3 +171,11 @@ def test_kept_rows_of_one_and_of_two_copies():
     assert kept_rows(order, 2).tolist() == [3, 0]
     assert kept_rows(order, 3, copies=2).tolist() == [3, 0, 2, 7, 4, 6]
     assert kept_rows(order, 3, copies=2, interleaved=True).tolist() == [6, 7, 0, 1, 4, 5]
+
+
+def test_the_order_does_not_depend_on_how_many_rows_move_at_once(monkeypatch: pytest.MonkeyPatch):
+    weight, inputs = random(OUT, 30, seed=0), correlated(30, 90)
+    whole = inner_order(weight, inputs @ inputs.mT)
+    monkeypatch.setattr(narrowing, "ROWS", 4)
+    assert inner_order(weight, inputs @ inputs.mT).equal(whole)
+    assert inner_order(weight.float(), (inputs @ inputs.mT).float()).equal(whole)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svdllm.compression.math.symmetric import congruence, symmetric_product
+from svdllm.compression.math.symmetric import ROWS, congruence, symmetric_product
 
 # Smaller matrices take a fraction of a second in float64.
 LEAST_SIZE = 1024
@@ -39,8 +39,6 @@ TOLERATED = 2e-6
 # Energies up to this multiple of the common level stay: the subspace iteration has not found their directions exactly.
 LOWERED = 2
 PROBES = 8
-# Rows of a metric that are copied at once.
-ROWS = 1024
 
 
 class Eigenpairs(NamedTuple):
@@ -125,7 +123,9 @@ def _error(matrix_NN: Tensor, weight_NI: Tensor, gram_II: Tensor) -> float:
     """Estimates ``||A - W C W^T||_F`` by products with random vectors, in float64."""
     generator = torch.Generator().manual_seed(0)
     probes_NP = torch.randn(len(matrix_NN), PROBES, dtype=torch.float64, generator=generator).to(matrix_NN.device)
-    error_NP = matrix_NN @ probes_NP - weight_NI @ (gram_II.double() @ (weight_NI.mT @ probes_NP))
+    inputs_IP = weight_NI.mT @ probes_NP
+    weighted_IP = torch.cat([rows_RI.double() @ inputs_IP for rows_RI in gram_II.split(ROWS)])
+    error_NP = matrix_NN @ probes_NP - weight_NI @ weighted_IP
     return float(error_NP.norm()) / PROBES**0.5
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from svdllm.compression.math.eigenpairs import eigenpairs
-from svdllm.compression.math.pullback import ROWS, Pullback
-from svdllm.compression.math.symmetric import cholesky_in_place, symmetric_product
+from svdllm.compression.math.pullback import Pullback
+from svdllm.compression.math.symmetric import ROWS, cholesky_in_place, symmetric_product
 
 # Directions below this share of the leading energy get the scale of this share. The data never excites them, and an
 # unbounded 1/scale would only cost range in half precision. The product of the factors does not change.
@@ -165,12 +165,12 @@ def factorise(weight_OI: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor,
 
 
 def shrunk_to_diagonal(gram: Tensor | None, amount: float) -> Tensor | None:
-    """``(1 - a) C + a diag(C)``: less trust in correlations that the calibration text happens to have."""
+    """``(1 - a) C + a diag(C)``, in place: less trust in correlations that the calibration text happens to have."""
     if gram is None or gram.ndim == 1 or amount == 0:
         return gram
-    shrunk = (1 - amount) * gram
-    shrunk.diagonal().copy_(gram.diagonal())
-    return shrunk
+    diagonal_I = gram.diagonal().clone()
+    gram.mul_(1 - amount).diagonal().copy_(diagonal_I)
+    return gram
 
 
 def without_zeros(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svdllm.compression.math.symmetric import cholesky_in_place
+from svdllm.compression.math.symmetric import ROWS, cholesky_in_place
 
 # Shares of the mean diagonal that are added to a Gram: inner features behind a ReLU may be zero on a whole text, and a
 # Gram of few tokens, kept in float32, has eigenvalues below zero.
@@ -74,18 +74,19 @@ def inner_order(weight_OI: Tensor, gram_II: Tensor, left_gram_OO: Tensor | None 
     """
     weight_ON = _in_left_metric(weight_OI.double(), left_gram_OO)
     root_II = _root(gram_II, torch.arange(len(gram_II), device=gram_II.device))
-    inverse_NN = torch.cholesky_inverse(root_II, out=root_II)
+    inverse_NN = torch.cholesky_inverse(root_II, out=root_II).mT  # symmetric, and its rows contiguous
     left_N = torch.arange(len(gram_II), device=gram_II.device)
     removed = []
     while len(left_N):
         ascending_N = (weight_ON.square().sum(0) / inverse_NN.diagonal()).argsort()
         first_P, kept_N = ascending_N.tensor_split([max(1, len(left_N) // CHUNK)])
+        kept_N = kept_N.sort().values
         removed.append(left_N[first_P])
         rows_PN = inverse_NN[first_P]
         root_PP = torch.linalg.cholesky(rows_PN[:, first_P])
         columns_PN = torch.linalg.solve_triangular(root_PP, rows_PN[:, kept_N], upper=False)
         losses_PO = torch.linalg.solve_triangular(root_PP, weight_ON[:, first_P].mT, upper=False)
-        inverse_NN = inverse_NN[kept_N[:, None], kept_N].addmm_(columns_PN.mT, columns_PN, alpha=-1)
+        inverse_NN = _compacted(inverse_NN, kept_N).addmm_(columns_PN.mT, columns_PN, alpha=-1)
         weight_ON = weight_ON[:, kept_N].addmm_(losses_PO.mT, columns_PN, alpha=-1)
         left_N = left_N[kept_N]
     return torch.cat(removed).flip(0)
@@ -169,12 +170,23 @@ def _root(gram_II: Tensor, order_N: Tensor) -> Tensor:
     """
     mean = gram_II.diagonal()[order_N].double().mean().clamp_min(torch.finfo(torch.float64).tiny)
     for ridge in RIDGES:
-        ridged_NN = gram_II[order_N[:, None], order_N].double()
+        ridged_NN = gram_II.new_empty(len(order_N), len(order_N), dtype=torch.float64)
+        for rows_RN, order_R in zip(ridged_NN.split(ROWS), order_N.split(ROWS), strict=True):
+            rows_RN.copy_(gram_II[order_R][:, order_N])
         ridged_NN.diagonal().add_(ridge * mean)
         root_NN, found = cholesky_in_place(ridged_NN)
         if found:
             return root_NN
     raise torch.linalg.LinAlgError("the Gram of the inner features is not positive semi-definite")  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _compacted(matrix_NN: Tensor, kept_K: Tensor) -> Tensor:
+    """Rows and columns of a contiguous matrix, ascending, in its memory: a row moves to where no later row is."""
+    size = len(kept_K)
+    compact_KK = matrix_NN.reshape(-1)[: size * size].view(size, size)
+    for rows_RK, kept_R in zip(compact_KK.split(ROWS), kept_K.split(ROWS), strict=True):
+        rows_RK.copy_(matrix_NN[kept_R][:, kept_K])
+    return compact_KK
 
 
 def _in_left_metric(weight_OI: Tensor, left_gram_OO: Tensor | None) -> Tensor:

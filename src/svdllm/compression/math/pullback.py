@@ -14,10 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svdllm.compression.math.symmetric import symmetric_product
-
-# Rows of a weight that are in float64 at once.
-ROWS = 4096
+from svdllm.compression.math.symmetric import ROWS, symmetric_product
 
 
 class Pullback(NamedTuple):

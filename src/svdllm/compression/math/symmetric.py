@@ -12,6 +12,8 @@ from torch import Tensor
 
 # Width of a panel of a symmetric product: narrower panels skip more of the lower triangle but multiply slower.
 PANEL = 192
+# Rows or columns of a weight or metric that are converted to float64 at once.
+ROWS = 1024
 
 
 def congruence(weight_NI: Tensor, gram: Tensor | None) -> Tensor:
@@ -19,9 +21,18 @@ def congruence(weight_NI: Tensor, gram: Tensor | None) -> Tensor:
     weight_NI = weight_NI.double()
     if gram is None:
         return symmetric_product(weight_NI, weight_NI.mT)
-    gram = gram.double()
-    weighted_NI = weight_NI * gram if gram.ndim == 1 else weight_NI @ gram
+    weighted_NI = weight_NI * gram.double() if gram.ndim == 1 else _times(weight_NI, gram)
     return symmetric_product(weighted_NI, weight_NI.mT)
+
+
+def _times(weight_NI: Tensor, gram_II: Tensor) -> Tensor:
+    """``W C``, float64, without all of ``C`` in float64."""
+    if gram_II.dtype == torch.float64:
+        return weight_NI @ gram_II
+    product_NI = torch.empty_like(weight_NI)
+    for columns_NC, columns_IC in zip(product_NI.split(ROWS, dim=1), gram_II.split(ROWS, dim=1), strict=True):
+        columns_NC.copy_(weight_NI @ columns_IC.double())
+    return product_NI
 
 
 def symmetric_product(left_NM: Tensor, right_MN: Tensor) -> Tensor:

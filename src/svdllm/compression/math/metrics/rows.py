@@ -63,8 +63,8 @@ class Method:
     """A row of ``METHODS``: how the inputs are weighted, and perhaps the outputs.
 
     ``right(value, settings)`` returns ``C`` as ``None`` (identity), ``(in,)`` (diagonal) or ``(in, in)``. ``value`` is
-    that of the statistic over the calibration tokens, or None without a statistic. ``settings`` is the recipe, which
-    has the fields of the row's own ``settings``.
+    that of the statistic over the calibration tokens, or None without a statistic, and may be changed in place.
+    ``settings`` is the recipe, which has the fields of the row's own ``settings``.
 
     ``has_gram`` says that ``C`` is the Gram of the inputs. Shrinkage, the correction of biases, a sequential
     calibration and the metrics with a left side build on it.

@@ -120,7 +120,7 @@ def right_metric(target: Target, statistics: Mapping[str, Statistic], method: Me
     if recipe.bias_correction and isinstance(statistic, Gram | GroupStatistic):
         value = statistic.centred()
     metric = method.right(value, recipe)
-    if metric is not None and not bool(torch.isfinite(metric).all()):
+    if metric is not None and not bool(metric.sum().isfinite()):
         raise NumericalError(f"The inputs of {target.name} have NaN or infinite values over the calibration text.")
     return metric
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from svdllm.common.connected_processes import connected
 from svdllm.common.errors import InputError
+from svdllm.common.memory import give_back_freed
 from svdllm.common.processes import is_first
 from svdllm.common.progress import Reporter
 from svdllm.common.run_options import RunOptions
@@ -97,7 +98,9 @@ def compress_many(
         with open_analysis(run, subject, provenance) as analysis:
             times = measure_times(run, subject)  # where time is the budget
             analyze(run, subject, windows, plans, analysis)  # lines 5 to 9, Algorithm 2: C = X X^T, spectra of W C W^T
+            give_back_freed()
             plans = allocate(run, subject, windows, plans, analysis, times)  # a rank for every weight, or dense
+        give_back_freed()
         fitted = [refit(run, subject, windows, analysis, plan) for plan in plans]  # sequential calibration only
         # lines 10 to 13: the factors of every weight take its place
         return [write(run, subject, provenance, analysis, plan, own) for plan, own in zip(plans, fitted, strict=True)]

@@ -181,7 +181,7 @@ class Sequential:
             sums.fold(self.walk.processes)
         products = sums.value()
         summed = products.compressed_II, products.difference_II, products.missing_OI
-        if not all(bool(torch.isfinite(product).all()) for product in summed):
+        if not all(bool(product.sum().isfinite()) for product in summed):
             raise NumericalError(f"The inputs of {leader.name} have NaN or infinite values over the calibration text.")
         return products
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from svdllm.common.errors import NumericalError
-from svdllm.models.logits import compare_logits, tolerance_of
+from svdllm.models.logits import compare_logits, full_precision, tolerance_of
 
 EXPECTED = torch.tensor([[1.0, -4.0, 2.0]])
 
@@ -26,3 +26,13 @@ def test_tolerance_grows_with_what_a_dtype_rounds() -> None:
     assert tolerance_of(torch.float64) == tolerance_of(torch.float32) == 1e-3
     assert tolerance_of(torch.float16) == 2**-5  # of eps 2^-10
     assert 2**-4 < tolerance_of(torch.bfloat16) < 2**-3  # of eps 2^-7
+
+
+def test_products_are_in_full_precision_inside_and_as_before_outside() -> None:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with full_precision():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -12,6 +12,7 @@ from svdllm.checkpoint.load import load_model
 from svdllm.common.errors import NumericalError
 from svdllm.common.files import save_tensors
 from svdllm.models.discover import discover_blocks
+from svdllm.models.logits import full_precision
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.walk import Walk
@@ -28,6 +29,7 @@ def write_reference(folder: Path, config: PreTrainedConfig, device: torch.device
     save_tensors({"token_ids": ids, "logits": logits}, folder / REFERENCE_FILE)
 
 
+@full_precision()
 def reference_logits(
     folder: Path, config: PreTrainedConfig, device: torch.device, scratch: Path | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from svdllm.checkpoint.report import REPORT_FILE, ranks_of, read_report
 from svdllm.common.device import resolve_device
 from svdllm.common.errors import CheckpointError, NumericalError
 from svdllm.models.config_files import load_config
-from svdllm.models.logits import compare_logits
+from svdllm.models.logits import compare_logits, full_precision
 from svdllm.models.low_rank import HASHES_FILE, RANKED, compare_hashes
 from svdllm.models.low_rank.info import LowRankInfo
 
@@ -64,7 +64,7 @@ def _reference_difference(folder: Path, model: PreTrainedModel, device: str) -> 
     reference = load_file(folder / REFERENCE_FILE)
     place = resolve_device(device)
     model.to(place)  # type: ignore[arg-type]
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         made = model.eval()(input_ids=reference["token_ids"].to(place), use_cache=False).logits
         logits = made[:, -REFERENCE_POSITIONS:].float().cpu()
     if not bool(torch.isfinite(logits).all()):

@@ -20,7 +20,7 @@ from svdllm.export.copies import require_intact
 from svdllm.export.gguf_blocks import BLOCK, block_type, blocks_of
 from svdllm.export.gguf_metadata import INTERLEAVED_ROTARY, add_config, add_tokenizer, architecture_of
 from svdllm.models.config_files import load_config
-from svdllm.models.logits import compare_logits
+from svdllm.models.logits import compare_logits, full_precision
 from svdllm.models.low_rank.factory import dense_config
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.low_rank.lowrank import unpacked
@@ -159,7 +159,7 @@ def _difference(folder: Path, output: Path) -> float:
     """The difference of the logits of a few tokens: what float16 makes of the scales."""
     model, found = (load_model(place, dtype=torch.float32) for place in (folder, output))
     ids = torch.arange(16)[None] * 7919 % model.config.vocab_size
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         expected, logits = (each.eval()(input_ids=ids, use_cache=False).logits for each in (model, found))
     return compare_logits(
         logits, expected, lambda how: NumericalError(f"{output} does not compute what {folder} does: {how}.")

@@ -25,7 +25,7 @@ from svdllm.common.memory import parameter_bytes
 from svdllm.export.copies import config_to_export
 from svdllm.inference.cache_names import cache_name, cache_of
 from svdllm.models.companions import copy_companion_files
-from svdllm.models.logits import compare_logits
+from svdllm.models.logits import compare_logits, full_precision
 from svdllm.models.low_rank.factory import dense_config
 from svdllm.models.wrapped import refuse_wrapper
 
@@ -62,7 +62,7 @@ def export_graph(folder: str | Path, output_dir: str | Path, format: str) -> tup
         model = load_model(folder, dtype=torch.float32).eval()
         output.require_disk(parameter_bytes(model), "the graph needs")
         past = _past(model, _token_ids(model, TRACED))
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), full_precision(), _quiet():
             graph = _traced(model, past, format)
             # The factors are inside the graph, so the dense config describes its inputs without this library.
             graph.config = dense_config(config)

@@ -14,7 +14,7 @@ from svdllm.inference.latent_attention import LatentAttention
 from svdllm.inference.latent_keys import Positions, Seen, find_key_path, rotary_modules, watched
 from svdllm.inference.packed import is_factored, out_features_of, rank_of
 from svdllm.models.limits import text_config
-from svdllm.models.logits import compare_logits
+from svdllm.models.logits import compare_logits, full_precision
 from svdllm.models.low_rank.info import LowRankInfo
 
 
@@ -47,7 +47,7 @@ def use_latent_cache(model: Any, *, keys: bool = True) -> int:
     layers = _layers_to_change(model, keys)
     if not layers:
         return 0
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         with watched(layers) as seen:
             expected = _trial(model)
         changed = _latent_attentions(model, layers, seen, keys)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,6 +12,24 @@ from svdllm.common.errors import SvdllmError
 
 # In float32, products in another order differ by less than 1e-5; a wrong model differs by far more than this.
 LEAST_TOLERANCE = 1e-3
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Takes products of float32 in float32, whatever ``torch.set_float32_matmul_precision`` allows elsewhere.
+
+    In TF32 or bfloat16 logits that should be equal differ by more than ``LEAST_TOLERANCE``.
+    """
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # there is no one precision: it was set for each backend
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def compare_logits(found: Tensor, expected: Tensor, refusal: Callable[[str], SvdllmError]) -> float:

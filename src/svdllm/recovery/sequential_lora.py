@@ -17,7 +17,7 @@ from svdllm.common.errors import NumericalError
 from svdllm.common.memory import skeleton_bytes
 from svdllm.common.settings import setting
 from svdllm.evaluation.perplexity import evaluation_mode
-from svdllm.models.logits import compare_logits
+from svdllm.models.logits import compare_logits, full_precision
 from svdllm.models.low_rank.info import LowRankInfo
 from svdllm.models.low_rank.lowrank import share_first_factors
 from svdllm.recovery.memory import logits_bytes
@@ -145,6 +145,7 @@ def _to_float32(adapted: nn.Module) -> None:
 
 
 @torch.no_grad()
+@full_precision()
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     device = next(model.parameters()).device
     with evaluation_mode(model):

@@ -21,6 +21,8 @@ OLDEST_EXTRAS := data,eval,gguf,quantize,quantized-sources,recover,report,serve,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+# Otherwise make removes what it takes for intermediate files.
+.PRECIOUS: %/.created
 .PHONY: help demo test test-fast families report models-page newest test-newest test-oldest lint docs clean
 
 help:

@@ -39,6 +39,16 @@ def token_windows(samples: int = 8, seqlen: int = 16, vocab: int = 128, seed: in
     return torch.randint(0, vocab, (samples, seqlen), generator=generator)
 
 
+def inputs_in(model: Any, name: str, ids: Tensor) -> Tensor:
+    """The tokens that a module of a model is handed, ``in x T``, float64."""
+    found: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: found.append(args[0].detach()))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    handle.remove()
+    return found[0].flatten(0, -2).T.double()
+
+
 def walk_of(model: Any, ids: Tensor, **settings: Any) -> Walk:
     """A walk over a model in memory, in batches of two windows."""
     skeleton = build_skeleton(model.config)

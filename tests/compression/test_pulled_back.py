@@ -12,22 +12,12 @@ from torch import Tensor
 
 from analysed import analysed, grams_by_autograd
 from families import stored_ranks, tiny_model
-from runs import run, save_dense, small_recipe, token_windows
+from runs import inputs_in, run, save_dense, small_recipe, token_windows
 from svdllm import load_model
 from svdllm.compression.analysis import Analysis
 from svdllm.compression.pulled_back import pulled_back
 
 GRADIENTS: dict[str, Any] = {"input_only": (), "gradient_shrinkage": 0.3, "gradient_samples": 4}
-
-
-def inputs_in(model: Any, name: str, ids: Tensor) -> np.ndarray:
-    """The tokens that a module of a model is handed, ``in x T``."""
-    found: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: found.append(args[0].detach()))
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-    handle.remove()
-    return found[0].flatten(0, -2).T.numpy()
 
 
 def left_root(gradient_OO: Tensor) -> np.ndarray:
@@ -88,8 +78,8 @@ def test_a_sequential_fit_is_the_best_in_both_metrics(
         layer, original = models["out"].get_submodule(name), models["dense"].get_submodule(name)
         weight_OI = original.weight.detach().numpy()
         tall += weight_OI.shape[0] > weight_OI.shape[1]
-        compressed_IT = inputs_in(models["out"], name, ids)
-        inputs_IT = beta * inputs_in(models["dense"], name, ids) + (1 - beta) * compressed_IT
+        compressed_IT = inputs_in(models["out"], name, ids).numpy()
+        inputs_IT = beta * inputs_in(models["dense"], name, ids).numpy() + (1 - beta) * compressed_IT
         fitted = np.linalg.lstsq(compressed_IT.T, (weight_OI @ inputs_IT).T, rcond=None)[0].T @ compressed_IT
         root_OO = left_root(oracle[name][1])
         ours = (layer.svd_u.weight @ layer.svd_v.weight).detach().numpy() @ compressed_IT

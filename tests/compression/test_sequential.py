@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from families import stored_ranks
-from runs import run, save_dense, small_recipe, token_windows
+from runs import inputs_in, run, save_dense, small_recipe, token_windows
 from svdllm import load_model
 from svdllm.compression.math.linalg import anchored, corrected_bias, factorise, output_spectrum
 from svdllm.compression.products import Products, Sums
@@ -130,16 +130,6 @@ def test_a_corrected_bias_and_centred_factors_are_the_best_affine_map():
     torch.testing.assert_close((error_OT**2).sum(), (sigma[2:] ** 2).sum())
     plain_u, plain_v = factorise(weight_OI, output_spectrum(weight_OI, inputs_IT @ inputs_IT.T), 2)
     assert (error_OT**2).sum() < ((weight_OI @ inputs_IT - plain_u @ plain_v @ inputs_IT) ** 2).sum()
-
-
-def inputs_in(model: Any, name: str, ids: Tensor) -> Tensor:
-    """The tokens that a module of a model is handed, ``in x T``."""
-    found: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: found.append(args[0].detach()))
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-    handle.remove()
-    return found[0].flatten(0, -2).T.double()
 
 
 # Norm that reads the residual stream -> linear whose output is added to it.

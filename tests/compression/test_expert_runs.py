@@ -15,7 +15,8 @@ from families import tiny_model, tiny_tokens
 from runs import run, small_recipe, token_windows
 from svdllm import InputError, plan, verify
 from svdllm.checkpoint.report import read_report
-from svdllm.compression import parts
+from svdllm.compression import analyze, parts
+from svdllm.compression.collect import collect_backward
 from svdllm.compression.few_tokens import ExpertTokens, group_tokens, with_group_statistics
 from svdllm.compression.math.statistics import Gram, MeanAbsolute
 from svdllm.compression.ranks.pools import Pools, probed_members
@@ -24,6 +25,7 @@ from svdllm.models.discover import discover
 from svdllm.models.low_rank.lowrank import SplitExperts
 from svdllm.models.skeleton import build_skeleton
 from svdllm.models.structure import Structure
+from svdllm.models.walk import Block
 
 OPTIONS: dict[str, dict[str, Any]] = {"gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2}}
 
@@ -208,13 +210,25 @@ def test_a_layer_without_a_token_is_an_error(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("mode", ["dense", "sequential"])
-def test_a_block_is_done_in_parts(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of("qwen3_moe")
+@pytest.mark.parametrize(
+    ("family", "mode"), [("qwen3_moe", "dense"), ("qwen3_moe", "sequential"), ("llama", "sequential")]
+)
+def test_a_block_is_done_in_parts(family: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every expert, or group of linears that read the same tensor, by itself."""
+    model = model_of(family)
     recipe = small_recipe(metric="two-sided", allocation="loss", ratio=0.4, calibration_mode=mode)
     whole = run(model, tmp_path / "whole", recipe=recipe)
-    monkeypatch.setattr(parts, "PART_BYTES", 1)  # every expert by itself
+    monkeypatch.setattr(parts, "PART_BYTES", 1)
+    monkeypatch.setattr(parts, "PART_BYTES_WITHOUT_EXPERTS", 1)
+    walked: list[str] = []
+
+    def collected(block: Block, *args: Any) -> Any:
+        walked.append(block.name)
+        return collect_backward(block, *args)
+
+    monkeypatch.setattr(analyze, "collect_backward", collected)
     made = run(model, tmp_path / "parts", recipe=recipe)
+    assert len(walked) >= 4 * len(set(walked))
     assert made.plan.forms == whole.plan.forms
     assert made.plan.peak_ram_bytes < whole.plan.peak_ram_bytes + 2**24
     torch.testing.assert_close(logits_of(made.load()), logits_of(whole.load()), atol=1e-4, rtol=1e-3)

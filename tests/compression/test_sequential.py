@@ -44,9 +44,11 @@ def test_anchored_with_beta_one_is_the_regression_on_the_dense_outputs():
     torch.testing.assert_close(anchored(weight_OI, gram_II, found.missing(weight_OI, 1.0)), expected)
     assert torch.equal(gram_II, found.compressed_II)
     assert torch.equal(anchored(weight_OI, gram_II, found.missing(weight_OI, 0.0)), weight_OI)
-    halfway = anchored(weight_OI, gram_II, found.missing(weight_OI, 0.5), overwrite=True)
+    missing_OI = found.missing(weight_OI, 0.5)
+    halfway = anchored(weight_OI, gram_II, missing_OI, overwrite=True)
     torch.testing.assert_close(gram_II.mT @ gram_II, found.compressed_II)
     torch.testing.assert_close(halfway, (weight_OI + expected) / 2)
+    assert halfway is missing_OI
 
 
 @pytest.mark.parametrize("rank", [1, 3])

@@ -125,7 +125,7 @@ def _backward_block(work: Workload) -> int:
 
 
 def _sequential_block(work: Workload) -> int:
-    """A block twice, with the sums of products of its inputs in the two streams, or with a fit and its decomposition.
+    """A block as it is and compressed, with sums of products of its inputs in both, or a fit and its decomposition.
 
     Of the experts of a part, there are the sums of all.
     """
@@ -134,8 +134,13 @@ def _sequential_block(work: Workload) -> int:
     for number, targets in enumerate(work.distinct_blocks):
         for target in targets:
             groups.setdefault((number, target.group), []).append(target)
-    sums = max(map(_sums, groups.values())) + 2 * _batch(work)
-    return 2 * work.block_bytes + experts + max(sums, *(_fit(work, group) for group in groups.values()))
+
+    def largest(group: list[Target]) -> int:
+        """Without what the group itself is replaced by, which is made from these."""
+        own = 0 if group[0].pool else work.dtype.itemsize * sum(target.num_weights for target in group)
+        return max(_sums(group) + 2 * _batch(work), _fit(work, group)) - own
+
+    return 2 * work.block_bytes + experts + max(map(largest, groups.values()))
 
 
 def _sums(group: Sequence[Target]) -> int:
@@ -148,14 +153,20 @@ def _sums(group: Sequence[Target]) -> int:
 
 
 def _fit(work: Workload, group: Sequence[Target]) -> int:
-    """The products of a group and a copy, one factor of their size, four matrices of a weight's; or a decomposition."""
-    square = group[0].in_features ** 2
-    narrowing = 2 * max(work.narrowed_width(target) for target in group) ** 2  # kept by removed features
-    products = 8 if len(group) == 1 and group[0].out_features < group[0].in_features else 16
+    """The products of a group and a copy, one factor of their size, four matrices of a weight's; or a decomposition.
+
+    A linear that alone reads its inputs is fitted in the memory of its products: nothing of their size is beside them,
+    two or three matrices of a weight's, and the decomposition follows when they are gone.
+    """
+    square, weight = group[0].in_features ** 2, 8 * max(target.num_weights for target in group)
+    alone = len(group) == 1 and group[0].out_features < group[0].in_features
+    decomposed = _decomposition_of(work, group, fitted=True)
+    if alone and work.recipe.shrinkage > 0 and not bits_in(work.recipe.analysed_forms):
+        slices = 16 * ROWS * group[0].in_features
+        return max(8 * square + 2 * weight + slices, 3 * weight, weight + decomposed)
+    products = 8 if alone else 16
     copies = products if len(group) > 1 else 0
-    weights = 8 * 4 * max(target.num_weights for target in group)
-    fitted = (products + 8) * square + narrowing
-    return copies * square + weights + max(fitted, products * square + _decomposition_of(work, group, fitted=True))
+    return copies * square + 4 * weight + max((products + 8) * square, products * square + decomposed)
 
 
 def _decomposition(work: Workload) -> int:

@@ -1,4 +1,4 @@
-"""Parts of a block whose statistics fit into memory at once: a block of a mixture is run once for each."""
+"""Parts of a block whose statistics fit into memory at once: the block is run once for each."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 from svdllm.models.structure import Target
 
-# Statistics and bases of one part; a single expert may need more.
+# Statistics and bases of one part; a single expert, or a single input, may need more. A block without experts is run
+# again for less work per weight, so it is divided at larger sizes (from widths of 70B on).
 PART_BYTES = 4 * 2**30
+PART_BYTES_WITHOUT_EXPERTS = 12 * 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +51,19 @@ def parts_of(
     Args:
         depths: target -> directions of its basis that are kept.
         pulled_back: names of targets whose gradients are added up after their weights.
-        mixture: whether the model is a mixture of experts; blocks of other models stay whole.
+        mixture: whether the model is a mixture of experts; blocks of other models are divided at larger sizes.
     """
-    units: dict[str | None, list[Target]] = {}
+    limit = PART_BYTES if mixture else PART_BYTES_WITHOUT_EXPERTS
+    units: dict[str, list[Target]] = {}
     for target in sorted(targets, key=lambda target: target.pool is not None):
-        units.setdefault((target.expert or target.group) if mixture else None, []).append(target)
+        units.setdefault(target.expert or target.group, []).append(target)
     chunks: list[list[Target]] = [[]]
     size = 0
     for members in units.values():
         needed = sum(
             statistics_bytes(target, depths[target.name], pulled_back=target.name in pulled_back) for target in members
         )
-        if chunks[-1] and size + needed > PART_BYTES:
+        if chunks[-1] and size + needed > limit:
             chunks.append([])
             size = 0
         chunks[-1] += members

@@ -61,6 +61,10 @@ class Products(NamedTuple):
         matrices = {name: getattr(self, name).clone() for name in ("compressed_II", "difference_II", "missing_OI")}
         return self._replace(**matrices)
 
+    def free_gram(self) -> None:
+        """Gives back the memory of ``S'``, which is not read again."""
+        self.compressed_II.untyped_storage().resize_(0)
+
     def centre(self) -> None:
         """Makes them the products of the inputs less their means, for a weight whose bias corrects the means."""
         dense_I, compressed_I, count = self.dense_sum_I, self.compressed_sum_I, self.weight or 1

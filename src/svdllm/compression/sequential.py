@@ -48,7 +48,6 @@ from svdllm.compression.session import Run
 from svdllm.compression.stages import stages_of
 from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
-from svdllm.models.added import Read
 from svdllm.models.chosen import Forms
 from svdllm.models.experts_on_disk import give_back, on_disk
 from svdllm.models.finite import require_finite
@@ -170,27 +169,21 @@ class Sequential:
         alone = len(group) == 1 and leader.out_features < leader.in_features
         fitted = (weight_of(self.walk.skeleton, leader), self.recipe.beta) if alone else None
         takes_residual = len(group) == 1 and not pulled_back(group, self.recipe, self.walk.skeleton)
+        share = self.recipe.residual_correction if takes_residual else 0
         sums = Sums(leader.in_features, self.walk.device, fitted)
         for numbers in self.walk.text.rounds:
             for number in numbers:
                 dense = read(block, module, self.walk.hidden, number)
                 with tensors_replaced(self.walk.skeleton, replaced):
                     compressed = read(block, module, self.walk.compressed, number)
-                residual = self._residual(dense, compressed) if takes_residual else None
-                sums.add(dense.inputs, compressed.inputs, residual)
+                lacking = dense.lacking(compressed) if share else None
+                sums.add(dense.inputs, compressed.inputs, None if lacking is None else share * lacking)
             sums.fold(self.walk.processes)
         products = sums.value()
         summed = products.compressed_II, products.difference_II, products.missing_OI
         if not all(bool(product.sum().isfinite()) for product in summed):
             raise NumericalError(f"The inputs of {leader.name} have NaN or infinite values over the calibration text.")
         return products
-
-    def _residual(self, dense: Read, compressed: Read) -> Tensor | None:
-        """``R``: the part, by the recipe, of what the compressed stream lacks where the output is added to it."""
-        share = self.recipe.residual_correction
-        if not share or dense.added is None or compressed.added is None:
-            return None
-        return share * (dense.added - compressed.added)
 
     def _keeps_weight(self, target: Target) -> bool:
         """Whether a target is a matrix of its own size: dense, or making the inner features of a narrower MLP."""
@@ -219,7 +212,7 @@ class Sequential:
         rooted = missing_OI is not None and self._needs_root_only(target)
         try:
             if not self._keeps_weight(target) and FORMS[self.forms[target.name].form].of_mlps:
-                return {"weight": self._narrowed(target, weight_OI, gram_II, missing_OI)}
+                return {"weight": self._narrowed(target, weight_OI, products, missing_OI)}
             if isinstance(left, Pullback):
                 star_OI, left = anchored_with_pullback(weight_OI, gram_II, products.missing(None, beta), left)
             else:
@@ -235,7 +228,10 @@ class Sequential:
                 assert not isinstance(left, Pullback)
                 dtype, form = self._source_dtype(target), FORMS[chosen.form]
                 return corrected_target(target, star_OI.float(), gram_II, left, form, chosen.size, dtype)
-            measured_OI, metric_II = (star_OI @ gram_II.mT, None) if rooted else (star_OI, gram_II)
+            measured_OI, metric_II = star_OI, gram_II
+            if rooted:
+                measured_OI, metric_II = star_OI @ gram_II.mT, None
+                products.free_gram()
             left = left_metric_of(target, measured_OI, metric_II, left)
             spectrum = output_spectrum(measured_OI, metric_II, chosen.size, left=left)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
@@ -243,11 +239,14 @@ class Sequential:
         u_OR, v_RI = factorise(star_OI, spectrum, chosen.size)
         return {"svd_u.weight": u_OR, "svd_v.weight": v_RI}
 
-    def _narrowed(self, target: Target, weight_OI: Tensor, gram_II: Tensor, missing_OI: Tensor | None) -> Tensor:
+    def _narrowed(self, target: Target, weight_OI: Tensor, products: Products, missing_OI: Tensor | None) -> Tensor:
         order_I = self.analysis.inner_order(target)
         assert order_I is not None
         kept_W = order_I[: self.forms[target.name].size].to(weight_OI.device)
-        return with_zeros(narrowed_anchored(weight_OI, gram_II, kept_W, missing_OI), kept_W, len(order_I))
+        safe = self.recipe.shrinkage > 0  # S' is positive definite, whatever is rounded
+        fit_OW = narrowed_anchored(weight_OI, products.compressed_II, kept_W, missing_OI, overwrite=safe)
+        products.free_gram()
+        return with_zeros(fit_OW, kept_W, len(order_I))
 
     def _needs_root_only(self, target: Target) -> bool:
         """Whether a target is measured by ``W* L`` alone, where ``S' = L L^T``; a tall one would lose digits so."""

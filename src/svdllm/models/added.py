@@ -19,6 +19,10 @@ class Read(NamedTuple):
     inputs: Tensor
     added: Tensor | None
 
+    def lacking(self, other: Read) -> Tensor | None:
+        """What the tensors of another run lack beside these; None if either output is added to nothing."""
+        return None if self.added is None or other.added is None else self.added - other.added
+
 
 class Followed(Exception):
     """Ends a run early: the sum is read by something that adds nothing to it."""

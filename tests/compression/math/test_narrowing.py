@@ -83,8 +83,12 @@ def test_an_anchored_refit_is_that_of_least_squares_on_the_compressed_stream(bet
     kept = torch.tensor([5, 1, 8])
     outputs = weight @ (beta * dense + (1 - beta) * compressed)
     missing = beta * weight @ (dense - compressed) @ compressed.mT
-    fit = narrowed_anchored(weight, compressed @ compressed.mT, kept, missing)
+    gram = compressed @ compressed.mT
+    fit = narrowed_anchored(weight, gram, kept, missing)
     assert_close(fit, fitted(outputs, compressed[kept]), rtol=1e-3, atol=1e-4)
+    assert torch.equal(gram, compressed @ compressed.mT)
+    assert_close(narrowed_anchored(weight, gram, kept, missing, overwrite=True), fit, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(gram, compressed @ compressed.mT)
 
 
 @pytest.mark.parametrize("two_sided", [False, True])

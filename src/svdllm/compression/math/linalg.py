@@ -20,7 +20,7 @@ from torch import Tensor
 
 from svdllm.compression.math.eigenpairs import eigenpairs
 from svdllm.compression.math.pullback import Pullback
-from svdllm.compression.math.symmetric import ROWS, cholesky_in_place, symmetric_product
+from svdllm.compression.math.symmetric import ROWS, cholesky_in_place, solved_by_root, symmetric_product
 
 # Directions below this share of the leading energy get the scale of this share. The data never excites them, and an
 # unbounded 1/scale would only cost range in half precision. The product of the factors does not change.
@@ -213,19 +213,21 @@ def anchored(weight_OI: Tensor, gram_II: Tensor, missing_OI: Tensor | None, *, o
 
     Args:
         missing_OI: ``M X'^T``; nothing for None.
-        overwrite: makes ``gram_II`` the transposed Cholesky factor of ``S'``, if there is anything missing.
+        overwrite: makes ``gram_II`` the transposed Cholesky factor of ``S'`` and ``missing_OI`` the result, if there is
+            anything missing.
 
     Raises:
         torch.linalg.LinAlgError: ``S'`` is not positive definite; shrink it.
     """
-    weight_OI = weight_OI.double()
     if missing_OI is None:
-        return weight_OI
+        return weight_OI.double()
     root_II, found = cholesky_in_place(gram_II if overwrite else gram_II.clone())
     if not found:
         raise torch.linalg.LinAlgError("the Gram of the inputs is not positive definite")  # pyright: ignore[reportPrivateImportUsage]
-    half_IO = torch.linalg.solve_triangular(root_II, missing_OI.mT, upper=False)
-    return weight_OI + torch.linalg.solve_triangular(root_II.mT, half_IO, upper=True).mT
+    star_OI = missing_OI if overwrite else missing_OI.clone()
+    for weight_RI, star_RI in zip(weight_OI.split(ROWS), star_OI.split(ROWS), strict=True):
+        star_RI.copy_(weight_RI.double() + solved_by_root(root_II, star_RI))
+    return star_OI
 
 
 def anchored_with_pullback(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svdllm.compression.math.symmetric import ROWS, cholesky_in_place
+from svdllm.compression.math.symmetric import ROWS, cholesky_in_place, solved_by_root
 
 # Shares of the mean diagonal that are added to a Gram: inner features behind a ReLU may be zero on a whole text, and a
 # Gram of few tokens, kept in float32, has eigenvalues below zero.
@@ -121,7 +121,9 @@ def refitted(weight_OI: Tensor, gram_II: Tensor, kept_W: Tensor) -> Tensor:
     return narrowed_anchored(weight_OI, gram_II, kept_W)
 
 
-def narrowed_anchored(weight_OI: Tensor, gram_II: Tensor, kept_W: Tensor, missing_OI: Tensor | None = None) -> Tensor:
+def narrowed_anchored(
+    weight_OI: Tensor, gram_II: Tensor, kept_W: Tensor, missing_OI: Tensor | None = None, *, overwrite: bool = False
+) -> Tensor:
     """``(W S' + M X'^T)_:J S'_JJ^-1`` (``O x W``, float64): the consumer, fitted.
 
     ``S' = X' X'^T`` is the Gram of the inner features that the compressed model makes of the text, those to be removed
@@ -130,20 +132,25 @@ def narrowed_anchored(weight_OI: Tensor, gram_II: Tensor, kept_W: Tensor, missin
     Args:
         kept_W: the features kept, ``order[:width]``; the columns of the result have this order.
         missing_OI: ``M X'^T``; nothing by default.
+        overwrite: takes the memory of ``gram_II`` (float64), which is lost.
 
     Raises:
         torch.linalg.LinAlgError: ``S'`` is not positive semi-definite.
     """
-    weight_OI = weight_OI.double()
-    kept_OW = weight_OI[:, kept_W]
+    ascending_W, places_W = kept_W.sort()
     removed_I = torch.ones(len(gram_II), dtype=torch.bool, device=gram_II.device)
     removed_I[kept_W] = False
-    lost_OW = weight_OI[:, removed_I] @ gram_II[removed_I.nonzero(), kept_W].double()
-    if missing_OI is not None:
-        lost_OW += missing_OI[:, kept_W]
-    root_WW = _root(gram_II, kept_W)
-    half_WO = torch.linalg.solve_triangular(root_WW, lost_OW.mT, upper=False)
-    return kept_OW + torch.linalg.solve_triangular(root_WW.mT, half_WO, upper=True).mT
+    if missing_OI is None:
+        fit_OW = weight_OI.new_zeros(len(weight_OI), len(kept_W), dtype=torch.float64)
+    else:
+        fit_OW = missing_OI[:, ascending_W]
+    for removed_R in removed_I.nonzero().flatten().split(ROWS):
+        fit_OW.addmm_(weight_OI[:, removed_R].double(), gram_II[removed_R][:, ascending_W].double())
+    root_WW = _root(gram_II, ascending_W, overwrite=overwrite)
+    for weight_RI, fit_RW in zip(weight_OI.split(ROWS), fit_OW.split(ROWS), strict=True):
+        found_RW = weight_RI[:, ascending_W].double() + solved_by_root(root_WW, fit_RW)
+        fit_RW.copy_(found_RW[:, places_W.argsort()])
+    return fit_OW
 
 
 def kept_rows(order_I: Tensor, width: int, copies: int = 1, interleaved: bool = False) -> Tensor:
@@ -160,24 +167,33 @@ def kept_rows(order_I: Tensor, width: int, copies: int = 1, interleaved: bool = 
     return (len(order_I) * copies_C[:, None] + order_I[:width]).flatten()
 
 
-def _root(gram_II: Tensor, order_N: Tensor) -> Tensor:
+def _root(gram_II: Tensor, order_N: Tensor, *, overwrite: bool = False) -> Tensor:
     """The Cholesky factor, float64, of the Gram of some features with a ridge.
 
     The ridge is larger where rounding has left no positive matrix. Nothing else of the Gram's size is in memory.
+
+    Args:
+        overwrite: takes the memory of the Gram, for an ascending order. Only the least ridge is tried then.
 
     Raises:
         torch.linalg.LinAlgError: the Gram is not positive semi-definite.
     """
     mean = gram_II.diagonal()[order_N].double().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    for ridge in RIDGES:
-        ridged_NN = gram_II.new_empty(len(order_N), len(order_N), dtype=torch.float64)
-        for rows_RN, order_R in zip(ridged_NN.split(ROWS), order_N.split(ROWS), strict=True):
-            rows_RN.copy_(gram_II[order_R][:, order_N])
+    for ridge in RIDGES[: 1 if overwrite else None]:
+        ridged_NN = _compacted(gram_II, order_N) if overwrite else _reordered(gram_II, order_N)
         ridged_NN.diagonal().add_(ridge * mean)
         root_NN, found = cholesky_in_place(ridged_NN)
         if found:
             return root_NN
     raise torch.linalg.LinAlgError("the Gram of the inner features is not positive semi-definite")  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _reordered(gram_II: Tensor, order_N: Tensor) -> Tensor:
+    """The Gram of some features, float64."""
+    gram_NN = gram_II.new_empty(len(order_N), len(order_N), dtype=torch.float64)
+    for rows_RN, order_R in zip(gram_NN.split(ROWS), order_N.split(ROWS), strict=True):
+        rows_RN.copy_(gram_II[order_R][:, order_N])
+    return gram_NN
 
 
 def _compacted(matrix_NN: Tensor, kept_K: Tensor) -> Tensor:

@@ -58,6 +58,12 @@ def cholesky_in_place(matrix_NN: Tensor) -> tuple[Tensor, bool]:
     return root_NN, not info.item()
 
 
+def solved_by_root(root_NN: Tensor, product_RN: Tensor) -> Tensor:
+    """``P C^-1`` (``R x N``) for ``C`` with the lower Cholesky factor ``root_NN``."""
+    half_NR = torch.linalg.solve_triangular(root_NN, product_RN.mT, upper=False)
+    return torch.linalg.solve_triangular(root_NN.mT, half_NR, upper=True).mT
+
+
 def upper_panels(left_NM: Tensor, right_MN: Tensor, buffer: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
     """Computes the upper triangle of a symmetric product in panels.
 

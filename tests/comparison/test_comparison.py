@@ -22,8 +22,9 @@ from svdllm.comparison import Grid, Measures, Trained, compressed, run_grid, stu
 from svdllm.comparison import run as grid_run
 from svdllm.comparison.plots import _errors
 from svdllm.comparison.report import GridReport, write_report
-from svdllm.comparison.table import _relative, columns_of, groups_of, perplexity_text
+from svdllm.comparison.table import _relative, columns_of, groups_of
 from svdllm.data import evaluation_tokens
+from svdllm.evaluation.perplexity import perplexity_text
 from svdllm.recovery.memory import require_memory_of_methods
 
 LORA = "svd-llm+sequential-lora"

@@ -6,25 +6,27 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from svdllm.checkpoint.card import quantization_text, recovery_text
 from svdllm.checkpoint.report import form_of
 from svdllm.cli.console import count, duration, size
-from svdllm.comparison.demo import DemoResult
-from svdllm.comparison.table import perplexity_text
 from svdllm.compression.forms import bits_of, in_few_bits
 from svdllm.compression.plan import Plan
 from svdllm.compression.records import CompressionResult
+from svdllm.evaluation.perplexity import perplexity_text
 from svdllm.evaluation.side_by_side import ModelPerplexity
 from svdllm.models.left_dense import DensePart
 from svdllm.models.model_names import given_name
 from svdllm.models.quantized_sources.methods import QuantizedSource
 from svdllm.models.unused_tensors import UnusedTensors
 from svdllm.models.wrapped import OutsidePart
-from svdllm.recovery import RecoveryResult
+
+if TYPE_CHECKING:  # importing these takes a second that most commands need not spend
+    from svdllm.comparison.demo import DemoResult
+    from svdllm.recovery import RecoveryResult
 
 LEAST_SHOWN = 0.005  # share of the blocks' parameters
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from svdllm.comparison.settings import DENSE
 from svdllm.comparison.variants import is_baseline
+from svdllm.evaluation.perplexity import perplexity_text
 from svdllm.evaluation.tasks.record import mean_and_error
 
 Record = dict[str, Any]
@@ -165,13 +166,6 @@ def _place(record: Record, asked: Sequence[float]) -> float:
 
 def _title(place: float) -> str:
     return "unknown" if math.isinf(place) else f"{place * 100:.4g} %"
-
-
-def perplexity_text(value: float) -> str:
-    """Three or four digits: fewer decimals the larger the number is."""
-    if value >= 1e5:
-        return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
 def text_names(texts: Iterable[str]) -> dict[str, str]:

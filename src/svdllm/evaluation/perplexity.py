@@ -126,6 +126,13 @@ def perplexity(
     )
 
 
+def perplexity_text(value: float) -> str:
+    """Three or four digits: fewer decimals the larger the number is."""
+    if value >= 1e5:
+        return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
 def _check(
     model: nn.Module, texts: Sequence[Tensor], seqlen: int, batch_size: int | None, max_windows: int | None
 ) -> None:

@@ -191,14 +191,10 @@ class BlockTrial:
 
     def sources(self, tensor: Tensor) -> tuple[str, ...]:
         """The linears from whose outputs a tensor was computed."""
-        if not tensor.requires_grad:
-            return ()
-        names, outputs = zip(*((name, made) for name, stub in self.stubs.items() for made in stub.outputs), strict=True)
-        with torch.enable_grad():
-            total = tensor.sum()
-        gradients = torch.autograd.grad(total, outputs, retain_graph=True, allow_unused=True)
-        found = (name for name, gradient in zip(names, gradients, strict=True) if gradient is not None)
-        return tuple(dict.fromkeys(found))
+        leaves = leaves_of(tensor)
+        return tuple(
+            name for name, stub in self.stubs.items() if any(leaf is made for leaf in leaves for made in stub.outputs)
+        )
 
     def is_fused(self, producers: tuple[str, ...], consumer: str) -> bool:
         """Whether a producer makes several values of each inner feature."""
@@ -252,6 +248,18 @@ class BlockTrial:
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
+def leaves_of(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a gradient of this one would reach, from autograd's graph: no gradient is computed."""
+    waiting, seen, leaves = [tensor.grad_fn], {None}, []
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            leaves += [node.variable] if hasattr(node, "variable") else []
+            waiting += [following for following, _ in node.next_functions]
+    return leaves
+
+
 def rows_by_feature(rows: int, width: int, interleaved: bool) -> Tensor:
     """The rows of a producer that belong to each of ``width`` inner features (``width x copies``)."""
     numbers = torch.arange(rows)
@@ -262,7 +270,8 @@ def _same(ours: Any, theirs: Any) -> bool:
     """Whether nested lists hold equal tensors."""
     pairs = list(zip(tree_leaves(ours), tree_leaves(theirs), strict=False))
     return len(tree_leaves(ours)) == len(tree_leaves(theirs)) and all(
-        a.shape == b.shape and bool(torch.isclose(_wide(a), _wide(b), rtol=TOLERANCE, atol=TOLERANCE).all())
+        a.shape == b.shape
+        and (torch.equal(a, b) or bool(torch.isclose(_wide(a), _wide(b), rtol=TOLERANCE, atol=TOLERANCE).all()))
         for a, b in pairs
     )
 

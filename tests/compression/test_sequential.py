@@ -273,8 +273,8 @@ def test_keys_that_layers_share_are_those_of_their_own_stream(tmp_path: Path, mo
     found: dict[str, Products] = {}
     products_of = Sequential._products
 
-    def spy(self: Any, block: Any, group: Any, replaced: Any) -> Any:
-        products = products_of(self, block, group, replaced)
+    def spy(self: Any, block: Any, group: Any, *rest: Any) -> Any:
+        products = products_of(self, block, group, *rest)
         found[group[0].name] = products.cloned()
         return products
 

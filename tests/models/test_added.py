@@ -12,6 +12,7 @@ from svdllm.models.added import Added, Followed
 
 
 def followed(module: nn.Module, run, *inputs) -> Tensor | None:
+    """The sum; found alike where the run goes on to its end, with the same result."""
     added = Added()
     handle = module.register_forward_hook(lambda _module, _args, output: added.follow(output))
     try:
@@ -21,6 +22,14 @@ def followed(module: nn.Module, run, *inputs) -> Tensor | None:
         pass
     finally:
         handle.remove()
+    to_the_end = Added(ends_run=False)
+    handle = module.register_forward_hook(lambda _module, _args, output: to_the_end.follow(output))
+    with torch.no_grad(), to_the_end:
+        ran = run(*inputs)
+    handle.remove()
+    with torch.no_grad():
+        torch.testing.assert_close(ran, run(*inputs), rtol=0, atol=0)
+    torch.testing.assert_close(to_the_end.total, added.total, rtol=0, atol=0)
     return added.total
 
 
@@ -101,6 +110,6 @@ def test_the_residual_stream_of_real_blocks(family: str, attention: str, mlp: st
         hook.remove()
     scale = getattr(model.config, "residual_multiplier", 1.0)
     for name, stream in ((attention, "block"), (mlp, "norm")):
-        total = followed(block.get_submodule(name), lambda: model(input_ids=ids, use_cache=False))
+        total = followed(block.get_submodule(name), lambda: model(input_ids=ids, use_cache=False).logits)
         assert total is not None, name
         torch.testing.assert_close(total.reshape(seen[stream].shape), seen[stream] / scale)

@@ -50,7 +50,6 @@ from svdllm.compression.subject import Subject
 from svdllm.data import TokenWindows
 from svdllm.models.chosen import Forms
 from svdllm.models.experts_on_disk import give_back, on_disk
-from svdllm.models.finite import require_finite
 from svdllm.models.loaded_weights import tensors_replaced
 from svdllm.models.read import read
 from svdllm.models.structure import Target, bias_of, weight_of, weights_by_name
@@ -105,20 +104,22 @@ class Sequential:
             return
         with self.reporter.stage("sequential", len(blocks)):
             for block in self.walk.blocks():
-                if not done[block.index]:
-                    self._compress(block)
-                    processes.wait()  # for the file
-                self._advance(block)
+                advanced = not done[block.index] and self._compress(block)
+                processes.wait()  # for the file
+                self._advance(block, dense=not advanced)
                 self.reporter.advance(block.index + 1, len(blocks))
         self.walk.close()
 
-    def _compress(self, block: Block) -> None:
+    def _compress(self, block: Block) -> bool:
+        """Fits the targets of a block; whether the dense stream has advanced through it meanwhile."""
         factors: dict[str, dict[str, Tensor]] = {}
         replaced: dict[str, Tensor] = {}  # parameters of the targets that are compressed already
         stored_in = torch.float64 if self.walk.dtype == torch.float64 else torch.float32
-        for stage in stages_of(block):
+        stages = stages_of(block)
+        advances = [stage is stages[-1] and stage[0].pool is None for stage in stages]
+        for stage, advance in zip(stages, advances, strict=True):
             made: dict[str, dict[str, Tensor]] = {}
-            for target, products in self._targets_in(block, stage, replaced):
+            for target, products in self._targets_in(block, stage, replaced, advance):
                 weight_OI = weight_of(self.walk.skeleton, target)
                 if self._keeps_weight(target) and not products.lacks(self.recipe.beta):
                     continue
@@ -139,16 +140,17 @@ class Sequential:
                     replaced |= self._parameters(target, fitted)
         if self.walk.processes.is_first:
             self.finals.write(block.index, factors)
+        return any(advances)
 
     def _targets_in(
-        self, block: Block, stage: list[Target], replaced: Mapping[str, Tensor]
+        self, block: Block, stage: list[Target], replaced: Mapping[str, Tensor], advance: bool
     ) -> Iterator[tuple[Target, Products]]:
         """Yields the targets of a stage that this process fits, with the products of their inputs.
 
         Experts without tokens are left out.
         """
         if stage[0].pool is None:
-            products, own = self._products(block, stage, replaced), self._own(stage)
+            products, own = self._products(block, stage, replaced, advance), self._own(stage)
             for target in own:
                 yield target, products if target is own[-1] else products.cloned()
             return
@@ -161,8 +163,8 @@ class Sequential:
         """The targets that this process fits."""
         return [targets[number] for number in self.walk.processes.own(list(map(cost, targets)))]
 
-    def _products(self, block: Block, group: list[Target], replaced: Mapping[str, Tensor]) -> Products:
-        """The products of a group over all batches of the two streams."""
+    def _products(self, block: Block, group: list[Target], replaced: Mapping[str, Tensor], advance: bool) -> Products:
+        """The products of a group over all batches of the two streams; of the block's last, the dense one advances."""
         assert self.walk.compressed is not None
         leader = group[0]
         module = self.walk.skeleton.get_submodule(leader.linears[0])
@@ -173,7 +175,7 @@ class Sequential:
         sums = Sums(leader.in_features, self.walk.device, fitted)
         for numbers in self.walk.text.rounds:
             for number in numbers:
-                dense = read(block, module, self.walk.hidden, number)
+                dense = read(block, module, self.walk.hidden, number, advance=advance)
                 with tensors_replaced(self.walk.skeleton, replaced):
                     compressed = read(block, module, self.walk.compressed, number)
                 lacking = dense.lacking(compressed) if share else None
@@ -282,18 +284,16 @@ class Sequential:
             parameters |= {f"{name}.bias": values for name, values in parts}
         return parameters
 
-    def _advance(self, block: Block) -> None:
-        """Carries both streams through a block."""
+    def _advance(self, block: Block, *, dense: bool) -> None:
+        """Carries the compressed stream through a block, and the dense one."""
         assert self.walk.compressed is not None
         replaced: dict[str, Tensor] = {}
         for target in self.walk.structure.block_targets(block.index):
             if tensors := self.finals.of(target):
                 replaced |= self._parameters(target, tensors)
-        for number, batch in enumerate(self.walk.batches):
+        for number in range(len(self.walk.batches)):
             with tensors_replaced(self.walk.skeleton, replaced), torch.no_grad():
-                output, written = block.run_on(self.walk.compressed, number)
-            where = f"block {block.index} ({block.name}), {self.walk.text.where(number)}"
-            require_finite(output, f"The output of the compressed {where}")
-            self.walk.compressed.tensor[batch] = output.to("cpu", self.walk.dtype)
-            self.walk.compressed.share(number, block.index, written)
-        block.run()
+                ran = block.run_on(self.walk.compressed, number)
+            block.keep(self.walk.compressed, number, ran)
+        if dense:
+            block.run()

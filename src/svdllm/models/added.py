@@ -33,14 +33,18 @@ class Added(TorchDispatchMode):
 
     A multiplication by a number on the way is undone: in ``h + 0.2 * o_proj(x)``, ``total`` is ``h / 0.2``.
 
+    Args:
+        ends_run: raises ``Followed`` when the sum is complete.
+
     Attributes:
         total: the sum, in the shape of the followed tensor; None if nothing was added.
     """
 
     total: Tensor | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, *, ends_run: bool = True) -> None:
         super().__init__()
+        self._ends_run = ends_run
         self._followed: Tensor | None = None
         self._scale = 1.0
 
@@ -58,7 +62,10 @@ class Added(TorchDispatchMode):
             self.total = added if self.total is None else self.total + added
         elif func in PRODUCTS and not isinstance(other, Tensor) and other:
             self._scale *= other
-        else:
+        elif self._ends_run:
             raise Followed
+        else:
+            self._followed = None
+            return func(*args, **kwargs)
         self._followed = func(*args, **kwargs)
         return self._followed

@@ -14,7 +14,7 @@ for later ones (``shared_state``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -240,28 +240,28 @@ class Block:
             path = walk.kept_file(self.index)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_tensors({str(number): walk.hidden.tensor[walk.batches[number]] for number in walk.kept}, path)
-        for numbers in walk.text.rounds:
-            self._run(numbers, advance=advance)
-            after_round()
-
-    def _run(self, numbers: Sequence[int], *, advance: bool) -> None:
-        walk, batches = self.walk, self.walk.batches
         in_part = walk.scratch is not None and not advance
-        for number in numbers:
-            with torch.no_grad(), watched_experts_only(self.module) if in_part else nullcontext():
-                output, written = self.run_on(walk.hidden, number)
-            require_finite(output, f"The output of block {self.index} ({self.name}), {walk.text.where(number)}")
-            if not advance:
-                continue
-            walk.hidden.tensor[batches[number]] = output.to("cpu", walk.dtype)
-            walk.hidden.share(number, self.index, written)
-            walk.on_batch(self.index, number + 1, len(batches))
+        for numbers in walk.text.rounds:
+            for number in numbers:
+                with torch.no_grad(), watched_experts_only(self.module) if in_part else nullcontext():
+                    ran = self.run_on(walk.hidden, number)
+                self.keep(walk.hidden, number, ran, advance=advance)
+            after_round()
 
     def run_on(self, states: HiddenStates, number: int) -> Ran:
         """Runs the block on a batch of a stream, which is not changed."""
         walk = self.walk
         hidden = states.tensor[walk.batches[number]].to(walk.device)
         return walk.calls[number][self.index].run(self.module, hidden, states.shared.before(number, self.index))
+
+    def keep(self, states: HiddenStates, number: int, ran: Ran, *, advance: bool = True) -> None:
+        """Carries a batch of a stream on, of which the block made this; else only checks it. Raises as ``run``."""
+        walk, which = self.walk, "the compressed " if states is self.walk.compressed else ""
+        require_finite(ran.hidden, f"The output of {which}block {self.index} ({self.name}), {walk.text.where(number)}")
+        if advance:
+            states.tensor[walk.batches[number]] = ran.hidden.to("cpu", walk.dtype)
+            states.share(number, self.index, ran.written)
+            walk.on_batch(self.index, number + 1, len(walk.batches))
 
     def run_backward(self, *, advance: bool = True, after_round: Callable[[], None] = lambda: None) -> None:
         """Runs every kept batch with gradients; the gradient of the inputs replaces the gradient of the outputs.

@@ -26,4 +26,4 @@ def of_one_machine(records: Iterable[Record]) -> tuple[list[Record], str | None]
     if len(machines) < 2:
         return found, None
     most = machines.most_common(1)[0][0]
-    return [record for record in found if record.get("machine") == most], most or "unknown"
+    return [record for record in found if record.get("machine") == most], most or "one that older records do not name"

@@ -115,7 +115,7 @@ class GridReport:
             limit = "all examples" if measures.limit is None else f"the first {measures.limit} examples"
             lines.append(f"Tasks: lm-evaluation-harness, {limit} of each; ± is the harness's standard error.")
         if (machine := self._timed[1]) is not None:
-            lines.append(f"Models were made on several machines. Times are those of {machine} only.")
+            lines.append(f"Models were made on several machines. Only the times of one are shown: {machine}.")
         calibrations = [variant.calibration for variant in self.grid.variants]
         lines += dict.fromkeys(f"Calibration: {text}." for text in calibrations if text is not None)
         if self.baselines:

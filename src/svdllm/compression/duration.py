@@ -206,13 +206,13 @@ def _rounding_seconds(work: Workload, speed: MachineSpeed) -> float:
 
 
 def _sequential_seconds(work: Workload, speed: MachineSpeed) -> float:
-    """Seconds of a sequential calibration: six passes, partial or whole, two products per group, and the fits."""
+    """Seconds of a sequential calibration: five passes, partial or whole, two products per group, and the fits."""
     if not work.sequential_tokens:
         return 0.0
     tokens = work.sequential_tokens
     solved = sum(n * (t.in_features**3 / 3 + 10 * t.num_weights * t.in_features) for t, n in work.kinds)
     fit = _spectra_seconds(work, speed) + solved / speed.multiply64
-    walked = 6 * _forward_seconds(work, tokens, speed) + 3 * _gram_seconds(work, tokens, speed)
+    walked = 5 * _forward_seconds(work, tokens, speed) + 3 * _gram_seconds(work, tokens, speed)
     return work.share * walked + _largest_load(work, by_group=True) * fit
 
 

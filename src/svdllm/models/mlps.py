@@ -250,7 +250,9 @@ class BlockTrial:
 
 def leaves_of(tensor: Tensor) -> list[Tensor]:
     """The tensors that a gradient of this one would reach, from autograd's graph: no gradient is computed."""
-    waiting, seen, leaves = [tensor.grad_fn], {None}, []
+    waiting: list[Any] = [tensor.grad_fn]
+    seen: set[Any] = {None}
+    leaves: list[Tensor] = []
     while waiting:
         node = waiting.pop()
         if node not in seen:

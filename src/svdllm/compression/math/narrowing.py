@@ -86,7 +86,7 @@ def inner_order(weight_OI: Tensor, gram_II: Tensor, left_gram_OO: Tensor | None 
         root_PP = torch.linalg.cholesky(rows_PN[:, first_P])
         columns_PN = torch.linalg.solve_triangular(root_PP, rows_PN[:, kept_N], upper=False)
         losses_PO = torch.linalg.solve_triangular(root_PP, weight_ON[:, first_P].mT, upper=False)
-        inverse_NN = _compacted(inverse_NN, kept_N).addmm_(columns_PN.mT, columns_PN, alpha=-1)
+        inverse_NN = _taken(inverse_NN, kept_N, overwrite=True).addmm_(columns_PN.mT, columns_PN, alpha=-1)
         weight_ON = weight_ON[:, kept_N].addmm_(losses_PO.mT, columns_PN, alpha=-1)
         left_N = left_N[kept_N]
     return torch.cat(removed).flip(0)
@@ -138,6 +138,7 @@ def narrowed_anchored(
         torch.linalg.LinAlgError: ``S'`` is not positive semi-definite.
     """
     ascending_W, places_W = kept_W.sort()
+    back_W = places_W.argsort()
     removed_I = torch.ones(len(gram_II), dtype=torch.bool, device=gram_II.device)
     removed_I[kept_W] = False
     if missing_OI is None:
@@ -149,7 +150,7 @@ def narrowed_anchored(
     root_WW = _root(gram_II, ascending_W, overwrite=overwrite)
     for weight_RI, fit_RW in zip(weight_OI.split(ROWS), fit_OW.split(ROWS), strict=True):
         found_RW = weight_RI[:, ascending_W].double() + solved_by_root(root_WW, fit_RW)
-        fit_RW.copy_(found_RW[:, places_W.argsort()])
+        fit_RW.copy_(found_RW[:, back_W])
     return fit_OW
 
 
@@ -180,7 +181,7 @@ def _root(gram_II: Tensor, order_N: Tensor, *, overwrite: bool = False) -> Tenso
     """
     mean = gram_II.diagonal()[order_N].double().mean().clamp_min(torch.finfo(torch.float64).tiny)
     for ridge in RIDGES[: 1 if overwrite else None]:
-        ridged_NN = _compacted(gram_II, order_N) if overwrite else _reordered(gram_II, order_N)
+        ridged_NN = _taken(gram_II, order_N, overwrite=overwrite)
         ridged_NN.diagonal().add_(ridge * mean)
         root_NN, found = cholesky_in_place(ridged_NN)
         if found:
@@ -188,21 +189,20 @@ def _root(gram_II: Tensor, order_N: Tensor, *, overwrite: bool = False) -> Tenso
     raise torch.linalg.LinAlgError("the Gram of the inner features is not positive semi-definite")  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _reordered(gram_II: Tensor, order_N: Tensor) -> Tensor:
-    """The Gram of some features, float64."""
-    gram_NN = gram_II.new_empty(len(order_N), len(order_N), dtype=torch.float64)
-    for rows_RN, order_R in zip(gram_NN.split(ROWS), order_N.split(ROWS), strict=True):
-        rows_RN.copy_(gram_II[order_R][:, order_N])
-    return gram_NN
+def _taken(matrix_NN: Tensor, kept_K: Tensor, *, overwrite: bool) -> Tensor:
+    """Some rows and the same columns of a matrix, float64.
 
-
-def _compacted(matrix_NN: Tensor, kept_K: Tensor) -> Tensor:
-    """Rows and columns of a contiguous matrix, ascending, in its memory: a row moves to where no later row is."""
+    Args:
+        overwrite: takes the memory of a contiguous matrix, for ascending rows: each moves to where no later row is.
+    """
     size = len(kept_K)
-    compact_KK = matrix_NN.reshape(-1)[: size * size].view(size, size)
-    for rows_RK, kept_R in zip(compact_KK.split(ROWS), kept_K.split(ROWS), strict=True):
+    if overwrite:
+        taken_KK = matrix_NN.reshape(-1)[: size * size].view(size, size)
+    else:
+        taken_KK = matrix_NN.new_empty(size, size, dtype=torch.float64)
+    for rows_RK, kept_R in zip(taken_KK.split(ROWS), kept_K.split(ROWS), strict=True):
         rows_RK.copy_(matrix_NN[kept_R][:, kept_K])
-    return compact_KK
+    return taken_KK
 
 
 def _in_left_metric(weight_OI: Tensor, left_gram_OO: Tensor | None) -> Tensor:

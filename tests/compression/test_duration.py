@@ -11,6 +11,7 @@ import torch
 
 from families import tiny_config
 from runs import small_recipe
+from svdllm.checkpoint.tensors import file_bytes
 from svdllm.cli.console import duration_range
 from svdllm.compression import duration, machine_speed
 from svdllm.compression.duration import FAST_FILES, predicted_seconds
@@ -36,7 +37,7 @@ def workload(recipe: Recipe, num_outputs: int = 1) -> Workload:
         recipe=recipe,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        written=subject.stored,
+        written_bytes=file_bytes(subject.stored),
         num_outputs=num_outputs,
     )
 

@@ -13,6 +13,7 @@ import torch
 from families import tiny_config, tiny_model
 from runs import run, small_recipe, token_windows, walk_of
 from svdllm import plan, verify
+from svdllm.checkpoint.tensors import file_bytes
 from svdllm.compression import needs, parts
 from svdllm.compression.collect import collect_backward, collect_statistics
 from svdllm.compression.math.metrics import METHODS
@@ -144,7 +145,7 @@ def test_with_experts_on_disk_a_block_takes_the_memory_of_few_of_them() -> None:
         recipe=recipe,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        written=subject.stored,
+        written_bytes=file_bytes(subject.stored),
         num_outputs=1,
     )
     spilled = replace(whole, experts_on_disk=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from svdllm.checkpoint.tensors import SHARD_BYTES, tensor_bytes
+from svdllm.checkpoint.tensors import SHARD_BYTES
 from svdllm.common.memory import resident_bytes
 from svdllm.compression.forms import bits_in
 from svdllm.compression.math.symmetric import ROWS
@@ -33,7 +33,7 @@ def ram_by_stage(work: Workload, hidden_states_on_disk: bool) -> dict[str, int]:
     base += CONNECTED_BYTES if work.processes > 1 else 0
     hidden = 0 if hidden_states_on_disk else work.hidden_states_bytes
     probes = 3 * work.probe_tokens * work.token_bytes if hidden_states_on_disk else work.probe_streams_bytes
-    shard = max(min(SHARD_BYTES, tensor_bytes(work.written)), work.largest_tensor_bytes)
+    shard = max(min(SHARD_BYTES, work.written_bytes), work.largest_tensor_bytes)
     stages = {"now": resident_bytes(), "read": base + 2 * work.largest_tensor_bytes}
     if work.gguf_bytes:
         stages["dequantise"] = base + 4 * work.num_stored_weights + work.gguf_bytes + work.largest_tensor_bytes

@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 
 from svdllm.common.memory import available_bytes
 from svdllm.compression.duration import predicted_seconds
-from svdllm.compression.forms.layout import compressed_tensors
 from svdllm.compression.math.statistics import gram_values
 from svdllm.compression.memory_needs import device_bytes, ram_by_stage
 from svdllm.compression.recipe import Recipe
+from svdllm.compression.sizes import Sizes
 from svdllm.compression.subject import Subject
 from svdllm.compression.workload import Workload
 from svdllm.models.batches import SHARDS
-from svdllm.models.chosen import Forms
 
 # Share of the free memory that hidden states may take before they go to disk.
 HIDDEN_STATES_SHARE = 0.5
@@ -48,32 +47,29 @@ class RunNeeds:
 def needs_of(
     subject: Subject,
     recipe: Recipe,
-    forms: Forms,
+    sizes: Sizes,
     *,
     forms_known: bool,
-    elastic_bytes: int,
     num_outputs: int,
     hidden_states_limit: int | None,
     processes: int = 1,
 ) -> RunNeeds:
-    """Predicts what a run of the recipe needs for ``num_outputs`` checkpoints of about these forms."""
-    stored = subject.stored
+    """Predicts what a run of the recipe needs for ``num_outputs`` checkpoints of about these sizes."""
     device, dtype = subject.placement(recipe)
-    written = compressed_tensors(stored, subject.structure.stored, forms)
-    if recipe.target_speedup is not None and not forms_known:
-        written = stored  # the one limit that is known then: the model is not larger than the dense one
+    limit_known = forms_known or recipe.target_speedup is None  # else: the model is not larger than the dense one
     work = Workload(
         subject=subject,
         recipe=recipe,
         device=device,
         dtype=dtype,
-        written=written,
+        written_bytes=sizes.file_bytes if limit_known else sizes.dense_file_bytes,
         num_outputs=num_outputs,
         processes=processes,
     )
     most = max(work.hidden_states_bytes, work.probe_streams_bytes)
     on_disk = spill_hidden_states(most, hidden_states_limit, processes)
-    work = replace(work, experts_on_disk=_spill_experts(work, on_disk))
+    if _spill_experts(work, on_disk):
+        work = replace(work, experts_on_disk=True)
     seconds, seconds_range = predicted_seconds(work)
     return RunNeeds(
         device=str(device),
@@ -83,7 +79,7 @@ def needs_of(
         hidden_states_on_disk=on_disk,
         experts_on_disk=work.experts_on_disk,
         device_bytes=device_bytes(work),
-        disk_bytes=_disk_bytes(work, on_disk) + elastic_bytes,
+        disk_bytes=_disk_bytes(work, on_disk) + sizes.elastic_bytes,
         processes=processes,
         network_bytes=_network_bytes(work),
         seconds_by_stage=seconds,

@@ -227,9 +227,8 @@ def make_plan(
         needs=needs_of(
             subject,
             recipe,
-            allocation.forms,
+            sizes,
             forms_known=known,
-            elastic_bytes=sizes.elastic_bytes,
             num_outputs=num_outputs,
             hidden_states_limit=hidden_states_limit,
             processes=processes,

@@ -10,7 +10,7 @@ from math import prod
 import torch
 from transformers import PreTrainedModel
 
-from svdllm.checkpoint.tensors import Tensors, file_bytes, tensor_bytes
+from svdllm.checkpoint.tensors import Tensors, tensor_bytes
 from svdllm.compression.forms import FORMS, most_rank
 from svdllm.compression.math.metrics import METHODS, Method
 from svdllm.compression.parts import parts_of
@@ -35,7 +35,7 @@ class Workload:
     recipe: Recipe
     device: torch.device
     dtype: torch.dtype  # in which blocks compute
-    written: Tensors  # what one checkpoint holds, at most
+    written_bytes: int  # the weight files of one checkpoint, at most
     num_outputs: int  # checkpoints that the run writes
     experts_on_disk: bool = False  # the weights of those of the loaded block
     processes: int = 1
@@ -184,11 +184,6 @@ class Workload:
     def stored_bytes(self) -> int:
         """All tensors of the source."""
         return tensor_bytes(self.stored)
-
-    @cached_property
-    def written_bytes(self) -> int:
-        """The weight files of a checkpoint."""
-        return file_bytes(self.written)
 
     @cached_property
     def gguf_bytes(self) -> int:

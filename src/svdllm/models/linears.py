@@ -61,10 +61,10 @@ def language_model(model: nn.Module) -> tuple[str, nn.Module]:
     """The part of a model that reads text, with its name: the decoder that transformers finds; else the whole."""
     find = getattr(model, "get_decoder", None)
     decoder = None if find is None else find()
-    names = {id(module): name for name, module in model.named_modules()}
-    if decoder is None or id(decoder) not in names or not stacks_of(decoder, ""):
+    name = next((name for name, module in model.named_modules() if module is decoder), None)
+    if decoder is None or name is None or not stacks_of(decoder, ""):
         return "", model
-    return names[id(decoder)], decoder
+    return name, decoder
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -85,19 +85,19 @@ def find_blocks(model: nn.Module) -> list[str]:
     parts = [part for part, module in decoder.named_modules(prefix=name) if isinstance(module, PreTrainedModel)]
     inner = tuple(f"{part}." for part in parts if part != name)
     own = [stack for stack in stacks if not stack.startswith(inner)]
-    stack = max(own or stacks, key=lambda name: stacks[name])
-    return [f"{stack}.{index}" for index in range(len(model.get_submodule(stack)))]  # type: ignore[arg-type]
+    stack = max(own or stacks, key=lambda name: sum(parameter.numel() for parameter in stacks[name].parameters()))
+    return [f"{stack}.{index}" for index in range(len(stacks[stack]))]
 
 
-def stacks_of(model: Any, prefix: str) -> dict[str, int]:
-    """Outermost ``ModuleList`` with weights -> number of its weights."""
-    stacks: dict[str, int] = {}
+def stacks_of(model: Any, prefix: str) -> dict[str, nn.ModuleList]:
+    """The outermost ``ModuleList`` with weights, by their names."""
+    stacks: dict[str, nn.ModuleList] = {}
     seen: set[nn.Module] = set()
 
     def visit(name: str, module: nn.Module) -> None:
         seen.add(module)
-        if isinstance(module, nn.ModuleList) and (size := sum(p.numel() for p in module.parameters())):
-            stacks[name] = size
+        if isinstance(module, nn.ModuleList) and any(parameter.numel() for parameter in module.parameters()):
+            stacks[name] = module
             return
         for child, inner in module.named_children():
             if inner not in seen:

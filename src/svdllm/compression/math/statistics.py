@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -137,6 +138,7 @@ def weighted(tokens_TI: Tensor, weights_T: Tensor) -> Tensor:
     return tokens_TI.to(dtype) * weights_T.to(dtype)[:, None]
 
 
+@cache
 def gram_values(in_features: int) -> int:
     """Numbers that a Gram keeps of a shard."""
     starts = range(0, in_features, PANEL)

@@ -250,7 +250,9 @@ class SplitExperts(nn.Module):
             self.add_module(name, child)
         for index in range(self.split_count):
             linears = {name: self._linear_of(stacked, name, index) for name in names}
-            self.add_module(str(index), Expert(linears).train(stacked.training))
+            self.add_module(str(index), Expert(linears))
+        if not stacked.training:  # modules are made for training
+            self.eval()
 
     def _linear_of(self, stacked: Any, name: str, index: int) -> nn.Linear:
         """A linear of one expert, whose weight is a slice of the stacked one."""
@@ -258,7 +260,7 @@ class SplitExperts(nn.Module):
         weight = weight.mT.contiguous() if self.is_transposed else weight
         linear = nn.Linear.__new__(nn.Linear)  # its initialisation takes seconds for thousands of experts
         nn.Module.__init__(linear)
-        linear.out_features, linear.in_features = weight.shape
+        vars(linear).update(out_features=weight.shape[0], in_features=weight.shape[1])
         needs_grad = getattr(stacked, name).requires_grad
         linear.weight = nn.Parameter(weight, needs_grad)
         bias = getattr(stacked, f"{name}_bias")[index].detach() if self.has_bias else None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -461,6 +462,12 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("plan", "compress", "eval", "inspect", "verify", "export", "demo"):
         assert cli(command, "--help") == 0
         assert len(capsys.readouterr().out) > 300
+
+
+def test_the_versions_are_those_that_are_imported(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("--version") == 0
+    lines = [f"svdllm {svdllm.__version__}", f"torch {torch.__version__}", f"transformers {transformers.__version__}"]
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 @pytest.mark.parametrize("started", [["-m", "svdllm"], [str(Path(sys.executable).with_name("svdllm"))]])

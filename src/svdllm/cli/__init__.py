@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
@@ -31,6 +33,7 @@ from svdllm.cli.renamed import renamed_flag
 from svdllm.cli.terminal import lenient_streams
 from svdllm.common.errors import SvdllmError, as_ours
 from svdllm.common.processes import is_first
+from svdllm.common.version import __version__
 
 # ClickException, of the click that typer uses: newer versions carry their own.
 UsageProblem: type[Exception] = typer.BadParameter.mro()[2]
@@ -66,11 +69,23 @@ SHARED = (["compress"],)
 app = typer.Typer(name="svdllm", no_args_is_help=True, pretty_exceptions_enable=False, cls=group_of(COMMANDS), **STYLE)
 
 
+def _versions(asked: bool) -> None:
+    if asked:
+        typer.echo(f"svdllm {__version__}")
+        for library in ("torch", "transformers"):
+            typer.echo(f"{library} {metadata.version(library)}")
+        raise typer.Exit
+
+
 @app.callback(
     epilog="Exit codes: 0 done, 2 bad input, 3 unsupported model, 4 out of memory or disk, 5 NaN or infinity, "
     "130 interrupted."
 )
-def _program() -> None:
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_versions, is_eager=True, help="Show the versions and exit.")
+    ] = False,
+) -> None:
     """Makes a causal language model smaller by truncation-aware SVD (SVD-LLM, arXiv 2403.07378) of its linear layers.
 
     The result is an ordinary Hugging Face checkpoint.

@@ -89,7 +89,7 @@ def flag_name(name: str, field: FieldInfo) -> str:
 
 
 def problems_of(error: ValidationError) -> str:
-    """Every problem that pydantic found, in one line: setting, what is wrong, and what was found."""
+    """Every problem that pydantic found, in one line: the setting if it is one alone, what is wrong, what was found."""
     lines = []
     problems = error.errors()
     for problem in problems:
@@ -100,7 +100,7 @@ def problems_of(error: ValidationError) -> str:
         message = problem["msg"].removeprefix("Value error, ")
         found = problem.get("input")
         shown = f" (found {found!r})" if isinstance(found, str | int | float) else ""
-        line = f"{where or 'recipe'}: {message}{shown}"
+        line = f"{where}: {message}{shown}" if where else f"{message}{shown}"
         if line not in lines:
             lines.append(line)
     return "; ".join(lines)

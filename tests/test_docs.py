@@ -13,14 +13,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.main import get_command
 
 import svdllm
-from svdllm.cli import COMMANDS
+from svdllm.cli import COMMANDS, app
 from svdllm.cli.commands import build
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 HELP = {"-h", "--help"}
+OF_THE_PROGRAM = HELP | {option for parameter in get_command(app).params for option in parameter.opts}
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE_CODE = re.compile(r"`([^`\n]+)`")
@@ -59,7 +61,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
 def problems_of_command(words: list[str]) -> list[str]:
     """What is wrong with the words after ``svdllm``."""
     command = words[0] if words else ""
-    if command in HELP:
+    if command in OF_THE_PROGRAM:
         return []
     if command not in OPTIONS:
         return [f"no command {command!r}"]

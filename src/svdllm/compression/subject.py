@@ -139,8 +139,9 @@ def structure_for(skeleton: PreTrainedModel, recipe: Recipe) -> Structure:
         outside = vocabulary_targets(skeleton)
         kept = tuple(t for t in outside if not any(map(t.matched_by, recipe.ignore)))
         structure = replace(structure, vocabulary=kept)
-    if recipe.ranks is None:  # the user has not named what becomes of each
-        structure = left_dense(structure, dict.fromkeys(_too_small(structure, recipe), TOO_SMALL))
+    # Where the user has named what becomes of each, none is left dense.
+    if recipe.ranks is None and (small := _too_small(structure, recipe)):
+        structure = left_dense(structure, dict.fromkeys(small, TOO_SMALL))
     _require_most_of(structure, recipe, type(skeleton).__name__)
     return structure
 

@@ -241,8 +241,8 @@ def with_mlps(structure: Structure, mlps: Sequence[Mlp]) -> Structure:
             for name in mlp.producers
         }
         sides[mlp.consumer] = Inner(mlp.name, "in", mlp.width, pool=mlp.pool)
-    targets = (_changed(target, inner=sides.get(target.name)) for target in structure.targets)
-    return replace(structure, targets=tuple(targets), mlps=tuple(mlps))
+    targets = tuple(replace(target, inner=sides.get(target.name)) for target in structure.targets)
+    return replace(structure, targets=targets, mlps=tuple(mlps))
 
 
 def left_dense(structure: Structure, reasons: Mapping[str, str]) -> Structure:
@@ -266,15 +266,9 @@ def left_dense(structure: Structure, reasons: Mapping[str, str]) -> Structure:
     leaders: dict[str, str] = {}
     for target in kept:
         leaders.setdefault(target.group, target.name)
-    targets = tuple(_changed(target, group=leaders[target.group]) for target in kept)
+    targets = tuple(replace(target, group=leaders[target.group]) for target in kept)
     mlps = [mlp for mlp in structure.mlps if reasons.keys().isdisjoint(mlp.linears)]
     return with_mlps(replace(structure, targets=targets, dense=(*structure.dense, *left)), mlps)
-
-
-def _changed(target: Target, **changes: Any) -> Target:
-    """A target with other fields; itself where they are the same, since a model has tens of thousands of experts."""
-    same = all(getattr(target, name) == value for name, value in changes.items())
-    return target if same else replace(target, **changes)
 
 
 def weight_of(model: nn.Module, target: Target) -> Tensor:

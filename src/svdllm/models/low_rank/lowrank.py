@@ -260,7 +260,7 @@ class SplitExperts(nn.Module):
         weight = weight.mT.contiguous() if self.is_transposed else weight
         linear = nn.Linear.__new__(nn.Linear)  # its initialisation takes seconds for thousands of experts
         nn.Module.__init__(linear)
-        vars(linear).update(out_features=weight.shape[0], in_features=weight.shape[1])
+        linear.out_features, linear.in_features = weight.shape
         needs_grad = getattr(stacked, name).requires_grad
         linear.weight = nn.Parameter(weight, needs_grad)
         bias = getattr(stacked, f"{name}_bias")[index].detach() if self.has_bias else None
